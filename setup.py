@@ -1,0 +1,13 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="sharedkd",
+    version="0.1.0",
+    description="Shared Knowledge Distillation for Detectron2 detectors",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"": "projects/SharedKD"},
+    packages=find_packages("projects/SharedKD"),
+    # detectron2 is not on PyPI under its own name: `make setup` installs it, see README.md.
+    install_requires=["torch", "torchvision", "fvcore", "pycocotools", "opencv-python-headless", "numpy"],
+)
