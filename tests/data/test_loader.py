@@ -1,0 +1,215 @@
+import inspect
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from PIL import Image
+
+from sharedkd.data.loader import build_train_loader
+from sharedkd.errors import ConfigError
+
+SIZES = [(24, 40), (40, 24), (32, 32), (20, 48), (24, 36), (48, 30), (26, 40)]  # height, width
+
+
+@pytest.fixture
+def dicts(tmp_path):
+    generator = np.random.default_rng(0)
+    samples = []
+    for index, (height, width) in enumerate(SIZES):
+        file_name = str(tmp_path / f"{index}.png")
+        Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(
+            file_name
+        )
+        box = {"bbox": [2, 3, 15, 17], "bbox_mode": BoxMode.XYXY_ABS, "category_id": index % 3}
+        samples.append(
+            {
+                "file_name": file_name,
+                "image_id": index,
+                "height": height,
+                "width": width,
+                "annotations": [box],
+            }
+        )
+    return samples
+
+
+def image_mapper():
+    return DatasetMapper(
+        is_train=True,
+        augmentations=[
+            T.ResizeShortestEdge([16, 20, 24, 28, 32], max_size=64, sample_style="choice"),
+            T.RandomFlip(),
+        ],
+        image_format="BGR",
+    )
+
+
+def loader_of(dicts, **options):
+    options = {"mapper": image_mapper(), "total_batch_size": 2, "seed": 3, **options}
+    return build_train_loader(dicts, **options)
+
+
+def draws(sample):
+    """A mapper that loads nothing and shows what its three generators give."""
+    return sample["image_id"], random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def ids(batches):
+    return [[sample["image_id"] for sample in batch] for batch in batches]
+
+
+def assert_same(batches, others):
+    assert ids(batches) == ids(others)
+    for sample, other in zip(itertools.chain(*batches), itertools.chain(*others)):
+        assert torch.equal(sample["image"], other["image"])
+        boxes, other_boxes = sample["instances"].gt_boxes, other["instances"].gt_boxes
+        assert torch.equal(boxes.tensor, other_boxes.tensor)
+
+
+def in_world(monkeypatch, rank, size):
+    monkeypatch.setattr(comm, "get_rank", lambda: rank)
+    monkeypatch.setattr(comm, "get_world_size", lambda: size)
+
+
+def test_workers_do_not_change_the_stream(dicts):
+    expected = take(loader_of(dicts, num_workers=0), 8)
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    assert_same(take(loader_of(dicts, num_workers=2), 8), expected)
+    # The stream is worth comparing only if the augmentation varies.
+    assert len({sample["image"].shape for batch in expected for sample in batch}) > 4
+
+
+def test_seed_changes_order_and_augmentation(dicts):
+    streams = [take(loader_of(dicts, mapper=draws, seed=seed), 20) for seed in (0, 1)]
+    assert [[s[0] for s in batch] for batch in streams[0]] != [
+        [s[0] for s in batch] for batch in streams[1]
+    ]
+    values = [value for stream in streams for batch in stream for s in batch for value in s[1:]]
+    assert len(set(values)) == len(values)
+
+
+def test_every_epoch_holds_each_image_once(dicts):
+    batches = take(loader_of(dicts, mapper=draws, total_batch_size=1), 3 * len(dicts))
+    order = [sample[0] for batch in batches for sample in batch]
+    epochs = [order[start : start + len(dicts)] for start in range(0, len(order), len(dicts))]
+    assert all(sorted(epoch) == list(range(len(dicts))) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resume_is_the_tail_of_the_stream(dicts, num_workers):
+    whole = take(loader_of(dicts), 9)
+    resumed = loader_of(dicts, num_workers=num_workers)
+    iterator = iter(resumed)  # as a trainer does before it reads the checkpoint
+    resumed.first_batch = 5
+    assert_same(take(iterator, 4), whole[5:])
+
+
+def test_skipped_batches_load_nothing(dicts):
+    loaded = []
+    loader = loader_of(dicts, mapper=lambda sample: loaded.append(sample["image_id"]) or sample)
+    loader.first_batch = 1000
+    iterator = iter(loader)
+    assert inspect.isgenerator(iterator) and loaded == []
+    batch = next(iterator)
+    assert loaded == [sample["image_id"] for sample in batch]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_global_generators_are_left_alone(dicts, num_workers):
+    def state():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = state()
+    take(loader_of(dicts, num_workers=num_workers), 3)
+    assert state() == before
+
+
+def test_generators_are_restored_after_a_failure(dicts):
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError):
+        take(loader_of(dicts, mapper=lambda sample: torch.rand(()) / None), 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_processes_share_out_the_batches_of_one(dicts, monkeypatch, grouping):
+    options = {"mapper": draws, "total_batch_size": 4, "aspect_ratio_grouping": grouping}
+    whole = take(loader_of(dicts, **options), 10)
+    parts = []
+    for rank in range(2):
+        in_world(monkeypatch, rank, 2)
+        parts.append(take(loader_of(dicts, **options), 10))
+    for batch, *pieces in zip(whole, *parts):
+        assert [len(piece) for piece in pieces] == [2, 2]
+        assert sorted(pieces[0] + pieces[1]) == sorted(batch)
+
+
+def test_batches_hold_one_orientation(dicts):
+    batches = take(loader_of(dicts, total_batch_size=3), 12)
+    landscape = [{s["width"] > s["height"] for s in batch} for batch in batches]
+    assert all(len(kinds) == 1 for kinds in landscape)
+    assert {True} in landscape and {False} in landscape
+
+
+def test_grouping_can_be_off_or_impossible(dicts):
+    ungrouped = take(loader_of(dicts, mapper=draws, aspect_ratio_grouping=False), 10)
+    for sample in dicts:
+        del sample["height"]
+    assert take(loader_of(dicts, mapper=draws), 10) == ungrouped
+
+
+def test_batch_size_must_divide_over_processes(dicts, monkeypatch):
+    loader = loader_of(dicts, total_batch_size=3)
+    in_world(monkeypatch, 0, 2)
+    for fail in (lambda: next(iter(loader)), lambda: loader_of(dicts, total_batch_size=3)):
+        with pytest.raises(
+            ConfigError, match=r"^dataloader.train.total_batch_size=3: .*"
+        ) as caught:
+            fail()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"total_batch_size": 0}, {"seed": -1}])
+def test_impossible_options_are_config_errors(dicts, options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"dataloader.train.{name}="):
+        loader_of(dicts, **options)
+
+
+def test_empty_dataset_is_a_config_error():
+    with pytest.raises(ConfigError, match="dataloader.train.dataset="):
+        loader_of([])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_image_is_named(dicts, num_workers):
+    missing = dicts[0]["file_name"].replace("0.png", "missing.png")
+    dicts[:] = [dict(dicts[0], file_name=missing)]
+    with pytest.raises(RuntimeError, match=f"cannot load sample {missing}: FileNotFoundError"):
+        take(loader_of(dicts, num_workers=num_workers), 1)
+
+
+def test_mapper_that_returns_none_is_an_error(dicts):
+    with pytest.raises(RuntimeError, match=r"\d\.png: the mapper returned None"):
+        take(loader_of(dicts, mapper=lambda sample: None), 1)
+
+
+def test_lazy_config(dicts):
+    config = L(build_train_loader)(
+        dataset=L(list)(), mapper=L(image_mapper)(), total_batch_size=2, num_workers=0, seed=3
+    )
+    config.dataset = dicts
+    assert_same(take(instantiate(config), 2), take(loader_of(dicts), 2))
