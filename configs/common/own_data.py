@@ -1,0 +1,61 @@
+"""Own COCO-format data: set the first four keys on the command line; the rest has defaults."""
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.evaluation import COCOEvaluator
+
+from sharedkd.data.loader import build_train_loader
+
+data = dict(
+    train_json=None,
+    val_json=None,
+    train_images=None,
+    val_images=None,
+    name="own",  # the data set's name in Detectron2's catalog: own_train, own_val
+    num_classes=None,  # counted in the json
+    masks=False,  # load instance masks
+    short_edge=[224, 240, 256],  # training sizes in pixels, one drawn per image
+    test_short_edge=240,
+    max_size=480,
+)
+
+dataloader = dict(
+    train=L(build_train_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="${data.name}_train", filter_empty=False),
+        mapper=L(DatasetMapper)(
+            is_train=True,
+            augmentations=[
+                L(T.ResizeShortestEdge)(
+                    short_edge_length="${data.short_edge}",
+                    sample_style="choice",
+                    max_size="${data.max_size}",
+                ),
+                L(T.RandomFlip)(horizontal=True),
+            ],
+            image_format="RGB",
+            use_instance_mask="${data.masks}",
+            instance_mask_format="bitmask",
+        ),
+        total_batch_size=4,
+        num_workers=2,
+        seed="${train.seed}",
+    ),
+    test=L(build_detection_test_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="${data.name}_val", filter_empty=False),
+        mapper=L(DatasetMapper)(
+            is_train=False,
+            augmentations=[
+                L(T.ResizeShortestEdge)(
+                    short_edge_length="${data.test_short_edge}", max_size="${data.max_size}"
+                ),
+            ],
+            image_format="${dataloader.train.mapper.image_format}",
+        ),
+        num_workers=2,
+    ),
+    evaluator=L(COCOEvaluator)(dataset_name="${data.name}_val", max_dets_per_image=100),
+)

@@ -1,0 +1,19 @@
+"""A schedule for small data: SGD, cosine after a short warm-up, whatever `train.max_iter` is."""
+from detectron2.config import LazyCall as L
+from detectron2.model_zoo import get_config
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import CosineParamScheduler
+
+from .train import train
+
+train.update(max_iter=600, eval_period=300, clip_grad_norm=10.0)
+train.checkpointer.update(period=300, max_to_keep=2)
+
+optimizer = get_config("common/optim.py").SGD
+optimizer.lr = 0.01
+
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
+    warmup_length=0.05,
+    warmup_factor=0.01,
+)

@@ -1,0 +1,55 @@
+"""Detectors small enough to train on a CPU: ResNet-FPN, 256-wide heads, 64 sampled regions an image."""
+from detectron2.layers import ShapeSpec
+from detectron2.model_zoo import get_config
+
+# Torchvision's normalisation: what ImageNet ResNet-18/34/50 weights were trained with.
+IMAGENET_RGB = dict(
+    pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375], input_format="RGB"
+)
+ANCHORS = [16, 32, 64, 128, 256]
+
+
+def _small_backbone(model, depth):
+    bottom_up = model.backbone.bottom_up
+    bottom_up.freeze_at = 0
+    bottom_up.stem.norm = "BN"
+    bottom_up.stages.update(depth=depth, norm="BN")
+    if depth < 50:
+        del bottom_up.stages.stride_in_1x1  # basic blocks have no 1x1 convolution
+    else:
+        bottom_up.stages.stride_in_1x1 = False
+
+
+def small_mask_rcnn(depth, num_classes):
+    """Mask R-CNN with a ResNet of the given depth."""
+    model = get_config("common/models/mask_rcnn_fpn.py").model
+    model.update(IMAGENET_RGB)
+    _small_backbone(model, depth)
+    model.proposal_generator.anchor_generator.sizes = [[s] for s in ANCHORS]
+    model.proposal_generator.update(pre_nms_topk=(500, 300), post_nms_topk=(300, 200))
+    heads = model.roi_heads
+    heads.update(num_classes=num_classes, batch_size_per_image=64)
+    heads.box_head.fc_dims = [256, 256]
+    heads.box_predictor.input_shape = ShapeSpec(channels=256)
+    heads.mask_head.conv_dims = [128, 128, 128]
+    return model
+
+
+def small_faster_rcnn(depth, num_classes):
+    """Faster R-CNN with a ResNet of the given depth."""
+    model = small_mask_rcnn(depth, num_classes)
+    for key in [k for k in model.roi_heads if k.startswith("mask_")]:
+        del model.roi_heads[key]
+    return model
+
+
+def small_retinanet(depth, num_classes):
+    """RetinaNet with a ResNet of the given depth."""
+    model = get_config("common/models/retinanet.py").model
+    model.update(IMAGENET_RGB)
+    _small_backbone(model, depth)
+    model.num_classes = num_classes
+    model.backbone.top_block.in_channels = 512 if depth < 50 else 2048
+    model.head.conv_dims = [256, 256]
+    model.anchor_generator.sizes = [[s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)] for s in ANCHORS]
+    return model

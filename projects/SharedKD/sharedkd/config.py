@@ -1,0 +1,183 @@
+"""LazyConfig helpers: a distillation pair in a few lines, own COCO-format data in four keys."""
+import os
+from typing import Any, Dict, Optional
+
+import torch
+from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import LazyCall as L
+from omegaconf import DictConfig, OmegaConf
+
+from .data.coco import check_coco, check_same_classes, register_coco
+from .errors import ConfigError
+from .losses import CrossLayer, IdenticalLayer
+from .meta_arch import SharedKD
+from .stages import Stage
+from .teacher import FrozenTeacher
+
+__all__ = [
+    "TRAIN_DEFAULTS",
+    "distill",
+    "load_config",
+    "published_stages",
+    "shared_kd_stages",
+]
+
+#: What `train` may hold beyond Detectron2's own keys.  They apply to plain and distilled runs alike.
+TRAIN_DEFAULTS = dict(
+    output_dir="./output",
+    init_checkpoint="",  # the student's initial weights: ImageNet backbone or detector
+    inherit=[],  # parts that the student copies from the teacher at the start: neck, head
+    eval_teacher=False,  # evaluate the teacher before the first iteration
+    max_iter=90000,
+    amp=dict(enabled=False, dtype=None),  # dtype: float16, bfloat16; None: float16 on CUDA, else bfloat16
+    clip_grad_norm=None,  # largest norm of the whole gradient
+    accumulate=1,  # batches per optimizer step
+    seed=0,  # negative: draw one, and write it into the saved config
+    fast_dev_run=False,  # 20 iterations, one evaluation, one checkpoint
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    checkpointer=dict(period=5000, max_to_keep=100),
+    eval_period=5000,
+    log_period=20,
+    device="cuda" if torch.cuda.is_available() else "cpu",
+)
+
+
+def published_stages(weight: float = 2.0) -> Dict[str, Any]:
+    """Shared-KD as published: raw mean squared errors of all levels, weight 2, from start to end.
+
+    Cross-layer distillation takes the backbone's stages, whose widths differ (our reading).
+    """
+    return dict(
+        identical=L(Stage)(loss=L(IdenticalLayer)(ignore_padding=False), weight=weight),
+        cross=L(Stage)(loss=L(CrossLayer)(tap="backbone", ignore_padding=False), weight=weight),
+    )
+
+
+def shared_kd_stages() -> Dict[str, Any]:
+    """Shared-KD with this project's defaults; docs/results.md has the measurements behind them."""
+    return dict(
+        identical=L(Stage)(
+            loss=L(IdenticalLayer)(
+                tap="fpn", strides=None, share="dense", distance="mse", normalize="instance"
+            ),
+            weight=2.0,
+            start=0,
+            ramp=0,
+            end=None,
+            relative=False,
+        ),
+        cross=L(Stage)(
+            loss=L(CrossLayer)(
+                tap="backbone",
+                strides=None,
+                pairs="dense",
+                direction="deep_to_shallow",
+                distance="mse",
+                normalize="instance",
+            ),
+            weight=0.1,
+            start=0,
+            ramp=0,
+            end=None,
+            relative=False,
+        ),
+    )
+
+
+def distill(
+    student: DictConfig,
+    teacher: Optional[str] = None,
+    weights: Optional[str] = None,
+    stages: Optional[Dict[str, Any]] = None,
+) -> DictConfig:
+    """The config node of a pair, with the keys ``student``, ``teacher`` and ``stages``.
+
+    Args:
+        student: LazyConfig node of a plain detector.
+        teacher, weights: see :class:`FrozenTeacher`; teacher None: teacher-free.
+        stages: name -> stage node; None: :func:`shared_kd_stages`.
+    """
+    return L(SharedKD)(
+        student=student,  # first: its random initialisation then equals the plain student's
+        teacher=None if teacher is None else L(FrozenTeacher)(config=teacher, weights=weights),
+        stages=shared_kd_stages() if stages is None else stages,
+        input_format="${dataloader.train.mapper.image_format}",
+    )
+
+
+def load_config(path: str, overrides=()) -> DictConfig:
+    """Read a LazyConfig, apply ``key=value`` overrides, fill in defaults, settle own data.
+
+    Raises:
+        ConfigError: no such file, an override that cannot be applied, or bad own data.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError("--config-file", path, "no such file", "name a config, see configs/")
+    try:
+        cfg = LazyConfig.load(path)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError("--config-file", path, f"cannot be read: {e}", "correct that file") from e
+    for override in overrides:
+        try:
+            cfg = LazyConfig.apply_overrides(cfg, [override])
+        except Exception as e:
+            raise ConfigError("override", override, f"cannot be applied: {e}", "write key=value") from e
+    for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
+        if key not in cfg:
+            raise ConfigError("--config-file", path, f"has no `{key}`", "start from a file of configs/")
+    cfg.train = OmegaConf.merge(OmegaConf.create(TRAIN_DEFAULTS), cfg.get("train", {}))
+    if cfg.train.fast_dev_run:
+        cfg.train.max_iter = cfg.train.eval_period = cfg.train.checkpointer.period = 20
+        cfg.train.log_period = 1
+    if "data" in cfg:
+        settle_own_data(cfg)
+    return cfg
+
+
+def settle_own_data(cfg: DictConfig) -> None:
+    """Check and register the COCO-format data of ``cfg.data``, and count its classes.
+
+    Sets ``data.num_classes``, to which the model refers.
+
+    Raises:
+        ConfigError: a key is not set, or see :mod:`sharedkd.data.coco`.
+    """
+    data = cfg.data
+    for key in ("train_json", "val_json", "train_images", "val_images"):
+        if not data.get(key):
+            raise ConfigError(
+                f"data.{key}", data.get(key), "is not set", f"add data.{key}=PATH to the command"
+            )
+    summaries = {}
+    for split in ("train", "val"):
+        json_file, images = data[f"{split}_json"], data[f"{split}_images"]
+        summaries[split] = check_coco(
+            json_file, images, f"data.{split}_json", f"data.{split}_images", train=split == "train"
+        )
+        register_coco(f"{data.name}_{split}", json_file, images)
+    check_same_classes(summaries["train"], summaries["val"])
+    data.num_classes = len(summaries["train"].classes)
+
+
+def add_sharedkd_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.SHAREDKD`` to a classic config, whose META_ARCHITECTURE is then ``SharedKD``."""
+    cfg.MODEL.SHAREDKD = CfgNode(
+        dict(STUDENT="GeneralizedRCNN", TEACHER=dict(CONFIG="", WEIGHTS=None), PUBLISHED=False)
+    )
+
+
+def parts_from_cfg(cfg: CfgNode) -> Dict[str, Any]:
+    """SharedKD's arguments from a classic config, see :func:`add_sharedkd_config`."""
+    from detectron2.config import instantiate
+    from detectron2.modeling import META_ARCH_REGISTRY
+
+    keys = cfg.MODEL.SHAREDKD
+    stages = published_stages() if keys.PUBLISHED else shared_kd_stages()
+    return dict(
+        student=META_ARCH_REGISTRY.get(keys.STUDENT)(cfg),
+        teacher=FrozenTeacher(keys.TEACHER.CONFIG, keys.TEACHER.WEIGHTS),
+        stages={name: instantiate(stage) for name, stage in stages.items()},
+        input_format=cfg.INPUT.FORMAT,
+    )

@@ -1,0 +1,253 @@
+"""A run from its config: build, train, evaluate.  The command lines in tools/ only call this."""
+import logging
+import os
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from typing import Any, Dict, Optional
+
+import torch
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_setup, default_writers, hooks
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .checkpoint import StudentCheckpointer, inherit, initialise, load_trained
+from .config import load_config
+from .data.coco import check_coco
+from .errors import ConfigError
+from .meta_arch import SharedKD
+from .trainer import SharedKDTrainer
+
+__all__ = ["run", "build", "train", "evaluate"]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+
+def run(args) -> Dict[str, Any]:
+    """Train, or with ``--eval-only`` evaluate, what the command line names.
+
+    Everything that can be wrong is built and checked before anything is written.
+
+    Args:
+        args: of Detectron2's ``default_argument_parser``.
+
+    Returns:
+        the last evaluation's results; empty without an evaluator.
+
+    Raises:
+        ConfigError, NonFiniteLossError
+    """
+    with _log_later() as log_now:
+        cfg = load_config(args.config_file, args.opts)
+        _check_device(cfg)
+        if not args.eval_only:
+            _check_output(cfg.train.output_dir, args.resume)
+        if comm.is_main_process():
+            check_datasets(cfg, args.eval_only)
+        if cfg.train.seed < 0:
+            cfg.train.seed = comm.shared_random_seed()
+        seed_all_rng(cfg.train.seed + comm.get_rank())
+        resuming = args.resume and os.path.isfile(os.path.join(cfg.train.output_dir, "last_checkpoint"))
+        model = build(cfg, trained=args.eval_only, resuming=resuming)
+        if not args.eval_only:
+            trainer = build_trainer(cfg, model)
+        default_setup(cfg, args)
+        log_now()
+    if args.eval_only:
+        return evaluate(cfg, model)
+    return train(cfg, trainer, resuming)
+
+
+def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.Module:
+    """The model on its device, with its initial weights.
+
+    Args:
+        trained: ``train.init_checkpoint`` is a trained student, to be evaluated: no teacher is built.
+        resuming: the weights come from the run's own checkpoint later.
+    """
+    node = cfg.model.student if trained and "student" in cfg.model else cfg.model
+    model = instantiate(node)
+    student = getattr(model, "student", model)
+    if trained:
+        if not cfg.train.init_checkpoint:
+            raise ConfigError(
+                "train.init_checkpoint", "''", "is empty, there is nothing to evaluate",
+                "set it to the trained student's checkpoint",
+            )
+        load_trained(student, cfg.train.init_checkpoint, "train.init_checkpoint")
+    elif not resuming:
+        initialise(student, cfg.train.init_checkpoint)
+        teacher = getattr(model, "teacher", None)
+        if cfg.train.inherit:
+            if teacher is None:
+                raise ConfigError(
+                    "train.inherit", list(cfg.train.inherit), "there is no teacher",
+                    "set model.teacher or use train.inherit=[]",
+                )
+            inherit(student, teacher.model, cfg.train.inherit)
+    return model.to(cfg.train.device)
+
+
+def build_trainer(cfg: DictConfig, model: nn.Module) -> SharedKDTrainer:
+    """Optimizer, data loader, DDP and trainer around a model."""
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    del cfg.optimizer.params.model  # so that the config can still be saved
+    loader = instantiate(cfg.dataloader.train)
+    on_cpu = torch.device(cfg.train.device).type == "cpu"
+    ddp = {**cfg.train.ddp, **(dict(device_ids=None) if on_cpu else {})}
+    return SharedKDTrainer(
+        create_ddp_model(model, **ddp),
+        loader,
+        optimizer,
+        max_iter=cfg.train.max_iter,
+        seed=cfg.train.seed,
+        amp_dtype=_amp_dtype(cfg),
+        clip_grad_norm=cfg.train.clip_grad_norm,
+        accumulate=cfg.train.accumulate,
+    )
+
+
+def train(cfg: DictConfig, trainer: SharedKDTrainer, resuming: bool = False) -> Dict[str, Any]:
+    """Train to ``train.max_iter``; returns the last evaluation's results."""
+    model = trainer.model
+    module = getattr(model, "module", model)
+    extra = {"distillation": module.losses} if isinstance(module, SharedKD) else {}
+    checkpointer = StudentCheckpointer(model, cfg.train.output_dir, trainer=trainer, **extra)
+    results: Dict[str, Any] = {}
+
+    def test():
+        results.clear()
+        results.update(evaluate(cfg, model))
+        return results
+
+    main = comm.is_main_process()
+    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+            hooks.EvalHook(cfg.train.eval_period, test),
+            hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
+        ]
+    )
+    start = 0
+    if resuming:
+        checkpointer.load(checkpointer.get_checkpoint_file())
+        start = trainer.iter + 1
+        trainer.data_loader.first_batch = start * cfg.train.accumulate
+    elif cfg.train.eval_teacher:
+        evaluate_teacher(cfg, module)
+    trainer.train(start, cfg.train.max_iter)
+    return results
+
+
+def evaluate(cfg: DictConfig, model) -> Dict[str, Any]:
+    """Run ``dataloader.evaluator`` (any DatasetEvaluator, or a list of them) on ``dataloader.test``."""
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    )
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results or {}
+
+
+def evaluate_teacher(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
+    """Evaluate the teacher on the student's validation data, and log its results."""
+    teacher = getattr(model, "teacher", None)
+    if teacher is None:
+        return {}
+    ours, theirs = num_classes(model.student), num_classes(teacher.model)
+    if ours != theirs:
+        logger.warning(
+            f"train.eval_teacher: the teacher has {theirs} classes and the data {ours}: its head "
+            "cannot be evaluated here"
+        )
+        return {}
+    logger.info("The teacher's results, before the first iteration:")
+    return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format))
+
+
+def num_classes(detector: nn.Module) -> Optional[int]:
+    """How many classes a Detectron2 detector tells apart; None if it does not say."""
+    for module in (detector, getattr(detector, "roi_heads", None)):
+        if hasattr(module, "num_classes"):
+            return module.num_classes
+    return None
+
+
+def check_datasets(cfg: DictConfig, eval_only: bool = False) -> None:
+    """Check every COCO-format data set that the config names, before anything is built.
+
+    Raises:
+        ConfigError: an unknown name, or a data set with missing or broken files.
+    """
+    for split in ("test",) if eval_only else ("train", "test"):
+        key = f"dataloader.{split}.dataset.names"
+        names = OmegaConf.select(cfg, key)
+        for name in [names] if isinstance(names, str) else names or []:
+            if name not in DatasetCatalog.list():
+                raise ConfigError(key, name, "is not registered", "use configs/custom_coco.py")
+            metadata = MetadataCatalog.get(name)
+            if "data" not in cfg and metadata.get("json_file"):  # own data is checked already
+                check_coco(metadata.json_file, metadata.image_root, key, f"{key} (images)")
+
+
+def _check_device(cfg: DictConfig) -> None:
+    name = cfg.train.device
+    try:
+        device = torch.device(name)
+        there = device.type == "cpu" or torch.empty(1, device=device).device.type == device.type
+    except Exception:
+        there = False
+    if not there:
+        raise ConfigError("train.device", name, "there is no such device here", "use train.device=cpu")
+
+
+def _check_output(output_dir: str, resume: bool) -> None:
+    if not resume and os.path.isfile(os.path.join(output_dir, "last_checkpoint")):
+        raise ConfigError(
+            "train.output_dir", output_dir, "holds another run's checkpoint",
+            "add --resume to continue that run, or choose another folder",
+        )
+
+
+def _amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
+    if not cfg.train.amp.enabled:
+        return None
+    cuda = torch.device(cfg.train.device).type == "cuda"
+    name = cfg.train.amp.dtype or ("float16" if cuda else "bfloat16")
+    if name not in ("float16", "bfloat16"):
+        raise ConfigError("train.amp.dtype", name, "no such type", "use float16 or bfloat16")
+    return getattr(torch, name)
+
+
+@contextmanager
+def _log_later():
+    """Keep Detectron2's log messages until :func:`default_setup` has opened the log."""
+    memory = MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
+    for each in loggers:
+        each.addHandler(memory)
+        each.setLevel(logging.INFO)
+
+    def log_now():
+        for each in loggers:
+            each.removeHandler(memory)
+        for record in memory.buffer:
+            logging.getLogger(record.name).handle(record)
+        memory.buffer.clear()
+
+    try:
+        yield log_now
+    finally:
+        for each in loggers:
+            each.removeHandler(memory)

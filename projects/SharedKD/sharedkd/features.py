@@ -1,0 +1,101 @@
+"""Taking a detector's feature maps without touching the detector, and keying them by stride."""
+from contextlib import contextmanager
+from typing import Dict, Iterator, List
+
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .losses.base import Maps, Shapes
+
+__all__ = ["FeatureTap", "pyramid_shapes", "crop_to"]
+
+
+def _tapped_modules(detector: nn.Module) -> Dict[str, nn.Module]:
+    """tap -> the module whose output dict it takes."""
+    backbone = getattr(detector, "backbone", None)
+    if not hasattr(backbone, "output_shape"):
+        raise ConfigError(
+            "model", type(detector).__name__, "has no `.backbone` with an output_shape()",
+            "use a detector with a Detectron2 Backbone, such as GeneralizedRCNN, RetinaNet or FCOS",
+        )
+    modules = {"fpn": backbone}
+    if hasattr(backbone, "bottom_up"):
+        modules["backbone"] = backbone.bottom_up
+    return modules
+
+
+def pyramid_shapes(detector: nn.Module) -> Shapes:
+    """tap -> stride -> channels of a detector's feature maps.
+
+    Raises:
+        ConfigError: a detector without a Detectron2 backbone.
+    """
+    return {
+        tap: {spec.stride: spec.channels for spec in module.output_shape().values()}
+        for tap, module in _tapped_modules(detector).items()
+    }
+
+
+class FeatureTap:
+    """Takes a detector's maps while its own forward runs.
+
+    What the detector does with its maps afterwards must not change what a loss sees.  So the first
+    capture copies each map and looks whether the detector wrote into the original; copying goes on
+    only for a tap where that happened, and a later write into a map that was not copied is an error.
+
+    Args:
+        detector: a module with ``.backbone``; it is not registered here.
+    """
+
+    def __init__(self, detector: nn.Module):
+        self._modules = _tapped_modules(detector)
+        self._strides = {
+            tap: {name: spec.stride for name, spec in module.output_shape().items()}
+            for tap, module in self._modules.items()
+        }
+        self._writes = {}  # tap -> whether the detector writes into these maps, once known
+
+    @contextmanager
+    def capture(self, taps) -> Iterator[Maps]:
+        """Within the block, the detector's forward fills the yielded dict: tap -> stride -> map.
+
+        Args:
+            taps: which of ``fpn`` and ``backbone`` to take.
+
+        Raises:
+            RuntimeError: the detector began to change its maps in place after its first step.
+        """
+        maps: Maps = {}
+        versions: Dict[str, List] = {}
+
+        def take(tap):
+            def hook(module, args, output):
+                known = {self._strides[tap][name]: x for name, x in output.items() if name in self._strides[tap]}
+                copy = self._writes.get(tap, True)
+                maps[tap] = {stride: x.clone() if copy else x for stride, x in known.items()}
+                versions[tap] = [(x, x._version) for x in known.values()]
+
+            return hook
+
+        handles = [self._modules[tap].register_forward_hook(take(tap)) for tap in sorted(taps)]
+        try:
+            yield maps
+        finally:
+            for handle in handles:
+                handle.remove()
+        for tap, seen in versions.items():
+            written = any(x._version != version for x, version in seen)
+            if written and not self._writes.get(tap, True):
+                raise RuntimeError(
+                    f"the detector changed its {tap} feature maps in place, which it did not do in "
+                    "its first step: a distillation loss would see wrong values"
+                )
+            self._writes.setdefault(tap, written)
+
+
+def crop_to(x: Tensor, like: Tensor) -> Tensor:
+    """The part of ``x`` (N, C, H, W) that shows the same pixels as ``like`` of the same stride.
+
+    Detectron2 pads at the right and at the bottom, so this is the top left part.
+    """
+    return x[..., : like.shape[-2], : like.shape[-1]]

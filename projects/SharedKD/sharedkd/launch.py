@@ -1,0 +1,97 @@
+"""Starting a run's processes: Detectron2's launch where it works, torchrun, and several CPU processes."""
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+
+from .errors import ConfigError, NonFiniteLossError
+
+__all__ = ["launch"]
+
+
+def launch(main, args) -> None:
+    """Run ``main(args)`` in as many processes as the command line asks for; never returns an error.
+
+    Under ``torchrun`` this process joins the group it finds in the environment.  Otherwise
+    ``--num-gpus`` processes are started on this machine: one per GPU, or CPU processes over gloo
+    where there is no GPU (Detectron2 0.6 cannot do that).  A ConfigError or NonFiniteLossError ends
+    the program with one line and exit status 1.
+    """
+    world_size = args.num_gpus * args.num_machines
+    try:
+        if "LOCAL_RANK" in os.environ:
+            _worker(int(os.environ["LOCAL_RANK"]), main, args, from_environment=True)
+        elif world_size > 1 and not torch.cuda.is_available():
+            mp.start_processes(_worker, nprocs=args.num_gpus, args=(main, args), start_method="spawn")
+        else:
+            _check_gpus(args)
+            detectron2_launch(
+                _guarded,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args),
+            )
+    except mp.ProcessExitedException as e:  # the process itself has said why
+        sys.exit(e.exit_code)
+    except ConfigError as e:
+        _say_and_exit(e)
+
+
+def _check_gpus(args) -> None:
+    if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
+        raise ConfigError(
+            "--num-gpus", args.num_gpus, f"this machine has {torch.cuda.device_count()}",
+            "ask for no more than that",
+        )
+
+
+def _guarded(main, args) -> None:
+    try:
+        main(args)
+    except (ConfigError, NonFiniteLossError) as e:
+        _say_and_exit(e)
+
+
+def _say_and_exit(error: Exception) -> None:
+    if comm.is_main_process():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def _worker(local_rank: int, main, args, from_environment: bool = False) -> None:
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if from_environment:
+        dist.init_process_group("nccl" if cuda else "gloo")
+        per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
+    else:
+        per_machine = args.num_gpus
+        dist.init_process_group(
+            "gloo",
+            init_method=args.dist_url,
+            world_size=per_machine * args.num_machines,
+            rank=per_machine * args.machine_rank + local_rank,
+        )
+    _form_local_group(per_machine)
+    try:
+        _guarded(main, args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _form_local_group(per_machine: int) -> None:
+    """Tell Detectron2 which ranks share this machine."""
+    if hasattr(comm, "create_local_process_group"):
+        return comm.create_local_process_group(per_machine)
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    for first in range(0, world_size, per_machine):
+        group = dist.new_group(list(range(first, first + per_machine)))
+        if first <= rank < first + per_machine:
+            comm._LOCAL_PROCESS_GROUP = group

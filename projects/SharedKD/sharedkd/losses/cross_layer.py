@@ -1,0 +1,91 @@
+"""Cross-layer distillation inside the student: its levels learn from each other."""
+from itertools import combinations
+from typing import Dict, List, Optional, Tuple
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from .alignment import align
+from .base import Batch, DistillationLoss, Shapes
+from .distance import Distance
+
+__all__ = ["CrossLayer"]
+
+PAIRS = ("dense", "adjacent")
+DIRECTIONS = ("deep_to_shallow", "shallow_to_deep", "mutual")
+
+
+class CrossLayer(DistillationLoss):
+    """The hard jump from teacher level k to student level l, second half: student k to student l.
+
+    Shared Knowledge Distillation (Electronics 2024, 13(8), 1595)::
+
+        L_cross = sum over pairs (l, k), l shallower than k, of D(align(S_l, S_k), sg(...))
+
+    Our reading: ``deep_to_shallow`` takes the deeper map as the detached target,
+    ``shallow_to_deep`` the shallower, ``mutual`` is the sum of both.  Reads no teacher; alone it is
+    teacher-free self-distillation.  No parameters.
+
+    Example::
+
+        model.stages.cross = L(Stage)(loss=L(CrossLayer)(tap="backbone"), weight=2.0)
+
+    Args:
+        tap, strides: see :class:`DistillationLoss`; at least two levels.
+        pairs: ``dense`` (every two levels) or ``adjacent`` (neighbours).
+        direction: ``mutual``, ``deep_to_shallow`` or ``shallow_to_deep``.
+        distance, normalize, ignore_padding: see :class:`IdenticalLayer`.
+    """
+
+    needs = frozenset()
+
+    def __init__(
+        self,
+        tap: str = "fpn",
+        strides: Optional[List[int]] = None,
+        pairs: str = "dense",
+        direction: str = "mutual",
+        distance: str = "mse",
+        normalize: str = "none",
+        ignore_padding: bool = True,
+    ):
+        super().__init__(tap, strides)
+        for key, value, known in (("pairs", pairs, PAIRS), ("direction", direction, DIRECTIONS)):
+            if value not in known:
+                raise ConfigError(key, value, "no such name", f"use one of {', '.join(known)}")
+        self.pairs = pairs
+        self.direction = direction
+        self.distance = Distance(distance, normalize)
+        self.ignore_padding = ignore_padding
+
+    def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
+        super().bind(student, teacher, key)
+        if len(self.strides) < 2:
+            raise ConfigError(
+                f"{key}.strides", self.strides, "cross-layer distillation pairs up levels",
+                "name at least two strides",
+            )
+
+    def level_pairs(self) -> List[Tuple[int, int]]:
+        """(shallower stride, deeper stride) of every pair, after :meth:`bind`."""
+        if self.pairs == "dense":
+            return list(combinations(self.strides, 2))
+        return list(zip(self.strides, self.strides[1:]))
+
+    def forward(self, batch: Batch) -> Dict[str, Tensor]:
+        maps = batch.student[self.tap]
+        terms = {}
+        for shallow, deep in self.level_pairs():
+            s, d = maps[shallow], maps[deep]
+            if self.direction == "deep_to_shallow":
+                d = d.detach()
+            elif self.direction == "shallow_to_deep":
+                s = s.detach()
+            s, d = align(s, d)
+            mask = batch.inside(d, deep) if self.ignore_padding else None
+            term = self.distance(s, d, mask)
+            if self.direction == "mutual":
+                # D(s, sg(d)) + D(sg(s), d) has the gradient of D(s, d) and twice its value.
+                term = term + term.detach()
+            terms[f"s{shallow}_s{deep}"] = term
+        return terms

@@ -1,0 +1,59 @@
+"""Identical-layer distillation: teacher to student, level by level."""
+from typing import Dict, List, Optional
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from .alignment import align
+from .base import Batch, DistillationLoss
+from .distance import Distance
+from .teacher_share import SHARES, shared_target
+
+__all__ = ["IdenticalLayer"]
+
+
+class IdenticalLayer(DistillationLoss):
+    """Same level, same semantics: the easy step.
+
+    Shared Knowledge Distillation (Electronics 2024, 13(8), 1595)::
+
+        L_identical = sum_l D(align(S_l), sg(align(T~_l)))
+
+    with the shared targets T~ of :mod:`~sharedkd.losses.teacher_share`.  No parameters.
+
+    Example::
+
+        model.stages.identical = L(Stage)(loss=L(IdenticalLayer)(share="dense"), weight=2.0)
+
+    Args:
+        tap, strides: see :class:`DistillationLoss`.
+        share: ``dense``, ``adjacent`` or ``none``.
+        distance: ``mse``, ``l1``, ``smooth_l1``, ``cosine``.
+        normalize: ``none`` (as published), ``channel``, ``instance``, ``position``.
+        ignore_padding: leave positions on the batch's padding out of the distance.
+    """
+
+    def __init__(
+        self,
+        tap: str = "fpn",
+        strides: Optional[List[int]] = None,
+        share: str = "dense",
+        distance: str = "mse",
+        normalize: str = "none",
+        ignore_padding: bool = True,
+    ):
+        super().__init__(tap, strides)
+        if share not in SHARES:
+            raise ConfigError("share", share, "no such name", f"use one of {', '.join(SHARES)}")
+        self.share = share
+        self.distance = Distance(distance, normalize)
+        self.ignore_padding = ignore_padding
+
+    def forward(self, batch: Batch) -> Dict[str, Tensor]:
+        student, teacher = batch.student[self.tap], batch.teacher[self.tap]
+        terms = {}
+        for stride in self.strides:
+            s, t = align(student[stride], shared_target(teacher, stride, self.share).detach())
+            mask = batch.inside(s, stride) if self.ignore_padding else None
+            terms[f"s{stride}"] = self.distance(s, t, mask)
+        return terms

@@ -1,0 +1,144 @@
+"""The meta-architecture: student and teacher side by side in training, the student alone in inference."""
+from typing import Any, Dict, List, Mapping, Optional
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .features import FeatureTap, crop_to, pyramid_shapes
+from .losses.base import Batch, Maps
+from .stages import Stage
+from .teacher import FrozenTeacher
+
+__all__ = ["SharedKD"]
+
+
+@META_ARCH_REGISTRY.register()
+class SharedKD(nn.Module):
+    """An unmodified Detectron2 detector that learns from a frozen one.
+
+    In training the student's own forward runs; forward hooks take its feature maps, the teacher
+    runs up to its FPN on the same pixels, and the stages' losses compare the two.  In inference, and
+    in every checkpoint, there is only the student.
+
+    Args:
+        student: any detector with ``.backbone`` (GeneralizedRCNN, RetinaNet, FCOS, ...).
+        teacher: the frozen teacher; None for teacher-free (cross-layer only) distillation.
+        stages: name -> :class:`Stage`.
+        input_format: channel order of the images that the data loader delivers.
+
+    Raises:
+        ConfigError: a stage that is no Stage, needs a teacher that is not there, or finds no common
+            stride; an image format that contradicts the student's.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Optional[FrozenTeacher] = None,
+        stages: Optional[Mapping[str, Stage]] = None,
+        input_format: str = "BGR",
+    ):
+        super().__init__()
+        expected = getattr(student, "input_format", None) or input_format
+        if expected != input_format:
+            raise ConfigError(
+                "dataloader.train.mapper.image_format", input_format,
+                f"contradicts the student's input_format={expected}", "set both to the same order",
+            )
+        self.student = student
+        self.teacher = teacher
+        self.stages: Dict[str, Stage] = dict(stages or {})
+        self.input_format = input_format
+        self._tap = FeatureTap(student)
+
+        shapes = pyramid_shapes(student)
+        for name, stage in self.stages.items():
+            key = f"model.stages.{name}"
+            if not isinstance(stage, Stage):
+                raise ConfigError(key, stage, "is not a Stage", "use L(Stage)(loss=..., weight=...)")
+            stage.check(key)
+            stage.loss.bind(shapes, teacher and teacher.shapes, f"{key}.loss")
+        # Registered for DDP, the optimizer and device moves; most losses have no parameters.
+        self.losses = nn.ModuleDict({name: stage.loss for name, stage in self.stages.items()})
+
+    @classmethod
+    def from_config(cls, cfg) -> Dict[str, Any]:
+        """For a classic yaml config with the keys of :func:`sharedkd.config.add_sharedkd_config`."""
+        from .config import parts_from_cfg
+
+        return parts_from_cfg(cfg)
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def forward(
+        self, batched_inputs: List[Dict[str, Any]], weights: Optional[Mapping[str, float]] = None
+    ):
+        """
+        Args:
+            batched_inputs: Detectron2's records, as for the student.
+            weights: stage name -> weight in this step, in training; a stage that is left out or
+                weighs zero is not computed.  None: every stage at its full weight.
+
+        Returns:
+            In training: the student's own losses, and ``distill/<stage>/<term>`` for each term of
+            each active stage, times its weight.  In inference: what the student returns.
+        """
+        if not self.training:
+            return self.student(batched_inputs)
+        if weights is None:
+            weights = {name: stage.weight for name, stage in self.stages.items()}
+        active = {name: w for name, w in weights.items() if w}
+        if not active:
+            return self.student(batched_inputs)
+
+        taps = frozenset().union(*(self.losses[name].taps for name in active))
+        teacher = None
+        # First the teacher: its temporaries are gone before the student's graph is built.
+        if any("teacher" in self.losses[name].needs for name in active):
+            teacher = self.teacher.features(
+                batched_inputs, taps, self.input_format, self.student.backbone.size_divisibility
+            )
+        with self._tap.capture(taps) as student:
+            losses = self.student(batched_inputs)
+        batch = Batch(
+            student=student,
+            teacher=teacher and self._same_pixels(teacher, student),
+            image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
+            inputs=batched_inputs,
+        )
+        with torch.autocast(self.device.type, enabled=False):
+            for name, weight in active.items():
+                for term, value in self.losses[name](batch).items():
+                    losses[f"distill/{name}/{term}"] = weight * value
+        return losses
+
+    @staticmethod
+    def _same_pixels(teacher: Maps, student: Maps) -> Maps:
+        return {
+            tap: {
+                stride: crop_to(x, student[tap][stride]) if stride in student[tap] else x
+                for stride, x in maps.items()
+            }
+            for tap, maps in teacher.items()
+        }
+
+    # The teacher is no submodule, yet goes where the model goes.
+    def _apply(self, fn, *args, **kwargs):
+        if self.teacher is not None:
+            self.teacher.apply_to_tensors(fn)
+        return super()._apply(fn, *args, **kwargs)
+
+    # A checkpoint of this model is a checkpoint of the student, with plain Detectron2's names.
+    # What losses own rides beside it (see sharedkd.engine).
+    def state_dict(self, *args, **kwargs) -> Dict[str, Tensor]:
+        return self.student.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        return self.student.load_state_dict(state_dict, *args, **kwargs)

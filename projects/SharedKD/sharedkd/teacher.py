@@ -1,0 +1,182 @@
+"""The teacher: built by name, path or config, loaded and verified, frozen, run up to its FPN."""
+import logging
+import os
+from math import lcm
+from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Union
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+from detectron2.structures import ImageList
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .checkpoint import load_trained
+from .errors import ConfigError
+from .features import FeatureTap, pyramid_shapes
+from .losses.base import Maps
+
+__all__ = ["FrozenTeacher"]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+KEY = "model.teacher"
+
+
+class FrozenTeacher:
+    """A trained detector that only ever runs forward.
+
+    It is not an ``nn.Module``: no parameter of it is seen by ``modules()``, ``parameters()``,
+    ``state_dict()``, DDP or the optimizer of a model that holds it, and ``train()`` does not reach
+    it.  It is always in eval mode.
+
+    Args:
+        config: a model-zoo name (``COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml``, or a LazyConfig
+            ``.py``), a path to such a file (a run's saved ``config.yaml`` too), a config object, a
+            LazyConfig model node, or a model.  Of a distillation config, the student is taken.
+        weights: ``detectron2://...``, URL, ``.pkl`` or ``.pth``.  None: the zoo's weights of a zoo
+            name.  An empty string leaves the model as built (to try things out; it is logged).
+        input_format: channel order the teacher was trained with, ``BGR`` or ``RGB``.  None: as its
+            config says.
+
+    Raises:
+        ConfigError: not in the zoo and no such file; no weights, unreadable weights, or weights that
+            do not fill every parameter of this model.
+    """
+
+    def __init__(
+        self,
+        config: Union[str, CfgNode, DictConfig, nn.Module],
+        weights: Optional[str] = None,
+        input_format: Optional[str] = None,
+    ):
+        if weights is None and isinstance(config, str):
+            weights = _zoo_weights(config)
+        if weights is None:
+            raise ConfigError(
+                f"{KEY}.weights", None, "this teacher is not in the model zoo, so it has no weights",
+                "set it to the teacher's .pth or .pkl file",
+            )
+        self.name = config if isinstance(config, str) else type(config).__name__
+        self.weights = weights
+        self.model, configured_format = _build(config)
+        self.input_format = (
+            input_format or configured_format or getattr(self.model, "input_format", None) or "BGR"
+        )
+        if weights:
+            load_trained(self.model, weights, f"{KEY}.weights")
+        else:
+            logger.warning(f"{KEY}.weights is empty: the teacher {self.name} is not trained")
+        self.model.requires_grad_(False).eval()
+        self.shapes = pyramid_shapes(self.model)
+        self._tap = FeatureTap(self.model)
+
+    def to(self, device) -> "FrozenTeacher":
+        """Move the teacher; returns itself."""
+        self.model.to(device)
+        return self
+
+    def apply_to_tensors(self, fn) -> None:
+        """Follow a module's ``_apply``: device and type moves of the model that holds this teacher."""
+        self.model._apply(fn)
+
+    @torch.no_grad()
+    def features(
+        self,
+        batched_inputs: List[Dict[str, Any]],
+        taps: FrozenSet[str],
+        input_format: str = "BGR",
+        size_divisibility: int = 0,
+    ) -> Maps:
+        """Run backbone and FPN on the student's images, with the teacher's own normalisation.
+
+        Args:
+            batched_inputs: Detectron2's records; ``image`` is a (3, H, W) tensor.
+            taps: which maps to return.
+            input_format: the channel order of the images.
+            size_divisibility: the student's; both paddings then cover the same pixels.
+
+        Returns:
+            tap -> stride -> (N, C, H, W), without gradient.
+        """
+        images = self.preprocess(batched_inputs, input_format, size_divisibility)
+        with self._tap.capture(taps) as maps:
+            self.model.backbone(images.tensor)
+        return maps
+
+    @torch.no_grad()
+    def predict(self, batched_inputs: List[Dict[str, Any]], input_format: str = "BGR"):
+        """The teacher's own detections on images of the given channel order."""
+        if input_format != self.input_format:
+            batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+        return self.model(batched_inputs)
+
+    def preprocess(self, batched_inputs, input_format: str, size_divisibility: int) -> ImageList:
+        """Channel order first, then mean and std, then padding."""
+        model = self.model
+        images = [x["image"].to(model.pixel_mean.device) for x in batched_inputs]
+        if input_format != self.input_format:
+            images = [x.flip(0) for x in images]
+        images = [(x - model.pixel_mean) / model.pixel_std for x in images]
+        both = lcm(max(model.backbone.size_divisibility, 1), max(size_divisibility, 1))
+        return ImageList.from_tensors(images, both)
+
+
+def _zoo_weights(name: str) -> Optional[str]:
+    try:
+        return model_zoo.get_checkpoint_url(name)
+    except RuntimeError:
+        return None
+
+
+def _build(config) -> Tuple[nn.Module, Optional[str]]:
+    """(model on the CPU, the input format its config names or None)"""
+    if isinstance(config, nn.Module):
+        return getattr(config, "student", config), None
+    if isinstance(config, str):
+        config = _read(config)
+    if isinstance(config, CfgNode):
+        config = config.clone()
+        config.defrost()
+        config.MODEL.DEVICE = "cpu"
+        config.MODEL.WEIGHTS = ""
+        return build_model(config), config.INPUT.FORMAT
+    node = config.model if "model" in config else config
+    if "student" in node:
+        node = node.student
+    try:
+        model = instantiate(node)
+    except Exception as e:
+        raise ConfigError(
+            f"{KEY}.config", str(node.get("_target_")), f"cannot be built: {e}", "correct that config"
+        ) from e
+    return model, OmegaConf.select(config, "dataloader.train.mapper.image_format", default=None)
+
+
+def _read(name: str) -> Union[CfgNode, DictConfig]:
+    path = name
+    if not os.path.isfile(path):
+        try:
+            path = model_zoo.get_config_file(name)
+        except RuntimeError:
+            raise ConfigError(
+                f"{KEY}.config", name, "is neither a file nor a name in Detectron2's model zoo",
+                "use a path, or a name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
+            ) from None
+    try:
+        if path.endswith(".py") or _is_lazy_yaml(path):
+            return LazyConfig.load(path)
+        config = get_cfg()
+        config.merge_from_file(path)
+        return config
+    except Exception as e:
+        raise ConfigError(
+            f"{KEY}.config", name, f"cannot be read: {e}", "correct that file"
+        ) from e
+
+
+def _is_lazy_yaml(path: str) -> bool:
+    """A LazyConfig saved as yaml has a `model` node; Detectron2's classic configs have `MODEL`."""
+    with open(path) as f:
+        return any(line.startswith("model:") for line in f)

@@ -1,0 +1,17 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector, distilled or plain, from a LazyConfig.
+
+The flags are those of Detectron2's own script; `torchrun` may start it too.  Examples:
+
+    tools/lazyconfig_train_net.py --config-file configs/mask_rcnn_sharedkd.py --num-gpus 8
+    tools/lazyconfig_train_net.py --config-file configs/mask_rcnn_sharedkd.py --resume
+    tools/lazyconfig_train_net.py --config-file configs/mask_rcnn_sharedkd.py --eval-only \
+        train.init_checkpoint=output/model_final.pth
+"""
+from detectron2.engine import default_argument_parser
+
+from sharedkd.engine import run
+from sharedkd.launch import launch
+
+if __name__ == "__main__":
+    launch(run, default_argument_parser(epilog=__doc__).parse_args())
