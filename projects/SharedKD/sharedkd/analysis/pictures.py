@@ -1,0 +1,226 @@
+"""Pictures of trained detectors: what they find next to the ground truth, and their loss curves.
+
+Figures are built through Matplotlib's object-oriented API, so no display, backend or global figure
+state is involved.
+"""
+
+import colorsys
+import itertools
+import json
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils.visualizer import Visualizer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["detector_loss", "loss_curves", "read_curves", "side_by_side"]
+
+_DISTILLATION = "distill/"
+_CELL = 3.6  # inches, the width of one picture of the grid
+_DRAWN_WIDTH = 640  # pixels, at least: lines and letters drawn on a tiny image would be blocks
+_LABEL = 0.022  # points of a label's font per pixel of the image's width
+
+
+def side_by_side(
+    dataset_name: str,
+    models: Mapping[str, Callable[[List[Dict[str, Any]]], List[Dict[str, Any]]]],
+    mapper: Callable[[Dict[str, Any]], Dict[str, Any]],
+    path: str,
+    images: int = 4,
+    score_threshold: float = 0.5,
+) -> Figure:
+    """Draw a grid: one row per image, the ground truth and then each model's detections in columns.
+
+    The images are those with the most annotated objects; of equals, the first ones of the dataset.
+
+    Args:
+        dataset_name: a registered dataset with annotations.
+        models: column title to a Detectron2 model in evaluation mode.
+        mapper: the test-time mapper, from a dataset dict to a model input.
+        path: the PNG file to write.
+        images: how many rows, fewer if the dataset has fewer images.
+        score_threshold: detections with a lower score are not drawn.
+
+    Returns:
+        The figure that was written.
+    """
+    classes = MetadataCatalog.get(dataset_name).thing_classes
+    samples = sorted(DatasetCatalog.get(dataset_name), key=lambda sample: -_object_count(sample))
+    grid = []
+    for sample in samples[:images]:
+        image = read_image(sample["file_name"], format="RGB")
+        row = [_draw_annotations(image, sample.get("annotations", []), classes)]
+        for model in models.values():
+            with torch.no_grad():
+                found = model([mapper(sample)])[0]["instances"].to("cpu")
+            row.append(_draw_detections(image, found[found.scores >= score_threshold], classes))
+        grid.append(row)
+
+    heights = [_CELL * row[0].shape[0] / row[0].shape[1] for row in grid]
+    figure = Figure(figsize=(_CELL * (1 + len(models)), sum(heights) + 0.4), layout="constrained")
+    cells = figure.subplots(len(grid), 1 + len(models), squeeze=False, height_ratios=heights)
+    for axes, picture in zip(cells.flat, itertools.chain(*grid)):
+        axes.imshow(picture)
+        axes.set_axis_off()
+    for axes, title in zip(cells[0], ["ground truth", *models]):
+        axes.set_title(title)
+    figure.savefig(path, dpi=120)
+    return figure
+
+
+def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]] = None) -> Figure:
+    """Draw the training curves of runs: left the detector's own loss, right the distillation terms.
+
+    Args:
+        runs: name of a run to its ``metrics.json``.
+        path: the PNG file to write.
+        keys: the metrics of the right half; by default all whose names start with ``distill/``.
+
+    Returns:
+        The figure that was written; its two axes hold one labelled line per curve, each a moving
+        average over a fiftieth of its points.
+
+    Raises:
+        FileNotFoundError: there is no such metrics file.
+    """
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, metrics in runs.items():
+        curves = read_curves(metrics)
+        _plot(left, curves["iteration"], detector_loss(curves), name)
+        distillation = sorted(key for key in curves if key.startswith(_DISTILLATION))
+        for key in distillation if keys is None else keys:
+            if key in curves:
+                _plot(right, curves["iteration"], curves[key], f"{name}: {_term(key)}")
+    left.set_title("detector's loss")
+    right.set_title("distillation terms")
+    for axes in (left, right):
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    # The terms can differ by orders of magnitude.
+    if right.lines and all((line.get_ydata() > 0).all() for line in right.lines):
+        right.set_yscale("log")
+    figure.savefig(path, dpi=120)
+    return figure
+
+
+def read_curves(path: str) -> Dict[str, np.ndarray]:
+    """Read Detectron2's ``metrics.json``, one JSON object per line.
+
+    Lines that a killed run left cut off are skipped.  Where a resumed run repeats an iteration, its
+    later values stand.
+
+    Returns:
+        Metric name to values of shape (rows,), NaN where a row lacks the metric.  "iteration" is
+        among the names, and rising.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    rows: Dict[int, Dict[str, float]] = {}
+    with open(path) as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            rows.setdefault(row["iteration"], {}).update(row)
+    ordered = [rows[iteration] for iteration in sorted(rows)]
+    names = {"iteration"}.union(*ordered)
+    return {name: np.array([row.get(name, np.nan) for row in ordered], float) for name in names}
+
+
+def detector_loss(curves: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The sum of the loss terms other than distillation: shape (rows,), NaN where one is NaN."""
+    terms = [
+        values
+        for name, values in curves.items()
+        if name.startswith("loss_") and not name.startswith("loss_distill")
+    ]
+    return np.sum(terms, axis=0) if terms else np.full(len(curves["iteration"]), np.nan)
+
+
+def _term(key: str) -> str:
+    return key[len(_DISTILLATION) :] if key.startswith(_DISTILLATION) else key
+
+
+def _plot(axes: Axes, iterations: np.ndarray, values: np.ndarray, label: str) -> None:
+    known = ~np.isnan(values)
+    if known.any():
+        axes.plot(iterations[known], _smooth(values[known]), label=label)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A centred moving average over a fiftieth of ``values``; windows shrink at the two ends."""
+    window = np.ones(max(1, len(values) // 50))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _object_count(sample: Mapping[str, Any]) -> int:
+    return sum(not note.get("iscrowd", 0) for note in sample.get("annotations", []))
+
+
+def _draw_annotations(
+    image: np.ndarray, notes: Sequence[Mapping[str, Any]], classes: Sequence[str]
+) -> np.ndarray:
+    boxes = [BoxMode.convert(note["bbox"], note["bbox_mode"], BoxMode.XYXY_ABS) for note in notes]
+    with_masks = all("segmentation" in note for note in notes)
+    categories = [note["category_id"] for note in notes]
+    return _draw(
+        image,
+        np.array(boxes, dtype=float).reshape(-1, 4),
+        [note["segmentation"] for note in notes] if with_masks else None,
+        categories,
+        [classes[category] for category in categories],
+    )
+
+
+def _draw_detections(image: np.ndarray, found: Instances, classes: Sequence[str]) -> np.ndarray:
+    categories = found.pred_classes.tolist()
+    return _draw(
+        image,
+        found.pred_boxes.tensor.numpy(),
+        list(found.pred_masks.numpy()) if found.has("pred_masks") else None,
+        categories,
+        [f"{classes[c]} {score:.0%}" for c, score in zip(categories, found.scores.tolist())],
+    )
+
+
+def _draw(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    masks: Optional[Sequence[Any]],
+    categories: Sequence[int],
+    labels: Sequence[str],
+) -> np.ndarray:
+    """``image`` (H, W, 3) of RGB bytes, enlarged if it is small, with the objects drawn over it."""
+    visualizer = Visualizer(image, scale=max(1.0, _DRAWN_WIDTH / image.shape[1]))
+    visualizer.overlay_instances(
+        boxes=boxes,
+        masks=masks,
+        # Visualizer's own class colours vary at random from object to object.
+        assigned_colors=[_color(category) for category in categories],
+        alpha=0.4,
+    )
+    # Visualizer sizes its labels for a picture that fills the screen.
+    for box, label, category in zip(boxes.tolist(), labels, categories):
+        visualizer.draw_text(
+            label,
+            (box[0], box[1]),
+            font_size=_LABEL * image.shape[1],
+            color=_color(category, lightness=0.8),
+            horizontal_alignment="left",
+        )
+    return visualizer.output.get_image()
+
+
+def _color(category: int, lightness: float = 0.5) -> Tuple[float, float, float]:
+    """The RGB colour of a class: golden-ratio steps keep the hues of neighbours far apart."""
+    return colorsys.hls_to_rgb(category * 0.618034 % 1, lightness, 0.9)
