@@ -116,8 +116,9 @@ def distilled(tmp_path):
             "loss_box_reg": 1.0,
             "loss_distill": 7.0,
             "total_loss": 10.0,
-            "distill/cross": 5.0 + i,
-            "distill/identical": 0.1,
+            "distill/fpn/cross": 5.0 + i,
+            "distill/fpn/identical": 0.1,
+            "distill/fpn/weight": 0.0,
         }
         for i in (19, 39, 59)
     ]
@@ -127,7 +128,7 @@ def distilled(tmp_path):
 def test_read_curves(distilled):
     curves = read_curves(distilled)
     assert curves["iteration"].tolist() == [19, 39, 59]
-    assert curves["distill/cross"].tolist() == [24, 44, 64]
+    assert curves["distill/fpn/cross"].tolist() == [24, 44, 64]
     assert detector_loss(curves) == pytest.approx([2.81, 2.61, 2.41])
 
 
@@ -157,7 +158,8 @@ def test_loss_curves(distilled, tmp_path):
     assert [line.get_label() for line in left.lines] == ["plain", "ours"]
     assert left.lines[0].get_xydata().tolist() == [[19, 3]]
     assert left.lines[1].get_ydata() == pytest.approx([2.81, 2.61, 2.41])
-    assert [line.get_label() for line in right.lines] == ["ours: cross", "ours: identical"]
+    assert right.get_yscale() == "log"
+    assert [line.get_label() for line in right.lines] == ["ours: fpn/cross", "ours: fpn/identical"]
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size == (1320, 480)
 

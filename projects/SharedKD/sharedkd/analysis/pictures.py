@@ -79,7 +79,8 @@ def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]
     Args:
         runs: name of a run to its ``metrics.json``.
         path: the PNG file to write.
-        keys: the metrics of the right half; by default all whose names start with ``distill/``.
+        keys: the metrics of the right half; by default all whose names start with ``distill/``,
+            but for the stages' weights.
 
     Returns:
         The figure that was written; its two axes hold one labelled line per curve, each a moving
@@ -93,8 +94,7 @@ def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]
     for name, metrics in runs.items():
         curves = read_curves(metrics)
         _plot(left, curves["iteration"], detector_loss(curves), name)
-        distillation = sorted(key for key in curves if key.startswith(_DISTILLATION))
-        for key in distillation if keys is None else keys:
+        for key in _distillation_terms(curves) if keys is None else keys:
             if key in curves:
                 _plot(right, curves["iteration"], curves[key], f"{name}: {_term(key)}")
     left.set_title("detector's loss")
@@ -145,6 +145,10 @@ def detector_loss(curves: Mapping[str, np.ndarray]) -> np.ndarray:
         if name.startswith("loss_") and not name.startswith("loss_distill")
     ]
     return np.sum(terms, axis=0) if terms else np.full(len(curves["iteration"]), np.nan)
+
+
+def _distillation_terms(curves: Mapping[str, np.ndarray]) -> List[str]:
+    return sorted(k for k in curves if k.startswith(_DISTILLATION) and not k.endswith("/weight"))
 
 
 def _term(key: str) -> str:
