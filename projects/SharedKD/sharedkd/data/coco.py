@@ -1,0 +1,484 @@
+"""Own data in COCO format: everything that would stop or spoil a run is found before it starts."""
+
+import json
+import math
+import os
+import reprlib
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Dict, Iterable, Iterator, List, Set, Tuple
+
+import pycocotools.mask as mask_util
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.coco import load_coco_json
+from PIL import Image
+
+from sharedkd.errors import ConfigError
+
+__all__ = ["CocoSummary", "check_coco", "check_same_classes", "count_classes", "register_coco"]
+
+# Pixels that a box may stick out of its image: COCO's own boxes do by fractions of a pixel.
+_BOX_SLACK = 1.0
+# The two images of COCO train2017 with a box of height 0.  Detectron2's mapper drops such boxes.
+_COCO_FLAT_BOXES = {"000000200365.jpg", "000000550395.jpg"}
+# Image headers that are read: enough to catch a wrong folder or a resized set within seconds.
+_MOST_HEADERS = 1000
+_EXIF_ORIENTATION, _EXIF_QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+
+# (path, modification time, size) of a json file -> its categories, as a big file takes seconds to
+# parse and both the number of classes and the class names are asked for.
+_categories_of: Dict[Tuple[str, int, int], Dict[int, str]] = {}
+
+
+@dataclass(frozen=True)
+class CocoSummary:
+    """What a checked json file holds.
+
+    Attributes:
+        key: the config key that names the file.
+        json_file: the file.
+        images: number of images.
+        objects: number of objects to learn or find, crowd regions not counted.
+        crowds: number of crowd regions (``iscrowd`` 1).
+        empty_images: number of images without an object.
+        unmasked: number of objects without a segmentation.
+        has_rle: whether some object's segmentation is RLE, which Detectron2's mapper takes with
+            ``instance_mask_format="bitmask"`` only.
+        categories: category id -> class name, ids ascending.
+    """
+
+    key: str
+    json_file: str
+    images: int
+    objects: int
+    crowds: int
+    empty_images: int
+    unmasked: int
+    has_rle: bool
+    categories: Dict[int, str]
+
+    @property
+    def classes(self) -> List[str]:
+        """Class names in order of category id: the order of Detectron2's contiguous class ids."""
+        return list(self.categories.values())
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether every object has a segmentation, as training on masks needs."""
+        return self.unmasked == 0
+
+
+def check_coco(
+    json_file: str,
+    image_root: str,
+    key: str,
+    images_key: str,
+    *,
+    train: bool = True,
+    verify_sizes: bool = True,
+) -> CocoSummary:
+    """Check a COCO json file and its images; images without objects are fine.
+
+    Args:
+        json_file: the annotations.
+        image_root: the folder that the images' ``file_name`` are relative to.
+        key, images_key: the config keys that hold the two, for messages.
+        train: True asks for at least one object.  False asks for what COCO evaluation reads:
+            ``area`` and ``iscrowd`` of each annotation, and annotation ids above 0.
+        verify_sizes: also compare width and height with the headers of up to 1000 images.
+
+    Raises:
+        ConfigError: with the first fault, how many there are like it, and the fix.
+    """
+    json_file, image_root = os.fspath(json_file), os.fspath(image_root)
+    refuse = partial(_refuse, key, json_file)
+    data = _read(json_file, key)
+    images, annotations = data["images"], data["annotations"]
+    categories = _categories_of[_stamp(json_file)] = _categories(data, refuse)
+    _check_images(images, refuse)
+    _check_annotations(annotations, images, categories, refuse)
+    if not train:
+        _check_evaluable(annotations, refuse)
+
+    objects = [a for a in annotations if not a.get("iscrowd")]
+    occupied = {a["image_id"] for a in objects}
+    if train and not objects:
+        refuse(["no image has an object"], "annotate some objects that are not crowd regions")
+
+    if not os.path.isdir(image_root):
+        _refuse(images_key, image_root, ["no such folder"], f"name the folder of {key}'s images")
+    refuse_images = partial(_refuse, images_key, image_root)
+    refuse_images(
+        _missing_files(images, image_root),
+        f"put the file there, or correct {images_key} or the file_name in {json_file}",
+    )
+    if verify_sizes:
+        refuse_images(
+            _wrong_headers(images, image_root),
+            f"correct the image, or its width and height in {json_file}",
+        )
+    return CocoSummary(
+        key=key,
+        json_file=json_file,
+        images=len(images),
+        objects=len(objects),
+        crowds=len(annotations) - len(objects),
+        empty_images=len(images) - len(occupied),
+        unmasked=sum(not a.get("segmentation") for a in objects),
+        has_rle=any(isinstance(a.get("segmentation"), dict) for a in objects),
+        categories=categories,
+    )
+
+
+def check_same_classes(train: CocoSummary, val: CocoSummary) -> None:
+    """Raise ConfigError unless both files have the same category ids with the same names."""
+    problems = []
+    for summary, other in ((train, val), (val, train)):
+        alone = sorted(set(summary.categories) - set(other.categories))
+        if alone:
+            listed = ", ".join(f"{i} {summary.categories[i]!r}" for i in alone[:5])
+            problems.append(f"only {summary.key} has {len(alone)}: {listed}")
+    for i in train.categories:
+        if i in val.categories and train.categories[i] != val.categories[i]:
+            names = f"{train.categories[i]!r} and {val.categories[i]!r}"
+            problems.append(f"id {i} is {names}")
+    if problems:
+        raise ConfigError(
+            val.key,
+            val.json_file,
+            f"categories differ from {train.key}={train.json_file} ({problems[0]})",
+            "write the same list of categories into both files",
+        )
+
+
+def count_classes(json_file: str, key: str = "data.train_json") -> int:
+    """Number of categories in ``json_file``.
+
+    Raises:
+        ConfigError: naming ``key``, when the file or its categories cannot be used.
+    """
+    return len(_cached_categories(os.fspath(json_file), key))
+
+
+def register_coco(name: str, json_file: str, image_root: str) -> None:
+    """Make ``name`` a Detectron2 data set; a data set of that name and other content is replaced.
+
+    Class names and the map of category ids are there at once, before the data are first loaded.
+
+    Raises:
+        ConfigError: naming ``name``, when the file or its categories cannot be used.
+    """
+    json_file, image_root = os.fspath(json_file), os.fspath(image_root)
+    categories = _cached_categories(json_file, name)
+    metadata = {
+        "json_file": json_file,
+        "image_root": image_root,
+        "evaluator_type": "coco",
+        "thing_classes": list(categories.values()),
+        "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(categories)},
+    }
+    if name in DatasetCatalog:
+        current = MetadataCatalog.get(name).as_dict()
+        if all(current.get(k) == v for k, v in metadata.items()):
+            return
+        DatasetCatalog.remove(name)
+    # Metadata refuse to change their values, so those of another data set must go as a whole.
+    if name in MetadataCatalog:
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, partial(load_coco_json, json_file, image_root, name))
+    MetadataCatalog.get(name).set(**metadata)
+
+
+def _refuse(key: str, value: str, faults: Iterable[str], fix: str) -> None:
+    """Raise ConfigError for the first of ``faults``, with the number of the others, if any."""
+    faults = iter(faults)
+    first = next(faults, None)
+    if first is not None:
+        others = sum(1 for _ in faults)
+        raise ConfigError(key, value, first + (f" (and {others} more)" if others else ""), fix)
+
+
+def _read(json_file: str, key: str) -> Dict[str, Any]:
+    refuse = partial(_refuse, key, json_file)
+    try:
+        with open(json_file, encoding="utf-8") as f:
+            data = json.load(f)
+    except OSError as e:
+        refuse([f"cannot be read ({e.strerror})"], "name an existing COCO json file")
+    except (ValueError, RecursionError) as e:
+        refuse([f"not a JSON file, or cut short ({e})"], "export it again, in UTF-8")
+
+    parts = ("images", "annotations", "categories")
+    fix = f"a COCO json is an object with the lists {', '.join(parts)}"
+    if not isinstance(data, dict):
+        refuse([f"holds a {type(data).__name__}"], fix)
+    refuse((f"no list {p!r}" for p in parts if not isinstance(data.get(p), list)), fix)
+    refuse((f"{p!r} is empty" for p in ("images", "categories") if not data[p]), fix)
+    refuse(
+        (
+            f"{part}[{i}] is {_short(item)}"
+            for part in parts
+            for i, item in enumerate(data[part])
+            if not isinstance(item, dict)
+        ),
+        "each item must be a JSON object",
+    )
+    for part in parts:
+        refuse(
+            (
+                f"{part}[{i}] has id {_short(item.get('id'))}"
+                for i, item in enumerate(data[part])
+                if not _is_int(item.get("id"))
+            ),
+            "give each a whole-number id (3, not 3.0 or '3')",
+        )
+        refuse(
+            (f"{part} has id {i} twice" for i in _repeated(item["id"] for item in data[part])),
+            f"make the ids of {part} unique",
+        )
+    return data
+
+
+def _categories(data: Dict[str, Any], refuse) -> Dict[int, str]:
+    names = {c["id"]: c.get("name") for c in sorted(data["categories"], key=lambda c: c["id"])}
+    refuse(
+        (
+            f"category id {i} has name {_short(name)}"
+            for i, name in names.items()
+            if not isinstance(name, str) or not name.strip()
+        ),
+        "give each category a name",
+    )
+    refuse(
+        (f"two categories are called {name!r}" for name in _repeated(names.values())),
+        "rename or merge them",
+    )
+    return names
+
+
+def _cached_categories(json_file: str, key: str) -> Dict[int, str]:
+    if not os.path.exists(json_file) or _stamp(json_file) not in _categories_of:
+        names = _categories(_read(json_file, key), partial(_refuse, key, json_file))
+        _categories_of[_stamp(json_file)] = names
+    return _categories_of[_stamp(json_file)]
+
+
+def _stamp(json_file: str) -> Tuple[str, int, int]:
+    stat = os.stat(json_file)
+    return os.path.abspath(json_file), stat.st_mtime_ns, stat.st_size
+
+
+def _check_images(images: List[Dict[str, Any]], refuse) -> None:
+    refuse(
+        (
+            f"image id {i['id']} has file_name {_short(i.get('file_name'))}"
+            for i in images
+            if not isinstance(i.get("file_name"), str) or not i["file_name"]
+        ),
+        "give each image its file_name",
+    )
+    refuse(
+        (
+            f"image {i['file_name']!r} has {side} {_short(i.get(side))}"
+            for i in images
+            for side in ("width", "height")
+            if not _is_int(i.get(side)) or i[side] <= 0
+        ),
+        "write the image's size in whole pixels",
+    )
+
+
+def _check_annotations(
+    annotations: List[Dict[str, Any]],
+    images: List[Dict[str, Any]],
+    categories: Dict[int, str],
+    refuse,
+) -> None:
+    image_of = {i["id"]: i for i in images}
+    for field, known, what in (
+        ("image_id", image_of, "image"),
+        ("category_id", categories, "category"),
+    ):
+        refuse(
+            (
+                f"annotation id {a['id']} is of {what} {_short(a.get(field))}, which does not exist"
+                for a in annotations
+                if not _is_int(a.get(field)) or a[field] not in known
+            ),
+            f"correct its {field}, or add the {what}",
+        )
+
+    def faults(problem):
+        for a in annotations:
+            image = image_of[a["image_id"]]
+            found = problem(a, image)
+            if found:
+                yield f"annotation id {a['id']} of image {image['file_name']!r} {found}"
+
+    refuse(
+        faults(lambda a, _: not _is_box(a.get("bbox")) and f"has bbox {_short(a.get('bbox'))}"),
+        "write bbox as four finite numbers [x, y, width, height] in pixels",
+    )
+    refuse(
+        faults(lambda a, image: _is_flat(a, image) and f"has an empty box {a['bbox']}"),
+        "width and height must be above 0: correct or remove it",
+    )
+    refuse(
+        faults(_outside),
+        "bbox is [x, y, width, height] in pixels, not corners: correct, clip or remove it",
+    )
+    refuse(
+        faults(
+            lambda a, _: a.get("iscrowd", 0) not in (0, 1) and f"has iscrowd {_short(a['iscrowd'])}"
+        ),
+        "write 0 for an object, 1 for a crowd region",
+    )
+    refuse(
+        faults(lambda a, _: a.get("ignore", 0) != 0 and f"has ignore {_short(a['ignore'])}"),
+        "remove 'ignore': Detectron2 does not support it; mark crowd regions by iscrowd 1",
+    )
+    refuse(
+        faults(_bad_segmentation),
+        "write polygons [[x1, y1, x2, y2, x3, y3, ...]] in pixels or RLE of the image's size, "
+        "or remove the object",
+    )
+
+
+def _check_evaluable(annotations: List[Dict[str, Any]], refuse) -> None:
+    refuse(
+        (
+            f"annotation id {a['id']} has area {_short(a.get('area'))}"
+            for a in annotations
+            if not _is_number(a.get("area")) or a["area"] < 0
+        ),
+        "COCO evaluation needs it: write the mask's area, or width * height of the box",
+    )
+    refuse(
+        (f"annotation id {a['id']} has no iscrowd" for a in annotations if "iscrowd" not in a),
+        "COCO evaluation needs it: write 0 for an object, 1 for a crowd region",
+    )
+    refuse(
+        (f"annotation id {a['id']} is not above 0" for a in annotations if a["id"] <= 0),
+        "COCO evaluation counts what matches such an object as a miss: number from 1",
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+def _is_flat(annotation: Dict[str, Any], image: Dict[str, Any]) -> bool:
+    w, h = annotation["bbox"][2:]
+    if h == 0 and w > 0 and os.path.basename(image["file_name"]) in _COCO_FLAT_BOXES:
+        return False
+    return w <= 0 or h <= 0
+
+
+def _outside(annotation: Dict[str, Any], image: Dict[str, Any]) -> str:
+    x, y, w, h = annotation["bbox"]
+    width, height = image["width"], image["height"]
+    excess = max(-x, -y, x + w - width, y + h - height)
+    disjoint = x >= width or y >= height or x + w <= 0 or y + h <= 0
+    if not disjoint and excess <= _BOX_SLACK:
+        return ""
+    how = "lies outside" if disjoint else f"sticks out by {excess:.4g} px of"
+    return f"has a box {annotation['bbox']} that {how} its {width}x{height} image"
+
+
+def _bad_segmentation(annotation: Dict[str, Any], image: Dict[str, Any]) -> str:
+    segmentation = annotation.get("segmentation")
+    if not segmentation and (segmentation is None or isinstance(segmentation, list)):
+        return ""
+    if isinstance(segmentation, dict):
+        return _bad_rle(segmentation, image["height"], image["width"])
+    if not isinstance(segmentation, list):
+        return f"has segmentation {_short(segmentation)}"
+    for polygon in segmentation:
+        if not isinstance(polygon, list):
+            return f"has {_short(polygon)} for a polygon"
+        if len(polygon) < 6 or len(polygon) % 2:
+            return f"has a polygon of {len(polygon)} numbers"
+        if not all(map(_is_number, polygon)):
+            return "has a polygon with something else than finite numbers"
+    return ""
+
+
+def _bad_rle(rle: Dict[str, Any], height: int, width: int) -> str:
+    size, counts = rle.get("size"), rle.get("counts")
+    if size != [height, width]:
+        return f"has RLE of size {_short(size)}, its image is {[height, width]} (height, width)"
+    if isinstance(counts, list):
+        if all(_is_int(c) and c >= 0 for c in counts) and sum(counts) == height * width:
+            return ""
+    elif isinstance(counts, str) and counts:
+        # Characters of the format only, and no number that continues past the end: the decoder
+        # would read on beyond the string.
+        if all("0" <= c <= "o" for c in counts) and not (ord(counts[-1]) - 48) & 0x20:
+            try:
+                mask_util.decode(rle)
+                return ""
+            except ValueError:
+                pass
+    return f"has RLE counts {_short(counts)} that do not fill its {width}x{height} image"
+
+
+def _missing_files(images: List[Dict[str, Any]], image_root: str) -> Iterator[str]:
+    # One listing for each folder: a look-up for each file is slow on a network drive.
+    listings: Dict[str, Set[str]] = {}
+    for image in images:
+        folder, name = os.path.split(os.path.join(image_root, image["file_name"]))
+        if folder not in listings:
+            try:
+                with os.scandir(folder) as entries:
+                    listings[folder] = {e.name for e in entries if e.is_file()}
+            except (OSError, ValueError):
+                listings[folder] = set()
+        if name not in listings[folder]:
+            yield f"no image file {image['file_name']!r}"
+
+
+def _wrong_headers(images: List[Dict[str, Any]], image_root: str) -> Iterator[str]:
+    for image in images[:: math.ceil(len(images) / _MOST_HEADERS)]:
+        name, expected = image["file_name"], (image["width"], image["height"])
+        try:
+            with Image.open(os.path.join(image_root, name)) as picture:
+                size, turned = picture.size, _is_turned(picture)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            yield f"{name!r} cannot be read as an image ({e})"
+            continue
+        # Detectron2 turns images upright as it reads them.
+        if turned:
+            size = size[::-1]
+        if size != expected:
+            upright = " once upright as its EXIF says" if turned else ""
+            yield f"{name!r} is {size[0]}x{size[1]}{upright}, not {expected[0]}x{expected[1]}"
+
+
+def _is_turned(picture: Image.Image) -> bool:
+    # Without the test, getexif() decodes the whole of a PNG in search of a late EXIF chunk.
+    if "exif" not in picture.info:
+        return False
+    try:
+        return picture.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS
+    except Exception:  # damaged EXIF, which Detectron2 ignores too
+        return False
+
+
+def _repeated(values: Iterable[Any]) -> List[Any]:
+    return [value for value, times in Counter(values).items() if times > 1]
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else reprlib.repr(value)
