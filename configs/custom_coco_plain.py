@@ -1,4 +1,4 @@
-"""Own COCO-format data, no distillation: trains a teacher, or the plain student to compare with."""
+"""Own COCO-format data: the plain ResNet-18 Faster R-CNN, to compare the distilled one with."""
 from .common.own_data import data, dataloader
 from .common.short_schedule import lr_multiplier, optimizer, train
 from .common.small_models import small_faster_rcnn

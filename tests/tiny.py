@@ -1,0 +1,59 @@
+"""Real detectors and records small enough for a CPU test."""
+import importlib.util
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.structures import BitMasks, Boxes, Instances
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = 3
+
+
+def _models():
+    path = ROOT / "configs/common/small_models.py"
+    spec = importlib.util.spec_from_file_location("small_models", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FAMILIES = ("faster_rcnn", "mask_rcnn", "cascade_mask_rcnn", "retinanet", "fcos")
+
+
+def node(family, depth=18, num_classes=CLASSES):
+    """LazyConfig node of a small detector."""
+    return getattr(_models(), f"small_{family}")(depth, num_classes)
+
+
+def detector(family, depth=18, num_classes=CLASSES, seed=0):
+    """A small detector with random weights that depend on the seed alone."""
+    torch.manual_seed(seed)
+    return instantiate(node(family, depth, num_classes))
+
+
+def record(height=64, width=96, boxes=((8, 8, 40, 40), (30, 20, 80, 60)), seed=0):
+    """One training record: a random image with boxes and masks."""
+    image = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed))
+    instances = Instances((height, width))
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    instances.gt_boxes = Boxes(boxes)
+    instances.gt_classes = torch.arange(len(boxes)) % CLASSES
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
+        mask[y0:y1, x0:x1] = True
+    instances.gt_masks = BitMasks(masks)
+    return {"image": image.to(torch.uint8), "height": height, "width": width, "instances": instances}
+
+
+def batch(ground_truth="full"):
+    """Two records; ground truth ``full``, ``half`` (one image is empty) or ``empty``."""
+    boxes = ((8, 8, 40, 40), (30, 20, 80, 60))
+    first = () if ground_truth == "empty" else boxes
+    second = boxes if ground_truth == "full" else ()
+    return [record(boxes=first, seed=1), record(height=72, width=64, boxes=second, seed=2)]
+
+
+def config(path):
+    """A shipped config, by its path below configs/."""
+    return LazyConfig.load(str(ROOT / "configs" / path))
