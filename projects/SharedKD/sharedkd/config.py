@@ -158,6 +158,14 @@ def settle_own_data(cfg: DictConfig) -> None:
         )
         register_coco(f"{data.name}_{split}", json_file, images)
     check_same_classes(summaries["train"], summaries["val"])
+    for split, summary in summaries.items():
+        if data.masks and not summary.has_masks:
+            raise ConfigError(
+                f"data.{split}_json", summary.json_file,
+                f"{summary.unmasked} of {summary.objects} objects have no segmentation, and "
+                "data.masks is true",
+                "use a config without masks, such as configs/custom_coco.py",
+            )
     data.num_classes = len(summaries["train"].classes)
 
 

@@ -198,7 +198,8 @@ def check_datasets(cfg: DictConfig, eval_only: bool = False) -> None:
                 raise ConfigError(key, name, "is not registered", "use configs/custom_coco.py")
             metadata = MetadataCatalog.get(name)
             if "data" not in cfg and metadata.get("json_file"):  # own data is checked already
-                check_coco(metadata.json_file, metadata.image_root, key, f"{key} (images)")
+                train = split == "train"
+                check_coco(metadata.json_file, metadata.image_root, key, key, train=train)
 
 
 def _check_device(cfg: DictConfig) -> None:

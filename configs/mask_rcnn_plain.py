@@ -1,0 +1,6 @@
+"""Mask R-CNN R50, 2x, without distillation."""
+from detectron2.model_zoo import get_config
+
+from .common.coco import dataloader, lr_multiplier, optimizer, train
+
+model = get_config("common/models/mask_rcnn_fpn.py").model
