@@ -1,0 +1,8 @@
+"""The embedded example: the teacher, a ResNet-50 Mask R-CNN that trains longer than its students."""
+from pathlib import Path
+
+from ..common.small_models import small_mask_rcnn
+from .plain import data, dataloader, lr_multiplier, optimizer, shapes, train
+
+model = small_mask_rcnn(depth=50, num_classes="${data.num_classes}")
+train.update(max_iter=400, output_dir=str(Path(train.output_dir).with_name("teacher")))
