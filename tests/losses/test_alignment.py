@@ -1,0 +1,75 @@
+"""Alignment against numbers worked out by hand."""
+
+import pytest
+import torch
+
+from sharedkd.losses.alignment import align, pool_to
+
+
+def grid(height, width, channels=1):
+    """(1, C, H, W): channel c holds 1000 c + row * width + column."""
+    plane = torch.arange(height * width, dtype=torch.float32).view(height, width)
+    return torch.stack([plane + 1000 * c for c in range(channels)])[None]
+
+
+# A cell of adaptive pooling averages rows floor(i H / h) to ceil((i + 1) H / h) - 1.
+BY_HAND = [
+    # 2x2 blocks of [[0 1 2 3] [4 5 6 7]]
+    ((2, 4), (1, 2), [[2.5, 4.5]]),
+    # 2x3 blocks of a 4x6 grid: the mean of rows 0-1, columns 0-2 is (0+1+2+6+7+8)/6
+    ((4, 6), (2, 2), [[4.0, 7.0], [16.0, 19.0]]),
+    # 3 rows to 2: rows {0,1} and {1,2}; 1 column stays
+    ((3, 1), (2, 1), [[0.5], [1.5]]),
+    # 5 columns to 2: columns {0,1,2} and {2,3,4}
+    ((1, 5), (1, 2), [[1.0, 3.0]]),
+    # 3x5 to 2x3: rows {0,1} {1,2}, columns {0,1} {1,2,3} {3,4}; a cell is the mean of its corners
+    ((3, 5), (2, 3), [[3.0, 4.5, 6.0], [8.0, 9.5, 11.0]]),
+    # one side divides, the other does not: columns in pairs, rows {0,1} {1,2}
+    ((3, 4), (2, 2), [[2.5, 4.5], [6.5, 8.5]]),
+]
+
+
+@pytest.mark.parametrize("size, target, expected", BY_HAND)
+def test_pooling_by_hand(size, target, expected):
+    assert pool_to(grid(*size), target)[0, 0].tolist() == expected
+
+
+def test_a_map_of_the_right_size_is_returned_itself():
+    x = grid(3, 4, 2)
+    assert pool_to(x, (3, 4)) is x
+    a, b = align(x, x.clone())
+    assert torch.equal(a, x) and a.data_ptr() == x.data_ptr()
+    assert torch.equal(b, x)
+
+
+def test_larger_is_pooled_and_wider_is_cropped_to_its_first_channels():
+    x, y = grid(2, 4, channels=1), grid(1, 2, channels=3)
+    a, b = align(x, y)
+    assert a.tolist() == [[[[2.5, 4.5]]]]
+    assert b.tolist() == [[[[0.0, 1.0]]]]
+    b, a = align(y, x)  # the order does not matter
+    assert a.tolist() == [[[[2.5, 4.5]]]]
+    assert b.tolist() == [[[[0.0, 1.0]]]]
+
+
+def test_one_taller_other_wider():
+    tall, wide = grid(4, 2), grid(2, 4)
+    a, b = align(tall, wide)
+    assert a.tolist() == [[[[1.0, 2.0], [5.0, 6.0]]]]  # rows of [[0 1] [2 3] [4 5] [6 7]] in pairs
+    assert b.tolist() == [[[[0.5, 2.5], [4.5, 6.5]]]]  # columns of [[0 1 2 3] [4 5 6 7]] in pairs
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 4)])
+def test_gradient_reaches_only_the_cells_and_channels_used(size):
+    x = grid(*size, channels=3).requires_grad_()
+    a, _ = align(x, torch.zeros(1, 2, 1, 1))
+    a.sum().backward()
+    assert torch.allclose(x.grad[:, :2], torch.tensor(1 / (size[0] * size[1])))
+    assert not x.grad[:, 2].any()
+
+
+def test_inputs_are_left_as_they_are():
+    x, y = grid(4, 4, 2), grid(2, 2, 3)
+    before = x.clone(), y.clone()
+    align(x, y)
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1])
