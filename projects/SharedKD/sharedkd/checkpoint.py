@@ -83,8 +83,11 @@ def _mistakes(found) -> List[str]:
     def relevant(name):
         return not any(x in name for x in HARMLESS)
 
+    reshaped = {k for k, _, _ in found.incorrect_shapes}  # fvcore reports these as missing as well
     wrong = {
-        "missing in the file": [k for k in found.missing_keys if relevant(k)],
+        "missing in the file": [
+            k for k in found.missing_keys if relevant(k) and k not in reshaped
+        ],
         "unknown to the model": [k for k in found.unexpected_keys if relevant(k)],
         "of another shape": [
             f"{k} {a} against {b}" for k, a, b in found.incorrect_shapes if relevant(k)

@@ -51,14 +51,15 @@ class FrozenTeacher:
         weights: Optional[str] = None,
         input_format: Optional[str] = None,
     ):
-        if weights is None and isinstance(config, str):
-            weights = _zoo_weights(config)
+        self.name = config if isinstance(config, str) else type(config).__name__
+        if isinstance(config, str):
+            config = _read(config)  # before its weights, so that a misspelt name is called that
+            weights = _zoo_weights(self.name) if weights is None else weights
         if weights is None:
             raise ConfigError(
                 f"{KEY}.weights", None, "this teacher is not in the model zoo, so it has no weights",
                 "set it to the teacher's .pth or .pkl file",
             )
-        self.name = config if isinstance(config, str) else type(config).__name__
         self.weights = weights
         self.model, configured_format = _build(config)
         self.input_format = (
@@ -134,8 +135,6 @@ def _build(config) -> Tuple[nn.Module, Optional[str]]:
     """(model on the CPU, the input format its config names or None)"""
     if isinstance(config, nn.Module):
         return getattr(config, "student", config), None
-    if isinstance(config, str):
-        config = _read(config)
     if isinstance(config, CfgNode):
         config = config.clone()
         config.defrost()
