@@ -1,0 +1,401 @@
+"""The teacher: every way to name one, verified weights, frozen, fed with the right pixels."""
+
+import pickle
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+from torch import nn
+
+import tiny
+from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, SharedKD, Stage
+from sharedkd import teacher as teacher_module
+from sharedkd.config import distill
+
+YAML = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+LAZY = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+ZOO_URL = (
+    "https://dl.fbaipublicfiles.com/detectron2/"
+    "COCO-Detection/retinanet_R_50_FPN_1x/190397773/model_final_bfca0b.pkl"
+)
+FPN = frozenset({"fpn"})
+# The zoo's normalisation: the mean in BGR order, no scaling.
+ZOO_MEAN = [103.53, 116.28, 123.675]
+
+
+def save(model, path):
+    torch.save({"model": model.state_dict()}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """The zoo's RetinaNet R50 with random weights, and a file of them."""
+    config = model_zoo.get_config(YAML)
+    config.MODEL.DEVICE = "cpu"
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    return model, save(model, tmp_path_factory.mktemp("zoo") / "retinanet.pth")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small RGB RetinaNet's node, model and a file of its weights."""
+    model = tiny.detector("retinanet", seed=3).eval()
+    path = save(model, tmp_path_factory.mktemp("small") / "small.pth")
+    return tiny.node("retinanet"), model, path
+
+
+def same_tensors(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def distillation_config(student):
+    config = LazyConfig.load(model_zoo.get_config_file(LAZY))
+    config.model = distill(student, teacher="a/teacher.yaml", weights="its.pth")
+    return config
+
+
+# --- naming a teacher ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [YAML, LAZY])
+def test_by_zoo_name(zoo, name):
+    model, path = zoo
+    teacher = FrozenTeacher(name, path)
+    assert same_tensors(teacher.model, model)
+    assert (teacher.name, teacher.weights, teacher.input_format) == (name, path, "BGR")
+    assert teacher.model.pixel_mean.flatten().tolist() == pytest.approx(ZOO_MEAN)
+
+
+def classic_yaml(tmp_path, model):
+    config = get_cfg()
+    config.merge_from_file(model_zoo.get_config_file(YAML))
+    config.INPUT.FORMAT = "RGB"
+    (tmp_path / "run.yaml").write_text(config.dump())
+    return str(tmp_path / "run.yaml")
+
+
+def test_by_path_to_a_classic_yaml(zoo, tmp_path):
+    model, path = zoo
+    teacher = FrozenTeacher(classic_yaml(tmp_path, model), path)
+    assert same_tensors(teacher.model, model)
+    assert teacher.input_format == "RGB"  # as the file says
+
+
+def test_by_classic_config_object(zoo):
+    model, path = zoo
+    config = model_zoo.get_config(YAML)
+    config.MODEL.DEVICE = "cuda"
+    config.freeze()
+    teacher = FrozenTeacher(config, path)
+    assert same_tensors(teacher.model, model)
+    assert config.MODEL.DEVICE == "cuda"  # the caller's config is left alone
+
+
+PY_CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper
+from sharedkd.config import distill
+model = {model}
+dataloader = dict(train=dict(mapper=L(DatasetMapper)(image_format="RGB")))
+"""
+NODE = 'tiny.node("retinanet")'
+DISTILLED = f'distill({NODE}, teacher="a/teacher.yaml", weights="its.pth")'
+
+
+@pytest.fixture(params=[NODE, DISTILLED], ids=["plain", "distillation"])
+def py_config(request, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(PY_CONFIG.format(tests=str(tiny.ROOT / "tests"), model=request.param))
+    return str(path)
+
+
+def test_by_path_to_a_py(small, py_config):
+    _, model, weights = small
+    teacher = FrozenTeacher(py_config, weights)
+    assert same_tensors(teacher.model, model)
+    assert teacher.input_format == "RGB"
+
+
+def test_by_path_to_a_saved_lazyconfig(small, py_config, tmp_path):
+    _, model, weights = small
+    saved = str(tmp_path / "config.yaml")
+    LazyConfig.save(LazyConfig.load(py_config), saved)
+    teacher = FrozenTeacher(saved, weights)
+    assert same_tensors(teacher.model, model)
+    assert teacher.input_format == "RGB"
+
+
+def test_by_node_by_whole_config_and_by_model(small):
+    node, model, weights = small
+    distilled = distillation_config(tiny.node("retinanet"))
+    others = (node, distilled.model, distilled, tiny.detector("retinanet", seed=9))
+    for config in others:
+        assert same_tensors(FrozenTeacher(config, weights).model, model)
+    pair = SharedKD(student=tiny.detector("retinanet", seed=9), input_format="RGB")
+    assert FrozenTeacher(pair, weights).model is pair.student
+
+
+def test_input_format_comes_from_config_or_model_unless_given(small, zoo):
+    node, model, weights = small
+    assert FrozenTeacher(node, weights).input_format == "RGB"  # the model's own
+    assert FrozenTeacher(node, weights, "BGR").input_format == "BGR"
+    assert FrozenTeacher(tiny.node("fcos"), "").input_format == "BGR"  # FCOS does not say
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [YAML, LAZY])
+def test_a_zoo_name_brings_its_own_weights(monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(teacher_module, "load_trained", lambda model, *args: asked.append(args))
+    teacher = FrozenTeacher(name)
+    assert asked == [(ZOO_URL, "model.teacher.weights")]
+    assert teacher.weights == ZOO_URL
+
+
+def test_pkl_of_the_zoo(small, tmp_path):
+    node, model, _ = small
+    arrays = {k: v.numpy() for k, v in model.state_dict().items() if "num_batches" not in k}
+    path = tmp_path / "model_final.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+    state = FrozenTeacher(node, str(path)).model.state_dict()
+    assert all(torch.equal(state[k], torch.from_numpy(v)) for k, v in arrays.items())
+
+
+def test_empty_weights_leave_the_model_as_built(caplog):
+    teacher = FrozenTeacher(tiny.detector("retinanet", seed=5), "")
+    assert same_tensors(teacher.model, tiny.detector("retinanet", seed=5))
+    assert "model.teacher.weights is empty" in caplog.text
+
+
+def bad_file(kind, small, tmp_path):
+    path = tmp_path / ("weights.pkl" if kind.endswith("pkl") else "weights.pth")
+    good = open(small[2], "rb").read()
+    if kind.startswith("garbage"):
+        path.write_bytes(bytes(range(256)) * 40)
+    elif kind.startswith("empty"):
+        path.write_bytes(b"")
+    elif kind.startswith("truncated"):
+        data = good if kind.endswith("pth") else pickle.dumps({"model": {}, "__author__": "x"})
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "list pkl":
+        path.write_bytes(pickle.dumps([1, 2]))
+    elif kind == "numbers pth":
+        torch.save({"model": {"lr": 0.1}}, path)
+    elif kind == "half pth":
+        state = small[1].state_dict()
+        torch.save({"model": {k: state[k] for k in list(state)[::2]}}, path)
+    elif kind == "surplus pth":
+        torch.save({"model": {**small[1].state_dict(), "head.extra.weight": torch.ones(1)}}, path)
+    elif kind == "depth 50 pth":
+        save(tiny.detector("retinanet", depth=50), path)
+    elif kind == "depth 34 pth":
+        save(tiny.detector("retinanet", depth=34), path)
+    elif kind == "classes pth":
+        save(tiny.detector("retinanet", num_classes=7), path)
+    elif kind == "family pth":
+        save(tiny.detector("fcos"), path)
+    return str(path)
+
+
+UNREADABLE = ("garbage", "empty", "truncated")
+BAD_WEIGHTS = {
+    **{f"{kind} {end}": "cannot be read" for kind in UNREADABLE for end in ("pth", "pkl")},
+    "list pkl": "cannot be read",
+    "numbers pth": "cannot be read",
+    "missing pth": "no such file",
+    "half pth": "missing in the file",
+    "surplus pth": "1 unknown to the model: head.extra.weight",
+    "depth 50 pth": "of another shape",
+    "depth 34 pth": "unknown to the model",
+    "classes pth": "2 of another shape: head.cls_score.bias (63,) against (27,)",
+    "family pth": "missing in the file",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+def test_weights_that_cannot_be_used(small, tmp_path, kind):
+    path = bad_file(kind, small, tmp_path)
+    with pytest.raises(ConfigError) as error:
+        FrozenTeacher(small[0], path)
+    message = str(error.value)
+    assert message.startswith(f"model.teacher.weights={path}: ")
+    assert BAD_WEIGHTS[kind] in message
+    assert "\n" not in message
+
+
+def test_a_misshapen_tensor_is_not_also_called_missing(small, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        FrozenTeacher(small[0], bad_file("classes pth", small, tmp_path))
+    assert "missing" not in str(error.value)
+
+
+def test_no_weights_for_a_teacher_that_is_not_in_the_zoo(small, tmp_path):
+    for config in (small[0], small[1], classic_yaml(tmp_path, None)):
+        with pytest.raises(ConfigError, match=r"^model\.teacher\.weights=None: [^\n]*$"):
+            FrozenTeacher(config)
+
+
+# --- configs that cannot be used -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, "", "some.pth"])
+@pytest.mark.parametrize("name", ["COCO-Detection/faster_rcnn_R_11_FPN.yaml", "no/such/file.py"])
+def test_unknown_names(name, weights):
+    with pytest.raises(ConfigError) as error:
+        FrozenTeacher(name, weights)
+    assert str(error.value).startswith(f"model.teacher.config={name}: is neither a file nor a name")
+
+
+@pytest.mark.parametrize(
+    "file, text, problem",
+    [
+        ("a.yaml", "MODEL:\n  NO_SUCH_KEY: 1\n", "cannot be read"),
+        ("a.yaml", "MODEL: [", "cannot be read"),
+        ("a.py", "model = 1 / 0\n", "cannot be read"),
+        ("a.yaml", "model:\n  _target_: no.such.Thing\n", "cannot be built"),
+    ],
+)
+def test_broken_configs(tmp_path, file, text, problem):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        FrozenTeacher(str(tmp_path / file), "")
+    message = str(error.value)
+    assert message.startswith("model.teacher.config=") and problem in message
+    assert "\n" not in message
+
+
+# --- frozen ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(small):
+    node, _, weights = small
+    return SharedKD(
+        student=tiny.detector("retinanet"),
+        teacher=FrozenTeacher(node, weights),
+        stages={"identical": Stage(IdenticalLayer()), "cross": Stage(CrossLayer())},
+        input_format="RGB",
+    )
+
+
+def test_teacher_is_no_part_of_the_model(pair):
+    own = pair.teacher.model
+    inside = set(map(id, own.modules()))
+    assert not any(id(m) in inside for m in pair.modules())
+    tensors = {x.data_ptr() for x in own.state_dict().values()}
+    visible = [*pair.parameters(), *pair.buffers(), *pair.state_dict().values()]
+    assert not any(x.data_ptr() in tensors for x in visible)
+    assert pair.state_dict().keys() == pair.student.state_dict().keys()
+    assert not isinstance(pair.teacher, nn.Module)
+
+
+def test_teacher_stays_frozen_and_in_eval_mode(pair):
+    pair.train()
+    pair.requires_grad_(True)
+    assert pair.student.training and all(p.requires_grad for p in pair.student.head.parameters())
+    assert not any(m.training for m in pair.teacher.model.modules())
+    assert not any(p.requires_grad for p in pair.teacher.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "move, attribute, expected",
+    [
+        (lambda m: m.to(torch.float64), "dtype", torch.float64),
+        (lambda m: m.double(), "dtype", torch.float64),
+        (lambda m: m.to("meta"), "device", torch.device("meta")),
+    ],
+)
+def test_teacher_goes_where_the_model_goes(pair, move, attribute, expected):
+    move(pair)
+    for x in (*pair.teacher.model.parameters(), pair.teacher.model.pixel_mean):
+        assert getattr(x, attribute) == expected
+
+
+def test_teacher_moves_on_its_own(small):
+    teacher = FrozenTeacher(tiny.detector("retinanet"), "")
+    assert teacher.to("meta") is teacher
+    assert teacher.model.pixel_mean.device.type == "meta"
+
+
+# --- pixels and maps -------------------------------------------------------------------------
+
+
+def test_features_are_those_of_the_teachers_own_network(small):
+    node, model, weights = small
+    records = tiny.batch()
+    maps = FrozenTeacher(node, weights).features(records, FPN | {"backbone"}, "RGB", 32)
+    images = model.preprocess_image(records).tensor
+    with torch.no_grad():
+        pyramid, stages = model.backbone(images), model.backbone.bottom_up(images)
+    assert maps["fpn"].keys() == {8, 16, 32, 64, 128}
+    for stride, name in zip((8, 16, 32, 64, 128), ("p3", "p4", "p5", "p6", "p7")):
+        assert torch.equal(maps["fpn"][stride], pyramid[name])
+        assert not maps["fpn"][stride].requires_grad
+    for stride, name in zip((8, 16, 32), ("res3", "res4", "res5")):
+        assert torch.equal(maps["backbone"][stride], stages[name])
+
+
+def test_channel_order_by_hand():
+    model = tiny.detector("retinanet")
+    model.pixel_mean.copy_(torch.tensor([10.0, 20, 30]).view(3, 1, 1))
+    model.pixel_std.copy_(torch.tensor([1.0, 2, 4]).view(3, 1, 1))
+    image = torch.tensor([50, 60, 70], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)
+    teacher = FrozenTeacher(model, "", "RGB")
+    same = teacher.preprocess([{"image": image}], "RGB", 32).tensor
+    assert same[0, :, 0, 0].tolist() == [40, 20, 10]  # (50-10)/1, (60-20)/2, (70-30)/4
+    flipped = teacher.preprocess([{"image": image}], "BGR", 32).tensor
+    assert flipped[0, :, 0, 0].tolist() == [60, 20, 5]  # (70-10)/1, (60-20)/2, (50-30)/4
+
+
+def flipped(records):
+    return [{**x, "image": x["image"].flip(0)} for x in records]
+
+
+@pytest.mark.parametrize("teacher_format", ["RGB", "BGR"])
+@pytest.mark.parametrize("loader_format", ["RGB", "BGR"])
+def test_channel_order_and_normalisation_are_the_teachers(
+    small, zoo, loader_format, teacher_format
+):
+    model = {"RGB": small[1], "BGR": zoo[0]}[teacher_format]
+    records = tiny.batch()
+    result = FrozenTeacher(model, "").preprocess(records, loader_format, 32)
+    own = records if loader_format == teacher_format else flipped(records)
+    expected = model.preprocess_image(own)
+    assert torch.equal(result.tensor, expected.tensor)
+    assert result.image_sizes == expected.image_sizes == [(64, 96), (72, 64)]
+
+
+def test_predictions_see_the_same_flip(small):
+    node, model, weights = small
+    teacher = FrozenTeacher(node, weights)
+    teacher.model.test_score_thresh = model.test_score_thresh = 0.0
+    records = tiny.batch()
+    with torch.no_grad():
+        expected = model(records)
+    for found in (teacher.predict(records, "RGB"), teacher.predict(flipped(records), "BGR")):
+        for a, b in zip(found, expected):
+            assert len(a["instances"]) > 0
+            assert torch.equal(a["instances"].scores, b["instances"].scores)
+            assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
+
+
+@pytest.mark.parametrize(
+    "student, size",
+    [(0, (96, 96)), (32, (96, 96)), (48, (96, 96)), (64, (128, 128)), (5, (160, 160))],
+)
+def test_padding_suits_both_networks(small, student, size):
+    """The batch is 72 x 96 at most; the teacher's own multiple is 32."""
+    teacher = FrozenTeacher(small[1], "")
+    images = teacher.preprocess(tiny.batch(), "RGB", student)
+    assert tuple(images.tensor.shape[-2:]) == size
+    assert not images.tensor[0, :, 64:].any() and not images.tensor[1, :, :, 64:].any()
