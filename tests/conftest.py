@@ -1,3 +1,18 @@
+import logging
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture
+def sharedkd_log(caplog):
+    """What the package logs, also after a run has set up loggers that do not propagate."""
+    logger = logging.getLogger("detectron2.sharedkd")
+    level = logger.level
+    logger.addHandler(caplog.handler)
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)

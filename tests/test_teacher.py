@@ -171,10 +171,10 @@ def test_pkl_of_the_zoo(small, tmp_path):
     assert all(torch.equal(state[k], torch.from_numpy(v)) for k, v in arrays.items())
 
 
-def test_empty_weights_leave_the_model_as_built(caplog):
+def test_empty_weights_leave_the_model_as_built(sharedkd_log):
     teacher = FrozenTeacher(tiny.detector("retinanet", seed=5), "")
     assert same_tensors(teacher.model, tiny.detector("retinanet", seed=5))
-    assert "model.teacher.weights is empty" in caplog.text
+    assert "model.teacher.weights is empty" in sharedkd_log.text
 
 
 def bad_file(kind, small, tmp_path):
