@@ -13,7 +13,7 @@ from ..custom_coco_mask_plain import data, dataloader, lr_multiplier, model, opt
 _root = Path(__file__).resolve().parents[2]
 
 shapes = L(make_shapes)(
-    root=str(_root / "datasets/shapes"), train=600, val=150, size=[160, 160], seed=0
+    root=str(_root / "datasets/shapes"), train=600, val=150, size=[128, 128], seed=0
 )
 data.update(
     train_json="${shapes.root}/train.json",
@@ -22,10 +22,9 @@ data.update(
     val_images="${shapes.root}/val",
     name="shapes",
     num_classes=len(CLASSES),
-    short_edge=[144, 160, 176],
-    test_short_edge=160,
-    max_size=288,
+    short_edge=[112, 128, 144],
+    test_short_edge=128,
+    max_size=176,
 )
 train.update(max_iter=300, eval_period=0, output_dir=str(_root / "output/demo/plain"))
-train.amp.enabled = True
 train.checkpointer.update(period=50, max_to_keep=1)

@@ -1,0 +1,131 @@
+"""tools/demo.py from end to end, on a handful of tiny images."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from sharedkd.config import load_config
+from sharedkd.demo import TITLES, run_demo, seconds_per_image
+from sharedkd.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory):
+    return [
+        f"shapes.root={tmp_path_factory.mktemp('shapes')}",
+        "shapes.train=6",
+        "shapes.val=3",
+        "shapes.size=[64,64]",
+        "data.short_edge=[64]",
+        "data.test_short_edge=64",
+        "train.max_iter=2",
+        "train.log_period=1",
+        "train.device=cpu",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "dataloader.test.num_workers=0",
+    ]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, overrides):
+    """(output folder, what the command wrote on the console), started outside the repository."""
+    output = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, str(ROOT / "tools/demo.py"), "--output", str(output), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done.stdout
+
+
+def _rows(table):
+    lines = [line.strip().strip("|").split("|") for line in table.splitlines()]
+    header, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return [dict(zip(header, row)) for row in rows]
+
+
+def test_console(demo):
+    output, console = demo
+    assert all(f"[{number}/5]" in console for number in range(1, 6))
+    assert console.count("lazyconfig_train_net.py --config-file") == 3
+    assert console.count("iteration 2/2   loss ") == 3
+    assert "one seed" in console
+    assert len(console.splitlines()) < 50  # the rest is in console.txt
+    assert (output / "table.md").read_text() in console
+
+
+def test_table(demo):
+    rows = _rows((demo[0] / "table.md").read_text())
+    assert [row["model"] for row in rows] == list(TITLES.values())
+    for row in rows:
+        assert float(row["s / image"]) > 0
+        for metric in ("AP", "AP50", "AP75", "APs"):
+            assert all(0 <= float(row[f"{task} {metric}"]) <= 100 for task in ("box", "mask"))
+    teacher, plain, distilled = (int(row["parameters"].replace(",", "")) for row in rows)
+    assert teacher > plain == distilled
+
+
+def test_pictures(demo):
+    for name in ("detections.png", "losses.png"):
+        assert (demo[0] / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_distilled_checkpoint_is_a_plain_one(demo):
+    plain, distilled = (
+        torch.load(demo[0] / arm / "model_final.pth", weights_only=False)["model"]
+        for arm in ("plain", "sharedkd")
+    )
+    assert list(plain) == list(distilled)
+    assert any(not torch.equal(plain[key], distilled[key]) for key in plain)
+
+
+def test_second_run_reuses_everything(demo, overrides, capsys):
+    output, _ = demo
+    before = {arm: (output / arm / "model_final.pth").stat().st_mtime_ns for arm in TITLES}
+    rows = _rows(run_demo(ROOT, output, overrides))
+    assert capsys.readouterr().out.count("finished before, kept") == 3
+    assert before == {arm: (output / arm / "model_final.pth").stat().st_mtime_ns for arm in TITLES}
+    first = _rows((output / "table.md").read_text())
+    assert [row["box AP"] for row in rows] == [row["box AP"] for row in first]
+
+
+def test_other_settings_are_refused(demo, overrides):
+    with pytest.raises(ConfigError, match="other settings"):
+        run_demo(ROOT, demo[0], [*overrides, "optimizer.lr=0.5"])
+
+
+def test_student_of_another_teacher_is_refused(demo, overrides):
+    teacher = demo[0] / "teacher/model_final.pth"
+    times = teacher.stat()
+    os.utime(teacher)
+    try:
+        with pytest.raises(ConfigError, match="another teacher"):
+            run_demo(ROOT, demo[0], overrides)
+    finally:
+        os.utime(teacher, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_students_differ_by_the_distillation_alone(demo, overrides):
+    plain, distilled = (
+        OmegaConf.to_container(load_config(str(ROOT / f"configs/quickstart/{name}.py"), overrides))
+        for name in ("plain", "sharedkd")
+    )
+    assert plain.pop("model") == distilled.pop("model")["student"]
+    assert plain["train"].pop("output_dir") != distilled["train"].pop("output_dir")
+    assert plain == distilled
+
+
+def test_seconds_per_image_leaves_warm_up_out():
+    pauses = iter([0.2] * 3)
+
+    def slow_at_first(inputs):
+        time.sleep(next(pauses, 0))
+
+    times = seconds_per_image({"model": slow_at_first}, [{}] * 3, warm_up=3)
+    assert times["model"] < 0.1

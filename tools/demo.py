@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""The embedded example: draw data, train a teacher, a plain and a distilled student, compare them.
+
+What is finished is kept, and what was interrupted is continued, when it runs again.  Overrides go
+to all three runs, for example:
+
+    tools/demo.py --output output/demo_short train.max_iter=20
+"""
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+# Idle OpenMP threads that spin would slow down training several times wherever another program,
+# be it a data loader's worker, wants the same core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from sharedkd.demo import run_demo  # noqa: E402
+from sharedkd.errors import ConfigError  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "output/demo", metavar="DIR")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")  # of Detectron2 and PyTorch, about their own code
+    try:
+        run_demo(ROOT, args.output, args.overrides)
+    except ConfigError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command continues")
