@@ -6,6 +6,7 @@ to all three runs, for example:
 
     tools/demo.py --output output/demo_short train.max_iter=20
 """
+
 import argparse
 import os
 import sys

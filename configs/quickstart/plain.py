@@ -2,6 +2,7 @@
 
 `tools/demo.py` draws the images, and trains this and the two configs beside it.
 """
+
 from pathlib import Path
 
 from detectron2.config import LazyCall as L

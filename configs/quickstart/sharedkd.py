@@ -1,4 +1,5 @@
 """The embedded example: plain.py, distilled from the teacher that teacher.py trains."""
+
 from pathlib import Path
 
 from sharedkd.config import distill

@@ -1,4 +1,5 @@
 """The embedded example: the teacher, a ResNet-50 Mask R-CNN that trains longer than its students."""
+
 from pathlib import Path
 
 from ..common.small_models import small_mask_rcnn

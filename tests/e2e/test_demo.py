@@ -1,4 +1,5 @@
 """tools/demo.py from end to end, on a handful of tiny images."""
+
 import os
 import subprocess
 import sys

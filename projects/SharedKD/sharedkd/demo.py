@@ -1,4 +1,5 @@
 """The embedded example of tools/demo.py: three training commands, a table and two pictures."""
+
 import os
 import re
 import shlex
@@ -150,7 +151,9 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
         arm.check()
     teacher, student = arms["teacher"], arms["sharedkd"]
     if student.started and not (teacher.finished and _is_older(teacher, student)):
-        _refuse(student.folder, f"holds a student of another teacher than {_short(teacher.weights)}")
+        _refuse(
+            student.folder, f"holds a student of another teacher than {_short(teacher.weights)}"
+        )
     for number, (name, title) in enumerate(TITLES.items(), start=2):
         _announce(number, f"train and evaluate: {title}")
         arms[name].train(root)
@@ -246,7 +249,9 @@ def _follow(command: Sequence[str], log: Path, max_iter: int) -> None:
     if process.returncode:
         sys.stderr.writelines(last)
         raise ConfigError(
-            "tools/demo.py", shlex.join(command), f"ended with status {process.returncode}",
+            "tools/demo.py",
+            shlex.join(command),
+            f"ended with status {process.returncode}",
             f"see {_short(log)}",
         )
 
