@@ -16,6 +16,7 @@ from pathlib import Path
 # Idle OpenMP threads that spin would slow down training several times wherever another program,
 # be it a data loader's worker, wants the same core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
 
 from sharedkd.demo import run_demo  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
@@ -29,7 +30,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=ROOT / "output/demo", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")  # of Detectron2 and PyTorch, about their own code
     try:
         run_demo(ROOT, args.output, args.overrides)
     except ConfigError as e:
