@@ -1,9 +1,11 @@
 """Real detectors and records small enough for a CPU test."""
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_argument_parser
 from detectron2.structures import BitMasks, Boxes, Instances
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,3 +59,16 @@ def batch(ground_truth="full"):
 def config(path):
     """A shipped config, by its path below configs/."""
     return LazyConfig.load(str(ROOT / "configs" / path))
+
+
+def arguments(config, *opts, flags=()):
+    """The command line's arguments, with a config below configs/."""
+    path = str(ROOT / "configs" / config)
+    return default_argument_parser().parse_args(["--config-file", path, *flags, *map(str, opts)])
+
+
+def command(config, *opts, flags=()):
+    """The same as a command for subprocess."""
+    tool = str(ROOT / "tools/lazyconfig_train_net.py")
+    path = str(ROOT / "configs" / config)
+    return [sys.executable, "-W", "ignore", tool, "--config-file", path, *flags, *map(str, opts)]

@@ -27,5 +27,5 @@ data.update(
     test_short_edge=128,
     max_size=176,
 )
-train.update(max_iter=300, eval_period=0, output_dir=str(_root / "output/demo/plain"))
+train.update(max_iter=200, eval_period=0, output_dir=str(_root / "output/demo/plain"))
 train.checkpointer.update(period=50, max_to_keep=1)

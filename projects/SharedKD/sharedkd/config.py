@@ -3,7 +3,7 @@ import os
 from typing import Any, Dict, Optional
 
 import torch
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.config import LazyCall as L
 from omegaconf import DictConfig, OmegaConf
 
@@ -11,11 +11,12 @@ from .data.coco import check_coco, check_same_classes, register_coco
 from .errors import ConfigError
 from .losses import CrossLayer, IdenticalLayer
 from .meta_arch import SharedKD
-from .stages import Stage
+from .stages import Stage, stage_dict
 from .teacher import FrozenTeacher
 
 __all__ = [
     "TRAIN_DEFAULTS",
+    "construct",
     "distill",
     "load_config",
     "published_stages",
@@ -30,6 +31,7 @@ TRAIN_DEFAULTS = dict(
     eval_teacher=False,  # evaluate the teacher before the first iteration
     max_iter=90000,
     amp=dict(enabled=False, dtype=None),  # dtype: float16, bfloat16; None: float16 on CUDA, else bfloat16
+    channels_last=True,  # memory layout of student and teacher: the same numbers, faster convolutions
     clip_grad_norm=None,  # largest norm of the whole gradient
     accumulate=1,  # batches per optimizer step
     seed=0,  # negative: draw one, and write it into the saved config
@@ -42,20 +44,20 @@ TRAIN_DEFAULTS = dict(
 )
 
 
-def published_stages(weight: float = 2.0) -> Dict[str, Any]:
+def published_stages(weight: float = 2.0) -> DictConfig:
     """Shared-KD as published: raw mean squared errors of all levels, weight 2, from start to end.
 
     Cross-layer distillation takes the backbone's stages, whose widths differ (our reading).
     """
-    return dict(
+    return L(stage_dict)(
         identical=L(Stage)(loss=L(IdenticalLayer)(ignore_padding=False), weight=weight),
         cross=L(Stage)(loss=L(CrossLayer)(tap="backbone", ignore_padding=False), weight=weight),
     )
 
 
-def shared_kd_stages() -> Dict[str, Any]:
+def shared_kd_stages() -> DictConfig:
     """Shared-KD with this project's defaults; docs/results.md has the measurements behind them."""
-    return dict(
+    return L(stage_dict)(
         identical=L(Stage)(
             loss=L(IdenticalLayer)(
                 tap="fpn", strides=None, share="dense", distance="mse", normalize="instance"
@@ -88,14 +90,14 @@ def distill(
     student: DictConfig,
     teacher: Optional[str] = None,
     weights: Optional[str] = None,
-    stages: Optional[Dict[str, Any]] = None,
+    stages: Optional[DictConfig] = None,
 ) -> DictConfig:
     """The config node of a pair, with the keys ``student``, ``teacher`` and ``stages``.
 
     Args:
         student: LazyConfig node of a plain detector.
         teacher, weights: see :class:`FrozenTeacher`; teacher None: teacher-free.
-        stages: name -> stage node; None: :func:`shared_kd_stages`.
+        stages: ``L(stage_dict)(name=L(Stage)(...), ...)``; None: :func:`shared_kd_stages`.
     """
     return L(SharedKD)(
         student=student,  # first: its random initialisation then equals the plain student's
@@ -129,11 +131,35 @@ def load_config(path: str, overrides=()) -> DictConfig:
             raise ConfigError("--config-file", path, f"has no `{key}`", "start from a file of configs/")
     cfg.train = OmegaConf.merge(OmegaConf.create(TRAIN_DEFAULTS), cfg.get("train", {}))
     if cfg.train.fast_dev_run:
-        cfg.train.max_iter = cfg.train.eval_period = cfg.train.checkpointer.period = 20
+        cfg.train.max_iter = cfg.train.eval_period = 20
         cfg.train.log_period = 1
+        cfg.train.checkpointer.period = 10**9  # the final one is the only one
     if "data" in cfg:
         settle_own_data(cfg)
     return cfg
+
+
+def construct(node: DictConfig, key: str) -> Any:
+    """Detectron2's ``instantiate``, whose failure names the smallest part of the config that fails.
+
+    Args:
+        node: a LazyConfig node.
+        key: its place in the config.
+
+    Raises:
+        ConfigError: an unknown class, an unknown or missing option, or whatever a class raises.
+    """
+    try:
+        return instantiate(node)
+    except ConfigError:
+        raise
+    except Exception as e:
+        for name, child in node.items():
+            if isinstance(child, DictConfig) and "_target_" in child:
+                construct(child, f"{key}.{name}")
+        raise ConfigError(
+            key, node.get("_target_"), f"cannot be built: {e}", "correct this part of the config"
+        ) from e
 
 
 def settle_own_data(cfg: DictConfig) -> None:
@@ -178,7 +204,6 @@ def add_sharedkd_config(cfg: CfgNode) -> None:
 
 def parts_from_cfg(cfg: CfgNode) -> Dict[str, Any]:
     """SharedKD's arguments from a classic config, see :func:`add_sharedkd_config`."""
-    from detectron2.config import instantiate
     from detectron2.modeling import META_ARCH_REGISTRY
 
     keys = cfg.MODEL.SHAREDKD
@@ -186,6 +211,6 @@ def parts_from_cfg(cfg: CfgNode) -> Dict[str, Any]:
     return dict(
         student=META_ARCH_REGISTRY.get(keys.STUDENT)(cfg),
         teacher=FrozenTeacher(keys.TEACHER.CONFIG, keys.TEACHER.WEIGHTS),
-        stages={name: instantiate(stage) for name, stage in stages.items()},
+        stages=instantiate(stages),
         input_format=cfg.INPUT.FORMAT,
     )

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .checkpoint import StudentCheckpointer, inherit, initialise, load_trained
-from .config import load_config
+from .config import construct, load_config
 from .data.coco import check_coco
 from .errors import ConfigError
 from .meta_arch import SharedKD
@@ -44,6 +44,10 @@ def run(args) -> Dict[str, Any]:
     """
     with _log_later() as log_now:
         cfg = load_config(args.config_file, args.opts)
+        if args.eval_only and "student" in cfg.model:
+            cfg.model = cfg.model.student  # evaluation needs no teacher
+        for key in sorted(OmegaConf.missing_keys(cfg)):
+            raise ConfigError(key, "???", "is not set", f"add {key}=... to the command")
         _check_device(cfg)
         if not args.eval_only:
             _check_output(cfg.train.output_dir, args.resume)
@@ -67,11 +71,10 @@ def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.
     """The model on its device, with its initial weights.
 
     Args:
-        trained: ``train.init_checkpoint`` is a trained student, to be evaluated: no teacher is built.
+        trained: ``train.init_checkpoint`` is a trained student, to be evaluated.
         resuming: the weights come from the run's own checkpoint later.
     """
-    node = cfg.model.student if trained and "student" in cfg.model else cfg.model
-    model = instantiate(node)
+    model = construct(cfg.model, "model")
     student = getattr(model, "student", model)
     if trained:
         if not cfg.train.init_checkpoint:
@@ -90,15 +93,16 @@ def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.
                     "set model.teacher or use train.inherit=[]",
                 )
             inherit(student, teacher.model, cfg.train.inherit)
-    return model.to(cfg.train.device)
+    layout = torch.channels_last if cfg.train.channels_last else torch.preserve_format
+    return model.to(cfg.train.device, memory_format=layout)
 
 
 def build_trainer(cfg: DictConfig, model: nn.Module) -> SharedKDTrainer:
     """Optimizer, data loader, DDP and trainer around a model."""
     cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    optimizer = construct(cfg.optimizer, "optimizer")
     del cfg.optimizer.params.model  # so that the config can still be saved
-    loader = instantiate(cfg.dataloader.train)
+    loader = construct(cfg.dataloader.train, "dataloader.train")
     on_cpu = torch.device(cfg.train.device).type == "cpu"
     ddp = {**cfg.train.ddp, **(dict(device_ids=None) if on_cpu else {})}
     return SharedKDTrainer(

@@ -1,6 +1,6 @@
 """Taking a detector's feature maps without touching the detector, and keying them by stride."""
 from contextlib import contextmanager
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, Optional, Tuple
 
 from torch import Tensor, nn
 
@@ -40,8 +40,10 @@ class FeatureTap:
     """Takes a detector's maps while its own forward runs.
 
     What the detector does with its maps afterwards must not change what a loss sees.  So the first
-    capture copies each map and looks whether the detector wrote into the original; copying goes on
-    only for a tap where that happened, and a later write into a map that was not copied is an error.
+    capture keeps a copy of each map and looks whether the detector wrote into the original; copying
+    goes on only for a tap where that happened, and a later write into a map that has no copy is an
+    error.  A map that nobody wrote into is handed out itself, in the first step too, so that a
+    resumed run builds the same graph as an uninterrupted one.
 
     Args:
         detector: a module with ``.backbone``; it is not registered here.
@@ -57,23 +59,28 @@ class FeatureTap:
 
     @contextmanager
     def capture(self, taps) -> Iterator[Maps]:
-        """Within the block, the detector's forward fills the yielded dict: tap -> stride -> map.
+        """Within the block, the detector's forward runs; after it, the yielded dict is filled.
 
         Args:
             taps: which of ``fpn`` and ``backbone`` to take.
+
+        Yields:
+            tap -> stride -> map (N, C, H, W), attached to the detector's graph.
 
         Raises:
             RuntimeError: the detector began to change its maps in place after its first step.
         """
         maps: Maps = {}
-        versions: Dict[str, List] = {}
+        seen: Dict[str, Dict[int, Tuple[Tensor, int, Optional[Tensor]]]] = {}
 
         def take(tap):
             def hook(module, args, output):
-                known = {self._strides[tap][name]: x for name, x in output.items() if name in self._strides[tap]}
-                copy = self._writes.get(tap, True)
-                maps[tap] = {stride: x.clone() if copy else x for stride, x in known.items()}
-                versions[tap] = [(x, x._version) for x in known.values()]
+                copying = self._writes.get(tap, True)
+                seen[tap] = {
+                    stride: (output[name], output[name]._version, output[name].clone() if copying else None)
+                    for name, stride in self._strides[tap].items()
+                    if name in output
+                }
 
             return hook
 
@@ -83,14 +90,17 @@ class FeatureTap:
         finally:
             for handle in handles:
                 handle.remove()
-        for tap, seen in versions.items():
-            written = any(x._version != version for x, version in seen)
-            if written and not self._writes.get(tap, True):
+        for tap, levels in seen.items():
+            written = any(x._version != version for x, version, _ in levels.values())
+            if written and not self._writes.setdefault(tap, written):
                 raise RuntimeError(
                     f"the detector changed its {tap} feature maps in place, which it did not do in "
                     "its first step: a distillation loss would see wrong values"
                 )
             self._writes.setdefault(tap, written)
+            maps[tap] = {
+                stride: copy if written else x for stride, (x, _, copy) in levels.items()
+            }
 
 
 def crop_to(x: Tensor, like: Tensor) -> Tensor:

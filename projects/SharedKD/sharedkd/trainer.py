@@ -41,7 +41,7 @@ class SharedKDTrainer(SimpleTrainer):
         accumulate: batches per optimizer step, each counting 1/accumulate.
 
     Raises:
-        ConfigError: float16 on the CPU.
+        ConfigError: float16 on the CPU, or accumulate below 1.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class SharedKDTrainer(SimpleTrainer):
                 "train.amp.dtype", "float16", f"does not work on train.device={self.device_type}",
                 "use bfloat16",
             )
+        if accumulate < 1:
+            raise ConfigError("train.accumulate", accumulate, "is less than 1", "use 1 or more")
         self.amp_dtype = amp_dtype
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=amp_dtype is torch.float16)
         self.clip_grad_norm = clip_grad_norm

@@ -1,0 +1,195 @@
+"""Whole runs: checkpoints in and out, resuming, evaluation."""
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
+from tiny import arguments
+
+from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
+from sharedkd.checkpoint import StudentCheckpointer
+from sharedkd.config import shared_kd_stages
+from sharedkd.engine import run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PLAIN_LOAD = """
+import sys
+sys.modules["sharedkd"] = None  # importing it is now an error
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+config, weights, image, out = sys.argv[1:]
+model = instantiate(LazyConfig.load(config).model).eval()
+left = DetectionCheckpointer(model)._load_model(torch.load(weights, weights_only=False))
+assert not left.missing_keys and not left.unexpected_keys and not left.incorrect_shapes, left
+with torch.no_grad():
+    instances = model([{"image": torch.load(image)}])[0]["instances"]
+torch.save([instances.pred_boxes.tensor, instances.scores, instances.pred_masks], out)
+"""
+
+
+def test_checkpoint_is_the_plain_student(train, workspace, tmp_path):
+    output, _ = train("custom_coco_mask.py", "train.max_iter=2")
+    saved = torch.load(output / "model_final.pth", weights_only=False)
+    plain = tiny.detector("mask_rcnn", num_classes=6).state_dict()
+    assert {k: v.shape for k, v in saved["model"].items()} == {k: v.shape for k, v in plain.items()}
+    size = sum(v.numel() * v.element_size() for v in plain.values())
+    momentum = sum(v.numel() * 4 for v in saved["model"].values() if v.is_floating_point())
+    assert (output / "model_final.pth").stat().st_size < 1.1 * (size + momentum)
+
+    # Plain Detectron2, without this package, gives the same detections.
+    node = LazyConfig.load(str(output / "config.yaml")).model.student
+    node.roi_heads.num_classes = 6  # stands as ${data.num_classes} in the file
+    node.roi_heads.box_predictor.test_score_thresh = 0.0
+    plain = OmegaConf.create({"model": node}, flags={"allow_objects": True})
+    LazyConfig.save(plain, str(tmp_path / "plain.yaml"))
+    image = tiny.record()["image"]
+    torch.save(image, tmp_path / "image.pt")
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PLAIN_LOAD, tmp_path / "plain.yaml",
+         output / "model_final.pth", tmp_path / "image.pt", tmp_path / "out.pt"],
+        check=True, cwd=tmp_path,
+    )
+    ours = SharedKD(student=instantiate(node), stages={}, input_format="RGB").eval()
+    DetectionCheckpointer(ours).load(str(output / "model_final.pth"))
+    with torch.no_grad():
+        expected = ours([{"image": image}])[0]["instances"]
+    boxes, scores, masks = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert len(boxes) > 0
+    assert torch.equal(boxes, expected.pred_boxes.tensor)
+    assert torch.equal(scores, expected.scores)
+    assert torch.equal(masks, expected.pred_masks)
+
+
+def test_default_predictor_reads_a_checkpoint(tmp_path):
+    """A classic yaml student, distilled, then used through Detectron2's DefaultPredictor."""
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.update(DEPTH=18, RES2_OUT_CHANNELS=64, OUT_FEATURES=["res3", "res4", "res5"])
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]
+    cfg.MODEL.RETINANET.update(NUM_CLASSES=3, SCORE_THRESH_TEST=0.0)
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    stages = instantiate(shared_kd_stages())
+    teacher = FrozenTeacher(tiny.detector("retinanet", seed=3), "")
+    model = SharedKD(student=build_model(cfg), teacher=teacher, stages=stages)
+    batches = iter(lambda: tiny.batch(), None)
+    trainer = SharedKDTrainer(model, batches, torch.optim.SGD(model.parameters(), 1e-3), max_iter=2)
+    trainer.train(0, 2)
+    StudentCheckpointer(model, str(tmp_path), trainer=trainer).save("student")
+
+    cfg.MODEL.WEIGHTS = str(tmp_path / "student.pth")
+    image = tiny.record()["image"].permute(1, 2, 0).numpy()
+    with torch.no_grad():
+        got = DefaultPredictor(cfg)(image)["instances"]
+        predictor = DefaultPredictor(cfg)
+        predictor.model = model.eval()
+        expected = predictor(image)["instances"]
+    assert len(got) > 0
+    assert torch.equal(got.scores, expected.scores)
+    assert torch.equal(got.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+@pytest.mark.parametrize("config", ["custom_coco_mask.py", "custom_coco_retinanet.py"])
+def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, config):
+    opts = ["train.max_iter=5", "train.checkpointer.period=2", "model.stages.identical.ramp=4"]
+    whole, _ = train(config, *opts, output=tmp_path / "whole")
+
+    step = SharedKDTrainer.run_step
+
+    def interrupted(self):
+        if self.iter == 3:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(SharedKDTrainer, "run_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, *opts, output=tmp_path / "halved")
+    monkeypatch.setattr(SharedKDTrainer, "run_step", step)
+    assert (tmp_path / "halved/last_checkpoint").read_text() == "model_0000001.pth"
+    halved, _ = train(config, *opts, output=tmp_path / "halved", flags=["--resume"])
+
+    first, second = (
+        torch.load(folder / "model_final.pth", weights_only=False) for folder in (whole, halved)
+    )
+    assert_same(first, second)
+
+
+def assert_same(a, b, where=""):
+    """Equal to the bit, through dicts and lists."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def test_eval_only_of_distilled_and_plain_config_agree(train, workspace, tmp_path):
+    output, results = train("custom_coco_mask.py", "train.max_iter=2", "train.eval_period=2")
+    assert set(results) == {"bbox", "segm"}
+    weights = f"train.init_checkpoint={output}/model_final.pth"
+    for config in ("custom_coco_mask.py", "custom_coco_mask_plain.py"):
+        args = arguments(
+            config, *workspace.data, f"train.output_dir={tmp_path}/eval", weights, flags=["--eval-only"]
+        )
+        assert repr(run(args)) == repr(results)
+
+
+def test_plain_and_distilled_students_start_equal(workspace):
+    from sharedkd.config import load_config
+    from sharedkd.engine import build
+    from detectron2.utils.env import seed_all_rng
+
+    states = []
+    for config, pair in (("custom_coco_mask_plain.py", []), ("custom_coco_mask.py", workspace.pair)):
+        cfg = load_config(str(tiny.ROOT / "configs" / config), [*workspace.data, *pair])
+        seed_all_rng(cfg.train.seed)
+        states.append(build(cfg).state_dict())
+    assert_same(*states)
+
+
+def test_fast_dev_run(train):
+    output, results = train("custom_coco.py", "train.fast_dev_run=True", "train.max_iter=999")
+    iterations = [x["iteration"] for x in map(json.loads, open(output / "metrics.json"))]
+    assert iterations[:20] == list(range(20)) and max(iterations) <= 20
+    assert [p.name for p in output.glob("*.pth")] == ["model_final.pth"]
+    assert "bbox" in results
+
+
+def test_the_teacher_is_evaluated_first(train, caplog):
+    train("custom_coco_mask.py", "train.max_iter=1", "train.eval_teacher=True", "train.inherit=[neck,head]")
+    text = caplog.text
+    assert text.index("The teacher's results") < text.index("Starting training from iteration 0")
+    assert "inherits" in text
+
+
+def test_training_loop_is_usable_without_trainer_of_ours():
+    """Detectron2's own trainers can train the pair: every stage at its full weight."""
+    stages = instantiate(shared_kd_stages())
+    model = SharedKD(
+        student=tiny.detector("fcos"),
+        teacher=FrozenTeacher(tiny.detector("fcos", seed=2), ""),
+        stages=stages,
+    ).train()
+    with EventStorage():
+        losses = model(tiny.batch())
+    assert any(k.startswith("distill/identical/") for k in losses)
