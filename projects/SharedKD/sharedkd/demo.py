@@ -186,7 +186,7 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
     )
     print(f"\n{table}\n")
     print(
-        f"A small example: {shapes.train} drawn images, {cfg.train.max_iter} iterations, random "
+        f"A small example: {shapes.train} drawn images, {cfg.train.max_iter} iterations a student, random "
         f"initial weights, and one seed.\n{shapes.val} validation images and one seed cannot tell "
         "small differences from chance; docs/results.md has measurements.\n"
     )
