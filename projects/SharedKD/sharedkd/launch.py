@@ -1,5 +1,6 @@
 """Starting a run's processes: Detectron2's launch where it works, torchrun, and several CPU processes."""
 import os
+import socket
 import sys
 
 import torch
@@ -26,6 +27,8 @@ def launch(main, args) -> None:
         if "LOCAL_RANK" in os.environ:
             _worker(int(os.environ["LOCAL_RANK"]), main, args, from_environment=True)
         elif world_size > 1 and not torch.cuda.is_available():
+            if args.dist_url == "auto":
+                args.dist_url = f"tcp://127.0.0.1:{_free_port()}"
             mp.start_processes(_worker, nprocs=args.num_gpus, args=(main, args), start_method="spawn")
         else:
             _check_gpus(args)
@@ -41,6 +44,12 @@ def launch(main, args) -> None:
         sys.exit(e.exit_code)
     except ConfigError as e:
         _say_and_exit(e)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def _check_gpus(args) -> None:

@@ -1,0 +1,102 @@
+"""Several CPU processes over gloo: the same step as one process with the same global batch."""
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from tiny import command
+
+STEP = '''
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+import tiny
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.engine import default_argument_parser
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.modeling.meta_arch import ProposalNetwork
+from detectron2.utils import comm
+from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
+from sharedkd.config import shared_kd_stages
+from sharedkd.launch import launch
+
+OUT = sys.argv.pop()
+
+def main(args):
+    torch.manual_seed(0)
+    node = tiny.node("faster_rcnn")
+    # A proposal network that uses every anchor draws nothing at random, and its losses are means
+    # over images; frozen norms: each process sees half of the batch.
+    node.backbone.bottom_up.stem.norm = node.backbone.bottom_up.stages.norm = "FrozenBN"
+    node.proposal_generator.batch_size_per_image = 10**6
+    node.proposal_generator.positive_fraction = 1.0
+    node._target_ = ProposalNetwork
+    del node.roi_heads, node.input_format
+    stages = shared_kd_stages()
+    model = SharedKD(
+        student=instantiate(node), stages=instantiate(stages), input_format="RGB",
+        teacher=FrozenTeacher(tiny.detector("faster_rcnn", seed=1), ""),
+    )
+    for name, module in model.student.named_modules():
+        if name.endswith("norm"):
+            module.weight.fill_(0.5)  # keeps a random network's maps of moderate size
+    records = [tiny.record(seed=i, boxes=((8, 8, 40 + 4 * i, 40),)) for i in range(4)]
+    mine = records[comm.get_rank()::comm.get_world_size()]
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    trainer = SharedKDTrainer(
+        create_ddp_model(model, device_ids=None, broadcast_buffers=False),
+        iter(lambda: mine, None), sgd, max_iter=3,
+    )
+    trainer.train(0, 3)
+    if comm.is_main_process():
+        losses = {{k: v[0] for k, v in trainer.storage.latest().items() if "time" not in k}}
+        torch.save([model.state_dict(), losses, comm.get_world_size(), comm.get_local_size()], OUT)
+
+if __name__ == "__main__":
+    launch(main, default_argument_parser().parse_args())
+'''
+
+
+def train_step(tmp_path, name, *start):
+    script = tmp_path / "step.py"
+    script.write_text(STEP.format(tests=str(tiny.ROOT / "tests")))
+    out = tmp_path / f"{name}.pt"
+    start = [script if x == "SCRIPT" else x for x in start]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, *map(str, start), str(out)], check=True, env=env, cwd=tmp_path)
+    return torch.load(out, weights_only=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches CPU processes")
+def test_two_processes_equal_one(tmp_path):
+    one = train_step(tmp_path, "one", "SCRIPT", "--num-gpus", "1")
+    two = train_step(tmp_path, "two", "SCRIPT", "--num-gpus", "2", "--dist-url", "auto")
+    torchrun = train_step(
+        tmp_path, "torchrun", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "SCRIPT"
+    )
+    assert one[2:] == [1, 1] and two[2:] == torchrun[2:] == [2, 2]
+    for other in (two, torchrun):
+        assert other[0].keys() == one[0].keys()
+        for key, value in one[0].items():
+            torch.testing.assert_close(other[0][key], value, rtol=1e-3, atol=1e-5, msg=key)
+        assert other[1].keys() == one[1].keys()
+        for key, value in one[1].items():
+            assert other[1][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+def test_the_command_line_with_two_processes(workspace, tmp_path):
+    opts = [*workspace.data, *workspace.pair, f"train.output_dir={tmp_path}/run", "train.max_iter=2"]
+    opts += ["train.eval_period=2"]
+    flags = ["--num-gpus", "2", "--dist-url", "auto"]
+    subprocess.run(command("custom_coco_mask.py", *opts, flags=flags), check=True, capture_output=True)
+    saved = torch.load(tmp_path / "run/model_final.pth", weights_only=False)
+    assert saved["iteration"] == 1
+    wrong = subprocess.run(
+        command("custom_coco_mask.py", *opts, "model.teacher.config=none", flags=flags),
+        capture_output=True, text=True,
+    )
+    assert wrong.returncode == 1
+    assert wrong.stderr.count("error: ") == 1 and "Traceback" not in wrong.stderr

@@ -1,0 +1,97 @@
+"""Every shipped config can be built and trains a step, at reduced input size and without weights."""
+
+import pytest
+import tiny
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.utils.events import EventStorage
+
+CONFIGS = sorted(
+    str(p.relative_to(tiny.ROOT / "configs"))
+    for p in (tiny.ROOT / "configs").rglob("*.py")
+    if p.parent.name != "common"
+)
+
+
+def load(name):
+    cfg = tiny.config(name)
+    if "data" in cfg:
+        cfg.data.num_classes = tiny.CLASSES
+    return cfg
+
+
+def regions(node):
+    """Fewer sampled regions: the heads of a full-size detector dominate a tiny image otherwise."""
+    if "roi_heads" in node:
+        node.roi_heads.batch_size_per_image = 16
+        node.proposal_generator.post_nms_topk = (50, 50)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_trains_a_step(name):
+    cfg = load(name)
+    model = cfg.model
+    regions(model.get("student", model))
+    if model.get("teacher"):
+        if model.teacher.config == "???":
+            model.teacher.config = str(tiny.ROOT / "configs/custom_coco_teacher.py")
+        if str(model.teacher.config).endswith("custom_coco_teacher.py"):
+            model.teacher.config = tiny.node("faster_rcnn", 50)
+        model.teacher.weights = ""  # as built: the real weights cannot be had in a test
+    model = instantiate(model).train()
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    with EventStorage():
+        losses = model(tiny.batch("half"))
+    total = sum(losses.values())
+    assert torch.isfinite(total)
+    total.backward()
+    optimizer.step()
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(after, before))
+    expected = {k for k in getattr(model, "stages", {})}
+    assert {k.split("/")[1] for k in losses if k.startswith("distill/")} == expected
+
+
+def plain(cfg):
+    """The config as comparable text, without where its output goes."""
+    cfg.train.output_dir = ""
+    LazyConfig.save(cfg, path := "/dev/shm/sharedkd_config.yaml")
+    return open(path).read()
+
+
+@pytest.mark.parametrize(
+    "distilled",
+    [n for n in CONFIGS if n.endswith("sharedkd.py")] + [f"custom_coco{x}.py" for x in ("", "_mask", "_retinanet")],
+)
+def test_distilled_and_plain_differ_by_the_distillation_alone(distilled):
+    parents = {"mask_rcnn_cascade": "mask_rcnn", "retinanet_x101": "retinanet"}
+    if distilled.startswith("custom"):
+        baseline = distilled.replace(".py", "_plain.py")
+    elif distilled.startswith("quickstart"):
+        baseline = "quickstart/plain.py"
+    else:
+        family = distilled.replace("_sharedkd.py", "")
+        baseline = f"{parents.get(family, family)}_plain.py"
+    ours, theirs = tiny.config(distilled), tiny.config(baseline)
+    ours.model = ours.model.student
+    assert plain(ours) == plain(theirs)
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("ablations/")])
+def test_ablations_are_a_few_lines(name):
+    lines = (tiny.ROOT / "configs" / name).read_text().splitlines()
+    assert len(lines) <= 8
+
+
+def test_published_weights_of_the_ablations():
+    for weight in (2, 5, 10, 20):
+        stages = tiny.config(f"ablations/retinanet_x101_weight_{weight}.py").model.stages
+        assert {k: v.weight for k, v in stages.items() if k != "_target_"} == {
+            "identical": weight,
+            "cross": weight,
+        }
+    for gone, left in (("identical", "cross"), ("cross", "identical")):
+        stages = tiny.config(f"ablations/faster_rcnn_without_{gone}.py").model.stages
+        assert [k for k in stages if k != "_target_"] == [left]

@@ -1,0 +1,179 @@
+"""The trainer: stages, relative weights, accumulation, clipping, AMP, seeds."""
+import pytest
+import tiny
+import torch
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, SharedKD, SharedKDTrainer
+from sharedkd import Stage
+
+RECORDS = tiny.batch()
+
+
+class Toy(nn.Module):
+    """A detector with one weight; its loss is weight * mean(image)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        return {"loss_toy": self.weight * torch.stack([x["image"] for x in batch]).mean()}
+
+
+def toy(values, **options):
+    """A trainer of Toy whose batches have the given means; learning rate 1."""
+    model = Toy()
+    batches = [[{"image": torch.tensor([float(v)])}] for v in values]
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    return model, SharedKDTrainer(model, batches, sgd, max_iter=10, **options)
+
+
+def pair(stages, student="retinanet", teacher="retinanet"):
+    return SharedKD(
+        student=tiny.detector(student),
+        teacher=FrozenTeacher(tiny.detector(teacher, seed=1), "") if teacher else None,
+        stages=stages,
+        input_format="RGB",
+    )
+
+
+def trainer_of(model, lr=0.0, **options):
+    sgd = torch.optim.SGD(model.parameters(), lr=lr)
+    return SharedKDTrainer(model, iter(lambda: RECORDS, None), sgd, max_iter=10, **options)
+
+
+def one_step(trainer, iteration=0):
+    with EventStorage(iteration) as trainer.storage:
+        trainer.iter = iteration
+        trainer.run_step()
+        return {k: v[0] for k, v in trainer.storage.latest().items()}
+
+
+def test_accumulation_is_the_mean_of_its_batches():
+    model, trainer = toy([1, 3, 8], accumulate=3)
+    metrics = one_step(trainer)
+    assert model.weight.item() == pytest.approx(1 - (1 + 3 + 8) / 3)
+    assert metrics["loss_toy"] == metrics["total_loss"] == pytest.approx(4)
+
+
+@pytest.mark.parametrize("limit, step", [(2.0, 2.0), (100.0, 8.0)])
+def test_clipping(limit, step):
+    model, trainer = toy([8], clip_grad_norm=limit)
+    metrics = one_step(trainer)
+    assert model.weight.item() == pytest.approx(1 - step, abs=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(8)
+
+
+def test_stage_schedule_reaches_the_losses_and_the_log():
+    stages = {"identical": Stage(IdenticalLayer(strides=[8, 16]), weight=3.0, start=1, ramp=2, end=4)}
+    trainer = trainer_of(pair(stages))
+    logs = [one_step(trainer, i) for i in range(5)]
+    weights = [log["distill/identical/weight"] for log in logs]
+    assert weights == [0, 1.5, 3.0, 3.0, 0]
+    raw = logs[2]["distill/identical/s8"] + logs[2]["distill/identical/s16"]
+    for log, weight in zip(logs, weights):
+        detector = log["loss_cls"] + log["loss_box_reg"]
+        if weight:
+            assert log["loss_distill_identical"] == pytest.approx(weight * raw, rel=1e-4)
+            assert log["total_loss"] == pytest.approx(detector + weight * raw, rel=1e-4)
+        else:
+            assert "loss_distill_identical" not in log
+            assert log["total_loss"] == pytest.approx(detector)
+
+
+def test_relative_weight_is_a_share_of_the_detectors_loss():
+    for scale in (1.0, 1e4):
+        loss = IdenticalLayer(strides=[8])
+        distance = loss.distance
+        loss.distance = lambda *args: scale * distance(*args)
+        trainer = trainer_of(pair({"identical": Stage(loss, weight=0.25, relative=True)}))
+        log = one_step(trainer)
+        detector = log["loss_cls"] + log["loss_box_reg"]
+        assert log["loss_distill_identical"] == pytest.approx(0.25 * detector, rel=1e-4)
+        assert log["total_loss"] == pytest.approx(1.25 * detector, rel=1e-4)
+
+
+def test_relative_weight_scales_the_gradient():
+    """The gradient of the term is that of the raw loss times share * detector / raw."""
+    grads = {}
+    for relative in (False, True):
+        model = pair({"identical": Stage(IdenticalLayer(strides=[8]), weight=1.0, relative=relative)})
+        trainer = trainer_of(model)
+        log = one_step(trainer)
+        grads[relative] = model.student.backbone.fpn_output3.weight.grad.clone()
+    plain = tiny.detector("retinanet")
+    one_step(trainer_of(plain))
+    detector_grad = plain.backbone.fpn_output3.weight.grad
+    factor = (log["loss_cls"] + log["loss_box_reg"]) / log["distill/identical/s8"]
+    torch.testing.assert_close(
+        grads[True] - detector_grad, factor * (grads[False] - detector_grad), rtol=1e-2, atol=1e-5
+    )
+
+
+def test_teacher_free_training_lowers_the_cross_layer_loss():
+    model = pair({"cross": Stage(CrossLayer(tap="fpn"), weight=1.0)}, teacher=None)
+    trainer = trainer_of(model, lr=1e-3)
+    logs = [one_step(trainer, i)["loss_distill_cross"] for i in range(4)]
+    assert logs[-1] < logs[0]
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet", "fcos"])
+def test_bfloat16_on_the_cpu_stays_near_float32(family):
+    logs = []
+    for amp_dtype in (None, torch.bfloat16):
+        model = pair({"identical": Stage(IdenticalLayer(), weight=1.0)}, family, family)
+        logs.append(one_step(trainer_of(model, amp_dtype=amp_dtype)))
+    for name in logs[0]:
+        if name.startswith(("loss_rpn", "loss_fcos", "distill/")):
+            assert logs[1][name] == pytest.approx(logs[0][name], rel=0.1, abs=0.02), name
+
+
+def test_float16_needs_cuda():
+    with pytest.raises(ConfigError, match="train.amp.dtype=float16.*use bfloat16"):
+        toy([1], amp_dtype=torch.float16)
+
+
+def test_draws_depend_on_seed_and_iteration_alone():
+    class Drawing(Toy):
+        def forward(self, batch):
+            draws.append(torch.rand(2).tolist())
+            return super().forward(batch)
+
+    runs = []
+    for seed, disturb in ((0, False), (0, True), (1, False)):
+        draws, model = [], Drawing()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+        trainer = SharedKDTrainer(
+            model, [[{"image": torch.ones(1)}]] * 2, sgd, max_iter=2, seed=seed
+        )
+        for iteration in range(2):
+            one_step(trainer, iteration)
+            if disturb:
+                torch.rand(17)
+        runs.append(draws)
+    assert runs[0] == runs[1] != runs[2]
+    assert runs[0][0] != runs[0][1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_named_before_weights_change(bad):
+    from sharedkd import NonFiniteLossError
+
+    model, trainer = toy([bad])
+    with pytest.raises(NonFiniteLossError, match="iteration 0: loss_toy"):
+        one_step(trainer)
+    assert model.weight.item() == 1
+
+
+def test_state_holds_what_resuming_needs():
+    model = pair({"identical": Stage(IdenticalLayer(), weight=1.0)})
+    trainer = trainer_of(model, lr=1e-3)
+    one_step(trainer)
+    state = trainer.state_dict()
+    assert state["loss_normalizer"] == model.student.loss_normalizer != 100
+    other = trainer_of(pair({"identical": Stage(IdenticalLayer(), weight=1.0)}), lr=1e-3)
+    other.load_state_dict(state)
+    assert other._detector.loss_normalizer == model.student.loss_normalizer
+    assert other.optimizer.state_dict()["param_groups"] == trainer.optimizer.state_dict()["param_groups"]
