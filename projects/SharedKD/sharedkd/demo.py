@@ -1,5 +1,6 @@
 """The embedded example of tools/demo.py: three training commands, a table and two pictures."""
 
+import math
 import os
 import re
 import shlex
@@ -72,7 +73,10 @@ class Arm:
     @property
     def finished(self) -> bool:
         """Whether it is trained and evaluated."""
-        return self.weights.exists() and bool(self.results())
+        if not self.weights.exists():
+            return False
+        box = self.results().get("bbox", {})
+        return not math.isnan(box.get("AP", math.nan))  # NaN: only evaluated earlier in training
 
     def results(self) -> Dict[str, Dict[str, float]]:
         """Task to metric to value, of the evaluation after the last iteration; empty without one."""
