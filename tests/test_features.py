@@ -6,7 +6,7 @@ from detectron2.utils.events import EventStorage
 
 import tiny
 from sharedkd.errors import ConfigError
-from sharedkd.features import FeatureTap, crop_to, pyramid_shapes
+from sharedkd.features import FeatureTap, pyramid_shapes, same_pixels
 
 FPN, BACKBONE = "fpn", "backbone"
 
@@ -180,7 +180,13 @@ def test_a_model_without_a_backbone():
             FeatureTap(model)
 
 
-def test_crop_to_keeps_the_top_left():
-    x = torch.arange(12).view(1, 1, 3, 4)
-    assert crop_to(x, torch.zeros(5, 9, 2, 3)).tolist() == [[[[0, 1, 2], [4, 5, 6]]]]
-    assert torch.equal(crop_to(x, x), x)
+def test_same_pixels_keeps_the_top_left_of_every_level():
+    student = {FPN: {8: torch.zeros(1, 1, 12, 8), 64: torch.zeros(1, 1, 2, 1)}}  # 96 x 64 pixels
+    teacher = {
+        FPN: {s: torch.arange(n * n).view(1, 1, n, n) for s, n in ((4, 32), (8, 16), (64, 2))}
+    }
+    cut = same_pixels(teacher, student)[FPN]
+    assert {s: tuple(x.shape[-2:]) for s, x in cut.items()} == {4: (24, 16), 8: (12, 8), 64: (2, 1)}
+    assert cut[64].tolist() == [[[[0], [2]]]]
+    assert cut[8][0, 0, 1, :2].tolist() == [16, 17]
+    assert torch.equal(same_pixels(student, student)[FPN][8], student[FPN][8])

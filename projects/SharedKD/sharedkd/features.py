@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .losses.base import Maps, Shapes
 
-__all__ = ["FeatureTap", "pyramid_shapes", "crop_to"]
+__all__ = ["FeatureTap", "pyramid_shapes", "same_pixels"]
 
 
 def _tapped_modules(detector: nn.Module) -> Dict[str, nn.Module]:
@@ -103,9 +103,20 @@ class FeatureTap:
             }
 
 
-def crop_to(x: Tensor, like: Tensor) -> Tensor:
-    """The part of ``x`` (N, C, H, W) that shows the same pixels as ``like`` of the same stride.
+def same_pixels(maps: Maps, like: Maps) -> Maps:
+    """Cut ``maps`` to the part of the padded images that ``like`` shows.
 
-    Detectron2 pads at the right and at the bottom, so this is the top left part.
+    Detectron2 pads at the right and at the bottom, so that part is the top left one.
+
+    Args:
+        maps, like: tap -> stride -> (N, C, H, W); their strides need not agree.
+
+    Returns:
+        as ``maps``; a level that shows no more than ``like`` does is returned as it is.
     """
-    return x[..., : like.shape[-2], : like.shape[-1]]
+    stride, x = min(((s, x) for levels in like.values() for s, x in levels.items()), key=lambda i: i[0])
+    height, width = stride * x.shape[-2], stride * x.shape[-1]
+    return {
+        tap: {s: x[..., : -(-height // s), : -(-width // s)] for s, x in levels.items()}
+        for tap, levels in maps.items()
+    }

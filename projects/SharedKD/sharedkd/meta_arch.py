@@ -1,5 +1,5 @@
 """The meta-architecture: student and teacher side by side in training, the student alone in inference."""
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional
 
 import torch
 from detectron2.config import configurable
@@ -7,8 +7,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .features import FeatureTap, crop_to, pyramid_shapes
-from .losses.base import Batch, Maps
+from .features import FeatureTap, pyramid_shapes, same_pixels
+from .losses.base import Batch
 from .stages import Stage
 from .teacher import FrozenTeacher
 
@@ -98,18 +98,21 @@ class SharedKD(nn.Module):
         if not active:
             return self.student(batched_inputs)
 
-        taps = frozenset().union(*(self.losses[name].taps for name in active))
+        taps = self._taps(active)
+        taught = [name for name in active if "teacher" in self.losses[name].needs]
         teacher = None
-        # First the teacher: its temporaries are gone before the student's graph is built.
-        if any("teacher" in self.losses[name].needs for name in active):
+        if taught:  # before the student: the teacher's temporaries are gone when its graph is built
             teacher = self.teacher.features(
-                batched_inputs, taps, self.input_format, self.student.backbone.size_divisibility
+                batched_inputs,
+                self._taps(taught),
+                self.input_format,
+                self.student.backbone.size_divisibility,
             )
         with self._tap.capture(taps) as student:
             losses = self.student(batched_inputs)
         batch = Batch(
             student=student,
-            teacher=teacher and self._same_pixels(teacher, student),
+            teacher=teacher and same_pixels(teacher, student),
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
             inputs=batched_inputs,
         )
@@ -119,15 +122,8 @@ class SharedKD(nn.Module):
                     losses[f"distill/{name}/{term}"] = weight * value
         return losses
 
-    @staticmethod
-    def _same_pixels(teacher: Maps, student: Maps) -> Maps:
-        return {
-            tap: {
-                stride: crop_to(x, student[tap][stride]) if stride in student[tap] else x
-                for stride, x in maps.items()
-            }
-            for tap, maps in teacher.items()
-        }
+    def _taps(self, names: Iterable[str]) -> FrozenSet[str]:
+        return frozenset().union(*(self.losses[name].taps for name in names))
 
     # The teacher is no submodule, yet goes where the model goes.
     def _apply(self, fn, *args, **kwargs):
