@@ -1,4 +1,5 @@
 """As custom_coco.py, with instance masks: Mask R-CNN."""
+
 from sharedkd.config import distill
 
 from .custom_coco_mask_plain import data, dataloader, lr_multiplier, model, optimizer, train

@@ -1,4 +1,5 @@
 """As custom_coco_plain.py, with instance masks: Mask R-CNN."""
+
 from .common.small_models import small_mask_rcnn
 from .custom_coco_plain import data, dataloader, lr_multiplier, optimizer, train
 

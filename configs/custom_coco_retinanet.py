@@ -1,4 +1,5 @@
 """As custom_coco.py, with a one-stage student: RetinaNet."""
+
 from sharedkd.config import distill
 
 from .custom_coco_retinanet_plain import data, dataloader, lr_multiplier, model, optimizer, train

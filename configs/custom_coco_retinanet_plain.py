@@ -1,4 +1,5 @@
 """As custom_coco_plain.py, with a one-stage detector: RetinaNet."""
+
 from .common.small_models import small_retinanet
 from .custom_coco_plain import data, dataloader, lr_multiplier, optimizer, train
 

@@ -1,4 +1,5 @@
 """Own COCO-format data: train the teacher, a ResNet-50 Faster R-CNN."""
+
 from .common.small_models import small_faster_rcnn
 from .custom_coco_plain import data, dataloader, lr_multiplier, optimizer, train
 

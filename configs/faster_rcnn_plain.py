@@ -1,4 +1,5 @@
 """Faster R-CNN R50, 2x, without distillation."""
+
 from .mask_rcnn_plain import dataloader, lr_multiplier, model, optimizer, train
 
 dataloader.train.mapper.use_instance_mask = False

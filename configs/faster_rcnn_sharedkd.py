@@ -1,4 +1,5 @@
 """Faster R-CNN R101 -> R50, 2x; the teacher and its weights come from the model zoo."""
+
 from sharedkd.config import distill
 
 from .faster_rcnn_plain import dataloader, lr_multiplier, model, optimizer, train

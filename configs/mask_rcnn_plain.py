@@ -1,4 +1,5 @@
 """Mask R-CNN R50, 2x, without distillation."""
+
 from detectron2.model_zoo import get_config
 
 from .common.coco import dataloader, lr_multiplier, optimizer, train

@@ -1,4 +1,5 @@
 """Mask R-CNN X101 -> Mask R-CNN R50, 2x; the teacher and its weights come from the model zoo."""
+
 from sharedkd.config import distill
 
 from .mask_rcnn_plain import dataloader, lr_multiplier, model, optimizer, train

@@ -2,6 +2,7 @@
 
 The model zoo has no weights for this teacher: train it first, with configs/teachers/retinanet_x101.py.
 """
+
 import os
 
 from sharedkd.config import distill

@@ -1,11 +1,19 @@
 """The trainer: stages, relative weights, accumulation, clipping, AMP, seeds."""
+
 import pytest
 import tiny
 import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, SharedKD, SharedKDTrainer
+from sharedkd import (
+    ConfigError,
+    CrossLayer,
+    FrozenTeacher,
+    IdenticalLayer,
+    SharedKD,
+    SharedKDTrainer,
+)
 from sharedkd import Stage
 
 RECORDS = tiny.batch()
@@ -67,7 +75,9 @@ def test_clipping(limit, step):
 
 
 def test_stage_schedule_reaches_the_losses_and_the_log():
-    stages = {"identical": Stage(IdenticalLayer(strides=[8, 16]), weight=3.0, start=1, ramp=2, end=4)}
+    stages = {
+        "identical": Stage(IdenticalLayer(strides=[8, 16]), weight=3.0, start=1, ramp=2, end=4)
+    }
     trainer = trainer_of(pair(stages))
     logs = [one_step(trainer, i) for i in range(5)]
     weights = [log["distill/identical/weight"] for log in logs]
@@ -99,7 +109,9 @@ def test_relative_weight_scales_the_gradient():
     """The gradient of the term is that of the raw loss times share * detector / raw."""
     grads = {}
     for relative in (False, True):
-        model = pair({"identical": Stage(IdenticalLayer(strides=[8]), weight=1.0, relative=relative)})
+        model = pair(
+            {"identical": Stage(IdenticalLayer(strides=[8]), weight=1.0, relative=relative)}
+        )
         trainer = trainer_of(model)
         log = one_step(trainer)
         grads[relative] = model.student.backbone.fpn_output3.weight.grad.clone()
@@ -176,4 +188,7 @@ def test_state_holds_what_resuming_needs():
     other = trainer_of(pair({"identical": Stage(IdenticalLayer(), weight=1.0)}), lr=1e-3)
     other.load_state_dict(state)
     assert other._detector.loss_normalizer == model.student.loss_normalizer
-    assert other.optimizer.state_dict()["param_groups"] == trainer.optimizer.state_dict()["param_groups"]
+    assert (
+        other.optimizer.state_dict()["param_groups"]
+        == trainer.optimizer.state_dict()["param_groups"]
+    )

@@ -1,4 +1,5 @@
 """Real detectors and records small enough for a CPU test."""
+
 import importlib.util
 import sys
 from pathlib import Path
@@ -45,7 +46,12 @@ def record(height=64, width=96, boxes=((8, 8, 40, 40), (30, 20, 80, 60)), seed=0
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
         mask[y0:y1, x0:x1] = True
     instances.gt_masks = BitMasks(masks)
-    return {"image": image.to(torch.uint8), "height": height, "width": width, "instances": instances}
+    return {
+        "image": image.to(torch.uint8),
+        "height": height,
+        "width": width,
+        "instances": instances,
+    }
 
 
 def batch(ground_truth="full"):

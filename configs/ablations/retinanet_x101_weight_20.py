@@ -1,4 +1,5 @@
 """The published weight study: raw distances, both parts at weight 20."""
+
 from sharedkd.config import published_stages
 
 from ..retinanet_x101_sharedkd import dataloader, lr_multiplier, model, optimizer, train

@@ -1,4 +1,5 @@
 """COCO 2017, 2x schedule (24 epochs), batch 16: what all published pairs share."""
+
 from detectron2.model_zoo import get_config
 
 from sharedkd.data.loader import build_train_loader

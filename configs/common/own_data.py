@@ -1,4 +1,5 @@
 """Own COCO-format data: set the first four keys on the command line; the rest has defaults."""
+
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import (

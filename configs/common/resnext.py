@@ -1,4 +1,5 @@
 """ResNeXt-101-32x8d for LazyConfig models; Detectron2's make_default_stages covers plain ResNets only."""
+
 from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone import ResNet
 from detectron2.modeling.backbone.resnet import BottleneckBlock

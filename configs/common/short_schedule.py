@@ -1,4 +1,5 @@
 """A schedule for small data: SGD, cosine after a short warm-up, whatever `train.max_iter` is."""
+
 from detectron2.config import LazyCall as L
 from detectron2.model_zoo import get_config
 from detectron2.solver import WarmupParamScheduler

@@ -2,6 +2,7 @@
 
 A ResNet of any depth, a 128-wide FPN, 256-wide heads and 64 sampled regions an image.
 """
+
 from detectron2.layers import ShapeSpec
 from detectron2.model_zoo import get_config
 

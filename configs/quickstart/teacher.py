@@ -6,4 +6,4 @@ from ..common.small_models import small_mask_rcnn
 from .plain import data, dataloader, lr_multiplier, optimizer, shapes, train
 
 model = small_mask_rcnn(depth=50, num_classes="${data.num_classes}")
-train.update(max_iter=300, output_dir=str(Path(train.output_dir).with_name("teacher")))
+train.update(max_iter=500, output_dir=str(Path(train.output_dir).with_name("teacher")))

@@ -1,4 +1,5 @@
 """Cascade Mask R-CNN X101-32x8d, 2x: the teacher of mask_rcnn_cascade_sharedkd.py."""
+
 from detectron2.model_zoo import get_config
 
 from ..common.resnext import INIT, use_x101

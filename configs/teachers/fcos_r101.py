@@ -1,4 +1,5 @@
 """FCOS R101, 2x: the teacher of fcos_sharedkd.py."""
+
 from ..fcos_plain import dataloader, lr_multiplier, model, optimizer, train
 
 model.backbone.bottom_up.stages.depth = 101

@@ -1,4 +1,5 @@
 """RetinaNet X101-32x8d, 2x: the teacher of retinanet_x101_sharedkd.py."""
+
 from ..common.resnext import INIT, use_x101
 from ..retinanet_plain import dataloader, lr_multiplier, model, optimizer, train
 

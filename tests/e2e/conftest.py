@@ -1,4 +1,5 @@
 """One tiny data set and one tiny teacher for the whole-run tests."""
+
 from types import SimpleNamespace
 
 import pytest

@@ -1,4 +1,5 @@
 """Whatever is wrong is said in one line, before anything is written."""
+
 import json
 import subprocess
 
@@ -26,24 +27,54 @@ def first_box(box):
 
 # name -> (what to do to the overrides, what the message must contain)
 CASES = {
-    "teacher not in the zoo": (["model.teacher.config=COCO-Detection/nothing.yaml"], ["model.teacher.config", "COCO-Detection/nothing.yaml", "model zoo"]),
+    "teacher not in the zoo": (
+        ["model.teacher.config=COCO-Detection/nothing.yaml"],
+        ["model.teacher.config", "COCO-Detection/nothing.yaml", "model zoo"],
+    ),
     "teacher not named": (["model.teacher.config=???"], ["model.teacher.config", "not set"]),
-    "teacher without weights": (["model.teacher.weights=null"], ["model.teacher.weights", "set it to"]),
-    "teacher weights missing": ([f"model.teacher.weights={MISSING}.pth"], ["model.teacher.weights", MISSING, "no such file"]),
-    "student weights missing": ([f"train.init_checkpoint={MISSING}.pkl"], ["train.init_checkpoint", MISSING, "no such file"]),
+    "teacher without weights": (
+        ["model.teacher.weights=null"],
+        ["model.teacher.weights", "set it to"],
+    ),
+    "teacher weights missing": (
+        [f"model.teacher.weights={MISSING}.pth"],
+        ["model.teacher.weights", MISSING, "no such file"],
+    ),
+    "student weights missing": (
+        [f"train.init_checkpoint={MISSING}.pkl"],
+        ["train.init_checkpoint", MISSING, "no such file"],
+    ),
     "unknown stage": (["model.stages.crosss.weight=1"], ["model.stages.crosss", "is not a Stage"]),
-    "unknown loss": (["model.stages.cross.loss._target_=sharedkd.losses.Nothing"], ["sharedkd.losses.Nothing"]),
-    "unknown option": (["model.stages.cross.loss.nothing=1"], ["model.stages.cross.loss", "nothing"]),
+    "unknown loss": (
+        ["model.stages.cross.loss._target_=sharedkd.losses.Nothing"],
+        ["sharedkd.losses.Nothing"],
+    ),
+    "unknown option": (
+        ["model.stages.cross.loss.nothing=1"],
+        ["model.stages.cross.loss", "nothing"],
+    ),
     "unknown distance": (["model.stages.cross.loss.distance=mes"], ["distance", "mes", "mse, l1"]),
     "unknown share": (["model.stages.identical.loss.share=all"], ["share", "all", "dense"]),
     "unknown direction": (["model.stages.cross.loss.direction=up"], ["direction", "up", "mutual"]),
-    "stride not there": (["model.stages.identical.loss.strides=[4,128]"], ["model.stages.identical.loss.strides", "[4, 128]", "[128]"]),
-    "negative weight": (["model.stages.identical.weight=-1"], ["model.stages.identical.weight", "-1"]),
-    "end before start": (["model.stages.identical.start=9", "model.stages.identical.end=3"], ["model.stages.identical.end", "start=9"]),
+    "stride not there": (
+        ["model.stages.identical.loss.strides=[4,128]"],
+        ["model.stages.identical.loss.strides", "[4, 128]", "[128]"],
+    ),
+    "negative weight": (
+        ["model.stages.identical.weight=-1"],
+        ["model.stages.identical.weight", "-1"],
+    ),
+    "end before start": (
+        ["model.stages.identical.start=9", "model.stages.identical.end=3"],
+        ["model.stages.identical.end", "start=9"],
+    ),
     "image formats": (["dataloader.train.mapper.image_format=BGR"], ["image_format", "BGR", "RGB"]),
     "device": (["train.device=cuda:77"], ["train.device", "cuda:77", "train.device=cpu"]),
     "device name": (["train.device=gpu"], ["train.device", "gpu"]),
-    "float16 on the CPU": (["train.amp.enabled=True", "train.amp.dtype=float16"], ["train.amp.dtype", "float16", "bfloat16"]),
+    "float16 on the CPU": (
+        ["train.amp.enabled=True", "train.amp.dtype=float16"],
+        ["train.amp.dtype", "float16", "bfloat16"],
+    ),
     "amp type": (["train.amp.enabled=True", "train.amp.dtype=int8"], ["train.amp.dtype", "int8"]),
     "part to inherit": (["train.inherit=[tail]"], ["train.inherit", "tail", "neck"]),
     "accumulate": (["train.accumulate=0"], ["train.accumulate", "0"]),
@@ -58,7 +89,10 @@ CASES = {
     "box outside its image": (first_box([500, 500, 9, 9]), ["data.train_json", "annotation"]),
     "zero-area box": (first_box([5, 5, 0, 9]), ["data.train_json", "annotation"]),
     "box of three numbers": (first_box([5, 5, 9]), ["data.train_json", "annotation"]),
-    "image file missing": (lambda data: data["images"][0].update(file_name="gone.png"), ["data.train_images", "gone.png"]),
+    "image file missing": (
+        lambda data: data["images"][0].update(file_name="gone.png"),
+        ["data.train_images", "gone.png"],
+    ),
     "classes differ": (lambda data: data["categories"][0].update(name="blob"), ["data.", "blob"]),
 }
 
@@ -82,7 +116,10 @@ def test_one_line_that_names_the_key(workspace, tmp_path, case):
 
 def test_no_stride_in_common(workspace, tmp_path):
     args = arguments(
-        "custom_coco.py", *workspace.data, *workspace.pair, f"train.output_dir={tmp_path}/run",
+        "custom_coco.py",
+        *workspace.data,
+        *workspace.pair,
+        f"train.output_dir={tmp_path}/run",
         "model.stages.identical.loss.strides=[]",
     )
     with pytest.raises(ConfigError, match="model.stages.identical.*stride"):
@@ -125,8 +162,11 @@ def test_the_command_line_exits_with_one_line_and_leaves_another_run_alone(works
     assert "Traceback" not in first.stderr + first.stdout
 
     wrong = subprocess.run(
-        command("custom_coco_mask.py", *opts, f"model.teacher.weights={MISSING}", flags=["--resume"]),
-        capture_output=True, text=True,
+        command(
+            "custom_coco_mask.py", *opts, f"model.teacher.weights={MISSING}", flags=["--resume"]
+        ),
+        capture_output=True,
+        text=True,
     )
     assert wrong.returncode == 1 and "model.teacher.weights" in wrong.stderr
     assert {p.name: p.read_bytes() for p in output.iterdir()} == before
@@ -137,7 +177,11 @@ def test_images_without_objects_train(workspace, tmp_path):
         data["annotations"] = data["annotations"][:1]
 
     opts = [edit_json(workspace, tmp_path, keep_one), f"train.output_dir={tmp_path}/run"]
-    run(arguments("custom_coco_mask.py", *workspace.data, *workspace.pair, *opts, "train.max_iter=3"))
+    run(
+        arguments(
+            "custom_coco_mask.py", *workspace.data, *workspace.pair, *opts, "train.max_iter=3"
+        )
+    )
     assert (tmp_path / "run/model_final.pth").exists()
 
 

@@ -1,4 +1,5 @@
 """Several CPU processes over gloo: the same step as one process with the same global batch."""
+
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import tiny
 import torch
 from tiny import command
 
-STEP = '''
+STEP = """
 import sys
 import torch
 sys.path.insert(0, {tests!r})
@@ -57,7 +58,7 @@ def main(args):
 
 if __name__ == "__main__":
     launch(main, default_argument_parser().parse_args())
-'''
+"""
 
 
 def train_step(tmp_path, name, *start):
@@ -75,7 +76,14 @@ def test_two_processes_equal_one(tmp_path):
     one = train_step(tmp_path, "one", "SCRIPT", "--num-gpus", "1")
     two = train_step(tmp_path, "two", "SCRIPT", "--num-gpus", "2", "--dist-url", "auto")
     torchrun = train_step(
-        tmp_path, "torchrun", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "SCRIPT"
+        tmp_path,
+        "torchrun",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "SCRIPT",
     )
     assert one[2:] == [1, 1] and two[2:] == torchrun[2:] == [2, 2]
     for other in (two, torchrun):
@@ -88,15 +96,23 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_the_command_line_with_two_processes(workspace, tmp_path):
-    opts = [*workspace.data, *workspace.pair, f"train.output_dir={tmp_path}/run", "train.max_iter=2"]
+    opts = [
+        *workspace.data,
+        *workspace.pair,
+        f"train.output_dir={tmp_path}/run",
+        "train.max_iter=2",
+    ]
     opts += ["train.eval_period=2"]
     flags = ["--num-gpus", "2", "--dist-url", "auto"]
-    subprocess.run(command("custom_coco_mask.py", *opts, flags=flags), check=True, capture_output=True)
+    subprocess.run(
+        command("custom_coco_mask.py", *opts, flags=flags), check=True, capture_output=True
+    )
     saved = torch.load(tmp_path / "run/model_final.pth", weights_only=False)
     assert saved["iteration"] == 1
     wrong = subprocess.run(
         command("custom_coco_mask.py", *opts, "model.teacher.config=none", flags=flags),
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
     )
     assert wrong.returncode == 1
     assert wrong.stderr.count("error: ") == 1 and "Traceback" not in wrong.stderr

@@ -1,4 +1,5 @@
 """Whole runs: checkpoints in and out, resuming, evaluation."""
+
 import json
 import subprocess
 import sys
@@ -55,9 +56,19 @@ def test_checkpoint_is_the_plain_student(train, workspace, tmp_path):
     image = tiny.record()["image"]
     torch.save(image, tmp_path / "image.pt")
     subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PLAIN_LOAD, tmp_path / "plain.yaml",
-         output / "model_final.pth", tmp_path / "image.pt", tmp_path / "out.pt"],
-        check=True, cwd=tmp_path,
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            PLAIN_LOAD,
+            tmp_path / "plain.yaml",
+            output / "model_final.pth",
+            tmp_path / "image.pt",
+            tmp_path / "out.pt",
+        ],
+        check=True,
+        cwd=tmp_path,
     )
     ours = SharedKD(student=instantiate(node), stages={}, input_format="RGB").eval()
     DetectionCheckpointer(ours).load(str(output / "model_final.pth"))
@@ -149,7 +160,11 @@ def test_eval_only_of_distilled_and_plain_config_agree(train, workspace, tmp_pat
     weights = f"train.init_checkpoint={output}/model_final.pth"
     for config in ("custom_coco_mask.py", "custom_coco_mask_plain.py"):
         args = arguments(
-            config, *workspace.data, f"train.output_dir={tmp_path}/eval", weights, flags=["--eval-only"]
+            config,
+            *workspace.data,
+            f"train.output_dir={tmp_path}/eval",
+            weights,
+            flags=["--eval-only"],
         )
         assert repr(run(args)) == repr(results)
 
@@ -160,7 +175,10 @@ def test_plain_and_distilled_students_start_equal(workspace):
     from detectron2.utils.env import seed_all_rng
 
     states = []
-    for config, pair in (("custom_coco_mask_plain.py", []), ("custom_coco_mask.py", workspace.pair)):
+    for config, pair in (
+        ("custom_coco_mask_plain.py", []),
+        ("custom_coco_mask.py", workspace.pair),
+    ):
         cfg = load_config(str(tiny.ROOT / "configs" / config), [*workspace.data, *pair])
         seed_all_rng(cfg.train.seed)
         states.append(build(cfg).state_dict())
@@ -176,7 +194,12 @@ def test_fast_dev_run(train):
 
 
 def test_the_teacher_is_evaluated_first(train, caplog):
-    train("custom_coco_mask.py", "train.max_iter=1", "train.eval_teacher=True", "train.inherit=[neck,head]")
+    train(
+        "custom_coco_mask.py",
+        "train.max_iter=1",
+        "train.eval_teacher=True",
+        "train.inherit=[neck,head]",
+    )
     text = caplog.text
     assert text.index("The teacher's results") < text.index("Starting training from iteration 0")
     assert "inherits" in text

@@ -1,7 +1,8 @@
 """Shared Knowledge Distillation for Detectron2: a large detector teaches a small one.
 
-    config -> pair -> student and teacher features -> losses -> stages -> trainer -> student checkpoint
+config -> pair -> student and teacher features -> losses -> stages -> trainer -> student checkpoint
 """
+
 from .errors import ConfigError, NonFiniteLossError
 from .losses import CrossLayer, DistillationLoss, IdenticalLayer
 from .meta_arch import SharedKD

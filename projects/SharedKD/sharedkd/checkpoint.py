@@ -1,4 +1,5 @@
 """Weights in and out: verified loading, student initialisation, student-native checkpoints."""
+
 import logging
 import os
 from typing import Dict, List, Sequence
@@ -63,8 +64,12 @@ def _load(model: nn.Module, path: str, key: str):
         checkpointer.load(path)
     except Exception as e:
         # Whatever a reader of an unknown file raises, to the user it is one thing.
-        reason = "no such file" if not _exists(path) else f"cannot be read ({type(e).__name__}: {e})"
-        raise ConfigError(key, path, reason, "point it at a Detectron2 .pth or .pkl checkpoint") from e
+        reason = (
+            "no such file" if not _exists(path) else f"cannot be read ({type(e).__name__}: {e})"
+        )
+        raise ConfigError(
+            key, path, reason, "point it at a Detectron2 .pth or .pkl checkpoint"
+        ) from e
     return checkpointer.incompatible
 
 
@@ -85,9 +90,7 @@ def _mistakes(found) -> List[str]:
 
     reshaped = {k for k, _, _ in found.incorrect_shapes}  # fvcore reports these as missing as well
     wrong = {
-        "missing in the file": [
-            k for k in found.missing_keys if relevant(k) and k not in reshaped
-        ],
+        "missing in the file": [k for k in found.missing_keys if relevant(k) and k not in reshaped],
         "unknown to the model": [k for k in found.unexpected_keys if relevant(k)],
         "of another shape": [
             f"{k} {a} against {b}" for k, a, b in found.incorrect_shapes if relevant(k)
@@ -110,7 +113,9 @@ def load_trained(model: nn.Module, path: str, key: str) -> None:
     mistakes = _mistakes(_load(model, path, key))
     if mistakes:
         raise ConfigError(
-            key, path, f"does not fit this {type(model).__name__} ({'; '.join(mistakes)})",
+            key,
+            path,
+            f"does not fit this {type(model).__name__} ({'; '.join(mistakes)})",
             "use the weights of this very model, or the config of these weights",
         )
     logger.info(f"{key}={path}: all {len(model.state_dict())} tensors loaded")
@@ -190,7 +195,8 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> Lis
     ]
     if parts and not copied:
         raise ConfigError(
-            "train.inherit", list(parts),
+            "train.inherit",
+            list(parts),
             f"no tensor of {type(teacher).__name__} fits {type(student).__name__}",
             "use train.inherit=[]",
         )

@@ -1,4 +1,5 @@
 """LazyConfig helpers: a distillation pair in a few lines, own COCO-format data in four keys."""
+
 import os
 from typing import Any, Dict, Optional
 
@@ -30,7 +31,9 @@ TRAIN_DEFAULTS = dict(
     inherit=[],  # parts that the student copies from the teacher at the start: neck, head
     eval_teacher=False,  # evaluate the teacher before the first iteration
     max_iter=90000,
-    amp=dict(enabled=False, dtype=None),  # dtype: float16, bfloat16; None: float16 on CUDA, else bfloat16
+    amp=dict(
+        enabled=False, dtype=None
+    ),  # dtype: float16, bfloat16; None: float16 on CUDA, else bfloat16
     channels_last=True,  # memory layout of student and teacher: the same numbers, faster convolutions
     clip_grad_norm=None,  # largest norm of the whole gradient
     accumulate=1,  # batches per optimizer step
@@ -125,10 +128,14 @@ def load_config(path: str, overrides=()) -> DictConfig:
         try:
             cfg = LazyConfig.apply_overrides(cfg, [override])
         except Exception as e:
-            raise ConfigError("override", override, f"cannot be applied: {e}", "write key=value") from e
+            raise ConfigError(
+                "override", override, f"cannot be applied: {e}", "write key=value"
+            ) from e
     for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
         if key not in cfg:
-            raise ConfigError("--config-file", path, f"has no `{key}`", "start from a file of configs/")
+            raise ConfigError(
+                "--config-file", path, f"has no `{key}`", "start from a file of configs/"
+            )
     cfg.train = OmegaConf.merge(OmegaConf.create(TRAIN_DEFAULTS), cfg.get("train", {}))
     if cfg.train.fast_dev_run:
         cfg.train.max_iter = cfg.train.eval_period = 20
@@ -187,7 +194,8 @@ def settle_own_data(cfg: DictConfig) -> None:
     for split, summary in summaries.items():
         if data.masks and not summary.has_masks:
             raise ConfigError(
-                f"data.{split}_json", summary.json_file,
+                f"data.{split}_json",
+                summary.json_file,
                 f"{summary.unmasked} of {summary.objects} objects have no segmentation, and "
                 "data.masks is true",
                 "use a config without masks, such as configs/custom_coco.py",
@@ -207,10 +215,11 @@ def parts_from_cfg(cfg: CfgNode) -> Dict[str, Any]:
     from detectron2.modeling import META_ARCH_REGISTRY
 
     keys = cfg.MODEL.SHAREDKD
+    teacher = keys.TEACHER
     stages = published_stages() if keys.PUBLISHED else shared_kd_stages()
     return dict(
         student=META_ARCH_REGISTRY.get(keys.STUDENT)(cfg),
-        teacher=FrozenTeacher(keys.TEACHER.CONFIG, keys.TEACHER.WEIGHTS),
+        teacher=FrozenTeacher(teacher.CONFIG, teacher.WEIGHTS) if teacher.CONFIG else None,
         stages=instantiate(stages),
         input_format=cfg.INPUT.FORMAT,
     )

@@ -1,4 +1,5 @@
 """A run from its config: build, train, evaluate.  The command lines in tools/ only call this."""
+
 import logging
 import os
 from contextlib import contextmanager
@@ -56,7 +57,9 @@ def run(args) -> Dict[str, Any]:
         if cfg.train.seed < 0:
             cfg.train.seed = comm.shared_random_seed()
         seed_all_rng(cfg.train.seed + comm.get_rank())
-        resuming = args.resume and os.path.isfile(os.path.join(cfg.train.output_dir, "last_checkpoint"))
+        resuming = args.resume and os.path.isfile(
+            os.path.join(cfg.train.output_dir, "last_checkpoint")
+        )
         model = build(cfg, trained=args.eval_only, resuming=resuming)
         if not args.eval_only:
             trainer = build_trainer(cfg, model)
@@ -75,21 +78,29 @@ def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.
         resuming: the weights come from the run's own checkpoint later.
     """
     model = construct(cfg.model, "model")
-    student = getattr(model, "student", model)
+    student, teacher = getattr(model, "student", model), getattr(model, "teacher", None)
+    if teacher is not None and num_classes(teacher.model) != num_classes(student):
+        logger.info(
+            f"The teacher has {num_classes(teacher.model)} classes, the student "
+            f"{num_classes(student)}: the teacher's head is unused, its feature maps are what counts"
+        )
     if trained:
         if not cfg.train.init_checkpoint:
             raise ConfigError(
-                "train.init_checkpoint", "''", "is empty, there is nothing to evaluate",
+                "train.init_checkpoint",
+                "''",
+                "is empty, there is nothing to evaluate",
                 "set it to the trained student's checkpoint",
             )
         load_trained(student, cfg.train.init_checkpoint, "train.init_checkpoint")
     elif not resuming:
         initialise(student, cfg.train.init_checkpoint)
-        teacher = getattr(model, "teacher", None)
         if cfg.train.inherit:
             if teacher is None:
                 raise ConfigError(
-                    "train.inherit", list(cfg.train.inherit), "there is no teacher",
+                    "train.inherit",
+                    list(cfg.train.inherit),
+                    "there is no teacher",
                     "set model.teacher or use train.inherit=[]",
                 )
             inherit(student, teacher.model, cfg.train.inherit)
@@ -214,13 +225,17 @@ def _check_device(cfg: DictConfig) -> None:
     except Exception:
         there = False
     if not there:
-        raise ConfigError("train.device", name, "there is no such device here", "use train.device=cpu")
+        raise ConfigError(
+            "train.device", name, "there is no such device here", "use train.device=cpu"
+        )
 
 
 def _check_output(output_dir: str, resume: bool) -> None:
     if not resume and os.path.isfile(os.path.join(output_dir, "last_checkpoint")):
         raise ConfigError(
-            "train.output_dir", output_dir, "holds another run's checkpoint",
+            "train.output_dir",
+            output_dir,
+            "holds another run's checkpoint",
             "add --resume to continue that run, or choose another folder",
         )
 

@@ -1,4 +1,5 @@
 """The one error that users see: a line that names the config key, what is wrong and the fix."""
+
 from typing import Any
 
 __all__ = ["ConfigError", "NonFiniteLossError"]

@@ -1,4 +1,5 @@
 """Taking a detector's feature maps without touching the detector, and keying them by stride."""
+
 from contextlib import contextmanager
 from typing import Dict, Iterator, Optional, Tuple
 
@@ -15,7 +16,9 @@ def _tapped_modules(detector: nn.Module) -> Dict[str, nn.Module]:
     backbone = getattr(detector, "backbone", None)
     if not hasattr(backbone, "output_shape"):
         raise ConfigError(
-            "model", type(detector).__name__, "has no `.backbone` with an output_shape()",
+            "model",
+            type(detector).__name__,
+            "has no `.backbone` with an output_shape()",
             "use a detector with a Detectron2 Backbone, such as GeneralizedRCNN, RetinaNet or FCOS",
         )
     modules = {"fpn": backbone}
@@ -77,7 +80,11 @@ class FeatureTap:
             def hook(module, args, output):
                 copying = self._writes.get(tap, True)
                 seen[tap] = {
-                    stride: (output[name], output[name]._version, output[name].clone() if copying else None)
+                    stride: (
+                        output[name],
+                        output[name]._version,
+                        output[name].clone() if copying else None,
+                    )
                     for name, stride in self._strides[tap].items()
                     if name in output
                 }
@@ -98,9 +105,7 @@ class FeatureTap:
                     "its first step: a distillation loss would see wrong values"
                 )
             self._writes.setdefault(tap, written)
-            maps[tap] = {
-                stride: copy if written else x for stride, (x, _, copy) in levels.items()
-            }
+            maps[tap] = {stride: copy if written else x for stride, (x, _, copy) in levels.items()}
 
 
 def same_pixels(maps: Maps, like: Maps) -> Maps:
@@ -114,7 +119,9 @@ def same_pixels(maps: Maps, like: Maps) -> Maps:
     Returns:
         as ``maps``; a level that shows no more than ``like`` does is returned as it is.
     """
-    stride, x = min(((s, x) for levels in like.values() for s, x in levels.items()), key=lambda i: i[0])
+    stride, x = min(
+        ((s, x) for levels in like.values() for s, x in levels.items()), key=lambda i: i[0]
+    )
     height, width = stride * x.shape[-2], stride * x.shape[-1]
     return {
         tap: {s: x[..., : -(-height // s), : -(-width // s)] for s, x in levels.items()}

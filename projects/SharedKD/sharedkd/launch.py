@@ -1,4 +1,5 @@
 """Starting a run's processes: Detectron2's launch where it works, torchrun, and several CPU processes."""
+
 import os
 import socket
 import sys
@@ -29,7 +30,9 @@ def launch(main, args) -> None:
         elif world_size > 1 and not torch.cuda.is_available():
             if args.dist_url == "auto":
                 args.dist_url = f"tcp://127.0.0.1:{_free_port()}"
-            mp.start_processes(_worker, nprocs=args.num_gpus, args=(main, args), start_method="spawn")
+            mp.start_processes(
+                _worker, nprocs=args.num_gpus, args=(main, args), start_method="spawn"
+            )
         else:
             _check_gpus(args)
             detectron2_launch(
@@ -55,7 +58,9 @@ def _free_port() -> int:
 def _check_gpus(args) -> None:
     if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
         raise ConfigError(
-            "--num-gpus", args.num_gpus, f"this machine has {torch.cuda.device_count()}",
+            "--num-gpus",
+            args.num_gpus,
+            f"this machine has {torch.cuda.device_count()}",
             "ask for no more than that",
         )
 

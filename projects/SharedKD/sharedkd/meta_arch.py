@@ -1,4 +1,5 @@
 """The meta-architecture: student and teacher side by side in training, the student alone in inference."""
+
 from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional
 
 import torch
@@ -26,7 +27,7 @@ class SharedKD(nn.Module):
     Args:
         student: any detector with ``.backbone`` (GeneralizedRCNN, RetinaNet, FCOS, ...).
         teacher: the frozen teacher; None for teacher-free (cross-layer only) distillation.
-        stages: name -> :class:`Stage`.
+        stages: name -> :class:`Stage`; those of weight zero are left out.
         input_format: channel order of the images that the data loader delivers.
 
     Raises:
@@ -47,22 +48,28 @@ class SharedKD(nn.Module):
         expected = getattr(student, "input_format", None) or input_format
         if expected != input_format:
             raise ConfigError(
-                "dataloader.train.mapper.image_format", input_format,
-                f"contradicts the student's input_format={expected}", "set both to the same order",
+                "dataloader.train.mapper.image_format",
+                input_format,
+                f"contradicts the student's input_format={expected}",
+                "set both to the same order",
             )
         self.student = student
         self.teacher = teacher
-        self.stages: Dict[str, Stage] = dict(stages or {})
+        self.stages: Dict[str, Stage] = {}
         self.input_format = input_format
         self._tap = FeatureTap(student)
 
         shapes = pyramid_shapes(student)
-        for name, stage in self.stages.items():
+        for name, stage in (stages or {}).items():
             key = f"model.stages.{name}"
             if not isinstance(stage, Stage):
-                raise ConfigError(key, stage, "is not a Stage", "use L(Stage)(loss=..., weight=...)")
+                raise ConfigError(
+                    key, stage, "is not a Stage", "use L(Stage)(loss=..., weight=...)"
+                )
             stage.check(key)
-            stage.loss.bind(shapes, teacher and teacher.shapes, f"{key}.loss")
+            if stage.weight > 0:  # what is switched off need not fit this pair
+                stage.loss.bind(shapes, teacher and teacher.shapes, f"{key}.loss")
+                self.stages[name] = stage
         # Registered for DDP, the optimizer and device moves; most losses have no parameters.
         self.losses = nn.ModuleDict({name: stage.loss for name, stage in self.stages.items()})
 

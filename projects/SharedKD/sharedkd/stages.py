@@ -1,4 +1,5 @@
 """When a distillation loss is on, and how much it weighs."""
+
 from dataclasses import dataclass
 from typing import Dict, Optional, Union
 
@@ -40,10 +41,15 @@ class Stage:
         for name in ("weight", "start", "ramp", "end"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise ConfigError(f"{key}.{name}", value, "is negative or not a number", "use 0 or more")
+                raise ConfigError(
+                    f"{key}.{name}", value, "is negative or not a number", "use 0 or more"
+                )
         if self.end is not None and type(self.end) is type(self.start) and self.end <= self.start:
             raise ConfigError(
-                f"{key}.end", self.end, f"is not after start={self.start}", "use end=null or a later end"
+                f"{key}.end",
+                self.end,
+                f"is not after start={self.start}",
+                "use end=null or a later end",
             )
 
     def weight_at(self, iteration: int, max_iter: int) -> float:

@@ -1,4 +1,5 @@
 """The teacher: built by name, path or config, loaded and verified, frozen, run up to its FPN."""
+
 import logging
 import os
 from math import lcm
@@ -57,7 +58,9 @@ class FrozenTeacher:
             weights = _zoo_weights(self.name) if weights is None else weights
         if weights is None:
             raise ConfigError(
-                f"{KEY}.weights", None, "this teacher is not in the model zoo, so it has no weights",
+                f"{KEY}.weights",
+                None,
+                "this teacher is not in the model zoo, so it has no weights",
                 "set it to the teacher's .pth or .pkl file",
             )
         self.weights = weights
@@ -148,7 +151,10 @@ def _build(config) -> Tuple[nn.Module, Optional[str]]:
         model = instantiate(node)
     except Exception as e:
         raise ConfigError(
-            f"{KEY}.config", str(node.get("_target_")), f"cannot be built: {e}", "correct that config"
+            f"{KEY}.config",
+            str(node.get("_target_")),
+            f"cannot be built: {e}",
+            "correct that config",
         ) from e
     return model, OmegaConf.select(config, "dataloader.train.mapper.image_format", default=None)
 
@@ -160,7 +166,9 @@ def _read(name: str) -> Union[CfgNode, DictConfig]:
             path = model_zoo.get_config_file(name)
         except RuntimeError:
             raise ConfigError(
-                f"{KEY}.config", name, "is neither a file nor a name in Detectron2's model zoo",
+                f"{KEY}.config",
+                name,
+                "is neither a file nor a name in Detectron2's model zoo",
                 "use a path, or a name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
             ) from None
     try:
@@ -170,9 +178,7 @@ def _read(name: str) -> Union[CfgNode, DictConfig]:
         config.merge_from_file(path)
         return config
     except Exception as e:
-        raise ConfigError(
-            f"{KEY}.config", name, f"cannot be read: {e}", "correct that file"
-        ) from e
+        raise ConfigError(f"{KEY}.config", name, f"cannot be read: {e}", "correct that file") from e
 
 
 def _is_lazy_yaml(path: str) -> bool:

@@ -1,4 +1,5 @@
 """The trainer: adds the stages' losses to the detector's, and trains plain detectors all the same."""
+
 import random
 import time
 from contextlib import nullcontext
@@ -64,7 +65,9 @@ class SharedKDTrainer(SimpleTrainer):
         self.device_type = next(model.parameters()).device.type
         if amp_dtype is torch.float16 and self.device_type != "cuda":
             raise ConfigError(
-                "train.amp.dtype", "float16", f"does not work on train.device={self.device_type}",
+                "train.amp.dtype",
+                "float16",
+                f"does not work on train.device={self.device_type}",
                 "use bfloat16",
             )
         if accumulate < 1:
@@ -175,7 +178,9 @@ class SharedKDTrainer(SimpleTrainer):
         self.storage.put_scalars(**metrics)
 
     def _reseed(self, part: int) -> None:
-        words = np.random.SeedSequence((self.seed, self.iter, part, comm.get_rank())).generate_state(3)
+        words = np.random.SeedSequence(
+            (self.seed, self.iter, part, comm.get_rank())
+        ).generate_state(3)
         random.seed(int(words[0]))
         np.random.seed(words[1])
         torch.manual_seed(int(words[2]))

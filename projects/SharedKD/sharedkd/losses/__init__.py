@@ -1,4 +1,5 @@
 """Distillation losses, one per file."""
+
 from .base import Batch, DistillationLoss
 from .cross_layer import CrossLayer
 from .identical_layer import IdenticalLayer

@@ -1,4 +1,5 @@
 """Making two feature maps comparable without a single parameter."""
+
 from typing import Tuple
 
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ def pool_to(x: Tensor, size: Tuple[int, int]) -> Tensor:
     if x.shape[-2:] == size:
         return x
     (height, width), (h, w) = x.shape[-2:], size
-    if height % h == 0 and width % w == 0:  # the same numbers as adaptive pooling, several times faster
+    if (
+        height % h == 0 and width % w == 0
+    ):  # the same numbers as adaptive pooling, several times faster
         kernel = (height // h, width // w)
         return F.avg_pool2d(x, kernel, kernel)
     return F.adaptive_avg_pool2d(x, size)

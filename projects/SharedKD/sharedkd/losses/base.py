@@ -1,4 +1,5 @@
 """What a distillation loss is: maps in, named scalars out.  A new loss is one file with one subclass."""
+
 from dataclasses import dataclass, field
 from typing import Any, Dict, FrozenSet, List, Optional, Tuple
 
@@ -120,12 +121,16 @@ class DistillationLoss(nn.Module):
     def _levels(self, shapes: Optional[Shapes], who: str, key: str) -> Dict[int, int]:
         if shapes is None:
             raise ConfigError(
-                key, type(self).__name__, "needs a teacher, and model.teacher is not set",
+                key,
+                type(self).__name__,
+                "needs a teacher, and model.teacher is not set",
                 "set model.teacher or remove this stage",
             )
         if not shapes.get(self.tap):
             raise ConfigError(
-                f"{key}.tap", self.tap, f"the {who} has no such maps, only {sorted(shapes)}",
+                f"{key}.tap",
+                self.tap,
+                f"the {who} has no such maps, only {sorted(shapes)}",
                 "use another tap",
             )
         return shapes[self.tap]

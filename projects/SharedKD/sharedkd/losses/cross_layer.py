@@ -1,4 +1,5 @@
 """Cross-layer distillation inside the student: its levels learn from each other."""
+
 from itertools import combinations
 from typing import Dict, List, Optional, Tuple
 
@@ -62,7 +63,9 @@ class CrossLayer(DistillationLoss):
         super().bind(student, teacher, key)
         if len(self.strides) < 2:
             raise ConfigError(
-                f"{key}.strides", self.strides, "cross-layer distillation pairs up levels",
+                f"{key}.strides",
+                self.strides,
+                "cross-layer distillation pairs up levels",
                 "name at least two strides",
             )
 

@@ -1,4 +1,5 @@
 """How far apart two aligned maps are: four distances, each raw or scale-free."""
+
 from dataclasses import dataclass
 from typing import Callable, Dict, Optional
 

@@ -1,4 +1,5 @@
 """Identical-layer distillation: teacher to student, level by level."""
+
 from typing import Dict, List, Optional
 
 from torch import Tensor

@@ -1,4 +1,5 @@
 """The teacher share module: what the student is shown at a level."""
+
 from typing import Dict
 
 import torch
