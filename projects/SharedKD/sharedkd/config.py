@@ -22,6 +22,7 @@ __all__ = [
     "load_config",
     "published_stages",
     "shared_kd_stages",
+    "student_only",
 ]
 
 #: What `train` may hold beyond Detectron2's own keys.  They apply to plain and distilled runs alike.
@@ -143,6 +144,13 @@ def load_config(path: str, overrides=()) -> DictConfig:
         cfg.train.checkpointer.period = 10**9  # the final one is the only one
     if "data" in cfg:
         settle_own_data(cfg)
+    return cfg
+
+
+def student_only(cfg: DictConfig) -> DictConfig:
+    """The config with the plain student as its model: what evaluation needs, without a teacher."""
+    cfg = cfg.copy()
+    cfg.model = cfg.model.get("student", cfg.model)
     return cfg
 
 

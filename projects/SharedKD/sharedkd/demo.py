@@ -23,7 +23,7 @@ from torch import nn
 
 from .analysis.pictures import loss_curves, read_curves, side_by_side
 from .analysis.tables import results_table
-from .config import load_config
+from .config import load_config, student_only
 from .engine import build
 from .errors import ConfigError
 
@@ -122,7 +122,7 @@ class Arm:
 
     def model(self) -> nn.Module:
         """The trained detector, alone and in evaluation mode."""
-        cfg = self.cfg.copy()
+        cfg = student_only(self.cfg)
         cfg.train.init_checkpoint = str(self.weights)
         return build(cfg, trained=True).eval()
 

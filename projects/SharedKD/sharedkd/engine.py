@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .checkpoint import StudentCheckpointer, inherit, initialise, load_trained
-from .config import construct, load_config
+from .config import construct, load_config, student_only
 from .data.coco import check_coco
 from .errors import ConfigError
 from .meta_arch import SharedKD
@@ -45,8 +45,8 @@ def run(args) -> Dict[str, Any]:
     """
     with _log_later() as log_now:
         cfg = load_config(args.config_file, args.opts)
-        if args.eval_only and "student" in cfg.model:
-            cfg.model = cfg.model.student  # evaluation needs no teacher
+        if args.eval_only:
+            cfg = student_only(cfg)
         for key in sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(key, "???", "is not set", f"add {key}=... to the command")
         _check_device(cfg)

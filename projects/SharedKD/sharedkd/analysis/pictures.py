@@ -89,7 +89,7 @@ def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]
     Raises:
         FileNotFoundError: there is no such metrics file.
     """
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, metrics in runs.items():
         curves = read_curves(metrics)
@@ -102,8 +102,8 @@ def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]
     for axes in (left, right):
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
+        if axes.lines:  # beside the curves: a pair has a dozen terms
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     # The terms can differ by orders of magnitude.
     if right.lines and all((line.get_ydata() > 0).all() for line in right.lines):
         right.set_yscale("log")
