@@ -30,5 +30,5 @@ data.update(
 )
 train.update(max_iter=250, eval_period=0, output_dir=str(_root / "output/demo/plain"))
 # bfloat16 pays on CPUs that have it in hardware.
-train.amp.enabled = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
+train.amp.enabled = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
 train.checkpointer.update(period=50, max_to_keep=1)

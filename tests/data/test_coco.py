@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from PIL import Image
 
 from sharedkd.data import coco as coco_module
-from sharedkd.data.coco import check_coco, check_same_classes, count_classes, register_coco
+from sharedkd.data.coco import check_coco, check_same_classes, register_coco
 from sharedkd.errors import ConfigError
 
 HEIGHT, WIDTH = 40, 60
@@ -289,7 +289,6 @@ def test_missing_json(tmp_path, own):
     for path in (tmp_path / "none.json", tmp_path):
         message = message_of(check_coco, path, *others)
         assert f"data.train_json={path}" in message and "name an existing" in message
-        assert "data.train_json" in message_of(count_classes, path)
     (tmp_path / "latin.json").write_bytes(json.dumps(GOOD, ensure_ascii=False).encode("utf-16"))
     assert "UTF-8" in message_of(check_coco, tmp_path / "latin.json", *others)
 
@@ -372,13 +371,6 @@ def test_same_classes(own):
             message.startswith("data.val_json=") and f"data.train_json={train.json_file}" in message
         )
         assert expected in message and "same list of categories" in message
-
-
-def test_count_classes_follows_the_file(own):
-    assert count_classes(own()[0]) == 2
-    assert count_classes(own(extend("categories", {"id": 6, "name": "dog"}))[0]) == 3
-    message = message_of(count_classes, own(lambda d: d.update(categories=[]))[0], key="data.x")
-    assert message.startswith("data.x=")
 
 
 @pytest.fixture

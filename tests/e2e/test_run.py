@@ -1,6 +1,7 @@
 """Whole runs: checkpoints in and out, resuming, evaluation."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,17 +9,20 @@ import pytest
 import tiny
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.engine import DefaultPredictor
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from tiny import arguments
 
-from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
+from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.checkpoint import StudentCheckpointer
-from sharedkd.config import shared_kd_stages
-from sharedkd.engine import run
+from sharedkd.config import load_config, shared_kd_stages
+from sharedkd.engine import build, evaluate, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -170,8 +174,6 @@ def test_eval_only_of_distilled_and_plain_config_agree(train, workspace, tmp_pat
 
 
 def test_plain_and_distilled_students_start_equal(workspace):
-    from sharedkd.config import load_config
-    from sharedkd.engine import build
     from detectron2.utils.env import seed_all_rng
 
     states = []
@@ -216,3 +218,110 @@ def test_training_loop_is_usable_without_trainer_of_ours():
     with EventStorage():
         losses = model(tiny.batch())
     assert any(k.startswith("distill/identical/") for k in losses)
+
+
+class CountingEvaluator(DatasetEvaluator):
+    """The smallest evaluator there is."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def reset(self):
+        self.images = self.objects = 0
+
+    def process(self, inputs, outputs):
+        self.images += len(inputs)
+        self.objects += sum(len(x["instances"]) for x in outputs)
+
+    def evaluate(self):
+        return {self.name: {"images": self.images, "objects": self.objects}}
+
+
+def test_any_evaluator_or_several(workspace, tmp_path):
+    output = tmp_path / "run"
+    args = arguments("custom_coco_plain.py", *workspace.data, f"train.output_dir={output}")
+    cfg = load_config(args.config_file, args.opts)
+    weights = tmp_path / "w.pth"
+    torch.save({"model": build(cfg).state_dict()}, weights)
+    cfg.train.init_checkpoint = str(weights)
+    cfg.dataloader.evaluator = [L(CountingEvaluator)(name=n) for n in "ab"]
+    model = build(cfg, trained=True)
+    results = evaluate(cfg, model)
+    assert set(results) == {"a", "b"} and results["a"]["images"] == results["b"]["images"] == 4
+    cfg.dataloader.evaluator = L(CountingEvaluator)(name="one")
+    assert evaluate(cfg, model)["one"]["images"] == 4
+
+
+def test_without_a_teacher(train):
+    output, _ = train(
+        "custom_coco.py",
+        "model.teacher=null",
+        "model.stages.identical.weight=0",
+        "train.max_iter=2",
+    )
+    row = json.loads(open(output / "metrics.json").readline())
+    assert row["loss_distill_cross"] > 0 and "loss_distill_identical" not in row
+
+
+def test_resume_refuses_another_teacher_and_a_torn_checkpoint(train, workspace, tmp_path):
+    output, _ = train("custom_coco_mask.py", "train.max_iter=2", "train.checkpointer.period=1")
+    before = {p.name: p.read_bytes() for p in output.iterdir() if p.suffix in (".yaml", ".pth")}
+    other = tmp_path / "other.pth"
+    torch.save({"model": tiny.detector("mask_rcnn", num_classes=6, seed=8).state_dict()}, other)
+    with pytest.raises(
+        ConfigError, match="model.teacher.weights.*not the teacher of the run to resume"
+    ):
+        train("custom_coco_mask.py", f"model.teacher.weights={other}", flags=["--resume"])
+    (output / "last_checkpoint").write_text("gone.pth")
+    with pytest.raises(ConfigError, match="train.output_dir=.*gone.pth: no such file"):
+        train("custom_coco_mask.py", flags=["--resume"])
+    assert before == {p.name: p.read_bytes() for p in output.iterdir() if p.name in before}
+
+
+def test_evaluation_leaves_the_runs_config_alone(train, workspace):
+    output, _ = train("custom_coco_mask.py", "train.max_iter=1")
+    before = (output / "config.yaml").read_bytes()
+    weights = f"train.init_checkpoint={output}/model_final.pth"
+    train("custom_coco_mask.py", weights, output=output, flags=["--eval-only"])
+    assert (output / "config.yaml").read_bytes() == before
+
+
+def test_a_coco_config_through_the_command_line(workspace, tmp_path):
+    """`configs/faster_rcnn_plain.py` as shipped but for sizes, on a COCO folder of four images."""
+    coco = tmp_path / "coco"
+    (coco / "annotations").mkdir(parents=True)
+    categories = [{"id": m["id"], "name": m["name"]} for m in COCO_CATEGORIES if m["isthing"]]
+    for split, ours in (("train2017", "train"), ("val2017", "val")):
+        data = json.loads((workspace.shapes / f"{ours}.json").read_text())
+        data["categories"] = categories
+        (coco / f"annotations/instances_{split}.json").write_text(json.dumps(data))
+        (coco / split).symlink_to(workspace.shapes / ours)
+    opts = [
+        f"train.output_dir={tmp_path}/run",
+        "train.init_checkpoint=''",
+        "train.max_iter=1",
+        "train.device=cpu",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "dataloader.test.num_workers=0",
+        "model.roi_heads.batch_size_per_image=16",
+        "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+    ]
+    command = tiny.command("faster_rcnn_plain.py", *opts, flags=["--num-gpus", "0"])
+    env = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run/model_final.pth").exists()
+    missing = subprocess.run(
+        tiny.command(
+            "faster_rcnn_plain.py", f"train.output_dir={tmp_path}/other", "train.device=cpu"
+        ),
+        env={**env, "DETECTRON2_DATASETS": "/nowhere"},
+        capture_output=True,
+        text=True,
+    )
+    assert missing.returncode == 1
+    assert (
+        missing.stderr.strip().splitlines()[-1].startswith("error: dataloader.train.dataset.names=")
+    )

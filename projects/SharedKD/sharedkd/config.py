@@ -35,9 +35,10 @@ TRAIN_DEFAULTS = dict(
     amp=dict(
         enabled=False, dtype=None
     ),  # dtype: float16, bfloat16; None: float16 on CUDA, else bfloat16
-    channels_last=True,  # memory layout of student and teacher: the same numbers, faster convolutions
+    channels_last=True,  # memory layout of student and teacher: faster convolutions, equal up to rounding
     clip_grad_norm=None,  # largest norm of the whole gradient
     accumulate=1,  # batches per optimizer step
+    cudnn_benchmark=False,
     seed=0,  # negative: draw one, and write it into the saved config
     fast_dev_run=False,  # 20 iterations, one evaluation, one checkpoint
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
@@ -137,10 +138,19 @@ def load_config(path: str, overrides=()) -> DictConfig:
             raise ConfigError(
                 "--config-file", path, f"has no `{key}`", "start from a file of configs/"
             )
+    for key in cfg.get("train", {}):
+        if key not in TRAIN_DEFAULTS:
+            raise ConfigError(
+                f"train.{key}",
+                cfg.train[key],
+                "no such key",
+                f"use one of {', '.join(TRAIN_DEFAULTS)}",
+            )
     cfg.train = OmegaConf.merge(OmegaConf.create(TRAIN_DEFAULTS), cfg.get("train", {}))
     if cfg.train.fast_dev_run:
         cfg.train.max_iter = cfg.train.eval_period = 20
         cfg.train.log_period = 1
+        cfg.train.eval_teacher = False
         cfg.train.checkpointer.period = 10**9  # the final one is the only one
     if "data" in cfg:
         settle_own_data(cfg)

@@ -61,7 +61,12 @@ def run(args) -> Dict[str, Any]:
             os.path.join(cfg.train.output_dir, "last_checkpoint")
         )
         model = build(cfg, trained=args.eval_only, resuming=resuming)
-        if not args.eval_only:
+        if resuming:
+            last = StudentCheckpointer(model, cfg.train.output_dir).get_checkpoint_file()
+            load_trained(getattr(model, "student", model), last, "train.output_dir")
+        if args.eval_only:
+            cfg.train.output_dir = _evaluation_folder(cfg.train.output_dir)
+        else:
             trainer = build_trainer(cfg, model)
         default_setup(cfg, args)
         log_now()
@@ -104,6 +109,11 @@ def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.
                     "set model.teacher or use train.inherit=[]",
                 )
             inherit(student, teacher.model, cfg.train.inherit)
+    owned = sum(p.numel() for p in getattr(model, "losses", nn.Module()).parameters())
+    logger.info(
+        f"{sum(p.numel() for p in student.parameters()):,} parameters in the student, {owned:,} in "
+        "distillation losses"
+    )
     layout = torch.channels_last if cfg.train.channels_last else torch.preserve_format
     return model.to(cfg.train.device, memory_format=layout)
 
@@ -221,7 +231,9 @@ def _check_device(cfg: DictConfig) -> None:
     name = cfg.train.device
     try:
         device = torch.device(name)
-        there = device.type == "cpu" or torch.empty(1, device=device).device.type == device.type
+        there = device.type == "cpu" or (
+            device.type == "cuda" and torch.empty(1, device=device).is_cuda
+        )
     except Exception:
         there = False
     if not there:
@@ -238,6 +250,12 @@ def _check_output(output_dir: str, resume: bool) -> None:
             "holds another run's checkpoint",
             "add --resume to continue that run, or choose another folder",
         )
+
+
+def _evaluation_folder(output_dir: str) -> str:
+    """Not a run's own folder, whose config.yaml says how it was trained."""
+    run = os.path.isfile(os.path.join(output_dir, "last_checkpoint"))
+    return os.path.join(output_dir, "eval") if run else output_dir
 
 
 def _amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:

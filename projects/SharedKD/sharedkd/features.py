@@ -118,12 +118,26 @@ def same_pixels(maps: Maps, like: Maps) -> Maps:
 
     Returns:
         as ``maps``; a level that shows no more than ``like`` does is returned as it is.
+
+    Raises:
+        ConfigError: a level of ``maps`` shows less than the level of the same stride of ``like``.
     """
     stride, x = min(
         ((s, x) for levels in like.values() for s, x in levels.items()), key=lambda i: i[0]
     )
     height, width = stride * x.shape[-2], stride * x.shape[-1]
-    return {
+    cut = {
         tap: {s: x[..., : -(-height // s), : -(-width // s)] for s, x in levels.items()}
         for tap, levels in maps.items()
     }
+    for tap, levels in cut.items():
+        for s, x in levels.items():
+            if s in like.get(tap, {}) and x.shape[-2:] != like[tap][s].shape[-2:]:
+                raise ConfigError(
+                    "model.teacher",
+                    tuple(x.shape[-2:]),
+                    f"is the size of its map of stride {s}, the student's is "
+                    f"{tuple(like[tap][s].shape[-2:])}: they pad images in different ways",
+                    "use backbones with the same padding",
+                )
+    return cut

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from .errors import ConfigError, NonFiniteLossError
 
 __all__ = ["launch"]
 
+GRACE = 20  # seconds that other ranks give rank 0 to say the same
+
 
 def launch(main, args) -> None:
     """Run ``main(args)`` in as many processes as the command line asks for; never returns an error.
@@ -24,14 +27,22 @@ def launch(main, args) -> None:
     the program with one line and exit status 1.
     """
     world_size = args.num_gpus * args.num_machines
+    cuda = _uses_cuda(args)
     try:
         if "LOCAL_RANK" in os.environ:
-            _worker(int(os.environ["LOCAL_RANK"]), main, args, from_environment=True)
-        elif world_size > 1 and not torch.cuda.is_available():
+            _worker(int(os.environ["LOCAL_RANK"]), main, args, cuda, from_environment=True)
+        elif world_size > 1 and not cuda:
             if args.dist_url == "auto":
+                if args.num_machines > 1:
+                    raise ConfigError(
+                        "--dist-url",
+                        "auto",
+                        f"cannot join --num-machines={args.num_machines}",
+                        "use tcp://HOST:PORT of the first machine",
+                    )
                 args.dist_url = f"tcp://127.0.0.1:{_free_port()}"
             mp.start_processes(
-                _worker, nprocs=args.num_gpus, args=(main, args), start_method="spawn"
+                _worker, nprocs=args.num_gpus, args=(main, args, cuda), start_method="spawn"
             )
         else:
             _check_gpus(args)
@@ -56,7 +67,7 @@ def _free_port() -> int:
 
 
 def _check_gpus(args) -> None:
-    if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
+    if args.num_gpus > max(1, torch.cuda.device_count()):
         raise ConfigError(
             "--num-gpus",
             args.num_gpus,
@@ -73,13 +84,18 @@ def _guarded(main, args) -> None:
 
 
 def _say_and_exit(error: Exception) -> None:
-    if comm.is_main_process():
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    if not comm.is_main_process():
+        # Rank 0 speaks for an error that all ranks meet, and this process then ends with it.
+        time.sleep(GRACE)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(1)
 
 
-def _worker(local_rank: int, main, args, from_environment: bool = False) -> None:
-    cuda = torch.cuda.is_available()
+def _uses_cuda(args) -> bool:
+    return torch.cuda.is_available() and "train.device=cpu" not in args.opts
+
+
+def _worker(local_rank: int, main, args, cuda: bool, from_environment: bool = False) -> None:
     if cuda:
         torch.cuda.set_device(local_rank)
     if from_environment:

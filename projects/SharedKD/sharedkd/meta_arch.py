@@ -103,7 +103,7 @@ class SharedKD(nn.Module):
             weights = {name: stage.weight for name, stage in self.stages.items()}
         active = {name: w for name, w in weights.items() if w}
         if not active:
-            return self.student(batched_inputs)
+            return self._with_idle_parameters(self.student(batched_inputs))
 
         taps = self._taps(active)
         taught = [name for name in active if "teacher" in self.losses[name].needs]
@@ -127,6 +127,14 @@ class SharedKD(nn.Module):
             for name, weight in active.items():
                 for term, value in self.losses[name](batch).items():
                     losses[f"distill/{name}/{term}"] = weight * value
+        return self._with_idle_parameters(losses)
+
+    def _with_idle_parameters(self, losses: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """DDP waits for a gradient of every parameter, also of a loss that is switched off."""
+        owned = list(self.losses.parameters())
+        if owned:
+            first = next(iter(losses))
+            losses[first] = losses[first] + 0.0 * sum(p.sum() for p in owned)
         return losses
 
     def _taps(self, names: Iterable[str]) -> FrozenSet[str]:

@@ -1,7 +1,9 @@
 """The teacher: built by name, path or config, loaded and verified, frozen, run up to its FPN."""
 
+import hashlib
 import logging
 import os
+from functools import cached_property
 from math import lcm
 from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Union
 
@@ -75,6 +77,15 @@ class FrozenTeacher:
         self.model.requires_grad_(False).eval()
         self.shapes = pyramid_shapes(self.model)
         self._tap = FeatureTap(self.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and bytes of its weights: two equal teachers have the same."""
+        digest = hashlib.sha256()
+        for name, x in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     def to(self, device) -> "FrozenTeacher":
         """Move the teacher; returns itself."""

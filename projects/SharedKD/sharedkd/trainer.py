@@ -187,14 +187,31 @@ class SharedKDTrainer(SimpleTrainer):
 
     def state_dict(self):
         state = super().state_dict()
+        state["teacher"] = self._teacher_fingerprint()
         state["grad_scaler"] = self.scaler.state_dict()
         # Dense detectors keep a running mean outside of their state dict.
         state["loss_normalizer"] = getattr(self._detector, "loss_normalizer", None)
         return state
 
+    def _teacher_fingerprint(self) -> Optional[str]:
+        teacher = getattr(self._module, "teacher", None)
+        return teacher and teacher.fingerprint
+
     def load_state_dict(self, state_dict):
+        """Raises:
+        ConfigError: the checkpoint's run learned from another teacher.
+        """
+        before, now = state_dict["teacher"], self._teacher_fingerprint()
+        if before != now:
+            raise ConfigError(
+                "model.teacher.weights",
+                now,
+                f"is not the teacher of the run to resume ({before})",
+                "resume with the same teacher, or start anew in another train.output_dir",
+            )
         super().load_state_dict(state_dict)
-        self.scaler.load_state_dict(state_dict["grad_scaler"])
+        if self.scaler.is_enabled() and state_dict["grad_scaler"]:
+            self.scaler.load_state_dict(state_dict["grad_scaler"])
         if state_dict["loss_normalizer"] is not None:
             self._detector.loss_normalizer = state_dict["loss_normalizer"]
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sharedkd.errors import ConfigError
 
-__all__ = ["CocoSummary", "check_coco", "check_same_classes", "count_classes", "register_coco"]
+__all__ = ["CocoSummary", "check_coco", "check_same_classes", "register_coco"]
 
 # Pixels that a box may stick out of its image: COCO's own boxes do by fractions of a pixel.
 _BOX_SLACK = 1.0
@@ -150,15 +150,6 @@ def check_same_classes(train: CocoSummary, val: CocoSummary) -> None:
             f"categories differ from {train.key}={train.json_file} ({problems[0]})",
             "write the same list of categories into both files",
         )
-
-
-def count_classes(json_file: str, key: str = "data.train_json") -> int:
-    """Number of categories in ``json_file``.
-
-    Raises:
-        ConfigError: naming ``key``, when the file or its categories cannot be used.
-    """
-    return len(_cached_categories(os.fspath(json_file), key))
 
 
 def register_coco(name: str, json_file: str, image_root: str) -> None:

@@ -1,5 +1,6 @@
 """What a distillation loss is: maps in, named scalars out.  A new loss is one file with one subclass."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Dict, FrozenSet, List, Optional, Tuple
 
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 
 __all__ = ["TAPS", "Shapes", "Maps", "Batch", "DistillationLoss"]
+
+logger = logging.getLogger("detectron2.sharedkd")
 
 TAPS = ("fpn", "backbone")  #: where maps are taken: the backbone's outputs, or its bottom-up stages
 
@@ -95,9 +98,10 @@ class DistillationLoss(nn.Module):
         Raises:
             ConfigError: the levels asked for are not there, or no level is left.
         """
-        levels = set(self._levels(student, "student", key))
+        ours = there = set(self._levels(student, "student", key))
         if "teacher" in self.needs:
-            levels &= set(self._levels(teacher, "teacher", key))
+            there = set(self._levels(teacher, "teacher", key))
+        levels = ours & there
         if self.strides is not None:
             missing = sorted(set(self.strides) - levels)
             if missing:
@@ -109,13 +113,17 @@ class DistillationLoss(nn.Module):
                 )
             levels &= set(self.strides)
         if not levels:
+            theirs = f" and teacher levels {sorted(there)}" if "teacher" in self.needs else ""
             raise ConfigError(
                 key,
                 type(self).__name__,
-                f"student levels {sorted(student[self.tap])} and teacher levels "
-                f"{sorted(teacher[self.tap])} on the {self.tap} tap have no stride in common",
-                "choose another tap or another teacher",
+                f"student levels {sorted(ours)}{theirs} on the {self.tap} tap have no stride in common "
+                f"with strides={self.strides}",
+                "choose another tap, other strides or another teacher",
             )
+        alone = sorted((ours | there) - levels)
+        if alone:
+            logger.info(f"{key}: levels of stride {alone} on the {self.tap} tap have no part in it")
         self.strides = sorted(levels)
 
     def _levels(self, shapes: Optional[Shapes], who: str, key: str) -> Dict[int, int]:

@@ -84,7 +84,7 @@ class CrossLayer(DistillationLoss):
                 d = d.detach()
             elif self.direction == "shallow_to_deep":
                 s = s.detach()
-            s, d = align(s, d)
+            s, d = align(s.float(), d.float())
             mask = batch.inside(d, deep) if self.ignore_padding else None
             term = self.distance(s, d, mask)
             if self.direction == "mutual":

@@ -54,7 +54,8 @@ class IdenticalLayer(DistillationLoss):
         student, teacher = batch.student[self.tap], batch.teacher[self.tap]
         terms = {}
         for stride in self.strides:
-            s, t = align(student[stride], shared_target(teacher, stride, self.share).detach())
+            target = shared_target(teacher, stride, self.share).detach()
+            s, t = align(student[stride].float(), target.float())
             mask = batch.inside(s, stride) if self.ignore_padding else None
             terms[f"s{stride}"] = self.distance(s, t, mask)
         return terms
