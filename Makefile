@@ -10,6 +10,8 @@ demo: .venv/.ready
 
 # Idle OpenMP threads that spin would slow down tests that train in several processes.
 test: export OMP_WAIT_POLICY := PASSIVE
+# Tiny models gain nothing from a second thread.
+test: export OMP_NUM_THREADS := 1
 test: .venv/.ready
 	.venv/bin/python -m pytest tests
 

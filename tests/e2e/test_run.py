@@ -159,18 +159,32 @@ def assert_same(a, b, where=""):
 
 
 def test_eval_only_of_distilled_and_plain_config_agree(train, workspace, tmp_path):
-    output, results = train("custom_coco_mask.py", "train.max_iter=2", "train.eval_period=2")
+    keep_all = "roi_heads.box_predictor.test_score_thresh=0.0"
+    output, results = train(
+        "custom_coco_mask.py",
+        "train.max_iter=2",
+        f"model.student.{keep_all}",
+        f"dataloader.evaluator.output_dir={tmp_path}/trained",
+    )
     assert set(results) == {"bbox", "segm"}
-    weights = f"train.init_checkpoint={output}/model_final.pth"
-    for config in ("custom_coco_mask.py", "custom_coco_mask_plain.py"):
+    detections = (tmp_path / "trained/coco_instances_results.json").read_bytes()
+    assert len(json.loads(detections)) > 50
+    for config, prefix in (
+        ("custom_coco_mask.py", "model.student."),
+        ("custom_coco_mask_plain.py", "model."),
+    ):
+        folder = tmp_path / config
         args = arguments(
             config,
             *workspace.data,
-            f"train.output_dir={tmp_path}/eval",
-            weights,
+            f"train.output_dir={folder}",
+            f"train.init_checkpoint={output}/model_final.pth",
+            f"dataloader.evaluator.output_dir={folder}",
+            prefix + keep_all,
             flags=["--eval-only"],
         )
         assert repr(run(args)) == repr(results)
+        assert (folder / "coco_instances_results.json").read_bytes() == detections
 
 
 def test_plain_and_distilled_students_start_equal(workspace):

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Dict, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -58,10 +58,15 @@ class _RecordingCheckpointer(DetectionCheckpointer):
 
 
 def _load(model: nn.Module, path: str, key: str):
-    """Load what matches; returns what did not (missing and unexpected keys, incorrect shapes)."""
+    """Load what matches.
+
+    Returns:
+        what did not match (missing and unexpected keys, incorrect shapes), and the file's other
+        entries.
+    """
     checkpointer = _RecordingCheckpointer(model, save_to_disk=False)
     try:
-        checkpointer.load(path)
+        rest = checkpointer.load(path)
     except Exception as e:
         # Whatever a reader of an unknown file raises, to the user it is one thing.
         reason = (
@@ -70,7 +75,7 @@ def _load(model: nn.Module, path: str, key: str):
         raise ConfigError(
             key, path, reason, "point it at a Detectron2 .pth or .pkl checkpoint"
         ) from e
-    return checkpointer.incompatible
+    return checkpointer.incompatible, rest
 
 
 def _exists(path: str) -> bool:
@@ -99,7 +104,7 @@ def _mistakes(found) -> List[str]:
     return [f"{len(names)} {what}: {_shortened(names)}" for what, names in wrong.items() if names]
 
 
-def load_trained(model: nn.Module, path: str, key: str) -> None:
+def load_trained(model: nn.Module, path: str, key: str) -> Dict[str, Any]:
     """Load a trained detector completely, or not at all.
 
     Args:
@@ -107,10 +112,14 @@ def load_trained(model: nn.Module, path: str, key: str) -> None:
         path: ``detectron2://``, URL, ``.pkl`` or ``.pth``.
         key: the config key that holds the path, for messages.
 
+    Returns:
+        the file's other entries, such as the trainer's state.
+
     Raises:
         ConfigError: the file is missing or unreadable, or does not fill the model exactly.
     """
-    mistakes = _mistakes(_load(model, path, key))
+    found, rest = _load(model, path, key)
+    mistakes = _mistakes(found)
     if mistakes:
         raise ConfigError(
             key,
@@ -119,6 +128,7 @@ def load_trained(model: nn.Module, path: str, key: str) -> None:
             "use the weights of this very model, or the config of these weights",
         )
     logger.info(f"{key}={path}: all {len(model.state_dict())} tensors loaded")
+    return rest
 
 
 def initialise(model: nn.Module, path: str, key: str = "train.init_checkpoint") -> None:
@@ -135,7 +145,7 @@ def initialise(model: nn.Module, path: str, key: str = "train.init_checkpoint") 
     """
     if not path:
         return
-    found = _load(model, path, key)
+    found, _ = _load(model, path, key)
     backbone = getattr(model, "backbone", model)
     bottom_up = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
     # An ImageNet file has no prefix; what it holds beyond the model keeps its own name.

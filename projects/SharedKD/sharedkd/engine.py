@@ -61,13 +61,14 @@ def run(args) -> Dict[str, Any]:
             os.path.join(cfg.train.output_dir, "last_checkpoint")
         )
         model = build(cfg, trained=args.eval_only, resuming=resuming)
-        if resuming:
-            last = StudentCheckpointer(model, cfg.train.output_dir).get_checkpoint_file()
-            load_trained(getattr(model, "student", model), last, "train.output_dir")
         if args.eval_only:
             cfg.train.output_dir = _evaluation_folder(cfg.train.output_dir)
         else:
             trainer = build_trainer(cfg, model)
+        if resuming:
+            last = StudentCheckpointer(model, cfg.train.output_dir).get_checkpoint_file()
+            entries = load_trained(getattr(model, "student", model), last, "train.output_dir")
+            trainer.check_resumable(entries["trainer"])
         default_setup(cfg, args)
         log_now()
     if args.eval_only:
@@ -182,7 +183,7 @@ def evaluate(cfg: DictConfig, model) -> Dict[str, Any]:
     )
     if comm.is_main_process():
         print_csv_format(results)
-    return results or {}
+    return dict(results or {})
 
 
 def evaluate_teacher(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:

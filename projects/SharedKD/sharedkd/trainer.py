@@ -112,7 +112,9 @@ class SharedKDTrainer(SimpleTrainer):
             with nullcontext() if last else no_sync():
                 with torch.autocast(
                     self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
-                ):
+                ), torch.jit.optimized_execution(self.device_type == "cuda"):
+                    # fvcore's scripted focal loss rounds in another way once the JIT has warmed up,
+                    # which a resumed run does again; on the CPU a resumed run is to be exact.
                     losses = self.model(data, weights) if self.stages else self.model(data)
                 values = self._mean_over_ranks({**losses, "data_time": torch.tensor(data_time)})
                 total, values = self._total(losses, values)
@@ -197,9 +199,9 @@ class SharedKDTrainer(SimpleTrainer):
         teacher = getattr(self._module, "teacher", None)
         return teacher and teacher.fingerprint
 
-    def load_state_dict(self, state_dict):
+    def check_resumable(self, state_dict) -> None:
         """Raises:
-        ConfigError: the checkpoint's run learned from another teacher.
+        ConfigError: the run of this state learned from another teacher.
         """
         before, now = state_dict["teacher"], self._teacher_fingerprint()
         if before != now:
@@ -209,6 +211,9 @@ class SharedKDTrainer(SimpleTrainer):
                 f"is not the teacher of the run to resume ({before})",
                 "resume with the same teacher, or start anew in another train.output_dir",
             )
+
+    def load_state_dict(self, state_dict):
+        self.check_resumable(state_dict)
         super().load_state_dict(state_dict)
         if self.scaler.is_enabled() and state_dict["grad_scaler"]:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
