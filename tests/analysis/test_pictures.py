@@ -161,7 +161,7 @@ def test_loss_curves(distilled, tmp_path):
     assert right.get_yscale() == "log"
     assert [line.get_label() for line in right.lines] == ["ours: fpn/cross", "ours: fpn/identical"]
     with Image.open(tmp_path / "curves.png") as image:
-        assert image.size == (1320, 480)
+        assert image.size == (1800, 540)
 
 
 def test_loss_curves_of_chosen_keys(distilled, tmp_path):
