@@ -57,9 +57,7 @@ def run(args) -> Dict[str, Any]:
         if cfg.train.seed < 0:
             cfg.train.seed = comm.shared_random_seed()
         seed_all_rng(cfg.train.seed + comm.get_rank())
-        resuming = args.resume and os.path.isfile(
-            os.path.join(cfg.train.output_dir, "last_checkpoint")
-        )
+        resuming = args.resume and not args.eval_only and _has_run(cfg.train.output_dir)
         model = build(cfg, trained=args.eval_only, resuming=resuming)
         if args.eval_only:
             cfg.train.output_dir = _evaluation_folder(cfg.train.output_dir)
@@ -243,8 +241,12 @@ def _check_device(cfg: DictConfig) -> None:
         )
 
 
+def _has_run(output_dir: str) -> bool:
+    return os.path.isfile(os.path.join(output_dir, "last_checkpoint"))
+
+
 def _check_output(output_dir: str, resume: bool) -> None:
-    if not resume and os.path.isfile(os.path.join(output_dir, "last_checkpoint")):
+    if not resume and _has_run(output_dir):
         raise ConfigError(
             "train.output_dir",
             output_dir,
@@ -255,8 +257,7 @@ def _check_output(output_dir: str, resume: bool) -> None:
 
 def _evaluation_folder(output_dir: str) -> str:
     """Not a run's own folder, whose config.yaml says how it was trained."""
-    run = os.path.isfile(os.path.join(output_dir, "last_checkpoint"))
-    return os.path.join(output_dir, "eval") if run else output_dir
+    return os.path.join(output_dir, "eval") if _has_run(output_dir) else output_dir
 
 
 def _amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
