@@ -10,12 +10,13 @@ from detectron2.config import LazyCall as L
 
 from sharedkd.data.shapes import CLASSES, make_shapes
 
-from ..custom_coco_mask_plain import data, dataloader, lr_multiplier, model, optimizer, train
+from ..common.small_models import tiny_mask_rcnn
+from ..custom_coco_mask_plain import data, dataloader, lr_multiplier, optimizer, train
 
 _root = Path(__file__).resolve().parents[2]
 
 shapes = L(make_shapes)(
-    root=str(_root / "datasets/shapes"), train=600, val=150, size=[128, 128], seed=0
+    root=str(_root / "datasets/shapes"), train=1200, val=150, size=[96, 96], seed=0
 )
 data.update(
     train_json="${shapes.root}/train.json",
@@ -24,11 +25,15 @@ data.update(
     val_images="${shapes.root}/val",
     name="shapes",
     num_classes=len(CLASSES),
-    short_edge=[112, 128, 144],
-    test_short_edge=128,
+    short_edge=[80, 96, 112],
+    test_short_edge=96,
     max_size=176,
 )
-train.update(max_iter=250, eval_period=0, output_dir=str(_root / "output/demo/plain"))
+dataloader.train.total_batch_size = 8
+model = tiny_mask_rcnn(depth=18, num_classes="${data.num_classes}")
+# From random weights it learns faster than SGD.
+optimizer = L(torch.optim.AdamW)(params=optimizer.params, lr=1e-3, weight_decay=0.01)
+train.update(max_iter=200, eval_period=0, output_dir=str(_root / "output/demo/plain"))
 # bfloat16 pays on CPUs that have it in hardware.
 train.amp.enabled = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
 train.checkpointer.update(period=50, max_to_keep=1)

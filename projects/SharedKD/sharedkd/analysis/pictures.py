@@ -14,7 +14,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import GenericMask, Visualizer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -206,12 +206,14 @@ def _draw(
 ) -> np.ndarray:
     """``image`` (H, W, 3) of RGB bytes, enlarged if it is small, with the objects drawn over it."""
     visualizer = Visualizer(image, scale=max(1.0, _DRAWN_WIDTH / image.shape[1]))
+    # By pixels: overlay_instances fills the holes of a mask.
+    for mask, category in zip(masks or (), categories):
+        pixels = GenericMask(mask, *image.shape[:2]).mask
+        visualizer.draw_binary_mask(pixels, color=_color(category), alpha=0.4)
     visualizer.overlay_instances(
         boxes=boxes,
-        masks=masks,
         # Visualizer's own class colours vary at random from object to object.
         assigned_colors=[_color(category) for category in categories],
-        alpha=0.4,
     )
     # Visualizer sizes its labels for a picture that fills the screen.
     for box, label, category in zip(boxes.tolist(), labels, categories):
