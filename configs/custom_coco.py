@@ -1,7 +1,11 @@
-"""Own COCO-format data: the ResNet-18 Faster R-CNN, distilled from the teacher that you name."""
+"""Own COCO-format data: the ResNet-18 Faster R-CNN, distilled from custom_coco_teacher.py's run."""
 
 from sharedkd.config import distill
 
 from .custom_coco_plain import data, dataloader, lr_multiplier, model, optimizer, train
 
-model = distill(student=model, teacher="???")
+model = distill(
+    student=model,
+    teacher="output/teacher/config.yaml",
+    weights="output/teacher/model_final.pth",
+)

@@ -4,4 +4,8 @@ from sharedkd.config import distill
 
 from .custom_coco_retinanet_plain import data, dataloader, lr_multiplier, model, optimizer, train
 
-model = distill(student=model, teacher="???")
+model = distill(
+    student=model,
+    teacher="output/teacher/config.yaml",
+    weights="output/teacher/model_final.pth",
+)

@@ -7,6 +7,8 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
+from sharedkd.config import load_config
+
 CONFIGS = sorted(
     str(p.relative_to(tiny.ROOT / "configs"))
     for p in (tiny.ROOT / "configs").rglob("*.py")
@@ -34,7 +36,7 @@ def test_config_trains_a_step(name):
     model = cfg.model
     regions(model.get("student", model))
     if model.get("teacher"):
-        if OmegaConf.is_missing(model.teacher, "config"):
+        if str(model.teacher.config).startswith("output/"):  # to be trained by the user
             model.teacher.config = tiny.node("faster_rcnn", 50)
         model.teacher.weights = ""  # as built: the real weights cannot be had in a test
     model = instantiate(model).train()
@@ -95,3 +97,18 @@ def test_published_weights_of_the_ablations():
     for gone, left in (("identical", "cross"), ("cross", "identical")):
         stages = tiny.config(f"ablations/faster_rcnn_without_{gone}.py").model.stages
         assert [k for k in stages if k != "_target_"] == [left]
+
+
+def test_a_teacher_that_no_stage_needs_is_not_built():
+    path = str(tiny.ROOT / "configs/faster_rcnn_sharedkd.py")
+    assert load_config(path).model.teacher is not None
+    idle = ["model.stages.identical.weight=0"]
+    assert load_config(path, idle).model.teacher is None
+    for wanted in ("train.eval_teacher=True", "train.inherit=[neck]"):
+        assert load_config(path, [*idle, wanted]).model.teacher is not None
+
+
+def test_fast_dev_run_takes_small_batches():
+    path = str(tiny.ROOT / "configs/faster_rcnn_sharedkd.py")
+    cfg = load_config(path, ["train.fast_dev_run=True"])
+    assert cfg.dataloader.train.total_batch_size == 2

@@ -179,6 +179,16 @@ def test_a_loss_that_is_not_finite_is_named_before_weights_change(bad):
     assert model.weight.item() == 1
 
 
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    from sharedkd import NonFiniteLossError
+
+    model, trainer = toy([1.0], clip_grad_norm=1.0)
+    model.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteLossError, match="iteration 0: the gradient's norm is nan"):
+        one_step(trainer)
+    assert model.weight.item() == 1
+
+
 def test_state_holds_what_resuming_needs():
     model = pair({"identical": Stage(IdenticalLayer(), weight=1.0)})
     trainer = trainer_of(model, lr=1e-3)

@@ -4,7 +4,9 @@ import json
 import subprocess
 
 import pytest
+import tiny
 import torch
+from detectron2.config import LazyConfig, instantiate
 from tiny import arguments, command
 
 from sharedkd import ConfigError
@@ -53,6 +55,9 @@ CASES = {
         ["model.stages.cross.loss.nothing=1"],
         ["model.stages.cross.loss", "nothing"],
     ),
+    "unknown part of the config": (["optimzer.lr=1"], ["optimzer", "optimizer"]),
+    "unknown nested key": (["train.amp.enabld=True"], ["train.amp.enabld", "enabled"]),
+    "a value to be quoted": (["data.train_json=a(1).json"], ["a(1).json", "'value'"]),
     "unknown distance": (["model.stages.cross.loss.distance=mes"], ["distance", "mes", "mse, l1"]),
     "unknown share": (["model.stages.identical.loss.share=all"], ["share", "all", "dense"]),
     "unknown direction": (["model.stages.cross.loss.direction=up"], ["direction", "up", "mutual"]),
@@ -115,26 +120,54 @@ def test_one_line_that_names_the_key(workspace, tmp_path, case):
 
 
 def test_no_stride_in_common(workspace, tmp_path):
-    args = arguments(
-        "custom_coco.py",
-        *workspace.data,
-        *workspace.pair,
-        f"train.output_dir={tmp_path}/run",
-        "model.stages.identical.loss.strides=[]",
+    """A teacher with one level, of stride 4, and a RetinaNet, whose levels begin at stride 8."""
+    config = tmp_path / "teacher.py"
+    config.write_text(
+        f"import sys; sys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\n"
+        "import tiny\nmodel = tiny.node('faster_rcnn')\n"
+        "model.backbone.update(in_features=['res2'], top_block=None)\n"
     )
-    with pytest.raises(ConfigError, match="model.stages.identical.*stride"):
+    weights = tmp_path / "teacher.pth"
+    torch.save({"model": instantiate(LazyConfig.load(str(config)).model).state_dict()}, weights)
+    args = arguments(
+        "custom_coco_retinanet.py",
+        *workspace.data,
+        f"model.teacher.config={config}",
+        f"model.teacher.weights={weights}",
+        f"train.output_dir={tmp_path}/run",
+    )
+    with pytest.raises(ConfigError, match="model.stages.identical.*no stride in common") as error:
         run(args)
+    assert "[8, 16, 32, 64, 128]" in str(error.value) and "[4]" in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_another_architecture(workspace, tmp_path):
-    import tiny
-
     path = tmp_path / "r50.pth"
     torch.save({"model": tiny.detector("retinanet", 50).state_dict()}, path)
     for key in ("model.teacher.weights", "train.init_checkpoint"):
         args = arguments("custom_coco_mask.py", *workspace.data, *workspace.pair, f"{key}={path}")
         with pytest.raises(ConfigError, match=f"{key}={path}.*(fit|made for another)"):
             run(args)
+
+
+def test_weights_without_a_run_are_not_overwritten(workspace, tmp_path):
+    (tmp_path / "model_final.pth").write_bytes(b"precious")
+    opts = [*workspace.data, *workspace.pair, f"train.output_dir={tmp_path}"]
+    for flags in ([], ["--resume"]):
+        with pytest.raises(ConfigError, match="train.output_dir=.*holds model_final.pth"):
+            run(arguments("custom_coco_mask.py", *opts, flags=flags))
+    assert [p.name for p in tmp_path.iterdir()] == ["model_final.pth"]
+    assert (tmp_path / "model_final.pth").read_bytes() == b"precious"
+
+
+def test_a_polygon_outside_its_image(workspace, tmp_path):
+    def move(data):
+        data["annotations"][0]["segmentation"] = [[500, 500, 510, 500, 510, 510]]
+
+    opts = [*workspace.data, *workspace.pair, edit_json(workspace, tmp_path, move)]
+    with pytest.raises(ConfigError, match="polygon that lies outside its"):
+        run(arguments("custom_coco_mask.py", *opts, f"train.output_dir={tmp_path}/run"))
 
 
 def test_unreadable_weights(workspace, tmp_path):

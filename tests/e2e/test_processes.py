@@ -9,6 +9,8 @@ import tiny
 import torch
 from tiny import command
 
+from sharedkd.launch import _free_port
+
 STEP = """
 import os
 import sys
@@ -24,8 +26,21 @@ from detectron2.utils import comm
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.config import shared_kd_stages
 from sharedkd.launch import launch
+from sharedkd.losses.base import DistillationLoss
+from sharedkd.stages import Stage
 
 OUT = os.environ["OUT"]
+
+class Scaled(DistillationLoss):
+    # A third loss beside Shared-KD's two, with a parameter of its own.
+    needs = frozenset()
+
+    def bind(self, student, teacher, key):
+        super().bind(student, teacher, key)
+        self.scale = torch.nn.Parameter(torch.ones(student["fpn"][8], 1, 1))
+
+    def forward(self, batch):
+        return {{"s8": (self.scale * batch.student["fpn"][8]).square().mean()}}
 
 def main(args):
     torch.manual_seed(0)
@@ -37,9 +52,10 @@ def main(args):
     node.proposal_generator.positive_fraction = 1.0
     node._target_ = ProposalNetwork
     del node.roi_heads, node.input_format
-    stages = shared_kd_stages()
+    stages = instantiate(shared_kd_stages())
+    stages["scaled"] = Stage(Scaled(), start=1, end=2)  # off in the first and the last iteration
     model = SharedKD(
-        student=instantiate(node), stages=instantiate(stages), input_format="RGB",
+        student=instantiate(node), stages=stages, input_format="RGB",
         teacher=FrozenTeacher(tiny.detector("faster_rcnn", seed=1), ""),
     )
     for name, module in model.student.named_modules():
@@ -55,39 +71,47 @@ def main(args):
     trainer.train(0, 3)
     if comm.is_main_process():
         losses = {{k: v[0] for k, v in trainer.storage.latest().items() if "time" not in k and not k.startswith("rpn/")}}
-        torch.save([model.state_dict(), losses, comm.get_world_size(), comm.get_local_size()], OUT)
+        state = {{**model.state_dict(), "scale": model.losses["scaled"].scale.detach()}}
+        torch.save([state, losses, comm.get_world_size(), comm.get_local_size()], OUT)
 
 if __name__ == "__main__":
     launch(main, default_argument_parser().parse_args())
 """
 
 
-def train_step(tmp_path, name, *start):
+def train_step(tmp_path, name, *starts):
+    """What the first of the commands saves; they run at the same time, one per machine."""
     script = tmp_path / "step.py"
     script.write_text(STEP.format(tests=str(tiny.ROOT / "tests")))
     out = tmp_path / f"{name}.pt"
-    start = [script if x == "SCRIPT" else x for x in start]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "OUT": str(out)}
-    subprocess.run([sys.executable, *map(str, start)], check=True, env=env, cwd=tmp_path)
+    machines = [
+        subprocess.Popen(
+            [sys.executable, *(str(script) if x == "SCRIPT" else x for x in start)],
+            env=env,
+            cwd=tmp_path,
+        )
+        for start in starts
+    ]
+    assert [machine.wait(timeout=300) for machine in machines] == [0] * len(machines)
     return torch.load(out, weights_only=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches CPU processes")
 def test_two_processes_equal_one(tmp_path):
-    one = train_step(tmp_path, "one", "SCRIPT", "--num-gpus", "1")
-    two = train_step(tmp_path, "two", "SCRIPT", "--num-gpus", "2", "--dist-url", "auto")
-    torchrun = train_step(
+    one = train_step(tmp_path, "one", ["SCRIPT", "--num-gpus", "1"])
+    two = train_step(tmp_path, "two", ["SCRIPT", "--num-gpus", "2", "--dist-url", "auto"])
+    elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "SCRIPT"]
+    torchrun = train_step(tmp_path, "torchrun", elastic)
+    flags = ["--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{_free_port()}"]
+    machines = train_step(
         tmp_path,
-        "torchrun",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "SCRIPT",
+        "machines",
+        *(["SCRIPT", "--num-gpus", "1", *flags, "--machine-rank", rank] for rank in "01"),
     )
-    assert one[2:] == [1, 1] and two[2:] == torchrun[2:] == [2, 2]
-    for other in (two, torchrun):
+    assert one[2:] == [1, 1] and two[2:] == torchrun[2:] == [2, 2] and machines[2:] == [2, 1]
+    assert not torch.equal(one[0]["scale"], torch.ones_like(one[0]["scale"]))
+    for other in (two, torchrun, machines):
         assert other[0].keys() == one[0].keys()
         for key, value in one[0].items():
             scale = value.abs().max().item()

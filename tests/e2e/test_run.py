@@ -19,7 +19,7 @@ from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from tiny import arguments
 
-from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
+from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer, engine
 from sharedkd.checkpoint import StudentCheckpointer
 from sharedkd.config import load_config, shared_kd_stages
 from sharedkd.engine import build, evaluate, run
@@ -34,8 +34,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 config, weights, image, out = sys.argv[1:]
 model = instantiate(LazyConfig.load(config).model).eval()
-left = DetectionCheckpointer(model)._load_model(torch.load(weights, weights_only=False))
-assert not left.missing_keys and not left.unexpected_keys and not left.incorrect_shapes, left
+DetectionCheckpointer(model).load(weights)
+saved = torch.load(weights, weights_only=False)["model"]
+assert saved.keys() == model.state_dict().keys()
+assert all(torch.equal(saved[k], v) for k, v in model.state_dict().items())
 with torch.no_grad():
     instances = model([{"image": torch.load(image)}])[0]["instances"]
 torch.save([instances.pred_boxes.tensor, instances.scores, instances.pred_masks], out)
@@ -201,12 +203,22 @@ def test_plain_and_distilled_students_start_equal(workspace):
     assert_same(*states)
 
 
-def test_fast_dev_run(train):
+def test_fast_dev_run(train, monkeypatch):
+    evaluated = []
+    original = engine.inference_on_dataset
+
+    def inference_on_dataset(model, loader, evaluator):
+        evaluated.append(len(loader))
+        return original(model, loader, evaluator)
+
+    monkeypatch.setattr(engine, "inference_on_dataset", inference_on_dataset)
+    monkeypatch.setattr(engine, "DEV_RUN_IMAGES", 3)  # of 4
     output, results = train("custom_coco.py", "train.fast_dev_run=True", "train.max_iter=999")
     iterations = [x["iteration"] for x in map(json.loads, open(output / "metrics.json"))]
     assert iterations[:20] == list(range(20)) and max(iterations) <= 20
     assert [p.name for p in output.glob("*.pth")] == ["model_final.pth"]
     assert "bbox" in results
+    assert evaluated == [3]
 
 
 def test_the_teacher_is_evaluated_first(train, caplog):

@@ -6,6 +6,8 @@ from typing import Any, Dict, Optional
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.config import LazyCall as L
+from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from .data.coco import check_coco, check_same_classes, register_coco
@@ -40,7 +42,7 @@ TRAIN_DEFAULTS = dict(
     accumulate=1,  # batches per optimizer step
     cudnn_benchmark=False,
     seed=0,  # negative: draw one, and write it into the saved config
-    fast_dev_run=False,  # 20 iterations, one evaluation, one checkpoint
+    fast_dev_run=False,  # 20 iterations, one evaluation of 50 images, one checkpoint
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=5000, max_to_keep=100),
     eval_period=5000,
@@ -126,35 +128,74 @@ def load_config(path: str, overrides=()) -> DictConfig:
         raise
     except Exception as e:
         raise ConfigError("--config-file", path, f"cannot be read: {e}", "correct that file") from e
+    known = {*cfg, "train"}
     for override in overrides:
         try:
             cfg = LazyConfig.apply_overrides(cfg, [override])
         except Exception as e:
             raise ConfigError(
-                "override", override, f"cannot be applied: {e}", "write key=value"
+                "override",
+                override,
+                f"cannot be applied: {e}",
+                "write key=value, and a value with special characters as key=\"'value'\"",
             ) from e
+        for key in sorted(set(cfg) - known):
+            raise ConfigError(
+                "override",
+                override,
+                f"{path} has no {key}",
+                f"use one of {', '.join(sorted(known))}",
+            )
     for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
         if key not in cfg:
             raise ConfigError(
                 "--config-file", path, f"has no `{key}`", "start from a file of configs/"
             )
-    for key in cfg.get("train", {}):
-        if key not in TRAIN_DEFAULTS:
-            raise ConfigError(
-                f"train.{key}",
-                cfg.train[key],
-                "no such key",
-                f"use one of {', '.join(TRAIN_DEFAULTS)}",
-            )
+    _check_known("train", cfg.get("train", {}), TRAIN_DEFAULTS)
+    for group in ("amp", "checkpointer"):
+        given = cfg.get("train", {}).get(group, {})
+        _check_known(f"train.{group}", given, TRAIN_DEFAULTS[group])
     cfg.train = OmegaConf.merge(OmegaConf.create(TRAIN_DEFAULTS), cfg.get("train", {}))
     if cfg.train.fast_dev_run:
         cfg.train.max_iter = cfg.train.eval_period = 20
         cfg.train.log_period = 1
         cfg.train.eval_teacher = False
         cfg.train.checkpointer.period = 10**9  # the final one is the only one
+        batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+        if batch:
+            cfg.dataloader.train.total_batch_size = min(batch, 2 * comm.get_world_size())
     if "data" in cfg:
         settle_own_data(cfg)
+    if not cfg.train.inherit and not cfg.train.eval_teacher:
+        _drop_idle_teacher(cfg.model)
     return cfg
+
+
+def _check_known(group: str, given, known) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(
+                f"{group}.{key}", given[key], "no such key", f"use one of {', '.join(known)}"
+            )
+
+
+def _drop_idle_teacher(model: DictConfig) -> None:
+    """Without a stage that learns from it, a teacher is neither loaded nor run."""
+    if model.get("teacher") is None or not isinstance(model.get("stages"), DictConfig):
+        return
+    for name, stage in model.stages.items():
+        if name == "_target_":
+            continue
+        if not isinstance(stage, DictConfig) or "loss" not in stage:
+            return  # reported where the stages are built
+        loss = OmegaConf.select(stage, "loss._target_")
+        try:
+            loss = locate(loss) if isinstance(loss, str) else loss
+        except ImportError:
+            return
+        if stage.get("weight", 1.0) and "teacher" in getattr(loss, "needs", ("teacher",)):
+            return
+    model.teacher = None
 
 
 def student_only(cfg: DictConfig) -> DictConfig:

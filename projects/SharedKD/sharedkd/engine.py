@@ -1,12 +1,15 @@
 """A run from its config: build, train, evaluate.  The command lines in tools/ only call this."""
 
+import copy
+import glob
 import logging
 import os
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_setup, default_writers, hooks
@@ -27,6 +30,8 @@ from .trainer import SharedKDTrainer
 __all__ = ["run", "build", "train", "evaluate"]
 
 logger = logging.getLogger("detectron2.sharedkd")
+
+DEV_RUN_IMAGES = 50  # evaluated under train.fast_dev_run
 
 
 def run(args) -> Dict[str, Any]:
@@ -173,15 +178,31 @@ def train(cfg: DictConfig, trainer: SharedKDTrainer, resuming: bool = False) -> 
 
 
 def evaluate(cfg: DictConfig, model) -> Dict[str, Any]:
-    """Run ``dataloader.evaluator`` (any DatasetEvaluator, or a list of them) on ``dataloader.test``."""
+    """Run ``dataloader.evaluator`` (any DatasetEvaluator, or a list of them) on ``dataloader.test``.
+
+    With ``train.fast_dev_run`` on its first images alone.
+    """
     if "evaluator" not in cfg.dataloader:
         return {}
+    if cfg.train.fast_dev_run and "dataset" in cfg.dataloader.test:
+        cfg = copy.deepcopy(cfg)
+        cfg.dataloader.test.dataset = L(first_records)(
+            records=cfg.dataloader.test.dataset, count=DEV_RUN_IMAGES
+        )
+        logger.warning(
+            f"train.fast_dev_run: evaluates {DEV_RUN_IMAGES} images; the figures mean nothing"
+        )
     results = inference_on_dataset(
         model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
     )
     if comm.is_main_process():
         print_csv_format(results)
     return dict(results or {})
+
+
+def first_records(records: List[Dict[str, Any]], count: int) -> List[Dict[str, Any]]:
+    """At most the first ``count`` records of a data set."""
+    return records[:count]
 
 
 def evaluate_teacher(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
@@ -246,6 +267,14 @@ def _has_run(output_dir: str) -> bool:
 
 
 def _check_output(output_dir: str, resume: bool) -> None:
+    weights = glob.glob(os.path.join(glob.escape(output_dir), "*.pth"))
+    if weights and not _has_run(output_dir):
+        raise ConfigError(
+            "train.output_dir",
+            output_dir,
+            f"holds {os.path.basename(weights[0])} of a run that cannot be resumed",
+            "choose another folder",
+        )
     if not resume and _has_run(output_dir):
         raise ConfigError(
             "train.output_dir",

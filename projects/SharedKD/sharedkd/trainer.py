@@ -117,7 +117,7 @@ class SharedKDTrainer(SimpleTrainer):
                     # which a resumed run does again; on the CPU a resumed run is to be exact.
                     losses = self.model(data, weights) if self.stages else self.model(data)
                 values = self._mean_over_ranks({**losses, "data_time": torch.tensor(data_time)})
-                total, values = self._total(losses, values)
+                total, values = self._total(losses, values, weights)
                 self.scaler.scale(total / self.accumulate).backward()
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + value / self.accumulate
@@ -127,11 +127,22 @@ class SharedKDTrainer(SimpleTrainer):
                 [p for group in self.optimizer.param_groups for p in group["params"]],
                 self.clip_grad_norm,
             ).item()
+            # With a scaler it is an overflow, which the scaler answers by skipping the step.
+            if not self.scaler.is_enabled() and not np.isfinite(metrics["grad_norm"]):
+                raise NonFiniteLossError(
+                    f"iteration {self.iter}: the gradient's norm is {metrics['grad_norm']}, all "
+                    "losses are finite; training stops, the last checkpoint is intact"
+                )
         self._log(metrics, weights)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _total(self, losses: Mapping[str, Tensor], values: Dict[str, float]):
+    def _total(
+        self,
+        losses: Mapping[str, Tensor],
+        values: Dict[str, float],
+        weights: Mapping[str, float],
+    ):
         """(tensor to differentiate, what to log)"""
         broken = [name for name, value in values.items() if not np.isfinite(value)]
         if broken:
@@ -151,8 +162,7 @@ class SharedKDTrainer(SimpleTrainer):
             scale = 1.0
             raw = sum(values[k] for k in terms)
             if stage.relative and raw > 0:
-                weight = stage.weight_at(self.iter, self.schedule_length)
-                scale = weight * detector_value / raw
+                scale = weights[name] * detector_value / raw
             total = total + scale * sum(losses[k] for k in terms)
             values[f"loss_distill_{name}"] = scale * raw
             total_value += scale * raw

@@ -403,6 +403,10 @@ def _bad_segmentation(annotation: Dict[str, Any], image: Dict[str, Any]) -> str:
             return f"has a polygon of {len(polygon)} numbers"
         if not all(map(_is_number, polygon)):
             return "has a polygon with something else than finite numbers"
+        xs, ys = polygon[::2], polygon[1::2]
+        width, height = image["width"], image["height"]
+        if min(xs) >= width or min(ys) >= height or max(xs) <= 0 or max(ys) <= 0:
+            return f"has a polygon that lies outside its {width}x{height} image"
     return ""
 
 
