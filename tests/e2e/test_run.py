@@ -233,6 +233,27 @@ def test_the_teacher_is_evaluated_first(train, caplog):
     assert "inherits" in text
 
 
+def test_a_teacher_with_other_classes(train, tmp_path, sharedkd_log):
+    """It teaches by its maps; its head is unused, cannot be evaluated, and the log says both."""
+    config, weights = tmp_path / "teacher.py", tmp_path / "teacher.pth"
+    config.write_text(
+        f"import sys; sys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\n"
+        "import tiny\nmodel = tiny.node('mask_rcnn', 18, 2)\n"
+    )
+    torch.save({"model": tiny.detector("mask_rcnn", num_classes=2).state_dict()}, weights)
+    train(
+        "custom_coco_mask.py",
+        f"model.teacher.config={config}",
+        f"model.teacher.weights={weights}",
+        "train.max_iter=1",
+        "train.eval_teacher=True",
+    )
+    text = sharedkd_log.text
+    assert "The teacher has 2 classes, the student 6: the teacher's head is unused" in text
+    assert "its head cannot be evaluated here" in text
+    assert "The teacher's results" not in text
+
+
 def test_training_loop_is_usable_without_trainer_of_ours():
     """Detectron2's own trainers can train the pair: every stage at its full weight."""
     stages = instantiate(shared_kd_stages())
