@@ -113,7 +113,9 @@ def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.
                     "set model.teacher or use train.inherit=[]",
                 )
             inherit(student, teacher.model, cfg.train.inherit)
-    owned = sum(p.numel() for p in getattr(model, "losses", nn.Module()).parameters())
+    # A plain RetinaNet has a method of the name `losses`.
+    losses = model.losses if isinstance(model, SharedKD) else nn.Module()
+    owned = sum(p.numel() for p in losses.parameters())
     logger.info(
         f"{sum(p.numel() for p in student.parameters()):,} parameters in the student, {owned:,} in "
         "distillation losses"

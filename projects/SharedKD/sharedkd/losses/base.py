@@ -2,21 +2,40 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, FrozenSet, List, Optional, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 
-__all__ = ["TAPS", "Shapes", "Maps", "Batch", "DistillationLoss"]
+__all__ = ["TAPS", "Shapes", "Maps", "Regions", "Batch", "DistillationLoss", "precise"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
-TAPS = ("fpn", "backbone")  #: where maps are taken: the backbone's outputs, or its bottom-up stages
+#: Where maps are taken: ``fpn``, the backbone's outputs; ``backbone``, its bottom-up stages; and the
+#: outputs of the dense head (that of RetinaNet or FCOS, or the RPN of a two-stage detector) with A
+#: anchors a position and K classes (the RPN: K = 1): ``logits`` (N, A*K, H, W), ``deltas``
+#: (N, A*4, H, W), and ``boxes`` (N, A*4, H, W), the deltas applied to their anchors, in pixels.
+TAPS = ("fpn", "backbone", "logits", "deltas", "boxes")
 
 Shapes = Dict[str, Dict[int, int]]  #: tap -> stride -> channels
 Maps = Dict[str, Dict[int, Tensor]]  #: tap -> stride -> map (N, C, H, W)
+
+
+@dataclass
+class Regions:
+    """What both detectors make of the R regions that a two-stage student samples in a step.
+
+    Attributes:
+        labels: (R,) int64, the class of each region's ground truth; K is background.
+        student: (R, K + 1) class logits, attached to the student's graph.
+        teacher: (R, K + 1) class logits of the teacher's head for the same regions, on its own maps.
+    """
+
+    labels: Tensor
+    student: Tensor
+    teacher: Tensor
 
 
 @dataclass
@@ -29,12 +48,23 @@ class Batch:
             loss needs a teacher.
         image_sizes: (height, width) of each image in pixels, before padding.
         inputs: the data loader's records, with ``instances`` (ground truth).
+        regions: for a loss that needs ``regions``.
+        labels: for a loss that needs ``labels``: stride -> (N, A, H, W) int64, the class that a
+            one-stage student's own matching gives each anchor; K is background, -1 ignored.
     """
 
     student: Maps
     teacher: Optional[Maps]
     image_sizes: List[Tuple[int, int]]
     inputs: List[Dict[str, Any]] = field(default_factory=list)
+    regions: Optional[Regions] = None
+    labels: Optional[Dict[int, Tensor]] = None
+
+    @property
+    def boxes(self) -> List[Tensor]:
+        """The ground truth of each image: (number of objects, 4), XYXY in pixels, perhaps empty."""
+        device = next(x for levels in self.student.values() for x in levels.values()).device
+        return [x["instances"].gt_boxes.tensor.to(device) for x in self.inputs]
 
     def inside(self, x: Tensor, stride: int) -> Optional[Tensor]:
         """Where a map's positions lie on their image and not on its padding.
@@ -55,12 +85,19 @@ class Batch:
         return (rows & columns).unsqueeze(1)
 
 
+def precise(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is in float64: what a loss computes in, autocast or not."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class DistillationLoss(nn.Module):
     """Base of all distillation losses.
 
-    A subclass says in ``needs`` what it reads besides the student's maps, in ``taps`` where it takes
-    them, checks both pyramids in :meth:`bind` (where it may also create parameters), and returns one
-    named scalar per level from :meth:`forward`.
+    A subclass says in ``needs`` what it reads besides the student's maps (``teacher``; ``regions``
+    and ``labels``, see :class:`Batch`) and in ``taps`` where maps are taken.  It checks both pyramids
+    in :meth:`bind`, where it may also create parameters, and returns named scalars from
+    :meth:`forward`, which reads maps through :meth:`levels`.  Weights between the terms of one loss
+    are arguments without a default: configs/common/methods holds the published ones.
 
     Example of a config line::
 
@@ -72,7 +109,7 @@ class DistillationLoss(nn.Module):
     def __init__(self, tap: str = "fpn", strides: Optional[List[int]] = None):
         """
         Args:
-            tap: ``fpn`` or ``backbone``.
+            tap: one of :data:`TAPS`.
             strides: the levels to use, by stride; None uses every level there is.
 
         Raises:
@@ -98,17 +135,18 @@ class DistillationLoss(nn.Module):
         Raises:
             ConfigError: the levels asked for are not there, or no level is left.
         """
-        ours = there = set(self._levels(student, "student", key))
+        ours = there = self._strides(student, "student", key)
         if "teacher" in self.needs:
-            there = set(self._levels(teacher, "teacher", key))
+            there = self._strides(teacher, "teacher", key)
         levels = ours & there
+        where = "/".join(sorted(self.taps))
         if self.strides is not None:
             missing = sorted(set(self.strides) - levels)
             if missing:
                 raise ConfigError(
                     f"{key}.strides",
                     self.strides,
-                    f"no level of stride {missing} on the {self.tap} tap, usable are {sorted(levels)}",
+                    f"no level of stride {missing} on the {where} tap, usable are {sorted(levels)}",
                     "leave out these strides",
                 )
             levels &= set(self.strides)
@@ -117,16 +155,17 @@ class DistillationLoss(nn.Module):
             raise ConfigError(
                 key,
                 type(self).__name__,
-                f"student levels {sorted(ours)}{theirs} on the {self.tap} tap have no stride in common "
+                f"student levels {sorted(ours)}{theirs} on the {where} tap have no stride in common "
                 f"with strides={self.strides}",
                 "choose another tap, other strides or another teacher",
             )
         alone = sorted((ours | there) - levels)
         if alone:
-            logger.info(f"{key}: levels of stride {alone} on the {self.tap} tap have no part in it")
+            logger.info(f"{key}: levels of stride {alone} on the {where} tap have no part in it")
         self.strides = sorted(levels)
 
-    def _levels(self, shapes: Optional[Shapes], who: str, key: str) -> Dict[int, int]:
+    def _strides(self, shapes: Optional[Shapes], who: str, key: str) -> Set[int]:
+        """The strides that a pyramid has on every tap of this loss."""
         if shapes is None:
             raise ConfigError(
                 key,
@@ -134,18 +173,36 @@ class DistillationLoss(nn.Module):
                 "needs a teacher, and model.teacher is not set",
                 "set model.teacher or remove this stage",
             )
-        if not shapes.get(self.tap):
-            raise ConfigError(
-                f"{key}.tap",
-                self.tap,
-                f"the {who} has no such maps, only {sorted(shapes)}",
-                "use another tap",
-            )
-        return shapes[self.tap]
+        for tap in sorted(self.taps):
+            if not shapes.get(tap):
+                raise ConfigError(
+                    f"{key}.tap",
+                    tap,
+                    f"the {who} has no such maps, only {sorted(shapes)}",
+                    "use another tap or another loss",
+                )
+        return set.intersection(*(set(shapes[tap]) for tap in self.taps))
+
+    def levels(
+        self, batch: Batch, tap: Optional[str] = None
+    ) -> Iterator[Tuple[int, Tensor, Optional[Tensor]]]:
+        """The maps of each stride in use, to compute with.
+
+        Args:
+            tap: None: the loss's own.
+
+        Yields:
+            (stride, student's map, teacher's map or None), in float32 under autocast too.
+        """
+        tap = tap or self.tap
+        for stride in self.strides:
+            t = None if batch.teacher is None else precise(batch.teacher[tap][stride])
+            yield stride, precise(batch.student[tap][stride]), t
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         """
         Returns:
-            term name (``s8``: the level of stride 8) -> scalar float32 tensor, unweighted.
+            term name (``s8``: the level of stride 8; ``s8_focal``: a part of it) -> scalar tensor,
+            without the stage's weight.
         """
         raise NotImplementedError

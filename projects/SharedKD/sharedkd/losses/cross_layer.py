@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .alignment import align
-from .base import Batch, DistillationLoss, Shapes
+from .base import Batch, DistillationLoss, Shapes, precise
 from .distance import Distance
 
 __all__ = ["CrossLayer"]
@@ -84,7 +84,7 @@ class CrossLayer(DistillationLoss):
                 d = d.detach()
             elif self.direction == "shallow_to_deep":
                 s = s.detach()
-            s, d = align(s.float(), d.float())
+            s, d = align(precise(s), precise(d))
             mask = batch.inside(d, deep) if self.ignore_padding else None
             term = self.distance(s, d, mask)
             if self.direction == "mutual":

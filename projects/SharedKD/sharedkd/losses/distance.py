@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
+from .base import precise
 
 __all__ = ["Distance", "DISTANCES", "NORMALIZATIONS"]
 
@@ -48,7 +49,7 @@ DISTANCES: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Distance:
-    """Mean distance between two maps of one shape, computed in float32.
+    """Mean distance between two maps of one shape, computed in float32 at least.
 
     Args:
         kind: ``mse``, ``l1``, ``smooth_l1`` (element by element) or ``cosine`` (one minus the cosine
@@ -77,10 +78,10 @@ class Distance:
             mask: (N, 1, H, W), one where a position counts; None counts all.
 
         Returns:
-            scalar float32 tensor.
+            scalar tensor.
         """
-        x, y = x.float(), y.float()
-        mask = None if mask is None else mask.float()
+        x, y = precise(x), precise(y)
+        mask = None if mask is None else mask.to(x.dtype)
         normalize = NORMALIZATIONS[self.normalize]
         each = DISTANCES[self.kind](normalize(x, mask), normalize(y, mask))
         return _mean(each, mask, (0, 1, 2, 3)).view(())

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .alignment import align
-from .base import Batch, DistillationLoss
+from .base import Batch, DistillationLoss, precise
 from .distance import Distance
 from .teacher_share import SHARES, shared_target
 
@@ -51,11 +51,10 @@ class IdenticalLayer(DistillationLoss):
         self.ignore_padding = ignore_padding
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
-        student, teacher = batch.student[self.tap], batch.teacher[self.tap]
         terms = {}
-        for stride in self.strides:
-            target = shared_target(teacher, stride, self.share).detach()
-            s, t = align(student[stride].float(), target.float())
+        for stride, s, _ in self.levels(batch):
+            target = shared_target(batch.teacher[self.tap], stride, self.share).detach()
+            s, t = align(s, precise(target))
             mask = batch.inside(s, stride) if self.ignore_padding else None
             terms[f"s{stride}"] = self.distance(s, t, mask)
         return terms

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .alignment import pool_to
+from .base import precise
 
 __all__ = ["SHARES", "shared_target"]
 
@@ -28,7 +29,7 @@ def shared_target(maps: Dict[int, Tensor], stride: int, share: str = "dense") ->
         share: ``dense`` (all lower levels), ``adjacent`` (the next lower one), ``none`` (T~_l = T_l).
 
     Returns:
-        (N, C_l, H_l, W_l) float32; with ``none`` the map itself.
+        (N, C_l, H_l, W_l), in float32 at least; with ``none`` the map itself.
     """
     own = maps[stride]
     lower = sorted(k for k in maps if k < stride)
@@ -36,10 +37,10 @@ def shared_target(maps: Dict[int, Tensor], stride: int, share: str = "dense") ->
     if not lower:
         return own
     size, width = own.shape[-2:], own.shape[1]
-    total = own.float().clone()
-    count = torch.ones(width, device=own.device)
+    total = precise(own).clone()
+    count = total.new_ones(width)
     for k in lower:
         channels = min(width, maps[k].shape[1])
-        total[:, :channels] += pool_to(maps[k][:, :channels].float(), size)
+        total[:, :channels] += pool_to(precise(maps[k][:, :channels]), size)
         count[:channels] += 1
     return total / count.view(1, -1, 1, 1)

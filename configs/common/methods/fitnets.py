@@ -1,0 +1,14 @@
+"""FitNets: the student's maps, adapted, should equal the teacher's."""
+
+from detectron2.config import LazyCall as L
+
+from sharedkd import Stage
+from sharedkd.losses import FitNets
+from sharedkd.stages import stage_dict
+
+paper = "FitNets: Hints for Thin Deep Nets, ICLR 2015"
+
+_stages = L(stage_dict)(fitnets=L(Stage)(loss=L(FitNets)(adapter=1), weight=1.0))
+
+# Student's family -> what `model.stages` becomes.
+stages = dict(faster_rcnn=_stages, mask_rcnn=_stages, retinanet=_stages, fcos=_stages)

@@ -1,0 +1,104 @@
+"""What every loss's test needs: pyramids, ground truth, and the checks that hold for any loss."""
+
+import torch
+from detectron2.structures import Boxes, Instances
+
+from sharedkd.losses import Batch
+
+TWO_STAGE, ONE_STAGE = (4, 8, 16, 32, 64), (8, 16, 32, 64, 128)
+
+
+def maps(strides, channels=4, padded=(64, 96), images=2, seed=0, dtype=torch.float64, fill=None):
+    """stride -> random map of an image batch padded to ``padded`` pixels; or filled with a number."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = dict.fromkeys(strides, channels) if isinstance(channels, int) else channels
+    result = {}
+    for stride in strides:
+        size = (images, widths[stride], -(-padded[0] // stride), -(-padded[1] // stride))
+        random = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+        result[stride] = random if fill is None else torch.full_like(random, fill)
+    return result
+
+
+def shapes(levels):
+    """Maps by tap -> what a loss is bound to."""
+    return {tap: {s: x.shape[1] for s, x in found.items()} for tap, found in levels.items()}
+
+
+def bound(loss, student, teacher=None, seed=0):
+    """The loss bound to maps by tap, with parameters in their type; its draws depend on the seed."""
+    torch.manual_seed(seed)
+    loss.bind(shapes(student), None if teacher is None else shapes(teacher), "model.stages.x.loss")
+    first = next(iter(next(iter(student.values())).values()))
+    return loss.to(first.dtype)
+
+
+def truth(boxes, size, classes=None):
+    """A record's ground truth: boxes (XYXY, pixels) on an image of (height, width)."""
+    boxes = torch.as_tensor(boxes, dtype=torch.float32).view(-1, 4)
+    classes = torch.zeros(len(boxes)) if classes is None else torch.as_tensor(classes)
+    return {"instances": Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes.long())}
+
+
+def batch(student, teacher=None, boxes=None, sizes=None, padded=(64, 96), **more):
+    """A Batch of maps by tap; ``boxes``: per image a list of XYXY; ``sizes``: before padding."""
+    first = next(iter(next(iter(student.values())).values()))
+    sizes = [padded] * len(first) if sizes is None else sizes
+    boxes = [[]] * len(first) if boxes is None else boxes
+    inputs = [truth(b, s) for b, s in zip(boxes, sizes)]
+    return Batch(student, teacher, list(sizes), inputs, **more)
+
+
+def total(terms):
+    return sum(terms.values())
+
+
+def leaves(levels):
+    """The same maps by tap as leaves that collect gradients."""
+    return {
+        tap: {s: x.clone().requires_grad_() for s, x in found.items()}
+        for tap, found in levels.items()
+    }
+
+
+def check_who_learns(loss, student, teacher, **options):
+    """Gradients reach the student's maps and the loss's parameters, all of them, never the teacher.
+
+    Returns the gradients by (tap, stride).
+    """
+    student, teacher = leaves(student), leaves(teacher)
+    terms = loss(batch(student, teacher, **options))
+    for term in terms.values():
+        assert term.shape == () and torch.isfinite(term)
+    total(terms).backward()
+    for levels in teacher.values():
+        assert all(x.grad is None for x in levels.values())
+    for name, p in loss.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+    gradients = {(tap, s): x.grad for tap, levels in student.items() for s, x in levels.items()}
+    for (tap, s), g in gradients.items():
+        if s in loss.strides and tap in loss.taps:
+            assert g is not None and torch.isfinite(g).all(), (tap, s)
+    return gradients
+
+
+def check_gradients(loss, student, teacher, **options):
+    """torch.autograd.gradcheck in float64 over the student's maps; draws repeat, buffers return."""
+    keys = [(tap, s) for tap, levels in student.items() for s in levels if s in loss.strides]
+    buffers = {k: b.clone() for k, b in loss.named_buffers()}
+
+    def value(*flat):
+        torch.manual_seed(0)
+        for k, b in loss.named_buffers():
+            b.data.copy_(buffers[k])
+        given = {tap: dict(levels) for tap, levels in student.items()}
+        for (tap, s), x in zip(keys, flat):
+            given[tap][s] = x
+        return total(loss(batch(given, teacher, **options)))
+
+    inputs = [student[tap][s].clone().requires_grad_() for tap, s in keys]
+    assert torch.autograd.gradcheck(value, inputs)
+
+
+def parameters(loss):
+    return sum(p.numel() for p in loss.parameters())
