@@ -5,14 +5,13 @@ import tiny
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
-from omegaconf import OmegaConf
 
 from sharedkd.config import load_config
 
 CONFIGS = sorted(
     str(p.relative_to(tiny.ROOT / "configs"))
     for p in (tiny.ROOT / "configs").rglob("*.py")
-    if p.parent.name != "common"
+    if "common" not in p.parts
 )
 
 

@@ -72,9 +72,14 @@ def test_capture_by_stride(family, fpn):
 
 
 def test_shapes_are_those_of_the_maps(retinanet):
+    levels = (8, 16, 32, 64, 128)
+    anchors = 9
     assert pyramid_shapes(retinanet) == {
-        FPN: {stride: 128 for stride in (8, 16, 32, 64, 128)},
+        FPN: dict.fromkeys(levels, 128),
         BACKBONE: {8: 128, 16: 256, 32: 512},
+        "logits": dict.fromkeys(levels, anchors * tiny.CLASSES),
+        "deltas": dict.fromkeys(levels, anchors * 4),
+        "boxes": dict.fromkeys(levels, anchors * 4),
     }
 
 

@@ -1,18 +1,47 @@
 """Taking a detector's feature maps without touching the detector, and keying them by stride."""
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .heads import DenseHead
 from .losses.base import Maps, Shapes
 
-__all__ = ["FeatureTap", "pyramid_shapes", "same_pixels"]
+__all__ = ["HEAD_TAPS", "FeatureTap", "pyramid_shapes", "same_pixels"]
+
+HEAD_TAPS = frozenset({"logits", "deltas", "boxes"})
 
 
-def _tapped_modules(detector: nn.Module) -> Dict[str, nn.Module]:
-    """tap -> the module whose output dict it takes."""
+Source = Tuple[nn.Module, FrozenSet[str], Callable[[Any], Maps]]
+
+
+def _sources(detector: nn.Module) -> List[Source]:
+    """The modules whose outputs are taken, with their taps, and how an output becomes maps."""
+    backbone = _backbone(detector)
+
+    def pyramid(tap: str, module: nn.Module) -> Source:
+        strides = {name: spec.stride for name, spec in module.output_shape().items()}
+        return (
+            module,
+            frozenset({tap}),
+            lambda output: {
+                tap: {s: output[name] for name, s in strides.items() if name in output}
+            },
+        )
+
+    sources = [pyramid("fpn", backbone)]
+    if hasattr(backbone, "bottom_up"):
+        sources.append(pyramid("backbone", backbone.bottom_up))
+    head = DenseHead.of(detector)
+    if head is not None:
+        sources.append((head.module, HEAD_TAPS, head.unpack))
+    return sources
+
+
+def _backbone(detector: nn.Module) -> nn.Module:
     backbone = getattr(detector, "backbone", None)
     if not hasattr(backbone, "output_shape"):
         raise ConfigError(
@@ -21,22 +50,26 @@ def _tapped_modules(detector: nn.Module) -> Dict[str, nn.Module]:
             "has no `.backbone` with an output_shape()",
             "use a detector with a Detectron2 Backbone, such as GeneralizedRCNN, RetinaNet or FCOS",
         )
-    modules = {"fpn": backbone}
-    if hasattr(backbone, "bottom_up"):
-        modules["backbone"] = backbone.bottom_up
-    return modules
+    return backbone
 
 
 def pyramid_shapes(detector: nn.Module) -> Shapes:
-    """tap -> stride -> channels of a detector's feature maps.
+    """tap -> stride -> channels of a detector's maps.
 
     Raises:
         ConfigError: a detector without a Detectron2 backbone.
     """
-    return {
+    backbone, head = _backbone(detector), DenseHead.of(detector)
+    modules = {"fpn": backbone}
+    if hasattr(backbone, "bottom_up"):
+        modules["backbone"] = backbone.bottom_up
+    shapes = {
         tap: {spec.stride: spec.channels for spec in module.output_shape().values()}
-        for tap, module in _tapped_modules(detector).items()
+        for tap, module in modules.items()
     }
+    if head is not None:
+        shapes.update({tap: dict.fromkeys(head.strides, c) for tap, c in head.channels.items()})
+    return shapes
 
 
 class FeatureTap:
@@ -53,45 +86,45 @@ class FeatureTap:
     """
 
     def __init__(self, detector: nn.Module):
-        self._modules = _tapped_modules(detector)
-        self._strides = {
-            tap: {name: spec.stride for name, spec in module.output_shape().items()}
-            for tap, module in self._modules.items()
-        }
-        self._writes = {}  # tap -> whether the detector writes into these maps, once known
+        self._sources = _sources(detector)
+        self._head = DenseHead.of(detector)
+        self._writes: Dict[str, bool] = {}  # whether the detector writes into a tap's maps
 
     @contextmanager
-    def capture(self, taps) -> Iterator[Maps]:
+    def capture(self, taps: FrozenSet[str]) -> Iterator[Maps]:
         """Within the block, the detector's forward runs; after it, the yielded dict is filled.
 
         Args:
-            taps: which of ``fpn`` and ``backbone`` to take.
+            taps: which of :data:`~sharedkd.losses.base.TAPS` to take.
 
         Yields:
-            tap -> stride -> map (N, C, H, W), attached to the detector's graph.
+            tap -> stride -> map (N, C, H, W), attached to the detector's graph; ``boxes`` are
+            not.
 
         Raises:
             RuntimeError: the detector began to change its maps in place after its first step.
         """
         maps: Maps = {}
         seen: Dict[str, Dict[int, Tuple[Tensor, int, Optional[Tensor]]]] = {}
+        wanted = frozenset(taps) | ({"deltas"} if "boxes" in taps else set())
 
-        def take(tap):
+        def take(unpack):
             def hook(module, args, output):
-                copying = self._writes.get(tap, True)
-                seen[tap] = {
-                    stride: (
-                        output[name],
-                        output[name]._version,
-                        output[name].clone() if copying else None,
-                    )
-                    for name, stride in self._strides[tap].items()
-                    if name in output
-                }
+                for tap, levels in unpack(output).items():
+                    if tap in wanted:
+                        copying = self._writes.get(tap, True)
+                        seen[tap] = {
+                            stride: (x, x._version, x.clone() if copying else None)
+                            for stride, x in levels.items()
+                        }
 
             return hook
 
-        handles = [self._modules[tap].register_forward_hook(take(tap)) for tap in sorted(taps)]
+        handles = [
+            module.register_forward_hook(take(unpack))
+            for module, offered, unpack in self._sources
+            if offered & wanted
+        ]
         try:
             yield maps
         finally:
@@ -106,6 +139,11 @@ class FeatureTap:
                 )
             self._writes.setdefault(tap, written)
             maps[tap] = {stride: copy if written else x for stride, (x, _, copy) in levels.items()}
+        if "boxes" in taps:
+            with torch.no_grad():
+                maps["boxes"] = self._head.boxes(maps["deltas"])
+            if "deltas" not in taps:
+                del maps["deltas"]
 
 
 def same_pixels(maps: Maps, like: Maps) -> Maps:

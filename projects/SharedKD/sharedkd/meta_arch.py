@@ -1,5 +1,6 @@
 """The meta-architecture: student and teacher side by side in training, the student alone in inference."""
 
+from contextlib import nullcontext
 from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional
 
 import torch
@@ -9,11 +10,15 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .features import FeatureTap, pyramid_shapes, same_pixels
-from .losses.base import Batch
+from .heads import RegionTap, anchor_labels, check_labels, check_regions
+from .losses.base import Batch, Regions
 from .stages import Stage
 from .teacher import FrozenTeacher
 
 __all__ = ["SharedKD"]
+
+#: Maps that have to be taken to serve what a loss needs.
+NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
 
 
 @META_ARCH_REGISTRY.register()
@@ -69,6 +74,10 @@ class SharedKD(nn.Module):
             stage.check(key)
             if stage.weight > 0:  # what is switched off need not fit this pair
                 stage.loss.bind(shapes, teacher and teacher.shapes, f"{key}.loss")
+                if "regions" in stage.loss.needs:
+                    check_regions(student, teacher and teacher.model, f"{key}.loss")
+                if "labels" in stage.loss.needs:
+                    check_labels(student, f"{key}.loss")
                 self.stages[name] = stage
         # Registered for DDP, the optimizer and device moves; most losses have no parameters.
         self.losses = nn.ModuleDict({name: stage.loss for name, stage in self.stages.items()})
@@ -105,24 +114,36 @@ class SharedKD(nn.Module):
         if not active:
             return self._with_idle_parameters(self.student(batched_inputs))
 
+        needs = frozenset().union(*(self.losses[name].needs for name in active))
         taps = self._taps(active)
         taught = [name for name in active if "teacher" in self.losses[name].needs]
-        teacher = None
+        whole = None
         if taught:  # before the student: the teacher's temporaries are gone when its graph is built
-            teacher = self.teacher.features(
+            whole = self.teacher.features(
                 batched_inputs,
                 self._taps(taught),
                 self.input_format,
                 self.student.backbone.size_divisibility,
             )
+        regions = RegionTap(self.student) if "regions" in needs else None
         with self._tap.capture(taps) as student:
-            losses = self.student(batched_inputs)
+            with regions.capture() if regions else nullcontext() as sampled:
+                losses = self.student(batched_inputs)
         batch = Batch(
             student=student,
-            teacher=teacher and same_pixels(teacher, student),
+            teacher=whole and same_pixels(whole, student),
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
             inputs=batched_inputs,
         )
+        if regions:
+            truth = [x["instances"].to(self.device) for x in batched_inputs]
+            batch.regions = Regions(
+                labels=regions.labels(sampled["boxes"], truth),
+                student=sampled["logits"],
+                teacher=self.teacher.region_logits(whole, sampled["boxes"]),
+            )
+        if "labels" in needs:
+            batch.labels = anchor_labels(self.student, batched_inputs, student["logits"])
         with torch.autocast(self.device.type, enabled=False):
             for name, weight in active.items():
                 for term, value in self.losses[name](batch).items():
@@ -138,7 +159,10 @@ class SharedKD(nn.Module):
         return losses
 
     def _taps(self, names: Iterable[str]) -> FrozenSet[str]:
-        return frozenset().union(*(self.losses[name].taps for name in names))
+        losses = [self.losses[name] for name in names]
+        taps = set().union(*(loss.taps for loss in losses))
+        needs = set().union(*(loss.needs for loss in losses))
+        return frozenset(taps).union(*(NEEDED_TAPS[need] for need in needs & NEEDED_TAPS.keys()))
 
     # The teacher is no submodule, yet goes where the model goes.
     def _apply(self, fn, *args, **kwargs):

@@ -11,13 +11,14 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import load_trained
 from .errors import ConfigError
-from .features import FeatureTap, pyramid_shapes
+from .features import HEAD_TAPS, FeatureTap, pyramid_shapes
+from .heads import DenseHead, region_logits
 from .losses.base import Maps
 
 __all__ = ["FrozenTeacher"]
@@ -106,6 +107,8 @@ class FrozenTeacher:
     ) -> Maps:
         """Run backbone and FPN on the student's images, with the teacher's own normalisation.
 
+        Its dense head runs too if its maps are asked for; nothing else does.
+
         Args:
             batched_inputs: Detectron2's records; ``image`` is a (3, H, W) tensor.
             taps: which maps to return.
@@ -117,8 +120,15 @@ class FrozenTeacher:
         """
         images = self.preprocess(batched_inputs, input_format, size_divisibility)
         with self._tap.capture(taps) as maps:
-            self.model.backbone(images.tensor)
+            pyramid = self.model.backbone(images.tensor)
+            if taps & HEAD_TAPS:
+                DenseHead.of(self.model).run(pyramid)
         return maps
+
+    @torch.no_grad()
+    def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
+        """Its class logits of the student's regions, (R, K + 1), from its own maps of the FPN."""
+        return region_logits(self.model, maps["fpn"], boxes)
 
     @torch.no_grad()
     def predict(self, batched_inputs: List[Dict[str, Any]], input_format: str = "BGR"):

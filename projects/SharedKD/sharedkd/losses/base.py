@@ -133,8 +133,18 @@ class DistillationLoss(nn.Module):
             key: this loss's place in the config, for messages.
 
         Raises:
-            ConfigError: the levels asked for are not there, or no level is left.
+            ConfigError: the teacher or the levels asked for are not there, or no level is left.
         """
+        if "teacher" in self.needs and teacher is None:
+            raise ConfigError(
+                key,
+                type(self).__name__,
+                "needs a teacher, and model.teacher is not set",
+                "set model.teacher or remove this stage",
+            )
+        if not self.taps:  # it reads no maps
+            self.strides = []
+            return
         ours = there = self._strides(student, "student", key)
         if "teacher" in self.needs:
             there = self._strides(teacher, "teacher", key)
@@ -164,15 +174,8 @@ class DistillationLoss(nn.Module):
             logger.info(f"{key}: levels of stride {alone} on the {where} tap have no part in it")
         self.strides = sorted(levels)
 
-    def _strides(self, shapes: Optional[Shapes], who: str, key: str) -> Set[int]:
+    def _strides(self, shapes: Shapes, who: str, key: str) -> Set[int]:
         """The strides that a pyramid has on every tap of this loss."""
-        if shapes is None:
-            raise ConfigError(
-                key,
-                type(self).__name__,
-                "needs a teacher, and model.teacher is not set",
-                "set model.teacher or remove this stage",
-            )
         for tap in sorted(self.taps):
             if not shapes.get(tap):
                 raise ConfigError(
