@@ -1,8 +1,9 @@
 """Weights in and out: verified loading, student initialisation, student-native checkpoints."""
 
+import hashlib
 import logging
 import os
-from typing import Any, Dict, List, Sequence
+from typing import IO, Any, Callable, Dict, List, Sequence
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -10,7 +11,14 @@ from torch import nn
 
 from .errors import ConfigError
 
-__all__ = ["StudentCheckpointer", "load_trained", "initialise", "inherit"]
+__all__ = [
+    "StudentCheckpointer",
+    "fingerprint",
+    "inherit",
+    "initialise",
+    "load_trained",
+    "replace",
+]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
@@ -33,20 +41,30 @@ class StudentCheckpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict(), **states, **kwargs}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        _replace(path, lambda f: torch.save(data, f))
+        replace(path, lambda f: torch.save(data, f))
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
-        _replace(path, lambda f: f.write(last_filename_basename.encode()))
+        replace(path, lambda f: f.write(last_filename_basename.encode()))
 
 
-def _replace(path: str, write) -> None:
+def replace(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let ``write`` fill a file that appears under its name complete or not at all."""
     with open(path + ".tmp", "wb") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of a model's weights: two equal models have the same."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 class _RecordingCheckpointer(DetectionCheckpointer):

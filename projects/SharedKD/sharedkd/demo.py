@@ -1,16 +1,7 @@
 """The embedded example of tools/demo.py: three training commands, a table and two pictures."""
 
-import math
-import os
-import re
 import shlex
-import subprocess
-import sys
-import tempfile
 import time
-from collections import deque
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, Dict, List, Mapping, Sequence
@@ -18,14 +9,14 @@ from typing import Any, Dict, List, Mapping, Sequence
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog
-from omegaconf import DictConfig
 from torch import nn
 
-from .analysis.pictures import loss_curves, read_curves, side_by_side
+from .analysis.pictures import loss_curves, side_by_side
 from .analysis.tables import results_table
-from .config import load_config, student_only
+from .config import student_only
 from .engine import build
 from .errors import ConfigError
+from .runs import Run, short
 
 __all__ = ["run_demo", "seconds_per_image"]
 
@@ -34,97 +25,6 @@ TITLES = {
     "plain": "plain student, ResNet-18",
     "sharedkd": "Shared-KD student, ResNet-18",
 }
-
-# What of a run's log is worth a line on the console.
-_TRAINING = re.compile(r"(?:eta: (?P<eta>.+?)\s+)?iter: (?P<iter>\d+)\s.*total_loss: (?P<loss>\S+)")
-_TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
-
-
-@dataclass
-class Arm:
-    """One of the runs to compare.
-
-    Attributes:
-        name: of its config and its folder.
-        config: the file.
-        overrides: what the command line adds to the config.
-    """
-
-    name: str
-    config: Path
-    overrides: Sequence[str]
-
-    @cached_property
-    def cfg(self) -> DictConfig:
-        return load_config(str(self.config), self.overrides)
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.cfg.train.output_dir)
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / "model_final.pth"
-
-    @property
-    def started(self) -> bool:
-        return (self.folder / "last_checkpoint").exists()
-
-    @property
-    def finished(self) -> bool:
-        """Whether it is trained and evaluated."""
-        if not self.weights.exists():
-            return False
-        box = self.results().get("bbox", {})
-        return not math.isnan(box.get("AP", math.nan))  # NaN: only evaluated earlier in training
-
-    def results(self) -> Dict[str, Dict[str, float]]:
-        """Task to metric to value, of the evaluation after the last iteration; empty without one."""
-        curves = read_curves(str(self.folder / "metrics.json"))
-        results: Dict[str, Dict[str, float]] = {}
-        for name, values in curves.items():
-            task, _, metric = name.partition("/")
-            if task in ("bbox", "segm"):
-                results.setdefault(task, {})[metric] = values[-1]
-        return results
-
-    def check(self) -> None:
-        """Raises:
-        ConfigError: its folder holds a run of another config.
-        """
-        if not self.started:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "config.yaml"
-            LazyConfig.save(self.cfg, str(path))
-            same = path.read_text() == (self.folder / "config.yaml").read_text()
-        if not same:
-            _refuse(self.folder, "holds a run with other settings")
-
-    def train(self, root: Path) -> None:
-        """Run the training command, or what is left of it, with its progress on the console."""
-        if self.finished:
-            print(f"      finished before, kept: {_short(self.weights)}")
-            return
-        command = [
-            _short(sys.executable),
-            _short(root / "tools/lazyconfig_train_net.py"),
-            "--config-file",
-            _short(self.config),
-            *(["--resume"] if self.started else []),
-            *self.overrides,
-        ]
-        print(f"      {shlex.join(command)}", flush=True)
-        start = time.perf_counter()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _follow(command, self.folder / "console.txt", self.cfg.train.max_iter)
-        print(f"      {time.perf_counter() - start:.0f} s", flush=True)
-
-    def model(self) -> nn.Module:
-        """The trained detector, alone and in evaluation mode."""
-        cfg = student_only(self.cfg)
-        cfg.train.init_checkpoint = str(self.weights)
-        return build(cfg, trained=True).eval()
 
 
 def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
@@ -148,22 +48,21 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
     shapes = LazyConfig.apply_overrides(
         LazyConfig.load(str(configs / "plain.py")), list(overrides)
     ).shapes
-    print(f"      {shapes.train} + {shapes.val} images in {_short(instantiate(shapes))}")
+    print(f"      {shapes.train} + {shapes.val} images in {short(instantiate(shapes))}")
 
-    arms = {name: _arm(configs / f"{name}.py", root, output, overrides) for name in TITLES}
+    arms = {name: _run(configs / f"{name}.py", root, output, overrides) for name in TITLES}
     for arm in arms.values():
-        arm.check()
+        if not arm.has_these_settings():
+            _refuse(arm.folder, "holds a run with other settings")
     teacher, student = arms["teacher"], arms["sharedkd"]
     if student.started and not (teacher.finished and _is_older(teacher, student)):
-        _refuse(
-            student.folder, f"holds a student of another teacher than {_short(teacher.weights)}"
-        )
+        _refuse(student.folder, f"holds a student of another teacher than {short(teacher.weights)}")
     for number, (name, title) in enumerate(TITLES.items(), start=2):
         _announce(number, f"train and evaluate: {title}")
-        arms[name].train(root)
+        _train(arms[name], root)
 
     _announce(5, "compare")
-    models = {name: arm.model() for name, arm in arms.items()}
+    models = {name: _model(arm) for name, arm in arms.items()}
     cfg = arms["plain"].cfg
     mapper = instantiate(cfg.dataloader.test.mapper)
     samples = DatasetCatalog.get(f"{cfg.data.name}_val")
@@ -172,7 +71,7 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
         [
             {
                 "name": title,
-                **arms[name].results(),
+                **arms[name].record["results"],
                 "parameters": sum(p.numel() for p in models[name].parameters()),
                 "seconds_per_image": times[name],
             }
@@ -195,7 +94,7 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
         "small differences from chance; docs/results.md has measurements.\n"
     )
     for path in files:
-        print(_short(path))
+        print(short(path))
     print(f"{(time.perf_counter() - begin) / 60:.1f} minutes")
     return table
 
@@ -224,53 +123,35 @@ def seconds_per_image(
     return {name: median(values[min(warm_up, len(inputs)) :]) for name, values in times.items()}
 
 
-def _arm(config: Path, root: Path, output: Path, overrides: Sequence[str]) -> Arm:
+def _train(run: Run, root: Path) -> None:
+    """Train what is not trained yet, with its progress on the console."""
+    if run.finished:
+        print(f"      finished before, kept: {short(run.weights)}")
+        return
+    print(f"      {shlex.join(run.command(root))}", flush=True)
+    start = time.perf_counter()
+    run.train(root, lambda line: print(f"      {line}", flush=True))
+    print(f"      {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _model(run: Run) -> nn.Module:
+    """The trained detector, alone and in evaluation mode."""
+    cfg = student_only(run.cfg)
+    cfg.train.init_checkpoint = str(run.weights)
+    return build(cfg, trained=True).eval()
+
+
+def _run(config: Path, root: Path, output: Path, overrides: Sequence[str]) -> Run:
     """With the default output folder, the config alone says where things are."""
     extra: List[str] = []
     if output.resolve() != root / "output/demo":
         extra.append(f"train.output_dir={output.resolve() / config.stem}")
         if config.stem == "sharedkd":
             extra.append(f"model.teacher.weights={output.resolve() / 'teacher/model_final.pth'}")
-    return Arm(config.stem, config, [*extra, *overrides])
+    return Run(config, [*extra, *overrides])
 
 
-def _follow(command: Sequence[str], log: Path, max_iter: int) -> None:
-    """Run a training command; all it says goes to ``log``, its progress to the console.
-
-    Raises:
-        ConfigError: it failed.
-    """
-    last = deque(maxlen=20)
-    with open(log, "a") as file, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
-    ) as process:
-        for line in process.stdout:
-            file.write(line)
-            last.append(line)
-            short = _progress(line, max_iter)
-            if short:
-                print(f"      {short}", flush=True)
-    if process.returncode:
-        sys.stderr.writelines(last)
-        raise ConfigError(
-            "tools/demo.py",
-            shlex.join(command),
-            f"ended with status {process.returncode}",
-            f"see {_short(log)}",
-        )
-
-
-def _progress(line: str, max_iter: int) -> str:
-    """What a line of Detectron2's log says of the progress; mostly nothing."""
-    found = _TRAINING.search(line)
-    if found:
-        eta = f"   {found['eta']} left" if found["eta"] else ""
-        return f"iteration {int(found['iter']) + 1}/{max_iter}   loss {found['loss']}{eta}"
-    found = _TESTING.search(line)
-    return f"evaluation {found['done']}   {found['eta']} left" if found else ""
-
-
-def _is_older(teacher: Arm, student: Arm) -> bool:
+def _is_older(teacher: Run, student: Run) -> bool:
     """Whether the student's checkpoint was written after the teacher's."""
     latest = student.folder / "last_checkpoint"
     return teacher.weights.stat().st_mtime < latest.stat().st_mtime
@@ -278,14 +159,9 @@ def _is_older(teacher: Arm, student: Arm) -> bool:
 
 def _refuse(folder: Path, reason: str) -> None:
     raise ConfigError(
-        "--output", _short(folder), reason, "remove that folder, or name another with --output DIR"
+        "--output", short(folder), reason, "remove that folder, or name another with --output DIR"
     )
 
 
 def _announce(number: int, what: str) -> None:
     print(f"[{number}/5] {what}", flush=True)
-
-
-def _short(path) -> str:
-    """As seen from here, if that is shorter."""
-    return min(str(path), os.path.relpath(path), key=len)

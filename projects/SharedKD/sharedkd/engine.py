@@ -25,6 +25,7 @@ from .config import construct, load_config, student_only
 from .data.coco import check_coco
 from .errors import ConfigError
 from .meta_arch import SharedKD
+from .record import RunRecord
 from .trainer import SharedKDTrainer
 
 __all__ = ["run", "build", "train", "evaluate"]
@@ -113,15 +114,18 @@ def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.
                     "set model.teacher or use train.inherit=[]",
                 )
             inherit(student, teacher.model, cfg.train.inherit)
-    # A plain RetinaNet has a method of the name `losses`.
-    losses = model.losses if isinstance(model, SharedKD) else nn.Module()
-    owned = sum(p.numel() for p in losses.parameters())
+    owned = sum(p.numel() for p in _losses(model).parameters())
     logger.info(
         f"{sum(p.numel() for p in student.parameters()):,} parameters in the student, {owned:,} in "
         "distillation losses"
     )
     layout = torch.channels_last if cfg.train.channels_last else torch.preserve_format
     return model.to(cfg.train.device, memory_format=layout)
+
+
+def _losses(model: nn.Module) -> nn.Module:
+    """The distillation losses; empty for a plain detector, whose `losses` may be a method."""
+    return model.losses if isinstance(model, SharedKD) else nn.ModuleDict()
 
 
 def build_trainer(cfg: DictConfig, model: nn.Module) -> SharedKDTrainer:
@@ -148,6 +152,7 @@ def train(cfg: DictConfig, trainer: SharedKDTrainer, resuming: bool = False) -> 
     """Train to ``train.max_iter``; returns the last evaluation's results."""
     model = trainer.model
     module = getattr(model, "module", model)
+    student = getattr(module, "student", module)
     extra = {"distillation": module.losses} if isinstance(module, SharedKD) else {}
     checkpointer = StudentCheckpointer(model, cfg.train.output_dir, trainer=trainer, **extra)
     results: Dict[str, Any] = {}
@@ -166,6 +171,11 @@ def train(cfg: DictConfig, trainer: SharedKDTrainer, resuming: bool = False) -> 
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
             hooks.EvalHook(cfg.train.eval_period, test),
             hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
+            (
+                RunRecord(cfg.train.output_dir, student, _losses(module), results, resuming)
+                if main
+                else None
+            ),
         ]
     )
     start = 0

@@ -1,6 +1,5 @@
 """The teacher: built by name, path or config, loaded and verified, frozen, run up to its FPN."""
 
-import hashlib
 import logging
 import os
 from functools import cached_property
@@ -15,7 +14,7 @@ from detectron2.structures import Boxes, ImageList
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from .checkpoint import load_trained
+from .checkpoint import fingerprint, load_trained
 from .errors import ConfigError
 from .features import HEAD_TAPS, FeatureTap, pyramid_shapes
 from .heads import DenseHead, region_logits
@@ -81,12 +80,8 @@ class FrozenTeacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and bytes of its weights: two equal teachers have the same."""
-        digest = hashlib.sha256()
-        for name, x in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        """Tells its weights from other weights, see :func:`~sharedkd.checkpoint.fingerprint`."""
+        return fingerprint(self.model)
 
     def to(self, device) -> "FrozenTeacher":
         """Move the teacher; returns itself."""

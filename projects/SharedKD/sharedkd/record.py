@@ -1,0 +1,120 @@
+"""run.json: what a training run was, on what it ran, what it cost and what came out."""
+
+import json
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Dict
+
+import torch
+from detectron2.engine import hooks
+from detectron2.utils import comm
+from torch import nn
+
+from .checkpoint import fingerprint, replace
+
+__all__ = ["RunRecord", "read_record"]
+
+FILE = "run.json"
+_PACKAGES = ("torch", "torchvision", "detectron2", "sharedkd", "numpy")
+
+
+class RunRecord(hooks.HookBase):
+    """Writes run.json at the start of a run and again at its end.
+
+    Keys: ``initial_weights`` (fingerprint of the student before its first step), ``parameters``
+    (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
+    ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on a CPU the resident memory of the
+    training process) and ``results`` (of the last evaluation).
+
+    Args:
+        folder: the run's output folder.
+        student: the detector that is trained.
+        losses: the distillation losses; an empty module for a plain detector.
+        results: a dict that holds the last evaluation's results when the run ends.
+        resuming: keep what the run's own record says of its start.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        student: nn.Module,
+        losses: nn.Module,
+        results: Dict[str, Any],
+        resuming: bool,
+    ):
+        self.path = os.path.join(folder, FILE)
+        self.results = results
+        before = read_record(folder) if resuming else {}
+        self.record = {
+            "initial_weights": before.get("initial_weights") if resuming else fingerprint(student),
+            "parameters": {"student": _count(student), "losses": _count(losses)},
+            "hardware": _hardware(next(student.parameters()).device),
+            "processes": comm.get_world_size(),
+            "versions": _versions(),
+        }
+        self.memory = 0.0
+
+    def before_train(self) -> None:
+        self._write()
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 == self.trainer.max_iter:
+            self.memory = _peak_memory_mb()
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 < self.trainer.max_iter:
+            return  # it failed or was stopped
+        self.record["iterations"] = self.trainer.max_iter
+        self.record["peak_memory_mb"] = self.memory
+        self.record["results"] = self.results
+        self._write()
+
+    def _write(self) -> None:
+        replace(self.path, lambda f: f.write(json.dumps(self.record, indent=1).encode()))
+
+
+def read_record(folder) -> Dict[str, Any]:
+    """The record of the run in a folder; empty if there is none."""
+    try:
+        with open(os.path.join(folder, FILE)) as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return {}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} thread(s)"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _versions() -> Dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # a source tree on the path
+            pass
+    return versions
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,135 @@
+"""Training runs as child processes: started, followed, continued, and kept once they are finished."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Callable, Dict, Sequence
+
+from detectron2.config import LazyConfig
+from omegaconf import DictConfig
+
+from .config import load_config
+from .errors import ConfigError
+from .record import read_record
+
+__all__ = ["Run", "short"]
+
+# What of a run's log is worth a line on the console.
+_TRAINING = re.compile(r"(?:eta: (?P<eta>.+?)\s+)?iter: (?P<iter>\d+)\s.*total_loss: (?P<loss>\S+)")
+_TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
+
+
+@dataclass
+class Run:
+    """One training run of tools/lazyconfig_train_net.py.
+
+    Attributes:
+        config: the file.
+        overrides: what the command line adds to the config.
+    """
+
+    config: Path
+    overrides: Sequence[str]
+
+    @cached_property
+    def cfg(self) -> DictConfig:
+        return load_config(str(self.config), self.overrides)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.train.output_dir)
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model_final.pth"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "console.txt"
+
+    @property
+    def started(self) -> bool:
+        return (self.folder / "last_checkpoint").exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is trained and evaluated."""
+        return "results" in self.record
+
+    @property
+    def record(self) -> Dict[str, Any]:
+        """See :mod:`sharedkd.record`."""
+        return read_record(self.folder)
+
+    def has_these_settings(self) -> bool:
+        """Whether what its folder holds, if anything, was started with this very config."""
+        saved = self.folder / "config.yaml"
+        if not self.started or not saved.exists():
+            return True
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "config.yaml"
+            LazyConfig.save(self.cfg, str(path))
+            return path.read_text() == saved.read_text()
+
+    def command(self, root: Path) -> Sequence[str]:
+        return [
+            short(sys.executable),
+            short(root / "tools/lazyconfig_train_net.py"),
+            "--config-file",
+            short(self.config),
+            *(["--resume"] if self.started else []),
+            *self.overrides,
+        ]
+
+    def train(self, root: Path, say: Callable[[str], None]) -> None:
+        """Run the training command, or what is left of it.
+
+        Args:
+            root: the repository.
+            say: takes one line of progress at a time; the whole output goes to :attr:`log`.
+
+        Raises:
+            ConfigError: it failed; the message has the last line that it said.
+        """
+        command = self.command(root)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last = deque(maxlen=20)
+        with open(self.log, "a") as file, subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        ) as process:
+            for line in process.stdout:
+                file.write(line)
+                last.append(line)
+                progress = _progress(line, self.cfg.train.max_iter)
+                if progress:
+                    say(progress)
+        if process.returncode:
+            reason = next((x.strip() for x in reversed(last) if x.strip()), "")
+            raise ConfigError(
+                short(self.folder),
+                f"status {process.returncode}",
+                f"is how this run ended: {reason}",
+                f"see {short(self.log)}; the command was: {shlex.join(command)}",
+            )
+
+
+def _progress(line: str, max_iter: int) -> str:
+    """What a line of Detectron2's log says of the progress; mostly nothing."""
+    found = _TRAINING.search(line)
+    if found:
+        eta = f"   {found['eta']} left" if found["eta"] else ""
+        return f"iteration {int(found['iter']) + 1}/{max_iter}   loss {found['loss']}{eta}"
+    found = _TESTING.search(line)
+    return f"evaluation {found['done']}   {found['eta']} left" if found else ""
+
+
+def short(path) -> str:
+    """A path as seen from here, if that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
