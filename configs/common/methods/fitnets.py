@@ -1,4 +1,4 @@
-"""FitNets: the student's maps, adapted, should equal the teacher's."""
+"""FitNets: the student's maps, adapted by a 1x1 convolution, should equal the teacher's."""
 
 from detectron2.config import LazyCall as L
 
@@ -8,6 +8,7 @@ from sharedkd.stages import stage_dict
 
 paper = "FitNets: Hints for Thin Deep Nets, ICLR 2015"
 
+# For detectors no weight is published: 1.0 on the mean squared error of every level is ours.
 _stages = L(stage_dict)(fitnets=L(Stage)(loss=L(FitNets)(adapter=1), weight=1.0))
 
 # Student's family -> what `model.stages` becomes.

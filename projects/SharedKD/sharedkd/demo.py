@@ -130,7 +130,7 @@ def _train(run: Run, root: Path) -> None:
         return
     print(f"      {shlex.join(run.command(root))}", flush=True)
     start = time.perf_counter()
-    run.train(root, lambda line: print(f"      {line}", flush=True))
+    run.train(root, run.cfg.train.max_iter, lambda line: print(f"      {line}", flush=True))
     print(f"      {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -143,12 +143,13 @@ def _model(run: Run) -> nn.Module:
 
 def _run(config: Path, root: Path, output: Path, overrides: Sequence[str]) -> Run:
     """With the default output folder, the config alone says where things are."""
+    folder = output.resolve() / config.stem
     extra: List[str] = []
     if output.resolve() != root / "output/demo":
-        extra.append(f"train.output_dir={output.resolve() / config.stem}")
+        extra.append(f"train.output_dir={folder}")
         if config.stem == "sharedkd":
             extra.append(f"model.teacher.weights={output.resolve() / 'teacher/model_final.pth'}")
-    return Run(config, [*extra, *overrides])
+    return Run(config, [*extra, *overrides], folder)
 
 
 def _is_older(teacher: Run, student: Run) -> bool:

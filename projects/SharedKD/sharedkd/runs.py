@@ -32,19 +32,17 @@ class Run:
 
     Attributes:
         config: the file.
-        overrides: what the command line adds to the config.
+        overrides: what the command line adds to the config, its output folder too.
+        folder: that output folder.
     """
 
     config: Path
     overrides: Sequence[str]
+    folder: Path
 
     @cached_property
     def cfg(self) -> DictConfig:
         return load_config(str(self.config), self.overrides)
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.cfg.train.output_dir)
 
     @property
     def weights(self) -> Path:
@@ -88,11 +86,12 @@ class Run:
             *self.overrides,
         ]
 
-    def train(self, root: Path, say: Callable[[str], None]) -> None:
+    def train(self, root: Path, iterations: int, say: Callable[[str], None]) -> None:
         """Run the training command, or what is left of it.
 
         Args:
             root: the repository.
+            iterations: how many there are in all.
             say: takes one line of progress at a time; the whole output goes to :attr:`log`.
 
         Raises:
@@ -107,7 +106,7 @@ class Run:
             for line in process.stdout:
                 file.write(line)
                 last.append(line)
-                progress = _progress(line, self.cfg.train.max_iter)
+                progress = _progress(line, iterations)
                 if progress:
                     say(progress)
         if process.returncode:
@@ -120,12 +119,12 @@ class Run:
             )
 
 
-def _progress(line: str, max_iter: int) -> str:
+def _progress(line: str, iterations: int) -> str:
     """What a line of Detectron2's log says of the progress; mostly nothing."""
     found = _TRAINING.search(line)
     if found:
         eta = f"   {found['eta']} left" if found["eta"] else ""
-        return f"iteration {int(found['iter']) + 1}/{max_iter}   loss {found['loss']}{eta}"
+        return f"iteration {int(found['iter']) + 1}/{iterations}   loss {found['loss']}{eta}"
     found = _TESTING.search(line)
     return f"evaluation {found['done']}   {found['eta']} left" if found else ""
 

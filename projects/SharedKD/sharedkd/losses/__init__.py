@@ -1,7 +1,39 @@
 """Distillation losses, one per file."""
 
-from .base import Batch, DistillationLoss
+from .base import Batch, DistillationLoss, Regions
 from .cross_layer import CrossLayer
+from .cwd import CWD
+from .dkd import DKD, DenseDKD
+from .fgd import FGD
+from .fitnets import FitNets
+from .fkd import FKD
+from .frs import FRS
+from .gid import GID
 from .identical_layer import IdenticalLayer
+from .improved_kd import ImprovedKD
+from .mgd import MGD
+from .pkd import PKD
+from .reviewkd import ReviewKD
 
-__all__ = ["Batch", "CrossLayer", "DistillationLoss", "IdenticalLayer"]
+__all__ = [
+    "CWD",
+    "DKD",
+    "FGD",
+    "FKD",
+    "FRS",
+    "GID",
+    "MGD",
+    "PKD",
+    "Batch",
+    "CrossLayer",
+    "DenseDKD",
+    "DistillationLoss",
+    "FeatureFusion",
+    "FitNets",
+    "GanKD",
+    "IdenticalLayer",
+    "ImprovedKD",
+    "Regions",
+    "ReviewKD",
+    "SemCKD",
+]

@@ -1,0 +1,283 @@
+"""A comparison of methods: every method with every seed, all else equal, one record of it all.
+
+An *arm* is one method with one seed: a training run in a folder of its own, whose config lies beside
+it and can be trained by tools/lazyconfig_train_net.py as well.  Arms of one seed start from the same
+student weights and see the same images in the same order with the same augmentation.
+"""
+
+import json
+import math
+import shlex
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+from detectron2.config import LazyConfig
+from omegaconf import DictConfig
+
+from .analysis.comparison import write
+from .analysis.pictures import read_curves
+from .checkpoint import replace
+from .config import construct, load_config
+from .engine import build, evaluate_teacher
+from .errors import ConfigError
+from .meta_arch import SharedKD
+from .methods import PLAIN, with_method
+from .runs import Run, short
+
+__all__ = ["Arm", "Comparison", "run_comparison"]
+
+FOR_THE_TIME_OF = "@"  # none@fgd: the plain student, trained for as long as fgd takes
+
+
+@dataclass
+class Arm:
+    """One method with one seed.
+
+    Attributes:
+        method: its name.
+        seed: of the student's weights, the data and every draw.
+        run: the training run.
+    """
+
+    method: str
+    seed: int
+    run: Run
+
+    @property
+    def failure(self) -> Path:
+        return self.run.folder / "failed.txt"
+
+    @property
+    def status(self) -> str:
+        if self.run.finished:
+            return "finished"
+        return "failed" if self.failure.exists() else "missing"
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median over the run; NaN before its first logged step."""
+        try:
+            times = read_curves(str(self.run.folder / "metrics.json")).get("time", np.array([]))
+        except FileNotFoundError:
+            return math.nan
+        times = times[~np.isnan(times)]
+        return float(np.median(times)) if len(times) else math.nan
+
+    def record(self) -> Dict[str, Any]:
+        """What results.json says of it."""
+        status, record = self.status, self.run.record
+        for metrics in record.get("results", {}).values():
+            # To Detectron2 a detector that finds nothing has no AP; in a mean it has to count.
+            metrics.update({k: 0.0 for k in ("AP", "AP50", "AP75") if np.isnan(metrics.get(k, 0))})
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "status": status,
+            "error": self.failure.read_text().strip() if status == "failed" else None,
+            "seconds_per_step": self.seconds_per_step,
+            **record,
+        }
+
+
+class Comparison:
+    """All arms of a comparison.
+
+    Args:
+        root: the repository.
+        config_file: of a pair.
+        methods: names as :func:`~sharedkd.methods.with_method` takes them, and ``a@b``: method a,
+            trained for the time that b takes.
+        seeds: one arm each per method.
+        output: folder of the arms and the report.
+        overrides: ``key=value`` for all arms.
+
+    Raises:
+        ConfigError: before anything is trained, when a method does not fit the pair, or the folder
+            holds a comparison with other settings.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config_file: str,
+        methods: Sequence[str],
+        seeds: Sequence[int],
+        output: Path,
+        overrides: Sequence[str] = (),
+    ):
+        self.root, self.output = root, output
+        self.config_file, self.overrides = config_file, list(overrides)
+        self.methods, self.seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
+        for method in self.methods:
+            for part in method.split(FOR_THE_TIME_OF):
+                if FOR_THE_TIME_OF in method and part not in self.methods:
+                    raise ConfigError(
+                        "--methods", method, f"needs {part}, which is not listed", f"add {part}"
+                    )
+        self.cfg = load_config(config_file, overrides)
+        self.configs = {
+            method: with_method(
+                self.cfg, method.split(FOR_THE_TIME_OF)[0], root / "configs/common/methods"
+            )
+            for method in self.methods
+        }
+        self._check_methods()
+        for method in self.methods:
+            if FOR_THE_TIME_OF not in method:
+                self._save_config(method, self.configs[method])
+
+    def _check_methods(self) -> None:
+        """Bind every method to the pair, and evaluate the teacher, once."""
+        model = build(self.cfg)
+        teacher = getattr(model, "teacher", None)
+        for method, cfg in self.configs.items():
+            if "student" in cfg.model:
+                SharedKD(
+                    student=model.student,
+                    teacher=teacher,
+                    stages=construct(cfg.model.stages, "model.stages"),
+                    input_format=model.input_format,
+                )
+        path = self.output / "teacher.json"
+        if teacher is not None and not path.exists():
+            print("the teacher's evaluation", flush=True)
+            with redirect_stdout(StringIO()):  # pycocotools prints
+                results = evaluate_teacher(self.cfg, model)
+            self.output.mkdir(parents=True, exist_ok=True)
+            replace(str(path), lambda f: f.write(json.dumps(results).encode()))
+
+    def _save_config(self, method: str, cfg: DictConfig) -> None:
+        path = self._config_path(method)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".new.yaml")
+        LazyConfig.save(cfg, str(new))
+        if path.exists() and path.read_text() != new.read_text():
+            new.unlink()
+            raise ConfigError(
+                "--output",
+                short(self.output),
+                f"holds a comparison with other settings of {method}",
+                "choose another folder, or the settings of " + short(path),
+            )
+        new.replace(path)
+
+    def _config_path(self, method: str) -> Path:
+        return self.output / "configs" / f"{Path(method).stem if '/' in method else method}.yaml"
+
+    @cached_property
+    def arms(self) -> List[Arm]:
+        """Seed by seed, so that an interrupted comparison compares; those for a time come last."""
+        arms = []
+        for timed in (False, True):
+            for seed in self.seeds:
+                for method in self.methods:
+                    if (FOR_THE_TIME_OF in method) == timed:
+                        config = self._config_path(method)
+                        folder = self.output / config.stem / f"seed{seed}"
+                        settings = [f"train.output_dir={folder}", f"train.seed={seed}"]
+                        arms.append(Arm(method, seed, Run(config, settings, folder)))
+        return arms
+
+    def seconds_per_step(self, method: str) -> float:
+        """Mean over a method's finished arms; NaN before one is."""
+        seconds = [a.seconds_per_step for a in self.arms if a.method == method and a.run.finished]
+        return fmean(seconds) if seconds else math.nan
+
+    def iterations(self, method: str) -> Optional[int]:
+        """How long a method is trained; None while that depends on runs that are not finished.
+
+        What takes the time of another method has its config written here, once: an arm that was
+        begun must not change its length.
+        """
+        path = self._config_path(method)
+        if FOR_THE_TIME_OF not in method:
+            return self.cfg.train.max_iter
+        if path.exists():
+            return LazyConfig.load(str(path)).train.max_iter
+        ours, theirs = method.split(FOR_THE_TIME_OF)
+        sources = [arm for arm in self.arms if arm.method in (ours, theirs)]
+        if not all(arm.run.finished for arm in sources):
+            return None
+        cfg = self.configs[method].copy()
+        ratio = self.seconds_per_step(theirs) / self.seconds_per_step(ours)
+        cfg.train.max_iter = round(cfg.train.max_iter * ratio)
+        self._save_config(method, cfg)
+        return cfg.train.max_iter
+
+    def train(self, shard: Tuple[int, int] = (0, 1)) -> None:
+        """Train the arms of a shard that are not finished; a failed one does not stop the others.
+
+        Args:
+            shard: (i, n): every n-th arm from the i-th on.
+        """
+        mine = self.arms[shard[0] :: shard[1]]
+        for number, arm in enumerate(mine, start=1):
+            title = f"[{number}/{len(mine)}] {arm.method}, seed {arm.seed}"
+            if arm.run.finished:
+                print(f"{title}: finished before, kept", flush=True)
+                continue
+            iterations = self.iterations(arm.method)
+            if iterations is None:
+                print(f"{title}: waits for other arms; run the command again", flush=True)
+                continue
+            print(title, flush=True)
+            arm.failure.unlink(missing_ok=True)
+            try:
+                arm.run.train(
+                    self.root, iterations, lambda line: print(f"      {line}", flush=True)
+                )
+            except ConfigError as e:
+                arm.failure.write_text(f"{e}\n")
+                print(f"      failed: {e}", flush=True)
+            self.report()
+
+    def report(self, command: Sequence[str] = ()) -> Dict[str, Any]:
+        """Write results.json, report.md and the plots of what there is so far.
+
+        Returns:
+            the record, as :mod:`sharedkd.analysis.comparison` describes it.
+        """
+        path = self.output / "teacher.json"
+        record = {
+            "config_file": self.config_file,
+            "overrides": self.overrides,
+            "command": shlex.join(command or self.command()),
+            "baseline": PLAIN,
+            "teacher": json.loads(path.read_text()) if path.exists() else None,
+            "methods": self.methods,
+            "arms": [arm.record() for arm in self.arms],
+        }
+        write(record, self.output)
+        return record
+
+    def command(self) -> List[str]:
+        """The command line of this comparison."""
+        return [
+            "tools/compare_methods.py",
+            *("--config-file", short(self.config_file)),
+            *("--methods", ",".join(self.methods)),
+            *("--seeds", ",".join(map(str, self.seeds))),
+            *("--output", short(self.output)),
+            *self.overrides,
+        ]
+
+
+def run_comparison(
+    root: Path,
+    config_file: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    overrides: Sequence[str] = (),
+    shard: Tuple[int, int] = (0, 1),
+) -> Dict[str, Any]:
+    """Train what is missing, then report; see :class:`Comparison`."""
+    comparison = Comparison(root, config_file, methods, seeds, output, overrides)
+    comparison.train(shard)
+    return comparison.report()

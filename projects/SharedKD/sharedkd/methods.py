@@ -1,0 +1,169 @@
+"""Distillation methods by name: the recipes of configs/common/methods, and how a config takes one on.
+
+A recipe is a LazyConfig file with ``paper``, a string, and ``stages``: student's family -> what
+``model.stages`` becomes, with the published settings of that family.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List
+
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig
+
+from .errors import ConfigError
+from .stages import stage_dict
+
+__all__ = ["FAMILIES", "PLAIN", "OWN", "Method", "family", "known_methods", "with_method"]
+
+PLAIN = "none"  #: the student without distillation
+OWN = "config"  #: the stages that the config itself has
+
+_ONE_STAGE = dict(retinanet=RetinaNet, fcos=FCOS)
+FAMILIES = ("faster_rcnn", "mask_rcnn", *_ONE_STAGE)
+
+_RESNET = {4: 256, 8: 512, 16: 1024, 32: 2048}
+
+
+def _shapes(strides, logits: int, deltas: int, stages) -> Dict[str, Dict[int, int]]:
+    heads = {"logits": logits, "deltas": deltas, "boxes": deltas}
+    shapes = {tap: dict.fromkeys(strides, channels) for tap, channels in heads.items()}
+    return {**shapes, "fpn": dict.fromkeys(strides, 256), "backbone": stages}
+
+
+# Of the published pairs: ResNet with bottlenecks, FPN of 256 channels, COCO's 80 classes.
+_RCNN = _shapes((4, 8, 16, 32, 64), 3, 12, _RESNET)
+_DENSE = {s: c for s, c in _RESNET.items() if s > 4}
+_PUBLISHED_SHAPES = dict(
+    faster_rcnn=_RCNN,
+    mask_rcnn=_RCNN,
+    retinanet=_shapes((8, 16, 32, 64, 128), 9 * 80, 9 * 4, _DENSE),
+    fcos=_shapes((8, 16, 32, 64, 128), 80, 4, _DENSE),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe.
+
+    Attributes:
+        name: the file's, without its ending.
+        paper: title, venue and year.
+        stages: student's family -> LazyConfig node of the stages.
+    """
+
+    name: str
+    paper: str
+    stages: Dict[str, DictConfig]
+
+    @classmethod
+    def load(cls, path: Path) -> "Method":
+        """Raises:
+        ConfigError: no such file, or not a recipe.
+        """
+        try:
+            paper, stages = LazyConfig.load(str(path), ("paper", "stages"))
+        except Exception as e:
+            raise ConfigError(
+                "--methods", path, f"cannot be read as a recipe: {e}", "see configs/common/methods"
+            ) from e
+        return cls(path.stem, paper, dict(stages))
+
+    def parameters(self, family: str) -> int:
+        """How many parameters its losses have for the published pairs of a family."""
+        shapes, count = _PUBLISHED_SHAPES[family], 0
+        for name, stage in instantiate(self.stages[family]).items():
+            stage.loss.bind(shapes, shapes, name)
+            count += sum(p.numel() for p in stage.loss.parameters())
+        return count
+
+
+def known_methods(folder: Path) -> List[Method]:
+    """All recipes of a folder, by name."""
+    return [Method.load(path) for path in sorted(folder.glob("*.py"))]
+
+
+def family(student: DictConfig) -> str:
+    """Which of :data:`FAMILIES` a student's LazyConfig node belongs to.
+
+    Raises:
+        ConfigError: to none.
+    """
+    target = student["_target_"]
+    target = locate(target) if isinstance(target, str) else target
+    if isinstance(target, type):
+        if issubclass(target, GeneralizedRCNN):
+            return "mask_rcnn" if student.roi_heads.get("mask_head") else "faster_rcnn"
+        for name, detector in _ONE_STAGE.items():
+            if issubclass(target, detector):
+                return name
+    raise ConfigError(
+        "model",
+        target,
+        f"is not of a family that the recipes know ({', '.join(FAMILIES)})",
+        "write the stages into a config of your own and use --methods config",
+    )
+
+
+def with_method(cfg: DictConfig, name: str, folder: Path) -> DictConfig:
+    """A copy of a pair's config that uses another method.
+
+    Args:
+        cfg: of a pair, or of a plain detector.
+        name: ``none``, ``config``, a recipe's name or path, or several joined by ``+``;
+            ``fgd:4`` multiplies the weights of its stages by 4.
+        folder: the recipes.
+
+    Raises:
+        ConfigError: an unknown name, a method that is not defined for this family, or one that needs
+            a pair where there is none.
+    """
+    cfg = cfg.copy()
+    student = cfg.model.get("student", cfg.model)
+    if name == PLAIN:
+        cfg.model = student
+        return cfg
+    if "student" not in cfg.model:
+        raise ConfigError(
+            "--config-file", "model", "is a plain detector", "use a pair's config, see configs/"
+        )
+    if name == OWN:
+        return cfg
+    kind, stages = family(student), L(stage_dict)()
+    for part in name.split("+"):
+        part, _, factor = part.partition(":")
+        recipe = _recipe(part, folder)
+        if kind not in recipe.stages:
+            raise ConfigError(
+                "--methods",
+                part,
+                f"is defined for {', '.join(recipe.stages)}, and the student is a {kind}",
+                "leave it out",
+            )
+        found = recipe.stages[kind].copy()
+        for key, stage in found.items():
+            if key != "_target_":
+                stage.weight *= _factor(factor)
+                stages[f"{recipe.name}_{key}" if key in stages else key] = stage
+    cfg.model.stages = stages
+    return cfg
+
+
+def _factor(text: str) -> float:
+    try:
+        return float(text or 1)
+    except ValueError:
+        raise ConfigError("--methods", f":{text}", "is no number", "write fgd:4") from None
+
+
+def _recipe(name: str, folder: Path) -> Method:
+    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
+    if not path.is_file():
+        names = ", ".join((PLAIN, OWN, *(p.stem for p in sorted(folder.glob("*.py")))))
+        raise ConfigError("--methods", name, "no such method", f"use a recipe's path, or {names}")
+    return Method.load(path)

@@ -1,0 +1,370 @@
+"""DKD for softmax heads and its binary form for sigmoid heads."""
+
+import math
+
+import pytest
+import torch
+from losses.harness import ONE_STAGE, batch, bound, maps
+
+from sharedkd.errors import ConfigError
+from sharedkd.losses.base import Regions
+from sharedkd.losses.dkd import DKD, DenseDKD, bernoulli_kl, decoupled_kl
+
+FPN = {"fpn": maps((8,), 2)}  # what DKD never looks at
+
+
+def regions(rows=6, columns=5, seed=0, scale=2.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    s, t = torch.randn(2, rows, columns, generator=generator, dtype=torch.float64) * scale
+    labels = torch.randint(columns, (rows,), generator=generator)
+    return Regions(labels, s.to(dtype), t.to(dtype))
+
+
+def dkd(given, alpha=1.0, beta=1.0, temperature=1.0):
+    return bound(DKD(alpha, beta, temperature), FPN, FPN)(batch(FPN, FPN, regions=given))
+
+
+def softmax(z):
+    top = max(z)
+    e = [math.exp(x - top) for x in z]
+    return [x / math.fsum(e) for x in e]
+
+
+def kl(p, q):
+    return math.fsum(a * math.log(a / b) for a, b in zip(p, q) if a > 0)
+
+
+def dkd_by_hand(given, alpha, beta, temperature):
+    """(target, nontarget), from probabilities."""
+    target, nontarget, rows = [], [], given.labels.tolist()
+    for i, c in enumerate(rows):
+        zs = [x / temperature for x in given.student[i].tolist()]
+        zt = [x / temperature for x in given.teacher[i].tolist()]
+        ps, pt = softmax(zs)[c], softmax(zt)[c]
+        target.append(kl([pt, 1 - pt], [ps, 1 - ps]))
+        nontarget.append(kl(softmax(zt[:c] + zt[c + 1 :]), softmax(zs[:c] + zs[c + 1 :])))
+    scale = temperature**2 / len(rows)
+    return alpha * scale * math.fsum(target), beta * scale * math.fsum(nontarget)
+
+
+# --- two-stage: softmax ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha, beta, temperature", [(1.0, 0.25, 1.0), (0.5, 3.0, 4.0), (0, 1, 2)])
+@pytest.mark.parametrize("rows, columns", [(6, 5), (1, 2), (9, 3)])
+def test_dkd_value(rows, columns, alpha, beta, temperature):
+    given = regions(rows, columns, seed=rows)
+    terms = dkd(given, alpha, beta, temperature)
+    assert list(terms) == ["target", "nontarget"]
+    expected = dkd_by_hand(given, alpha, beta, temperature)
+    for term, value in zip(terms.values(), expected):
+        assert term.shape == () and term.item() == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+def test_dkd_parts_add_up_to_the_kl_divergence():
+    """KL = TCKD + (1 - p_t^T) NCKD (equation 7 of the paper)."""
+    given = regions(20, 7)
+    target, nontarget = decoupled_kl(given.student, given.teacher, given.labels)
+    for i, label in enumerate(given.labels.tolist()):
+        ps, pt = softmax(given.student[i].tolist()), softmax(given.teacher[i].tolist())
+        whole = target[i] + (1 - pt[label]) * nontarget[i]
+        assert whole.item() == pytest.approx(kl(pt, ps), rel=1e-9)
+
+
+def test_dkd_of_confident_logits():
+    """Logits whose probabilities round to 0 and 1: the values are still the exact ones."""
+    s = torch.tensor([[200.0, 0.0, 1.0], [0.0, 300.0, 2.0]])
+    t = torch.tensor([[0.0, 200.0, 3.0], [900.0, 0.0, 2.0]])
+    given = Regions(torch.tensor([1, 0]), s.requires_grad_(), t)
+    terms = dkd(given)
+    # row 0: p_t 1 for the teacher, exp(-200) for the student; row 1: 1 and exp(-300)
+    assert terms["target"].item() == pytest.approx((200 + 300) / 2, rel=1e-6)
+    # row 0: of classes 0 and 2 the teacher says sigmoid(3) for 2, the student exp(-199); row 1: of
+    # classes 1 and 2 the teacher says sigmoid(2) for 2, the student exp(-298)
+    p0, p2, q1, q2 = softmax([0.0, 3.0]) + softmax([0.0, 2.0])
+    entropy = sum(p * math.log(p) for p in (p0, p2, q1, q2))
+    assert terms["nontarget"].item() == pytest.approx((p2 * 199 + q2 * 298 + entropy) / 2, rel=1e-6)
+    sum(terms.values()).backward()
+    assert torch.isfinite(s.grad).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4])
+def test_dkd_of_equal_logits_is_zero(value):
+    for z in (torch.full((4, 3), value), regions(4, 3, dtype=torch.float32).student + value):
+        given = Regions(torch.tensor([0, 2, 1, 0]), z.clone().requires_grad_(), z)
+        terms = dkd(given)
+        assert [x.item() for x in terms.values()] == [0, 0]
+        sum(terms.values()).backward()
+        assert given.student.grad.abs().max() < 1e-6
+
+
+def test_dkd_without_regions():
+    given = regions(0)
+    given.student.requires_grad_()
+    terms = dkd(given)
+    assert [x.item() for x in terms.values()] == [0, 0]
+    assert all(x.requires_grad for x in terms.values())
+    sum(terms.values()).backward()
+    assert given.student.grad.shape == (0, 5)
+
+
+def test_dkd_invariances():
+    given = regions(6, 5)
+    expected = dkd(given)
+    s, t, labels = given.student, given.teacher, given.labels
+    shift = torch.arange(6.0).view(-1, 1)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    for same in (
+        Regions(labels, s + shift, t - 2 * shift),  # of a row's logits by a constant
+        Regions(labels[order], s[order], t[order]),
+        Regions(labels.repeat(2), s.repeat(2, 1), t.repeat(2, 1)),
+    ):
+        for name, term in dkd(same).items():
+            assert term.item() == pytest.approx(expected[name].item(), rel=1e-9)
+
+
+def test_dkd_gradients():
+    given = regions(4, 4)
+
+    def value(s, which):
+        return dkd(Regions(given.labels, s, given.teacher), 1.0, 0.25, 2.0)[which]
+
+    for which in ("target", "nontarget"):
+        s = given.student.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda s: value(s, which), (s,))
+    s, t = given.student.clone().requires_grad_(), given.teacher.clone().requires_grad_()
+    sum(dkd(Regions(given.labels, s, t)).values()).backward()
+    assert s.grad.any() and t.grad is None
+
+
+def test_dkd_precision():
+    expected = dkd(regions(8, 6))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        for name, term in dkd(regions(8, 6, dtype=dtype)).items():
+            assert term.dtype == torch.float32
+            assert term.item() == pytest.approx(expected[name].item(), rel=tolerance)
+
+
+def test_dkd_reads_no_maps():
+    loss = bound(DKD(1.0, 0.25), FPN, {"fpn": maps((64,), 3)})  # no stride in common: no matter
+    assert loss.needs == {"teacher", "regions"} and loss.taps == frozenset()
+    assert not list(loss.parameters())
+
+
+# --- one-stage: sigmoids ---------------------------------------------------------------------
+
+
+def anchors(strides=(8, 16), a=2, k=3, seed=0, padded=(16, 24), images=2, scale=2.0, **more):
+    """Student's and teacher's logits and labels with all kinds of anchors."""
+    s = maps(strides, a * k, padded, images, seed, **more)
+    t = maps(strides, a * k, padded, images, seed + 50, **more)
+    generator = torch.Generator().manual_seed(seed + 7)
+    labels = {
+        stride: torch.randint(-1, k + 1, (images, a, *x.shape[-2:]), generator=generator)
+        for stride, x in s.items()
+    }
+    s, t = ({stride: scale * x for stride, x in levels.items()} for levels in (s, t))
+    return {"logits": s}, {"logits": t}, labels
+
+
+def dense(student, teacher, labels, alpha=1.0, beta=1.0, **options):
+    loss = bound(DenseDKD(alpha, beta, **options), student, teacher)
+    return loss(batch(student, teacher, labels=labels))
+
+
+def dense_by_hand(student, teacher, labels, alpha, beta, gamma):
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+    k = next(student["logits"][s].shape[1] // labels[s].shape[1] for s in labels)
+    foreground = sum(0 <= x < k for each in labels.values() for x in each.flatten().tolist())
+    terms = {}
+    for stride, each in labels.items():
+        s, t = student["logits"][stride].tolist(), teacher["logits"][stride].tolist()
+        target, nontarget = [], []
+        for n in range(each.shape[0]):
+            for a in range(each.shape[1]):
+                for y in range(each.shape[2]):
+                    for x in range(each.shape[3]):
+                        label = each[n, a, y, x].item()
+                        for c in range(k):
+                            zs, zt = s[n][a * k + c][y][x], t[n][a * k + c][y][x]
+                            ps, pt = sigmoid(zs), sigmoid(zt)
+                            d = kl([pt, sigmoid(-zt)], [ps, sigmoid(-zs)])
+                            if label == c:
+                                target.append(d)
+                            elif label == k:
+                                nontarget.append(abs(pt - ps) ** gamma * d)
+                            elif label >= 0:
+                                nontarget.append(d)
+        terms[f"s{stride}_target"] = alpha * math.fsum(target) / max(foreground, 1)
+        terms[f"s{stride}_nontarget"] = beta * math.fsum(nontarget) / max(foreground, 1)
+    return terms
+
+
+def check_dense(student, teacher, labels, alpha=1.0, beta=0.25, gamma=2.0):
+    terms = dense(student, teacher, labels, alpha, beta, gamma=gamma)
+    expected = dense_by_hand(student, teacher, labels, alpha, beta, gamma)
+    assert list(terms) == list(expected)
+    for name, term in terms.items():
+        assert term.shape == ()
+        assert term.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
+    return terms
+
+
+@pytest.mark.parametrize("alpha, beta, gamma", [(1.0, 0.25, 2.0), (3.0, 0.5, 0), (0.7, 1.0, 1)])
+def test_dense_value(alpha, beta, gamma):
+    check_dense(*anchors(), alpha, beta, gamma)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(a=1, k=1),
+        dict(a=1, k=4, images=1, padded=(8, 40)),
+        dict(a=3, k=2, strides=(8, 128), padded=(16, 8)),  # one pixel
+        dict(fill=0.0),
+        dict(scale=100.0),  # p of 0 and 1
+    ],
+)
+def test_dense_value_of_odd_sizes_and_maps(options):
+    check_dense(*anchors(**options))
+
+
+@pytest.mark.parametrize("label", [-1, 0, 3])
+def test_dense_value_of_one_kind_of_anchor(label):
+    student, teacher, labels = anchors()
+    labels = {stride: torch.full_like(x, label) for stride, x in labels.items()}
+    student["logits"] = {s: x.requires_grad_() for s, x in student["logits"].items()}
+    terms = check_dense(student, teacher, labels)
+    if label == 3:  # no foreground: all of it is in nontarget, divided by 1
+        assert terms["s8_target"].item() == 0 and terms["s8_nontarget"].item() > 0
+    if label == -1:
+        assert all(x.item() == 0 for x in terms.values())
+    sum(terms.values()).backward()  # connected whatever the labels
+    assert all(torch.isfinite(x.grad).all() for x in student["logits"].values())
+
+
+def test_dense_foreground_counts_on_all_levels():
+    student, teacher, labels = anchors()
+    every = dense(student, teacher, labels)
+    one = dense(student, teacher, labels, strides=[16])
+    assert list(one) == ["s16_target", "s16_nontarget"]
+    assert all(torch.equal(one[name], every[name]) for name in one)
+
+
+def test_dense_of_equal_logits_is_zero():
+    for scale in (1.0, 100.0):
+        student, _, labels = anchors(scale=scale, dtype=torch.float32)
+        teacher = {"logits": {s: x.clone() for s, x in student["logits"].items()}}
+        for x in student["logits"].values():
+            x.requires_grad_()
+        terms = dense(student, teacher, labels, gamma=1)
+        assert all(x.item() == 0 for x in terms.values())
+        sum(terms.values()).backward()
+        assert all(x.grad.abs().max() < 1e-6 for x in student["logits"].values())
+
+
+def test_dense_background_does_not_drown_the_rest():
+    """A fresh student (p = 0.01) and a teacher that is silent (p = 0.001) on 10 000 anchors."""
+    logits = {"logits": {8: torch.full((1, 80, 100, 100), math.log(0.01 / 0.99))}}
+    teacher = {"logits": {8: torch.full((1, 80, 100, 100), math.log(0.001 / 0.999))}}
+    labels = {8: torch.full((1, 1, 100, 100), 80)}
+    labels[8][0, 0, 0, :20] = 3
+    assert dense(logits, teacher, labels, gamma=0)["s8_nontarget"] > 200
+    assert dense(logits, teacher, labels)["s8_nontarget"] < 1
+
+
+@pytest.mark.parametrize("gamma", [0, 1, 2.0])
+def test_dense_gradients(gamma):
+    student, teacher, labels = anchors((8,), padded=(8, 16), images=1)
+    loss = bound(DenseDKD(1.0, 0.25, gamma), student, teacher)
+    x = student["logits"][8].clone().requires_grad_()
+
+    def value(x):
+        return sum(loss(batch({"logits": {8: x}}, teacher, labels=labels)).values())
+
+    assert torch.autograd.gradcheck(value, (x,))
+
+
+def test_dense_who_learns():
+    student, teacher, labels = anchors()
+    for x in (*student["logits"].values(), *teacher["logits"].values()):
+        x.requires_grad_()
+    sum(dense(student, teacher, labels).values()).backward()
+    assert all(x.grad.any() for x in student["logits"].values())
+    assert all(x.grad is None for x in teacher["logits"].values())
+    ignored = (labels[8] == -1).repeat_interleave(3, 1)
+    assert ignored.any() and not student["logits"][8].grad[ignored].any()
+
+
+def test_dense_precision():
+    student, teacher, labels = anchors()
+    expected = dense(student, teacher, labels)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        s, t = (
+            {"logits": {k: x.to(dtype) for k, x in m["logits"].items()}} for m in (student, teacher)
+        )
+        for name, term in bound(DenseDKD(1, 1), s, t)(batch(s, t, labels=labels)).items():
+            assert term.dtype == torch.float32
+            assert term.item() == pytest.approx(expected[name].item(), rel=tolerance)
+
+
+def test_bernoulli_kl_of_confident_logits():
+    s = torch.tensor([-200.0, 200.0, 0.0], requires_grad=True)
+    t = torch.tensor([200.0, -150.0, 1e4])
+    value = bernoulli_kl(s, t)
+    assert value.tolist() == pytest.approx([200, 200, math.log(2)])
+    value.sum().backward()
+    assert s.grad.tolist() == pytest.approx([-1, 1, -0.5])
+
+
+def test_dense_needs():
+    loss = DenseDKD(1.0, 0.25)
+    assert loss.needs == {"teacher", "labels"} and loss.taps == {"logits"}
+    assert not list(loss.parameters())
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build, start",
+    [
+        (lambda: DKD(-1.0, 0.25), "alpha=-1.0:"),
+        (lambda: DKD(1.0, float("nan")), "beta=nan:"),
+        (lambda: DKD(1.0, 0.25, 0), "temperature=0:"),
+        (lambda: DenseDKD(-1.0, 0.25), "alpha=-1.0:"),
+        (lambda: DenseDKD(1.0, -2), "beta=-2:"),
+        (lambda: DenseDKD(1.0, 0.25, 0.5), "gamma=0.5:"),
+    ],
+)
+def test_options(build, start):
+    with pytest.raises(ConfigError) as error:
+        build()
+    assert str(error.value).startswith(start) and "\n" not in str(error.value)
+
+
+def test_weights_are_required():
+    for kind in (DKD, DenseDKD):
+        with pytest.raises(TypeError):
+            kind(1.0)
+
+
+LOGITS = {"logits": dict.fromkeys(ONE_STAGE, 720)}
+
+
+@pytest.mark.parametrize(
+    "loss, student, teacher, start, word",
+    [
+        (DKD(1, 1), {"fpn": {8: 4}}, None, "key=DKD:", "model.teacher"),
+        (DenseDKD(1, 1), LOGITS, None, "key=DenseDKD:", "model.teacher"),
+        (DenseDKD(1, 1), LOGITS, {"fpn": {8: 4}}, "key.tap=logits:", "teacher"),
+        (DenseDKD(1, 1), LOGITS, {"logits": {8: 720, 16: 80}}, "key=DenseDKD:", "of stride 16"),
+    ],
+)
+def test_pairs_that_cannot_be_bound(loss, student, teacher, start, word):
+    with pytest.raises(ConfigError) as error:
+        loss.bind(student, teacher, "key")
+    message = str(error.value)
+    assert message.startswith(start) and word in message and "\n" not in message

@@ -1,0 +1,338 @@
+"""FGD: box masks, attention and global context against loops, and what padding does."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from losses import harness
+
+from sharedkd.errors import ConfigError
+from sharedkd.losses import fgd
+from sharedkd.losses.fgd import FGD, GlobalContext, foreground
+
+WEIGHTS = dict(foreground=0.7, background=1.1, attention=0.3, global_=0.9)
+BOXES = [
+    [[3, 5, 30, 40], [10, 10, 25, 20], [0, 0, 96, 64], [40, 8, 48, 16], [90, 60, 96, 64]],
+    [[33.5, 0.5, 34.5, 63]],
+]
+
+
+def kd(**options):
+    return FGD(**{**WEIGHTS, **options})
+
+
+def pair(strides=(8, 16), ours=4, theirs=4, **options):
+    student = {"fpn": harness.maps(strides, ours, seed=1, **options)}
+    return student, {"fpn": harness.maps(strides, theirs, seed=2, **options)}
+
+
+def awake(loss, seed=3):
+    """Every parameter random: the last convolutions of the context start at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in loss.parameters():
+        random = torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2
+        p.data.copy_(random.to(p.dtype))
+    return loss
+
+
+# --- reference: python loops over numpy arrays ---------------------------------------------------
+
+
+def mask_by_hand(boxes, stride, height, width):
+    """As the public code paints it, with slices, but with boxes divided by the stride."""
+    mask = np.zeros((height, width))
+    for x0, y0, x1, y1 in boxes:
+        left, top = math.floor(x0 / stride), math.floor(y0 / stride)
+        right, bottom = math.ceil(x1 / stride), math.ceil(y1 / stride)
+
+        def limit(value, size):
+            return min(max(value, 0), size)
+
+        across = limit(right, width) - limit(left, width) + 1
+        down = limit(bottom, height) - limit(top, height) + 1
+        for y in range(height):
+            for x in range(width):
+                if left <= x <= right and top <= y <= bottom:
+                    mask[y, x] = max(mask[y, x], 1 / (across * down))
+    return mask
+
+
+def softmax(values):
+    powers = [math.exp(v - max(values)) for v in values]
+    return [p / sum(powers) for p in powers]
+
+
+def attention_by_hand(image, temperature, real):
+    """A^s, zero beyond the real rows and columns, and A^c."""
+    cells = [(y, x) for y in range(real[0]) for x in range(real[1])]
+    shares = softmax([np.abs(image[:, y, x]).mean() / temperature for y, x in cells])
+    spatial = np.zeros(image.shape[1:])
+    for (y, x), share in zip(cells, shares):
+        spatial[y, x] = len(cells) * share
+    means = [np.abs(channel[: real[0], : real[1]]).mean() / temperature for channel in image]
+    return spatial, np.array([len(means) * share for share in softmax(means)])
+
+
+def context_by_hand(p, image, real):
+    cells = [(y, x) for y in range(real[0]) for x in range(real[1])]
+    score = [float(p["mask.weight"].ravel() @ image[:, y, x]) + p["mask.bias"][0] for y, x in cells]
+    context = sum(w * image[:, y, x] for (y, x), w in zip(cells, softmax(score)))
+    hidden = p["add.0.weight"].reshape(len(p["add.0.bias"]), -1) @ context + p["add.0.bias"]
+    hidden = (hidden - hidden.mean()) / math.sqrt(hidden.var() + 1e-5)
+    hidden = hidden * p["add.1.weight"].ravel() + p["add.1.bias"].ravel()
+    hidden = np.maximum(hidden, 0)
+    return p["add.3.weight"].reshape(len(p["add.3.bias"]), -1) @ hidden + p["add.3.bias"]
+
+
+def by_hand(loss, student, teacher, boxes, sizes):
+    expected = {}
+    for stride in loss.strides:
+        modules = (loss.adapt, loss.student_context, loss.teacher_context)
+        adapt, ours, theirs = (
+            {k: p.detach().double().numpy() for k, p in m[str(stride)].named_parameters()}
+            for m in modules
+        )
+        s, t = (x["fpn"][stride].double().numpy() for x in (student, teacher))
+        sums = dict.fromkeys(WEIGHTS, 0.0)
+        for a, b, found, size in zip(s, t, boxes, sizes):
+            if adapt:
+                weight = adapt["weight"][:, :, 0, 0]
+                a = np.einsum("oi,ihw->ohw", weight, a) + adapt["bias"][:, None, None]
+            channels, height, width = a.shape
+            real = (height, width)
+            if loss.ignore_padding:
+                real = tuple(min(math.ceil(x / stride), n) for x, n in zip(size, real))
+            mask = mask_by_hand(found, stride, height, width)
+            spatial_a, channel_a = attention_by_hand(a, loss.temperature, real)
+            spatial_b, channel_b = attention_by_hand(b, loss.temperature, real)
+            add = context_by_hand(ours, a, real) - context_by_hand(theirs, b, real)
+            empty = sum(mask[y, x] == 0 for y in range(real[0]) for x in range(real[1]))
+            for c in range(channels):
+                sums["attention"] += abs(channel_a[c] - channel_b[c])
+                for y in range(real[0]):
+                    for x in range(real[1]):
+                        square = (b[c, y, x] - a[c, y, x]) ** 2
+                        square *= spatial_b[y, x] * channel_b[c]
+                        sums["foreground"] += mask[y, x] * square
+                        sums["background"] += square / empty if mask[y, x] == 0 else 0
+                        sums["global_"] += (a[c, y, x] - b[c, y, x] + add[c]) ** 2
+            for y in range(real[0]):
+                for x in range(real[1]):
+                    sums["attention"] += abs(spatial_a[y, x] - spatial_b[y, x])
+        for part, weight in WEIGHTS.items():
+            expected[f"s{stride}_{part.rstrip('_')}"] = weight * sums[part] / len(s)
+    return expected
+
+
+CASES = {
+    "plain": ({}, {}, {}, {}),
+    "one image": ({}, {}, dict(images=1), dict(boxes=BOXES[:1])),
+    "no boxes": ({}, {}, {}, dict(boxes=[[], []])),
+    "boxes in one image": ({}, {}, {}, dict(boxes=[[], BOXES[0]])),
+    "all foreground": ({}, {}, {}, dict(boxes=[[[0, 0, 96, 64]], [[1, 1, 2, 2]]])),
+    "outside": (
+        {},
+        {},
+        {},
+        dict(boxes=[[[-40, -9, 20, 500], [200, 200, 300, 300]], [[-99, 5, -30, 9]]]),
+    ),
+    "touching": ({}, {}, {}, dict(boxes=[[[16, 16, 32, 32], [32, 32, 33, 33]], []])),
+    "wider teacher": ({}, dict(ours=2, theirs=5), {}, {}),
+    "narrower teacher": ({}, dict(ours=5, theirs=2), {}, {}),
+    "one channel": ({}, dict(ours=1, theirs=1), {}, {}),
+    "temperature": (dict(temperature=0.1), {}, {}, {}),
+    "one pixel": (dict(strides=[128]), dict(strides=(128,)), {}, {}),
+    "zeros": ({}, {}, dict(fill=0.0), {}),
+    "constant": ({}, {}, dict(fill=-2.5), {}),
+    "padding counts": ({}, {}, {}, dict(sizes=[(64, 96), (41, 50)])),
+    "ignored": (dict(ignore_padding=True), {}, {}, dict(sizes=[(64, 96), (41, 50)])),
+    "all ignored": (dict(ignore_padding=True), {}, {}, dict(sizes=[(30, 96), (64, 9)])),
+}
+
+
+@pytest.mark.parametrize("options, widths, given, more", CASES.values(), ids=CASES)
+def test_value(options, widths, given, more):
+    student, teacher = pair(**widths, **given)
+    loss = awake(harness.bound(kd(**options), student, teacher))
+    more = {"boxes": BOXES, **more}
+    terms = loss(harness.batch(student, teacher, **more))
+    sizes = more.get("sizes", [(64, 96)] * len(more["boxes"]))
+    expected = by_hand(loss, student, teacher, more["boxes"], sizes)
+    assert list(terms) == list(expected)
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value, rel=1e-9, abs=1e-9), name
+
+
+def drawn(boxes, x, stride):
+    return foreground(torch.tensor(boxes, dtype=torch.float32).view(1, -1, 4), x, stride)[0, 0]
+
+
+def test_mask_of_a_box():
+    """Cells 1 to 3 across and 2 to 5 down, the last of each only by the inclusive end."""
+    mask = drawn([8, 16, 24, 40], torch.zeros(1, 1, 8, 12), 8)
+    expected = torch.zeros(8, 12)
+    expected[2:6, 1:4] = 1 / 12
+    assert torch.equal(mask, expected)
+
+
+def test_the_smallest_box_wins():
+    mask = drawn([[0, 0, 64, 64], [17, 17, 23, 23]], torch.zeros(1, 1, 16, 16), 8)
+    assert mask[2:4, 2:4].eq(1 / 4).all()
+    assert (mask[0, 0] - 1 / 81).abs() < 1e-8
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 70])
+def test_crowded_images(count):
+    random = np.random.default_rng(count)
+    corners = random.uniform(0, 60, (count, 2))
+    boxes = np.concatenate([corners, corners + random.uniform(1, 40, (count, 2))], 1)
+    boxes = boxes.astype(np.float32)
+    mask = drawn(boxes.tolist(), torch.zeros(1, 1, 8, 12, dtype=torch.float64), 8)
+    assert np.allclose(mask.numpy(), mask_by_hand(boxes.tolist(), 8, 8, 12), rtol=1e-12, atol=0)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    student, teacher = pair()
+    loss = harness.bound(kd(), student, teacher)
+    batch = harness.batch(student, teacher, boxes=BOXES)
+    expected = loss(batch)
+    monkeypatch.setattr(fgd, "CHUNK", 1)
+    assert all(torch.equal(v, expected[k]) for k, v in loss(batch).items())
+
+
+def test_boxes_follow_the_stride_on_padded_images():
+    """The public code would stretch this box to the padded width."""
+    student, teacher = pair((8,))
+    loss = harness.bound(kd(), student, teacher)
+    boxes = [[[0, 0, 32, 32]], []]
+    plain = loss(harness.batch(student, teacher, boxes=boxes))
+    small = loss(harness.batch(student, teacher, boxes=boxes, sizes=[(32, 48), (64, 96)]))
+    assert all(torch.equal(small[k], v) for k, v in plain.items())
+
+
+def test_at_the_start_the_context_adds_nothing():
+    assert not GlobalContext(4)(torch.randn(2, 4, 3, 5), None).any()
+
+
+@pytest.mark.parametrize("ours", [2, 3])
+@pytest.mark.parametrize("ignore", [False, True])
+def test_gradients(ours, ignore):
+    student, teacher = pair((16,), ours=ours, theirs=3, padded=(48, 64))
+    loss = awake(harness.bound(kd(ignore_padding=ignore), student, teacher))
+    boxes = [[[3, 5, 30, 40], [10, 10, 25, 20]], []]
+    more = dict(boxes=boxes, sizes=[(48, 64), (30, 20)], padded=(48, 64))
+    harness.check_gradients(loss, student, teacher, **more)
+
+
+@pytest.mark.parametrize("boxes", [BOXES, [[], []]], ids=["boxes", "no boxes"])
+@pytest.mark.parametrize("fill", [None, 0.0, 1.5])
+@pytest.mark.parametrize("ours", [3, 4])
+def test_who_learns(boxes, fill, ours):
+    student, teacher = pair(ours=ours, fill=fill)
+    loss = awake(harness.bound(kd(), student, teacher))
+    gradients = harness.check_who_learns(loss, student, teacher, boxes=boxes)
+    if fill is None:
+        assert all(g.any() for g in gradients.values())
+        contexts = (loss.student_context, loss.teacher_context)
+        assert all(c["8"].add[-1].bias.grad.any() for c in contexts)  # the teacher's too
+
+
+def test_every_term_trains_also_without_boxes():
+    student, teacher = (harness.leaves(x) for x in pair())
+    loss = harness.bound(kd(), student, teacher)
+    terms = loss(harness.batch(student, teacher))
+    assert all(term.requires_grad and torch.isfinite(term) for term in terms.values())
+    assert all(v.item() == 0 for k, v in terms.items() if k.endswith("foreground"))
+
+
+def with_noise_beyond(maps, height, width):
+    changed = {stride: x.clone() for stride, x in maps["fpn"].items()}
+    for stride, x in changed.items():
+        x[1, :, -(-height // stride) :] = 30.0
+        x[1, :, :, -(-width // stride) :] = -30.0
+    return {"fpn": changed}
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_padding_counts_unless_ignored(ignore):
+    student, teacher = pair()
+    loss = awake(harness.bound(kd(ignore_padding=ignore), student, teacher))
+    more = dict(boxes=[BOXES[0], [[5, 5, 20, 18]]], sizes=[(64, 96), (41, 50)])
+    clean = loss(harness.batch(student, teacher, **more))
+    noisy = loss(harness.batch(*(with_noise_beyond(x, 41, 50) for x in (student, teacher)), **more))
+    same = {k: noisy[k].item() == pytest.approx(v.item(), rel=1e-9) for k, v in clean.items()}
+    assert all(same.values()) if ignore else not any(same.values())
+
+
+def test_padding_that_is_ignored_may_be_cut_off():
+    student, teacher = pair((8,), images=1, padded=(64, 96))
+    loss = awake(harness.bound(kd(ignore_padding=True), student, teacher))
+    boxes = [[[5, 5, 20, 18]]]
+    padded = loss(harness.batch(student, teacher, boxes=boxes, sizes=[(40, 56)]))
+    cut = [{"fpn": {8: x["fpn"][8][:, :, :5, :7]}} for x in (student, teacher)]
+    alone = loss(harness.batch(*cut, boxes=boxes, sizes=[(40, 56)]))
+    for name, value in alone.items():
+        assert padded[name].item() == pytest.approx(value.item(), rel=1e-9)
+
+
+def test_a_batch_has_the_mean_of_its_images():
+    student, teacher = pair()
+    loss = awake(harness.bound(kd(), student, teacher))
+    both = loss(harness.batch(student, teacher, boxes=BOXES))
+    singles = []
+    for i in range(2):
+        one = [{"fpn": {k: x[i : i + 1] for k, x in y["fpn"].items()}} for y in (student, teacher)]
+        singles.append(loss(harness.batch(*one, boxes=BOXES[i : i + 1])))
+    for name, value in both.items():
+        mean = (singles[0][name] + singles[1][name]).item() / 2
+        assert value.item() == pytest.approx(mean, rel=1e-9)
+
+
+def test_precision():
+    student, teacher = pair(dtype=torch.float64)
+    loss = awake(harness.bound(kd(), student, teacher))
+    expected = loss(harness.batch(student, teacher, boxes=BOXES))
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = pair(dtype=dtype)
+        loss = awake(harness.bound(kd(), student, teacher).float())
+        for name, value in loss(harness.batch(ours, theirs, boxes=BOXES)).items():
+            assert value.dtype == torch.float32 and torch.isfinite(value)
+            if dtype == torch.float32:
+                assert value.item() == pytest.approx(expected[name].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("s, t", [(256, 256), (24, 40), (7, 7)])
+def test_number_of_parameters(s, t):
+    loss = kd()
+    loss.bind({"fpn": {8: s}}, {"fpn": {8: t}}, "key")
+    c = t // 2
+    expected = 2 * (2 * t * c + 3 * c + 2 * t + 1) + (s * t + t if s != t else 0)
+    assert harness.parameters(loss) == expected
+    if t == 256:
+        assert expected == 132866
+
+
+@pytest.mark.parametrize(
+    "options, start",
+    [
+        (dict(foreground=-1), "foreground=-1:"),
+        (dict(global_=float("nan")), "global_=nan:"),
+        (dict(temperature=0), "temperature=0:"),
+        (dict(tap="neck"), "tap=neck:"),
+    ],
+)
+def test_bad_options(options, start):
+    with pytest.raises(ConfigError) as error:
+        kd(**options)
+    assert str(error.value).startswith(start)
+
+
+def test_bind_needs_a_teacher():
+    with pytest.raises(ConfigError, match="^key=FGD:"):
+        kd().bind({"fpn": {8: 4}}, None, "key")
+
+
+def test_weights_are_required():
+    with pytest.raises(TypeError):
+        FGD()

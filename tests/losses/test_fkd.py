@@ -1,0 +1,287 @@
+"""FKD: the four norms against a reference by hand, and what the non-local block computes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from losses import harness
+
+from sharedkd.errors import ConfigError
+from sharedkd.losses.fkd import FKD, NonLocal
+
+WEIGHTS = dict(feature=0.7, channel=1.1, spatial=1.3, nonlocal_=0.9)
+PARTS = ("feature", "channel", "spatial", "nonlocal")
+
+
+def kd(**options):
+    return FKD(**{**WEIGHTS, **options})
+
+
+def pair(strides=(8, 16), ours=4, theirs=4, **options):
+    student = {"fpn": harness.maps(strides, ours, seed=1, **options)}
+    return student, {"fpn": harness.maps(strides, theirs, seed=2, **options)}
+
+
+def awake(loss, seed=3):
+    """Every parameter random: the norms of the non-local blocks start at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in loss.parameters():
+        random = torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2
+        p.data.copy_(random.to(p.dtype))
+    return loss
+
+
+# --- reference: python loops over numpy arrays ---------------------------------------------------
+
+
+def numbers(module):
+    return {k: p.detach().double().numpy() for k, p in module.named_parameters()}
+
+
+def linear(w, b, x):
+    """A 1x1 convolution of one image (C, H, W)."""
+    w = w.reshape(w.shape[0], -1)
+    out = np.zeros((len(w), *x.shape[1:]))
+    for o in range(len(w)):
+        out[o] = b[o]
+        for i in range(len(x)):
+            out[o] += w[o, i] * x[i]
+    return out
+
+
+def pooled(x, k):
+    kh, kw = min(k, x.shape[1]), min(k, x.shape[2])
+    rows, columns = x.shape[1] // kh, x.shape[2] // kw
+    return [
+        x[:, r * kh : (r + 1) * kh, c * kw : (c + 1) * kw].max((1, 2))
+        for r in range(rows)
+        for c in range(columns)
+    ]
+
+
+def nonlocal_by_hand(p, x, pool):
+    ys = []
+    for image in x:
+        theta = linear(p["theta.weight"], p["theta.bias"], image)
+        keys = pooled(linear(p["phi.weight"], p["phi.bias"], image), pool)
+        values = pooled(linear(p["g.weight"], p["g.bias"], image), pool)
+        y = np.zeros_like(theta)
+        for r in range(y.shape[1]):
+            for c in range(y.shape[2]):
+                for key, value in zip(keys, values):
+                    y[:, r, c] += float(theta[:, r, c] @ key) / len(keys) * value
+        ys.append(linear(p["out.weight"], p["out.bias"], y))
+    y = np.stack(ys)
+    for c in range(y.shape[1]):
+        channel = y[:, c]
+        y[:, c] = (channel - channel.mean()) / math.sqrt(channel.var() + 1e-5)
+        y[:, c] = p["norm.weight"][c] * y[:, c] + p["norm.bias"][c]
+    return x + y
+
+
+def softmax(values, temperature):
+    powers = [math.exp((v - max(values)) / temperature) for v in values]
+    return [len(values) * p / sum(powers) for p in powers]
+
+
+def spatial_mask(image, temperature):
+    height, width = image.shape[1:]
+    means = [np.abs(image[:, r, c]).mean() for r in range(height) for c in range(width)]
+    return np.array(softmax(means, temperature)).reshape(height, width)
+
+
+def channel_mask(image, temperature):
+    return np.array(softmax([np.abs(channel).mean() for channel in image], temperature))
+
+
+def by_hand(loss, student, teacher):
+    expected = {}
+    for i, stride in enumerate(loss.strides):
+        key, n = str(stride), numbers
+        s, t = (x["fpn"][stride].double().numpy() for x in (student, teacher))
+        adapt, channel = n(loss.adapt[key]), n(loss.adapt_channel[key])
+        spatial, again = n(loss.adapt_spatial[key]), n(loss.adapt_nonlocal[key])
+        sums = dict.fromkeys(PARTS, 0.0)
+        ours = nonlocal_by_hand(n(loss.student_nonlocal[key]), s, loss.pool[i])
+        theirs = nonlocal_by_hand(n(loss.teacher_nonlocal[key]), t, loss.pool[i])
+        for a, b, r, q in zip(s, t, ours, theirs):
+            adapted = linear(adapt["weight"], adapt["bias"], a)
+            T = loss.temperature
+            mask = (spatial_mask(a, T) + spatial_mask(b, T))[None] / 2
+            if loss.channel_mask:
+                source = a if len(a) == len(b) else adapted
+                mask = mask * (channel_mask(source, T) + channel_mask(b, T))[:, None, None] / 2
+            sums["feature"] += (mask * (b - adapted) ** 2).sum()
+            means = channel["weight"] @ a.mean((1, 2)) + channel["bias"]
+            sums["channel"] += ((b.mean((1, 2)) - means) ** 2).sum()
+            height, width = a.shape[1:]
+            around = np.pad(a.mean(0), 1)
+            for y in range(height):
+                for x in range(width):
+                    window = (around[y : y + 3, x : x + 3] * spatial["weight"][0, 0]).sum()
+                    got = b[:, y, x].mean()
+                    sums["spatial"] += (got - window - spatial["bias"][0]) ** 2
+            sums["nonlocal"] += ((q - linear(again["weight"], again["bias"], r)) ** 2).sum()
+        for part, weight in zip(PARTS, WEIGHTS.values()):
+            expected[f"s{stride}_{part}"] = weight * math.sqrt(sums[part])
+    return expected
+
+
+CASES = {
+    "plain": ({}, {}, {}),
+    "one image": ({}, {}, dict(images=1)),
+    "wider teacher": ({}, dict(ours=2, theirs=5), {}),
+    "narrower teacher": (dict(channel_mask=True), dict(ours=5, theirs=3), {}),
+    "channel mask": (dict(channel_mask=True, temperature=0.1), {}, {}),
+    "options": (dict(pool=[3, 2], reduction=[1, 2], temperature=2.0), {}, {}),
+    "not divisible": (dict(pool=[4, 3]), {}, dict(padded=(40, 72))),
+    "one pixel": (dict(strides=[128]), dict(strides=(128,)), dict(padded=(128, 128))),
+    "one pixel of one": (dict(strides=[128]), dict(strides=(128,)), dict(padded=(9, 9), images=1)),
+    "one channel": ({}, dict(ours=1, theirs=1), {}),
+    "zeros": ({}, {}, dict(fill=0.0)),
+    "constant": ({}, {}, dict(fill=-2.5)),
+}
+
+
+@pytest.mark.parametrize("options, widths, given", CASES.values(), ids=CASES)
+def test_value(options, widths, given):
+    student, teacher = pair(**widths, **given)
+    loss = awake(harness.bound(kd(**options), student, teacher))
+    terms = loss(harness.batch(student, teacher))
+    expected = by_hand(loss, student, teacher)
+    assert list(terms) == list(expected)
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value, rel=1e-9, abs=1e-9), name
+
+
+def test_at_the_start_the_blocks_are_the_identity():
+    x = torch.randn(2, 4, 6, 5)
+    assert torch.equal(NonLocal(4, 2, 2)(x), x)
+
+
+@pytest.mark.parametrize("options", [{}, dict(channel_mask=True)])
+def test_gradients(options):
+    # The masks have no gradient, so gradcheck needs them constant: a high temperature.
+    student, teacher = pair((16,), ours=2, theirs=3, padded=(48, 64))
+    loss = awake(harness.bound(kd(temperature=1e12, pool=[2], **options), student, teacher))
+    harness.check_gradients(loss, student, teacher)
+
+
+def test_the_mask_has_no_gradient():
+    student, teacher = pair((8,))
+    loss = harness.bound(kd(channel=0, spatial=0, nonlocal_=0), student, teacher)
+    got = harness.check_who_learns(loss, student, teacher)["fpn", 8]
+    s, t = student["fpn"][8], teacher["fpn"][8]
+    mask = torch.tensor(
+        np.stack(
+            [
+                (spatial_mask(a, 0.5) + spatial_mask(b, 0.5)) / 2
+                for a, b in zip(s.numpy(), t.numpy())
+            ]
+        )
+    ).unsqueeze(1)
+    x = s.clone().requires_grad_()
+    (0.7 * (mask * (t - loss.adapt["8"](x)) ** 2).sum().sqrt()).backward()
+    assert torch.allclose(got, x.grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("wake", [False, True])
+def test_who_learns(wake):
+    student, teacher = pair(ours=3, theirs=4)
+    loss = harness.bound(kd(channel_mask=True), student, teacher)
+    gradients = harness.check_who_learns(awake(loss) if wake else loss, student, teacher)
+    assert all(g.any() for g in gradients.values())
+    if wake:  # the teacher's block learns too
+        assert all(p.grad.any() for p in loss.teacher_nonlocal.parameters() if p.dim() > 1)
+
+
+@pytest.mark.parametrize("images, padded", [(1, (128, 128)), (2, (256, 128)), (1, (64, 64))])
+def test_small_levels_train(images, padded):
+    student, teacher = pair((64, 128), images=images, padded=padded)
+    harness.check_who_learns(harness.bound(kd(), student, teacher), student, teacher)
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.5])
+def test_no_difference_has_a_gradient_of_zero(fill):
+    student, _ = pair((8,), fill=fill)
+    loss = harness.bound(kd(), student, student)
+    for module in (loss.adapt, loss.adapt_nonlocal, loss.adapt_channel, loss.adapt_spatial):
+        for p in module.parameters():
+            p.data.zero_()
+            if p.dim() > 1:  # the identity
+                p.data[..., p.shape[-2] // 2, p.shape[-1] // 2] = 1 if p.shape[-1] == 3 else 0
+                if p.shape[-1] != 3:
+                    p.data.copy_(torch.eye(4).view(p.shape))
+    parts = loss(harness.batch(student, student))
+    equal = ("s8_feature", "s8_channel", "s8_nonlocal")
+    assert all(parts[name].item() == 0 for name in equal)
+    gradients = harness.check_who_learns(loss, student, student)
+    assert not gradients["fpn", 8].any() and parts["s8_spatial"].item() == 0
+
+
+def test_sizes_of_batches_may_change():
+    student, teacher = pair()
+    loss = harness.bound(kd(), student, teacher)
+    for images, padded in ((2, (64, 96)), (1, (96, 64)), (3, (16, 16))):
+        maps = pair(images=images, padded=padded)
+        assert torch.isfinite(harness.total(loss(harness.batch(*maps))))
+
+
+def test_precision():
+    student, teacher = pair(dtype=torch.float64)
+    expected = awake(harness.bound(kd(), student, teacher))(harness.batch(student, teacher))
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = pair(dtype=dtype)
+        loss = awake(harness.bound(kd(), student, teacher).float())
+        for name, value in loss(harness.batch(ours, theirs)).items():
+            assert value.dtype == torch.float32 and torch.isfinite(value)
+            if dtype == torch.float32:
+                assert value.item() == pytest.approx(expected[name].item(), rel=1e-4)
+
+
+def documented(s, t, reductions):
+    blocks = [sum(4 * w * (w // r) + 3 * (w // r) + 3 * w for w in (s, t)) for r in reductions]
+    return sum(3 * (s * t + t) + 10 + block for block in blocks)
+
+
+@pytest.mark.parametrize("s, t", [(256, 256), (24, 40)])
+def test_number_of_parameters(s, t):
+    loss = kd()
+    loss.bind({"fpn": {4: s, 8: s, 16: s, 32: s}}, {"fpn": {4: t, 8: t, 16: t, 32: t}}, "key")
+    count = harness.parameters(loss)
+    assert count == documented(s, t, (4, 4, 2, 2))
+    assert not list(loss.buffers())
+    if s == t == 256:
+        assert (documented(s, t, (4,)), documented(s, t, (2,))) == (330378, 461834)
+        assert count == 1584424
+
+
+@pytest.mark.parametrize(
+    "options, start",
+    [
+        (dict(feature=-1), "feature=-1:"),
+        (dict(nonlocal_=float("nan")), "nonlocal_=nan:"),
+        (dict(temperature=0), "temperature=0:"),
+        (dict(pool=[2, 0]), "pool=[2, 0]:"),
+        (dict(reduction=[1.5]), "reduction=[1.5]:"),
+        (dict(tap="neck"), "tap=neck:"),
+    ],
+)
+def test_bad_options(options, start):
+    with pytest.raises(ConfigError) as error:
+        kd(**options)
+    assert str(error.value).startswith(start)
+
+
+@pytest.mark.parametrize("name", ["pool", "reduction"])
+def test_too_few_numbers_for_the_levels(name):
+    shapes = {"fpn": {8: 4, 16: 4}}
+    with pytest.raises(ConfigError) as error:
+        kd(**{name: [2]}).bind(shapes, shapes, "key")
+    assert str(error.value).startswith(f"key.{name}=[2]:") and "[8, 16]" in str(error.value)
+
+
+def test_weights_are_required():
+    with pytest.raises(TypeError):
+        FKD()

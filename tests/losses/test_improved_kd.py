@@ -1,0 +1,260 @@
+"""ImprovedKD: attention, drawn positions, one student level against several teacher levels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from losses.harness import (
+    TWO_STAGE,
+    batch,
+    bound,
+    check_gradients,
+    check_who_learns,
+    maps,
+    parameters,
+    total,
+)
+
+from sharedkd.errors import ConfigError
+from sharedkd.losses.improved_kd import ImprovedKD, attention
+
+
+def pair(strides=(8, 16, 32), ours=3, theirs=4, **more):
+    return {"fpn": maps(strides, ours, **more)}, {"fpn": maps(strides, theirs, **more, seed=1)}
+
+
+def attention_by_hand(x):
+    """(C, H, W) array -> (H, W) array."""
+    _, h, w = x.shape
+    m = np.array([[np.mean(np.abs(x[:, i, j])) for j in range(w)] for i in range(h)])
+    m += [[np.max(np.abs(x[:, i, j])) for j in range(w)] for i in range(h)]
+    e = np.exp((m - m.mean()) / math.sqrt(((m - m.mean()) ** 2).mean() + 1e-6))
+    return e / e.sum()
+
+
+def resized_by_hand(x, h, w):
+    """(C, H, W) array -> (C, h, w): means of the cells below, or the cell at the same place."""
+    _, height, width = x.shape
+    y = np.empty((len(x), h, w))
+    for i in range(h):
+        for j in range(w):
+            if h * w <= height * width:
+                rows = slice(i * height // h, -(-(i + 1) * height // h))
+                columns = slice(j * width // w, -(-(j + 1) * width // w))
+                y[:, i, j] = x[:, rows, columns].mean((1, 2))
+            else:
+                y[:, i, j] = x[:, i * height // h, j * width // w]
+    return y
+
+
+def by_hand(loss, student, teacher, reach, weights):
+    """weights: stride -> image -> (H, W) array that sums to one: draws, or their limit."""
+    strides, terms = list(student["fpn"]), {}
+    for a, i in enumerate(strides):
+        pairs = []
+        for b, j in enumerate(strides):
+            if abs(a - b) > reach:
+                continue
+            conv = loss.fam[str(i)][str(j)]
+            k, bias = conv.weight.detach().numpy()[:, :, 0, 0], conv.bias.detach().numpy()
+            s, t = student["fpn"][i].numpy(), teacher["fpn"][j].numpy()
+            images = []
+            for n in range(len(t)):
+                x = resized_by_hand(s[n], *t.shape[2:])
+                x = np.einsum("oc,chw->ohw", k, x) + bias.reshape(-1, 1, 1)
+                images.append((weights[j][n] * ((x - t[n]) ** 2).mean(0)).sum())
+            pairs.append(np.mean(images))
+        terms[f"s{i}"] = np.mean(pairs)
+    return terms
+
+
+def drawn_by_hand(teacher, samples):
+    """The same draws as the loss makes, from attention computed by hand, as shares."""
+    shares = {}
+    for stride, t in teacher["fpn"].items():
+        a = np.stack([attention_by_hand(x) for x in t.numpy()])
+        n, h, w = a.shape
+        count = math.ceil(samples * h * w)
+        drawn = torch.multinomial(torch.from_numpy(a.reshape(n, -1)), count, replacement=True)
+        shares[stride] = [
+            np.bincount(row.numpy(), minlength=h * w).reshape(h, w) / count for row in drawn
+        ]
+    return shares
+
+
+CASES = {
+    "fpn": dict(),
+    "two-stage strides": dict(strides=TWO_STAGE, images=1, padded=(64, 64)),
+    "own levels only": dict(reach=0),
+    "reach two, few samples": dict(reach=2, samples=0.1),
+    "every level": dict(reach=9, samples=1.0),
+    "one image, not whole cells": dict(padded=(72, 40), images=1),
+    "one pixel": dict(strides=(32, 64, 128), padded=(64, 32)),
+    "same width": dict(ours=4),
+    "one channel": dict(ours=1, theirs=1),
+    "zeros": dict(fill=0.0),
+    "constant": dict(fill=3.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_value(case):
+    case = dict(case)
+    reach, samples = case.pop("reach", 1), case.pop("samples", 0.5)
+    student, teacher = pair(**case)
+    loss = bound(ImprovedKD(reach=reach, samples=samples), student, teacher)
+    torch.manual_seed(5)
+    weights = drawn_by_hand(teacher, samples)
+    torch.manual_seed(5)
+    terms = loss(batch(student, teacher))
+    expected = by_hand(loss, student, teacher, reach, weights)
+    assert list(terms) == list(expected)
+    for name, term in terms.items():
+        assert term.shape == ()
+        assert term.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
+
+
+def test_attention():
+    x = maps((8,), 5)[8]
+    a = attention(x)
+    expected = np.stack([attention_by_hand(each).ravel() for each in x.numpy()])
+    assert a.shape == (2, 96) and np.allclose(a.numpy(), expected, rtol=1e-9)
+    assert torch.allclose(attention(1e3 * x), a, rtol=1e-4)  # of the teacher's scale no matter
+    assert torch.allclose(attention(-x), a)
+    assert torch.equal(attention(x[:1]), a[:1])  # nor of the batch
+    even = torch.full_like(a, 1 / 96)
+    for constant in (0.0, 7.0):
+        assert torch.allclose(attention(torch.full_like(x, constant)), even)
+    assert attention(x[..., :1, :1]).tolist() == [[1.0], [1.0]]
+
+
+def test_attention_finds_the_object():
+    x = 0.1 * maps((8,), 5, images=1)[8]
+    x[..., 2:4, 3:5] += 5
+    a = attention(x).view(8, 12)
+    assert a[2:4, 3:5].sum() > 100 * 4 / 96 * a[6:].mean()
+    assert a[2:4, 3:5].min() > 20 * a.flatten().median()
+
+
+def test_expectation_is_the_distance_weighted_by_attention():
+    student, teacher = pair((8, 16), padded=(16, 32))
+    loss = bound(ImprovedKD(samples=0.5), student, teacher)
+    weights = {
+        s: [attention_by_hand(image) for image in x.numpy()] for s, x in teacher["fpn"].items()
+    }
+    expected = by_hand(loss, student, teacher, 1, weights)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        steps = [loss(batch(student, teacher)) for _ in range(600)]
+    for name, value in expected.items():
+        values = np.array([x[name].item() for x in steps])
+        assert abs(values.mean() - value) < 4 * values.std() / math.sqrt(len(values))
+        assert values.std() > 0  # another draw in each step
+
+
+def test_draws_follow_torchs_generator():
+    student, teacher = pair()
+    loss = bound(ImprovedKD(), student, teacher)
+    values = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        values.append(total(loss(batch(student, teacher))).item())
+    assert values[0] == values[1] != values[2]
+
+
+def test_share_of_positions():
+    _, teacher = pair((8,), padded=(64, 96))
+    for samples, count in ((1e-9, 1), (0.5, 48), (0.501, 49), (1.0, 96)):
+        shares = ImprovedKD(samples=samples).draw(teacher["fpn"][8])
+        assert shares.shape == (2, 1, 8, 12)
+        assert torch.allclose(shares.sum((1, 2, 3)), torch.ones(2, dtype=torch.float64))
+        assert torch.allclose(shares * count, (shares * count).round())
+
+
+def test_gradients():
+    student, teacher = pair((8, 16), 2, 3, padded=(16, 32))
+    check_gradients(bound(ImprovedKD(), student, teacher), student, teacher)
+    pixel, constant = ({"fpn": maps((8, 16), 2, (8, 8), fill=c)} for c in (1.0, 0.0))
+    check_gradients(bound(ImprovedKD(), pixel, constant), pixel, constant)
+
+
+@pytest.mark.parametrize("fill", [None, 0.0])
+def test_who_learns(fill):
+    student, teacher = pair(fill=fill)
+    loss = bound(ImprovedKD(), student, teacher)
+    check_who_learns(loss, student, teacher)
+    assert all(p.grad.any() for p in loss.parameters()) or fill == 0.0
+
+
+@pytest.mark.parametrize("reach, strides, ours, theirs", [(1, 3, 3, 4), (0, 2, 5, 2), (2, 5, 2, 3)])
+def test_parameters_by_formula(reach, strides, ours, theirs):
+    student, teacher = pair(TWO_STAGE[:strides], ours, theirs, images=1)
+    pairs = sum(abs(i - j) <= reach for i in range(strides) for j in range(strides))
+    loss = bound(ImprovedKD(reach=reach), student, teacher)
+    assert parameters(loss) == pairs * (ours * theirs + theirs)
+
+
+def test_parameters():
+    loss = ImprovedKD()
+    loss.bind(*[{"fpn": dict.fromkeys(TWO_STAGE, 256)}] * 2, "key")
+    assert parameters(loss) == 855296
+    assert "855,296" in ImprovedKD.__doc__
+    uneven = ImprovedKD()
+    uneven.bind({"fpn": {8: 2, 16: 3}}, {"fpn": {8: 5, 16: 7}}, "key")
+    assert parameters(uneven) == (2 * 5 + 5) + (2 * 7 + 7) + (3 * 5 + 5) + (3 * 7 + 7)
+    assert uneven.fam["8"]["16"].weight.shape == (7, 2, 1, 1)
+
+
+def test_precision():
+    student, teacher = pair()
+    torch.manual_seed(0)
+    expected = bound(ImprovedKD(), student, teacher)(batch(student, teacher))
+    state = bound(ImprovedKD(), student, teacher).state_dict()
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        s, t = ({"fpn": {k: x.to(dtype) for k, x in m["fpn"].items()}} for m in (student, teacher))
+        loss = bound(ImprovedKD(), s, t).float()
+        loss.load_state_dict(state)
+        for name, term in loss(batch(s, t)).items():
+            assert term.dtype == torch.float32
+            assert term.item() == pytest.approx(expected[name].item(), rel=tolerance)
+
+
+def test_teacher_that_overflows_is_not_hidden():
+    student, teacher = pair((8, 16))
+    teacher["fpn"][8][0, 0, 0, 0] = math.inf
+    terms = bound(ImprovedKD(reach=0), student, teacher)(batch(student, teacher))
+    assert not torch.isfinite(terms["s8"]) and torch.isfinite(terms["s16"])
+
+
+def test_levels_in_use():
+    student, teacher = pair(TWO_STAGE)
+    loss = bound(ImprovedKD(strides=[8, 32, 64]), student, teacher)
+    assert {s: list(near) for s, near in loss.fam.items()} == {
+        "8": ["8", "32"],
+        "32": ["8", "32", "64"],
+        "64": ["32", "64"],
+    }
+    assert list(loss(batch(student, teacher))) == ["s8", "s32", "s64"]
+
+
+@pytest.mark.parametrize(
+    "options, start",
+    [
+        (dict(reach=-1), "reach=-1:"),
+        (dict(reach=0.5), "reach=0.5:"),
+        (dict(samples=0), "samples=0:"),
+        (dict(samples=1.5), "samples=1.5:"),
+        (dict(tap="neck"), "tap=neck:"),
+    ],
+)
+def test_options(options, start):
+    with pytest.raises(ConfigError) as error:
+        ImprovedKD(**options)
+    assert str(error.value).startswith(start) and "\n" not in str(error.value)
+
+
+def test_pairs_that_cannot_be_bound():
+    for teacher, word in ((None, "model.teacher"), ({"fpn": {4: 3}}, "in common")):
+        with pytest.raises(ConfigError, match=word):
+            ImprovedKD().bind({"fpn": {8: 3}}, teacher, "key")

@@ -1,0 +1,249 @@
+"""ReviewKD: values by loops, gradients, one-pixel levels, parameters, errors."""
+
+from math import ceil, exp, floor
+
+import numpy as np
+import pytest
+import torch
+from losses.harness import batch, bound, check_gradients, check_who_learns, maps, parameters
+
+from sharedkd.errors import ConfigError
+from sharedkd.losses.reviewkd import ReviewKD, hierarchical_context
+
+
+def convolve(x, weight, bias=None):
+    """Convolution with zeros around the map, output value by output value."""
+    n, _, height, width = x.shape
+    size = weight.shape[-1]
+    padded = np.pad(x, ((0, 0), (0, 0), (size // 2,) * 2, (size // 2,) * 2))
+    out = np.zeros((n, len(weight), height, width))
+    for i, c, y, k in np.ndindex(out.shape):
+        out[i, c, y, k] = (padded[i, :, y : y + size, k : k + size] * weight[c]).sum()
+        out[i, c, y, k] += 0 if bias is None else bias[c]
+    return out
+
+
+def normalise(x, p, name):
+    """Batch normalisation of a training step; a single value per channel: running statistics."""
+    out = np.zeros_like(x)
+    for c in range(x.shape[1]):
+        values = x[:, c].ravel()
+        mean = sum(values) / len(values)
+        variance = sum((v - mean) ** 2 for v in values) / len(values)
+        if len(values) == 1:
+            mean, variance = p[f"{name}.running_mean"][c], p[f"{name}.running_var"][c]
+        out[:, c] = (x[:, c] - mean) / (variance + 1e-5) ** 0.5
+        out[:, c] = out[:, c] * p[f"{name}.weight"][c] + p[f"{name}.bias"][c]
+    return out
+
+
+def enlarge(x, size):
+    out = np.zeros((*x.shape[:2], *size))
+    for y in range(size[0]):
+        for k in range(size[1]):
+            out[:, :, y, k] = x[:, :, y * x.shape[2] // size[0], k * x.shape[3] // size[1]]
+    return out
+
+
+def pool(x, size):
+    out = np.zeros((*x.shape[:2], size, size))
+    h, w = x.shape[2:]
+    for i in range(size):
+        for j in range(size):
+            rows = range(floor(i * h / size), ceil((i + 1) * h / size))
+            columns = range(floor(j * w / size), ceil((j + 1) * w / size))
+            cells = [x[:, :, y, k] for y in rows for k in columns]
+            out[:, :, i, j] = sum(cells) / len(cells)
+    return out
+
+
+def context(x, y):
+    def mse(a, b):
+        return sum((u - v) ** 2 for u, v in zip(a.ravel(), b.ravel())) / a.size
+
+    h, w = x.shape[2:]
+    sizes = [size for size in (4, 2, 1) if h > size and w > size]
+    parts = [mse(x, y)] + [mse(pool(x, size), pool(y, size)) for size in sizes]
+    weights = [1, 0.5, 0.25, 0.125][: len(parts)]
+    return sum(w * p for w, p in zip(weights, parts)) / sum(weights)
+
+
+def reference(student, teacher, state):
+    """Stride -> term, from maps and the loss's state as numpy arrays."""
+    residual, terms = None, {}
+    for stride in sorted(student, reverse=True):
+        start = f"fusions.{stride}."
+        p = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
+        x = normalise(convolve(student[stride], p["reduce.0.weight"]), p, "reduce.1")
+        if residual is not None:
+            up = enlarge(residual, x.shape[2:])
+            logits = convolve(
+                np.concatenate([x, up], 1), p["attention.weight"], p["attention.bias"]
+            )
+            gates = np.vectorize(lambda v: 1 / (1 + exp(-v)))(logits)
+            x = gates[:, 0:1] * x + gates[:, 1:2] * up
+        out = normalise(convolve(x, p["output.0.weight"]), p, "output.1")
+        terms[f"s{stride}"] = context(out, teacher[stride])
+        residual = x
+    return terms
+
+
+def scrambled(loss):
+    """The loss with norms that do something."""
+    generator = torch.Generator().manual_seed(3)
+    for name, x in [*loss.named_parameters(), *loss.named_buffers()]:
+        if ".1." in name and x.dtype.is_floating_point:
+            draws = torch.rand(x.shape, generator=generator, dtype=torch.float64)
+            x.data.copy_(0.5 + draws)
+    return loss
+
+
+CASES = {
+    "random": dict(strides=(8, 16, 32)),
+    "sizes that do not divide": dict(strides=(16, 32, 64), padded=(112, 80)),
+    "one image": dict(strides=(16, 64), images=1, padded=(112, 240)),
+    "one-pixel level": dict(strides=(32, 64), images=1, padded=(64, 64)),
+    "one-pixel level, two images": dict(strides=(32, 64), padded=(64, 64)),
+    "one level": dict(strides=(16,)),
+    "flat map": dict(strides=(16, 32), padded=(32, 160)),
+    "zeros": dict(strides=(16, 32), fill=0.0),
+    "constant": dict(strides=(16, 32), fill=-2.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("widths", [(3, 3, 3), (2, 4, 3)])
+def test_value(case, widths):
+    student = {"fpn": maps(channels=widths[0], **case)}
+    teacher = {"fpn": maps(channels=widths[2], seed=1, **{**case, "fill": None})}
+    loss = scrambled(bound(ReviewKD(mid_channels=widths[1]), student, teacher))
+    state = {k: v.clone().numpy() for k, v in loss.state_dict().items()}
+    terms = loss(batch(student, teacher, padded=case.get("padded", (64, 96))))
+    expected = reference(
+        *({k: x.numpy() for k, x in m["fpn"].items()} for m in (student, teacher)), state
+    )
+    assert list(terms) == [f"s{stride}" for stride in case["strides"]]
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (3, 9), (9, 3), (4, 4), (5, 5), (13, 8)])
+def test_hierarchical_context(size):
+    x, y = torch.randn(2, 2, 3, *size, dtype=torch.float64).unbind()
+    expected = context(x.numpy(), y.numpy())
+    assert hierarchical_context(x, y).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_weights_of_a_context_add_up_to_one():
+    for size in ((1, 1), (2, 5), (3, 3), (6, 8)):
+        x = torch.randn(1, 2, *size)
+        assert hierarchical_context(x, x + 2).item() == pytest.approx(4, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(strides=(16, 32)),
+        dict(strides=(32, 64), images=1, padded=(64, 64)),
+        dict(strides=(32, 64), images=1, padded=(96, 160)),
+    ],
+)
+def test_gradients(case):
+    student = {"fpn": maps(channels=2, **case)}
+    teacher = {"fpn": maps(channels=3, seed=1, **case)}
+    loss = scrambled(bound(ReviewKD(mid_channels=2), student, teacher))
+    check_gradients(loss, student, teacher)
+    check_who_learns(loss, student, teacher)
+
+
+@pytest.mark.parametrize("fill", [0.0, 5.0])
+def test_gradients_of_constant_maps_are_finite(fill):
+    constant, random = {"fpn": maps((16, 64), fill=fill)}, {"fpn": maps((16, 64), seed=1)}
+    check_who_learns(bound(ReviewKD(mid_channels=3), constant, random), constant, random)
+    check_who_learns(bound(ReviewKD(mid_channels=3), random, constant), random, constant)
+
+
+def test_a_term_learns_from_its_own_level_and_all_coarser_ones():
+    student = {16: None, 32: None, 64: None}
+    student = {"fpn": {k: x.requires_grad_() for k, x in maps(tuple(student)).items()}}
+    teacher = {"fpn": maps((16, 32, 64), seed=1)}
+    terms = bound(ReviewKD(mid_channels=3), student, teacher)(batch(student, teacher))
+    for stride in (16, 32, 64):
+        inputs = list(student["fpn"].values())
+        found = torch.autograd.grad(
+            terms[f"s{stride}"], inputs, retain_graph=True, allow_unused=True
+        )
+        reached = {k for k, g in zip(student["fpn"], found) if g is not None and g.any()}
+        assert reached == {k for k in (16, 32, 64) if k >= stride}
+
+
+def test_one_pixel_of_one_image_leaves_running_statistics_alone():
+    case = dict(strides=(32, 64), images=1, padded=(64, 64))
+    student, teacher = {"fpn": maps(**case)}, {"fpn": maps(seed=1, **case)}
+    loss = scrambled(bound(ReviewKD(mid_channels=3), student, teacher))
+    before = {k: b.clone() for k, b in loss.named_buffers()}
+    loss(batch(student, teacher, padded=(64, 64)))
+    for name, b in loss.named_buffers():
+        assert torch.equal(b, before[name]) is (".64." in name), name
+
+
+def test_batch_normalisation_is_torchs():
+    student, teacher = {"fpn": maps((16,))}, {"fpn": maps((16,), seed=1)}
+    loss = scrambled(bound(ReviewKD(mid_channels=3), student, teacher))
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in loss.modules()) == 2
+    x = torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    ours = loss.fusions["16"].reduce[1]
+    theirs = torch.nn.BatchNorm2d(3).double()
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x), theirs(x))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers()))
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_sizes_may_change_from_step_to_step():
+    student, teacher = {"fpn": maps((16, 32))}, {"fpn": maps((16, 32), seed=1)}
+    loss = bound(ReviewKD(mid_channels=3), student, teacher)
+    for images, padded in ((1, (32, 32)), (3, (80, 48)), (2, (64, 160))):
+        given = [{"fpn": maps((16, 32), 4, padded, images, seed)} for seed in (0, 1)]
+        terms = loss(batch(*given, padded=padded))
+        assert list(terms) == ["s16", "s32"] and all(x.isfinite() for x in terms.values())
+
+
+def test_lower_precision():
+    student, teacher = {"fpn": maps((8, 16), 3)}, {"fpn": maps((8, 16), 5, seed=1)}
+    loss = scrambled(bound(ReviewKD(mid_channels=4), student, teacher))
+    expected = loss(batch(student, teacher))
+    loss = loss.float()
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        given = [{"fpn": {k: x.to(dtype) for k, x in p["fpn"].items()}} for p in (student, teacher)]
+        for name, term in loss(batch(*given)).items():
+            assert term.dtype == torch.float32
+            assert term.item() == pytest.approx(expected[name].item(), rel=tolerance)
+
+
+def count(student, mid, teacher, levels):
+    level = student * mid + 2 * mid + 9 * mid * teacher + 2 * teacher
+    return levels * level + (levels - 1) * (4 * mid + 2)
+
+
+@pytest.mark.parametrize(
+    "student, mid, teacher, levels", [(256, 256, 256, 5), (3, 4, 5, 3), (4, 2, 2, 1)]
+)
+def test_parameters(student, mid, teacher, levels):
+    strides = (4, 8, 16, 32, 64)[:levels]
+    loss = ReviewKD(mid_channels=mid)
+    loss.bind(*({"fpn": dict.fromkeys(strides, w)} for w in (student, teacher)), "key")
+    assert parameters(loss) == count(student, mid, teacher, levels)
+
+
+def test_parameters_as_documented():
+    assert count(256, 256, 256, 5) == 3_286_024
+    assert ReviewKD().mid_channels == 256
+
+
+def test_errors():
+    for width in (0, -4):
+        with pytest.raises(ConfigError, match=f"^mid_channels={width}: "):
+            ReviewKD(mid_channels=width)
+    with pytest.raises(ConfigError, match="^key=ReviewKD: .*model.teacher"):
+        ReviewKD().bind({"fpn": {8: 4}}, None, "key")

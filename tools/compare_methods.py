@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Train a pair's student with several distillation methods, all else equal, and compare them.
+
+What is finished is kept, and what was interrupted is continued, when the command runs again.
+
+    tools/compare_methods.py --config-file configs/custom_coco.py --methods none,shared_kd,fgd \\
+        --seeds 0,1,2 --output output/comparison data.train_json=... (the pair's other keys)
+    tools/compare_methods.py --list
+
+A method is a recipe's name (--list), a recipe's path, `none` (the plain student), `config` (the
+config's own stages), several joined by + (fgd+dkd), one with its weights times a number (fgd:4), or
+`none@fgd`: the plain student, trained for as long as fgd takes. With --shard 0/2 and --shard 1/2, two machines that share the folder split the work.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+# Before PyTorch is loaded, see lazyconfig_train_net.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
+
+from sharedkd.compare import run_comparison  # noqa: E402
+from sharedkd.errors import ConfigError  # noqa: E402
+from sharedkd.methods import known_methods  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def list_methods() -> None:
+    for method in known_methods(ROOT / "configs/common/methods"):
+        counts = ", ".join(f"{f} {method.parameters(f) / 1e6:.2f} M" for f in method.stages)
+        print(f"{method.name:20} {method.paper}; parameters: {counts}")
+
+
+def names(text: str):
+    return [name for name in text.split(",") if name]
+
+
+def seeds(text: str):
+    return [int(x) for x in names(text)]
+
+
+def shard(text: str):
+    i, n = map(int, text.split("/"))
+    if not 0 <= i < n:
+        raise argparse.ArgumentTypeError(f"{text} is not i/n with 0 <= i < n")
+    return i, n
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="list the methods and stop")
+    parser.add_argument("--config-file", metavar="FILE", help="of a pair")
+    parser.add_argument("--methods", type=names, default=["none", "config"], metavar="A,B,...")
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], metavar="0,1,...")
+    parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
+    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    if args.list:
+        list_methods()
+        sys.exit()
+    if not args.config_file:
+        parser.error("--config-file is missing")
+    try:
+        run_comparison(
+            ROOT,
+            args.config_file,
+            args.methods,
+            args.seeds,
+            args.output,
+            args.overrides,
+            args.shard,
+        )
+        print(f"\n{(args.output / 'report.md').read_text()}")
+    except ConfigError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command continues")
