@@ -1,0 +1,515 @@
+"""GID: which instances are chosen, and the four terms on them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from losses.harness import (
+    ONE_STAGE,
+    batch,
+    bound,
+    check_gradients,
+    check_who_learns,
+    maps,
+    parameters,
+    shapes,
+)
+from torch import nn
+
+from sharedkd.errors import ConfigError
+from sharedkd.losses import Batch
+from sharedkd.losses.gid import GID
+
+A, K = 2, 3
+WEIGHTS = dict(feature=0.3, relation=0.7, response_class=1.1, response_box=1.3)
+STRIDES = (16, 32)
+PADDED = (448, 512)  # large enough that an instance may belong to the coarser level
+
+
+def decoded(strides, padded, images, seed, low, high):
+    """Boxes about their positions, on quarters of a pixel, which float32 holds as they are."""
+    draw = torch.Generator().manual_seed(seed)
+    result = {}
+    for stride, like in maps(strides, A, padded, images).items():
+        n, a, h, w = like.shape
+        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        middle = torch.stack([x, y, x, y]).double() * stride + stride / 2
+        middle = middle + torch.randn(n, a, 4, h, w, generator=draw).double() * stride / 4
+        span = torch.rand(1, a, 2, h, w, generator=draw).double() * math.log(high / low)
+        half = torch.cat([-span.exp(), span.exp()], 2) * low / 2
+        result[stride] = ((middle + half) * 4).round().div(4).flatten(1, 2)
+    return result
+
+
+def pyramids(seed, strides=STRIDES, padded=PADDED, images=2, channels=3, low=24, high=700):
+    given = dict(padded=padded, images=images)
+    return {
+        "fpn": maps(strides, channels, seed=seed, **given),
+        "logits": maps(strides, A * K, seed=seed + 100, **given),
+        "deltas": maps(strides, A * 4, seed=seed + 200, **given),
+        "boxes": decoded(strides, padded, images, seed + 300, low, high),
+    }
+
+
+def small(seed, **options):
+    options = {"strides": (8, 16, 32), "padded": (64, 96), "low": 12, "high": 90, **options}
+    return pyramids(seed, **options)
+
+
+# --- by hand ---------------------------------------------------------------------------------
+
+
+def iou(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    inner = max(width, 0) * max(height, 0)
+    union = sum((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)) - inner
+    return inner / union if union else 0.0
+
+
+def clip(box, size):
+    return [min(max(v, 0), size[1 - i % 2]) for i, v in enumerate(box)]
+
+
+def anchors_of(maps_, image):
+    """Every anchor of an image: (where, logits, deltas, box)."""
+    found = []
+    for stride in sorted(maps_["logits"]):
+        z, d, b = (maps_[tap][stride][image].numpy() for tap in ("logits", "deltas", "boxes"))
+        for a in range(A):
+            for y in range(z.shape[1]):
+                for x in range(z.shape[2]):
+                    values = [m[a * c : (a + 1) * c, y, x] for m, c in ((z, K), (d, 4), (b, 4))]
+                    found.append(((stride, a, y, x), *values))
+    return found
+
+
+def select(student, teacher, image, size, instances=10, candidates=3000, min_size=10.0, **_):
+    """[(box, index of its anchor)], the anchors of both, and which anchors lie on an instance."""
+    ours, theirs = anchors_of(student, image), anchors_of(teacher, image)
+    scored = []
+    for i, (s, t) in enumerate(zip(ours, theirs)):
+        p, q = (1 / (1 + math.exp(-max(v[1]))) for v in (s, t))
+        scored.append((abs(p - q), i, clip(t[3] if q > p else s[3], size)))
+    scored.sort(key=lambda v: -v[0])
+    chosen = []
+    for _, i, box in scored[:candidates]:
+        if box[2] - box[0] <= min_size or box[3] - box[1] <= min_size:
+            continue
+        if len(chosen) < instances and all(iou(box, other) <= 0.3 for other, _ in chosen):
+            chosen.append((box, i))
+    origins = {i for _, i in chosen}
+    matched = [
+        i
+        for i, t in enumerate(theirs)
+        if i in origins or any(iou(clip(t[3], size), box) >= 0.5 for box, _ in chosen)
+    ]
+    return chosen, ours, theirs, matched
+
+
+def sample(level, y, x):
+    """Bilinear, border repeated for a pixel's width, zero beyond."""
+    height, width = level.shape[1:]
+    if y < -1 or y > height or x < -1 or x > width:
+        return np.zeros(level.shape[0])
+    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+    top, left = int(y), int(x)
+    low, right = min(top + 1, height - 1), min(left + 1, width - 1)
+    dy, dx = y - top, x - left
+    upper = level[:, top, left] * (1 - dx) + level[:, top, right] * dx
+    lower = level[:, low, left] * (1 - dx) + level[:, low, right] * dx
+    return upper * (1 - dy) + lower * dy
+
+
+def crop(fpn, image, box, size):
+    strides = sorted(fpn)
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    level = math.floor(4 + math.log2(math.sqrt(area) / 224))
+    stride = min(max(2**level, strides[0]), strides[-1])
+    maps_ = fpn[stride][image].numpy()
+    x0, y0, x1, y1 = (v / stride - 0.5 for v in box)
+    result = np.zeros((maps_.shape[0], size, size))
+    for i in range(size):
+        for j in range(size):
+            for u in (0.25, 0.75):
+                for v in (0.25, 0.75):
+                    y = y0 + (y1 - y0) * (i + u) / size
+                    x = x0 + (x1 - x0) * (j + v) / size
+                    result[:, i, j] += sample(maps_, y, x) / 4
+    return result
+
+
+def smooth_l1(x, beta):
+    return 0.5 * x * x / beta if abs(x) < beta else abs(x) - beta / 2
+
+
+def by_hand(student, teacher, sizes, crop_size=10, beta=0.1, **options):
+    crops_s, crops_t, entropy, regression, anchors = [], [], 0.0, 0.0, 0
+    for image, size in enumerate(sizes):
+        chosen, ours, theirs, matched = select(student, teacher, image, size, **options)
+        for box, _ in chosen:
+            crops_s.append(crop(student["fpn"], image, box, crop_size))
+            crops_t.append(crop(teacher["fpn"], image, box, crop_size))
+        anchors += len(matched)
+        for i in matched:
+            for z_s, z_t in zip(ours[i][1], theirs[i][1]):
+                p, q = 1 / (1 + math.exp(-z_s)), 1 / (1 + math.exp(-z_t))
+                entropy -= q * math.log(p) + (1 - q) * math.log(1 - p)
+            regression += sum(smooth_l1(a - b, beta) for a, b in zip(ours[i][2], theirs[i][2]))
+    n = len(crops_s)
+    feature = sum(((s - t) ** 2).sum() for s, t in zip(crops_s, crops_t))
+    relation = 0.0
+    if n >= 3:
+
+        def distances(crops):
+            d = {
+                (i, j): math.sqrt(((crops[i] - crops[j]) ** 2).sum())
+                for i in range(n)
+                for j in range(n)
+                if i != j
+            }
+            mean = sum(d.values()) / (n * n - n)
+            return {pair: x / mean for pair, x in d.items()} if mean > 1e-6 else d
+
+        d_s, d_t = distances(crops_s), distances(crops_t)
+        relation = sum(smooth_l1(d_s[pair] - d_t[pair], 1.0) for pair in d_s) / (n * n - n)
+    return {
+        "feature": WEIGHTS["feature"] * feature / max(n * crop_size**2, 1),
+        "relation": WEIGHTS["relation"] * relation,
+        "response_class": WEIGHTS["response_class"] * entropy / max(anchors, 1),
+        "response_box": WEIGHTS["response_box"] * regression / max(anchors, 1),
+    }
+
+
+def same(found, expected, rel=1e-9, abs_=1e-9):
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        value = value.item() if torch.is_tensor(value) else value
+        assert found[name].item() == pytest.approx(value, rel=rel, abs=abs_), name
+
+
+def gid(**options):
+    return GID(**{**WEIGHTS, **options})
+
+
+# --- values ----------------------------------------------------------------------------------
+
+
+def whole_image(student, teacher, image):
+    """The box about which the detectors disagree most fills the image: the coarser level's."""
+    teacher["boxes"][16][image, 4:, 3, 5] = torch.tensor([0.0, 0, 512, 448])
+    teacher["logits"][16][image, K:, 3, 5] = 30.0
+    student["logits"][16][image, K:, 3, 5] = -30.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_values_on_two_levels_with_padding(seed):
+    student, teacher = pyramids(seed), pyramids(seed + 50)
+    whole_image(student, teacher, 0)
+    sizes = [(448, 512), (300, 431)]
+    roots, instances, anchors = [], 0, 0
+    for image, size in enumerate(sizes):
+        chosen, _, _, matched = select(student, teacher, image, size)
+        roots += [math.sqrt((b[2] - b[0]) * (b[3] - b[1])) for b, _ in chosen]
+        instances, anchors = instances + len(chosen), anchors + len(matched)
+    # the case is worth something: instances of both levels, several anchors on an instance
+    assert min(roots) < 448 <= max(roots) and anchors > instances >= 3
+    found = bound(gid(crop=2), student, teacher)(batch(student, teacher, sizes=sizes))
+    same(found, by_hand(student, teacher, sizes, crop_size=2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"instances": 2},
+        {"instances": 1},
+        {"instances": 500},
+        {"candidates": 7},
+        {"min_size": 0.0},
+        {"min_size": 40.0},
+        {"beta": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [[(64, 96), (64, 96)], [(64, 96), (31, 50)]], ids=["", "padded"])
+def test_values_of_options(options, sizes):
+    student, teacher = small(0), small(1)
+    found = bound(gid(crop=2, **options), student, teacher)(batch(student, teacher, sizes=sizes))
+    same(found, by_hand(student, teacher, sizes, crop_size=2, **options))
+
+
+@pytest.mark.parametrize("padded", [(32, 32), (40, 72)])
+def test_values_of_one_image_with_a_level_of_one_pixel(padded):
+    student, teacher = (small(i, padded=padded, images=1, high=40) for i in (0, 1))
+    found = bound(gid(crop=2), student, teacher)(batch(student, teacher, padded=padded))
+    same(found, by_hand(student, teacher, [padded], crop_size=2))
+
+
+def test_adapter_brings_the_student_to_the_teachers_width():
+    student, teacher = small(0, channels=2), small(1, channels=4)
+    loss = bound(gid(crop=2), student, teacher)
+    adapted = dict(student, fpn={})
+    for s, x in student["fpn"].items():
+        conv = loss.adapters[str(s)]
+        adapted["fpn"][s] = nn.functional.conv2d(x, conv.weight, conv.bias).detach()
+    expected = by_hand(adapted, teacher, [(64, 96)] * 2, crop_size=2)
+    same(loss(batch(student, teacher)), expected)
+
+
+def test_a_teacher_like_the_student():
+    student = small(0)
+    loss = bound(gid(), student, student)
+    terms = loss(batch(student, student))
+    assert terms["feature"] == terms["relation"] == terms["response_box"] == 0
+    check_who_learns(held(loss, student), *without_boxes(student, student))
+
+
+@pytest.mark.parametrize("fill", [0.0, 3.0])
+def test_constant_features(fill):
+    student, teacher = small(0), small(1)
+    student["fpn"] = {s: torch.full_like(x, fill) for s, x in student["fpn"].items()}
+    loss = bound(gid(), student, teacher)
+    assert all(torch.isfinite(x) for x in loss(batch(student, teacher)).values())
+    check_who_learns(held(loss, student), *without_boxes(student, teacher))
+    if not fill:
+        terms = bound(gid(crop=2), student, teacher)(batch(student, teacher))
+        same(terms, by_hand(student, teacher, [(64, 96)] * 2, crop_size=2))
+
+
+# --- few or no instances ---------------------------------------------------------------------
+
+
+def boxed(maps_, boxes):
+    """The same maps where only these anchors of image 0 have boxes: {(stride, a, y, x): box}."""
+    empty = {s: torch.zeros_like(x) for s, x in maps_["boxes"].items()}
+    for (stride, a, y, x), box in boxes.items():
+        empty[stride][0, 4 * a : 4 * a + 4, y, x] = torch.tensor(box, dtype=torch.float64)
+    return dict(maps_, boxes=empty)
+
+
+@pytest.mark.parametrize(
+    "box", [[0, 0, 0, 0], [200, 10, 300, 60], [-90, -90, -5, -5], [9, 9, 4, 4]]
+)
+def test_no_instances(box):
+    """Empty, on the padding only, beyond the image, inside out."""
+    student, teacher = small(0), small(1)
+    for maps_ in (student, teacher):
+        maps_["boxes"] = {
+            s: torch.tensor(box)
+            .double()
+            .view(1, 1, 4, 1, 1)
+            .expand(2, A, 4, *x.shape[2:])
+            .flatten(1, 2)
+            for s, x in maps_["boxes"].items()
+        }
+    loss = bound(gid(adapter=1), student, teacher)
+    terms = loss(batch(student, teacher, sizes=[(64, 96), (60, 90)]))
+    assert list(terms) == list(WEIGHTS) and all(x == 0 for x in terms.values())
+    gradients = check_who_learns(held(loss, student), *without_boxes(student, teacher))
+    assert not any(g.any() for g in gradients.values())
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_few_instances(number):
+    places = [(8, 0, 1, 2), (16, 1, 0, 3), (32, 0, 1, 1)]
+    rooms = [[0, 0, 30, 28], [40, 4, 88, 30], [20, 33, 90, 64]]
+    boxes = dict(list(zip(places, rooms))[:number])
+    student, teacher = boxed(small(0), boxes), boxed(small(1), boxes)
+    sizes = [(64, 96)] * 2
+    chosen, *_ = select(student, teacher, 0, sizes[0])
+    assert len(chosen) == number
+    terms = bound(gid(), student, teacher)(batch(student, teacher))
+    same(terms, by_hand(student, teacher, sizes))
+    assert (terms["relation"] > 0) == (number == 3)
+
+
+def test_the_instance_is_the_more_confident_detectors():
+    place, ours, theirs = (16, 1, 1, 2), [2, 2, 30, 40], [50, 10, 90, 60]
+    student, teacher = boxed(small(0), {place: ours}), boxed(small(1), {place: theirs})
+    stride, a, y, x = place
+    for sure, other, box in ((student, teacher, ours), (teacher, student, theirs)):
+        sure["logits"][stride][0, K * a : K * a + K, y, x] = torch.tensor([-4.0, 2, 0]).double()
+        other["logits"][stride][0, K * a : K * a + K, y, x] = torch.tensor([-1.0, -3, -2]).double()
+        chosen, *_ = select(student, teacher, 0, (64, 96))
+        assert [b for b, _ in chosen] == [box]
+        # the anchor that an instance comes from counts, wherever the teacher's own box lies
+        terms = bound(gid(), student, teacher)(batch(student, teacher))
+        same(terms, by_hand(student, teacher, [(64, 96)] * 2))
+        assert terms["response_box"] > 0
+
+
+# --- gradients -------------------------------------------------------------------------------
+
+
+class Held(nn.Module):
+    """The loss with the student's boxes held: they choose instances, and have no gradient."""
+
+    def __init__(self, loss, boxes):
+        super().__init__()
+        self.loss = loss
+        self.boxes = boxes
+        self.strides, self.taps = loss.strides, loss.taps - {"boxes"}
+
+    def forward(self, batch):
+        student = dict(batch.student, boxes=self.boxes)
+        return self.loss(Batch(student, batch.teacher, batch.image_sizes, batch.inputs))
+
+
+def held(loss, student):
+    return Held(loss, student["boxes"])
+
+
+def without_boxes(student, teacher):
+    return {tap: x for tap, x in student.items() if tap != "boxes"}, teacher
+
+
+def test_gradients():
+    options = dict(strides=(8, 16), padded=(24, 16), channels=1, images=2, low=4, high=14)
+    student, teacher = pyramids(0, **options), pyramids(1, **options)
+    loss = bound(gid(crop=2, instances=3, min_size=2.0), student, teacher)
+    sizes = [(24, 16), (22, 14)]
+    assert all(x > 0 for x in loss(batch(student, teacher, sizes=sizes)).values())
+    student_, teacher = without_boxes(student, teacher)
+    check_gradients(held(loss, student), student_, teacher, sizes=sizes)
+
+
+@pytest.mark.parametrize("adapter", [None, 1, 3])
+def test_who_learns(adapter):
+    student, teacher = small(0), small(1)
+    loss = bound(gid(adapter=adapter), student, teacher)
+    gradients = check_who_learns(
+        held(loss, student), *without_boxes(student, teacher), sizes=[(64, 96), (40, 50)]
+    )
+    assert all(gradients["fpn", 8].flatten(1).any(1))
+    assert gradients["logits", 8].any() and gradients["deltas", 8].any()
+
+
+def test_the_selection_has_no_gradient():
+    student, teacher = small(0), small(1)
+    for levels in student.values():
+        for x in levels.values():
+            x.requires_grad_()
+    terms = bound(gid(), student, teacher)(batch(student, teacher))
+
+    def learns(name):
+        found = {}
+        for tap, levels in student.items():
+            of = list(levels.values())
+            grads = torch.autograd.grad(terms[name], of, retain_graph=True, allow_unused=True)
+            found[tap] = any(g is not None and bool(g.any()) for g in grads)
+        return {tap for tap, value in found.items() if value}
+
+    assert learns("feature") == learns("relation") == {"fpn"}
+    assert learns("response_class") == {"logits"} and learns("response_box") == {"deltas"}
+
+
+# --- invariances -----------------------------------------------------------------------------
+
+
+def changed(levels, how):
+    return {tap: {s: how(x) for s, x in found.items()} for tap, found in levels.items()}
+
+
+def test_the_order_of_images_does_not_matter():
+    student, teacher = small(0), small(1)
+    sizes = [(64, 96), (40, 50)]
+    loss = bound(gid(), student, teacher)
+    other = [changed(x, lambda y: y.flip(0)) for x in (student, teacher)]
+    same(loss(batch(*other, sizes=sizes[::-1])), loss(batch(student, teacher, sizes=sizes)))
+
+
+def test_relation_ignores_the_scale_and_offset_of_features():
+    student, teacher = small(0), small(1)
+    loss = bound(gid(min_size=1.0), student, teacher)
+    before = loss(batch(student, teacher))["relation"].item()
+    for s, x in student["fpn"].items():
+        student["fpn"][s] = 5 * x
+    after = loss(batch(student, teacher))["relation"].item()
+    assert after == pytest.approx(before, rel=1e-9)
+
+
+def test_what_anchors_on_the_padding_say_does_not_matter():
+    student, teacher = small(0), small(1)
+    sizes = [(64, 96), (32, 48)]
+    for maps_ in (student, teacher):
+        for s, x in maps_["boxes"].items():  # of both detectors, beyond the second image
+            x[1, :, 32 // s :] = torch.tensor([60.0, 40, 90, 60]).repeat(A).double().view(-1, 1, 1)
+    loss = bound(gid(), student, teacher)
+    before = loss(batch(student, teacher, sizes=sizes))
+    for s in student["logits"]:
+        teacher["logits"][s][1, :, 32 // s :] += 5.0
+        student["deltas"][s][1, :, 32 // s :] -= 5.0
+    same(loss(batch(student, teacher, sizes=sizes)), before)
+
+
+# --- types, parameters, errors ---------------------------------------------------------------
+
+
+def test_types():
+    student, teacher = small(0), small(1)
+    loss = bound(gid(adapter=1), student, teacher)
+    exact = loss(batch(student, teacher))
+    half = [changed(x, lambda y: y.float()) for x in (student, teacher)]
+    loss = loss.float()
+    same(loss(batch(*half)), exact, rel=1e-4)
+    half = [changed(x, lambda y: y.bfloat16()) for x in (student, teacher)]
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = loss(batch(*half))
+    assert all(x.dtype == torch.float32 and torch.isfinite(x) for x in terms.values())
+
+
+@pytest.mark.parametrize("channels", [256, 6])
+def test_parameters(channels):
+    there = {tap: dict.fromkeys(ONE_STAGE, 36) for tap in ("logits", "deltas", "boxes")}
+    there["fpn"] = dict.fromkeys(ONE_STAGE, channels)
+    for adapter, one in ((None, 0), (1, channels**2 + channels), (3, 9 * channels**2 + channels)):
+        loss = gid(adapter=adapter)
+        loss.bind(there, there, "key")
+        assert parameters(loss) == 5 * one
+        assert channels != 256 or one in (0, 65_792, 590_080)
+    wider = dict(there, fpn=dict.fromkeys(ONE_STAGE, channels + 2))
+    loss = gid()
+    loss.bind(there, wider, "key")
+    assert parameters(loss) == 5 * (channels + 1) * (channels + 2)
+
+
+BAD_OPTIONS = [
+    ("instances", 0),
+    ("candidates", -1),
+    ("crop", 0),
+    ("nms", 0),
+    ("match", 1.5),
+    ("min_size", -1),
+    ("beta", float("nan")),
+]
+
+
+@pytest.mark.parametrize("key, value", BAD_OPTIONS)
+def test_bad_options(key, value):
+    with pytest.raises(ConfigError) as error:
+        gid(**{key: value})
+    assert str(error.value).startswith(f"{key}={value}: ")
+
+
+def test_pairs_that_cannot_be_bound():
+    student, teacher = shapes(small(0)), shapes(small(1))
+    cases = {
+        "key=GID: the student's logits of stride 8 have 6 channels, the teacher's 2:": (
+            gid(),
+            dict(teacher, logits=dict.fromkeys((8, 16, 32), A)),
+        ),
+        "key=GID: the student's deltas of stride 8 have 8 channels, the teacher's 4:": (
+            gid(),
+            dict(teacher, deltas=dict.fromkeys((8, 16, 32), 4)),
+        ),
+        "key.strides=[8, 32]: ": (gid(strides=[8, 32]), teacher),
+        "key.tap=boxes: the teacher": (gid(), {k: v for k, v in teacher.items() if k != "boxes"}),
+        "key.adapter=2: ": (gid(adapter=2), teacher),
+    }
+    for start, (loss, teacher) in cases.items():
+        with pytest.raises(ConfigError) as error:
+            loss.bind(student, teacher, "key")
+        assert str(error.value).startswith(start) and "\n" not in str(error.value)
+    assert gid().taps == {"fpn", "logits", "deltas", "boxes"} and gid().needs == {"teacher"}
