@@ -1,5 +1,11 @@
 """The published ablation: Shared-KD as published, without its cross-layer part."""
 
-from .faster_rcnn_published import dataloader, lr_multiplier, model, optimizer, train
+from ..methods.faster_rcnn_shared_kd_published import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
 
 del model.stages.cross

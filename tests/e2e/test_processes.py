@@ -79,15 +79,15 @@ if __name__ == "__main__":
 """
 
 
-def train_step(tmp_path, name, *starts):
+def train_step(tmp_path, name, *starts, script=STEP):
     """What the first of the commands saves; they run at the same time, one per machine."""
-    script = tmp_path / "step.py"
-    script.write_text(STEP.format(tests=str(tiny.ROOT / "tests")))
+    path = tmp_path / "step.py"
+    path.write_text(script.format(tests=str(tiny.ROOT / "tests")))
     out = tmp_path / f"{name}.pt"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "OUT": str(out)}
     machines = [
         subprocess.Popen(
-            [sys.executable, *(str(script) if x == "SCRIPT" else x for x in start)],
+            [sys.executable, *(str(path) if x == "SCRIPT" else x for x in start)],
             env=env,
             cwd=tmp_path,
         )
@@ -143,3 +143,60 @@ def test_the_command_line_with_two_processes(workspace, tmp_path):
     )
     assert wrong.returncode == 1
     assert wrong.stderr.count("error: ") == 1 and "Traceback" not in wrong.stderr
+
+
+EVERY_METHOD = """
+import os
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+import tiny
+import torch.distributed as dist
+from detectron2.config import instantiate
+from detectron2.engine import default_argument_parser
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.utils import comm
+from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
+from sharedkd.launch import launch
+from sharedkd.methods import known_methods
+
+METHODS = known_methods(tiny.ROOT / "configs/common/methods")
+
+def main(args):
+    for kind in ("faster_rcnn", "retinanet"):
+        stages = {{}}
+        torch.manual_seed(0)
+        student = tiny.detector(kind)
+        for method in METHODS:
+            if kind in method.stages:
+                for name, stage in instantiate(method.stages[kind]).items():
+                    stages[method.name + "_" + name] = stage
+        model = SharedKD(
+            student=student, stages=stages, input_format="RGB",
+            teacher=FrozenTeacher(tiny.detector(kind, seed=1), "", input_format="RGB"),
+        ).train()
+        # One rank has no object at all.
+        mine = [tiny.record(32, 48, ((4, 4, 24, 24),) if comm.get_rank() == 0 else ())]
+        sgd = torch.optim.SGD(model.parameters(), lr=1e-4)
+        trainer = SharedKDTrainer(
+            create_ddp_model(model, device_ids=None, broadcast_buffers=False),
+            iter(lambda: mine, None), sgd, max_iter=2, clip_grad_norm=1.0,
+        )
+        trainer.train(0, 2)  # DDP refuses a second step after one that left a parameter out
+        assert all(p.grad is not None for p in model.losses.parameters())
+        flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+        other = flat.clone()
+        dist.broadcast(other, 0)
+        assert torch.isfinite(flat).all() and torch.equal(flat, other)
+    if comm.is_main_process():
+        torch.save(len(METHODS), os.environ["OUT"])
+
+if __name__ == "__main__":
+    launch(main, default_argument_parser().parse_args())
+"""
+
+
+def test_every_method_in_two_processes(tmp_path):
+    start = ["SCRIPT", "--num-gpus", "2", "--dist-url", "auto"]
+    count = train_step(tmp_path, "all", start, script=EVERY_METHOD)
+    assert count == len(list((tiny.ROOT / "configs/common/methods").glob("*.py")))

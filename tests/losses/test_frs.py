@@ -205,3 +205,10 @@ def test_pairs_that_cannot_be_bound():
     message = refused(FRS(1, 1), student, {"fpn": teacher["fpn"]})
     assert message.startswith("key.tap=logits:") and "teacher" in message
     assert FRS(1, 1).taps == {"fpn", "logits"} and FRS(1, 1).needs == {"teacher"}
+
+
+@pytest.mark.parametrize("key, value", [("feature", -1.0), ("response", float("nan"))])
+def test_bad_weights(key, value):
+    with pytest.raises(ConfigError) as error:
+        FRS(**{"feature": 1.0, "response": 1.0, key: value})
+    assert str(error.value).startswith(f"{key}={value}: ")

@@ -422,12 +422,12 @@ def test_the_order_of_images_does_not_matter():
 
 def test_relation_ignores_the_scale_and_offset_of_features():
     student, teacher = small(0), small(1)
-    loss = bound(gid(min_size=1.0), student, teacher)
+    loss = bound(gid(), student, teacher)
     before = loss(batch(student, teacher))["relation"].item()
-    for s, x in student["fpn"].items():
-        student["fpn"][s] = 5 * x
-    after = loss(batch(student, teacher))["relation"].item()
-    assert after == pytest.approx(before, rel=1e-9)
+    for scale, offset, dtype, rel in ((5, 0, "double", 1e-9), (1, 300, "float", 1e-3)):
+        other = dict(student, fpn={s: scale * x + offset for s, x in student["fpn"].items()})
+        given = [changed(x, lambda y: getattr(y, dtype)()) for x in (other, teacher)]
+        assert loss(batch(*given))["relation"].item() == pytest.approx(before, rel=rel)
 
 
 def test_what_anchors_on_the_padding_say_does_not_matter():
@@ -482,6 +482,8 @@ BAD_OPTIONS = [
     ("nms", 0),
     ("match", 1.5),
     ("min_size", -1),
+    ("relation", -1.0),
+    ("response_box", float("nan")),
     ("beta", float("nan")),
 ]
 

@@ -4,16 +4,19 @@ from .base import Batch, DistillationLoss, Regions
 from .cross_layer import CrossLayer
 from .cwd import CWD
 from .dkd import DKD, DenseDKD
+from .feature_fusion import FeatureFusion
 from .fgd import FGD
 from .fitnets import FitNets
 from .fkd import FKD
 from .frs import FRS
+from .gan_kd import GanKD
 from .gid import GID
 from .identical_layer import IdenticalLayer
 from .improved_kd import ImprovedKD
 from .mgd import MGD
 from .pkd import PKD
 from .reviewkd import ReviewKD
+from .semckd import SemCKD
 
 __all__ = [
     "CWD",

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ConfigError
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, precise
 from .dense import check_same_head
@@ -39,7 +40,7 @@ class FRS(DistillationLoss):
         model.stages.frs = L(Stage)(loss=L(FRS)(feature=0.005, response=0.02), weight=1.0, ramp=500)
 
     Args:
-        feature, response: the weights of the two parts.
+        feature, response: the weights of the two parts, 0 or more.
         adapter: kernel of the convolution on the student's maps, see
             :func:`~sharedkd.losses.adapter.adapters`.
         strides: see :class:`DistillationLoss`.
@@ -53,6 +54,9 @@ class FRS(DistillationLoss):
         strides: Optional[List[int]] = None,
     ):
         super().__init__("fpn", strides)
+        for name, value in (("feature", feature), ("response", response)):
+            if not value >= 0:
+                raise ConfigError(name, value, "is negative or not a number", "use 0 or more")
         self.feature = feature
         self.response = response
         self.adapter = adapter

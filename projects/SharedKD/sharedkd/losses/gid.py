@@ -62,7 +62,7 @@ class GID(DistillationLoss):
         )
 
     Args:
-        feature, relation, response_class, response_box: the weights of the four terms.
+        feature, relation, response_class, response_box: the weights of the four terms, 0 or more.
         instances: how many of an image are kept.
         candidates: how many of an image go into NMS.
         nms: the IoU above which NMS drops a box.
@@ -98,7 +98,14 @@ class GID(DistillationLoss):
         for key, value in (("nms", nms), ("match", match)):
             if not 0 < value <= 1:
                 raise ConfigError(key, value, "is no IoU", "use a number above 0, 1 at most")
-        for key, value in (("min_size", min_size), ("beta", beta)):
+        for key, value in (
+            ("feature", feature),
+            ("relation", relation),
+            ("response_class", response_class),
+            ("response_box", response_box),
+            ("min_size", min_size),
+            ("beta", beta),
+        ):
             if not value >= 0:
                 raise ConfigError(key, value, "is negative or not a number", "use 0 or more")
         self.feature = feature
@@ -204,9 +211,8 @@ class GID(DistillationLoss):
         scores, anchors = (t - s).abs().topk(min(self.candidates, s.shape[1]))
         found = found.gather(1, anchors.unsqueeze(-1).expand(-1, -1, 4))
         keep = (found[..., 2:] - found[..., :2] > self.min_size).all(-1)
-        found = found.where(
-            keep.unsqueeze(-1), torch.zeros_like(found)
-        )  # so they suppress no other
+        # Zero, what is dropped suppresses no other.
+        found = found.where(keep.unsqueeze(-1), torch.zeros_like(found))
         images = torch.arange(len(found), device=found.device).repeat_interleave(found.shape[1])
         survivors = batched_nms(found.flatten(0, 1), scores.flatten(), images, self.nms)
         keep &= torch.zeros_like(keep).flatten().index_fill(0, survivors, True).view_as(keep)

@@ -1,0 +1,16 @@
+"""GAN-KD for one-stage detectors: the student's maps should pass for the teacher's."""
+
+from detectron2.config import LazyCall as L
+
+from sharedkd import Stage
+from sharedkd.losses import GanKD
+from sharedkd.stages import stage_dict
+
+paper = "GAN-Knowledge Distillation for One-Stage Object Detection, IEEE Access 2020"
+
+# Published: the adversarial loss is added to the detector's losses with weight 1.  The
+# discriminators' weight of 1 is ours: it is their learning rate relative to the student's.
+_stages = L(stage_dict)(gan_kd=L(Stage)(loss=L(GanKD)(discriminator=1.0), weight=1.0))
+
+# Student's family -> what `model.stages` becomes.
+stages = dict(retinanet=_stages, fcos=_stages)

@@ -1,0 +1,6 @@
+"""Table 1 of the publication: FGD, Faster R-CNN R101 -> R50, 2x."""
+
+from ..common.methods.fgd import stages as _stages
+from ..faster_rcnn_sharedkd import dataloader, lr_multiplier, model, optimizer, train
+
+model.stages = _stages["faster_rcnn"]

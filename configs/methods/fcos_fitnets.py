@@ -1,0 +1,6 @@
+"""Table 1 of the publication: FitNets, FCOS R101 -> R50, 2x."""
+
+from ..common.methods.fitnets import stages as _stages
+from ..fcos_sharedkd import dataloader, lr_multiplier, model, optimizer, train
+
+model.stages = _stages["fcos"]

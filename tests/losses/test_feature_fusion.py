@@ -1,0 +1,246 @@
+"""Feature fusion: values by hand, where it starts, what learns from what, and that it learns."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from losses import harness
+
+from sharedkd.errors import ConfigError
+from sharedkd.losses.feature_fusion import FeatureFusion
+
+STRIDES = (8, 16)
+BOXES = [
+    [[3, 5, 40, 30], [20, 20, 90, 60], [4, 4, 4.5, 60]],  # overlapping, and one that is thin
+    [[-20, -9, 13, 12], [60, 50, 300, 200], [200, 200, 260, 240]],  # across and beyond the border
+]
+
+
+def pair(strides=STRIDES, ours=3, theirs=3, **options):
+    student = {"fpn": harness.maps(strides, ours, seed=1, **options)}
+    return student, {"fpn": harness.maps(strides, theirs, seed=2, **options)}
+
+
+def kd(**options):
+    return FeatureFusion(**{"fit": 0.7, "feature": 1.3, "response": 0.4, **options})
+
+
+def bound(loss, student, teacher, moved=True):
+    """Bound; the fusion moved off its start, where the student has no part in it."""
+    harness.bound(loss, student, teacher)
+    if moved:
+        with torch.no_grad():
+            for p in loss.fusions.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+    return loss
+
+
+# --- reference: python loops over numpy arrays ---------------------------------------------------
+
+
+def numbers(module):
+    return {k: p.detach().double().numpy() for k, p in module.named_parameters()}
+
+
+def linear(p, x):
+    if not p:
+        return x
+    return np.einsum("oi,i->o", p["weight"][:, :, 0, 0], x) + p["bias"]
+
+
+def by_hand(loss, student, teacher, boxes, sizes):
+    terms = {}
+    for stride in loss.strides:
+        fusion, classifier, adapter = (
+            numbers(m[str(stride)]) for m in (loss.fusions, loss.classifiers, loss.adapters)
+        )
+        s, t = (x["fpn"][stride].double().numpy() for x in (student, teacher))
+        fits, features, responses = [], [], []
+        for b in range(len(s)):
+            for r in range(min(s.shape[2], math.ceil(sizes[b][0] / stride))):
+                for c in range(min(s.shape[3], math.ceil(sizes[b][1] / stride))):
+                    x, y = (c + 0.5) * stride, (r + 0.5) * stride
+                    is_object = any(x1 <= x < x2 and y1 <= y < y2 for x1, y1, x2, y2 in boxes[b])
+                    fused = linear(fusion, np.concatenate([s[b, :, r, c], t[b, :, r, c]]))
+                    adapted = linear(adapter, s[b, :, r, c])
+                    p = 1 / (1 + math.exp(-linear(classifier, fused)[0]))
+                    q = 1 / (1 + math.exp(-linear(classifier, adapted)[0]))
+                    fits.append(-math.log(p) if is_object else -math.log(1 - p))
+                    features.extend((adapted - fused) ** 2)
+                    responses.append(-p * math.log(q) - (1 - p) * math.log(1 - q))
+        terms[f"s{stride}_fit"] = loss.fit * np.mean(fits)
+        terms[f"s{stride}_feature"] = loss.feature * np.mean(features)
+        terms[f"s{stride}_response"] = loss.response * np.mean(responses)
+    return terms
+
+
+def check(loss, student, teacher, boxes, sizes=None, padded=(64, 96)):
+    sizes = [padded] * len(boxes) if sizes is None else sizes
+    terms = loss(harness.batch(student, teacher, boxes, sizes, padded))
+    expected = by_hand(loss, student, teacher, boxes, sizes)
+    assert set(terms) == set(expected)
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value, rel=1e-9), name
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "boxes", [BOXES, [[], BOXES[1]], [[], []]], ids=["both", "one image without", "none"]
+)
+@pytest.mark.parametrize("sizes", [None, [(64, 40), (33, 96)]], ids=["whole", "padded"])
+def test_value(boxes, sizes):
+    student, teacher = pair()
+    check(bound(kd(), student, teacher), student, teacher, boxes, sizes)
+
+
+@pytest.mark.parametrize(
+    "maps",
+    [
+        {"ours": {8: 2, 16: 4}, "theirs": {8: 5, 16: 4}},
+        {"images": 1, "padded": (40, 24)},
+        {"strides": (128,), "padded": (64, 96)},  # one position
+        {"fill": 0.0},
+        {"fill": 2.5},
+    ],
+)
+@pytest.mark.parametrize("adapter", [None, 1])
+def test_value_on_other_maps(maps, adapter):
+    student, teacher = pair(**maps)
+    loss = bound(kd(adapter=adapter), student, teacher)
+    check(
+        loss, student, teacher, BOXES[: maps.get("images", 2)], padded=maps.get("padded", (64, 96))
+    )
+
+
+def test_at_first_the_feature_term_is_that_of_fitnets():
+    student, teacher = pair()
+    loss = bound(kd(feature=1.0, response=0.0), student, teacher, moved=False)
+    terms = loss(harness.batch(student, teacher, BOXES))
+    for stride in STRIDES:
+        mse = (student["fpn"][stride] - teacher["fpn"][stride]).square().mean()
+        assert terms[f"s{stride}_feature"].item() == pytest.approx(mse.item(), rel=1e-12)
+        assert terms[f"s{stride}_response"].item() == 0
+    for stride in STRIDES:
+        both = torch.cat([student["fpn"][stride], teacher["fpn"][stride]], 1)
+        assert torch.equal(loss.fusions[str(stride)](both), teacher["fpn"][stride])
+
+
+def test_padding_does_not_count():
+    sizes = [(64, 40), (33, 96)]
+    student, teacher = pair()
+    loss = bound(kd(), student, teacher)
+    clean = loss(harness.batch(student, teacher, BOXES, sizes))
+    for levels in (student, teacher):
+        for stride, x in levels["fpn"].items():
+            for b, (h, w) in enumerate(sizes):
+                x[b, :, math.ceil(h / stride) :] = 30.0
+                x[b, :, :, math.ceil(w / stride) :] = -30.0
+    other = loss(harness.batch(student, teacher, BOXES, sizes))
+    for name in clean:
+        assert other[name].item() == pytest.approx(clean[name].item(), rel=1e-12)
+
+
+# --- who learns ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "term, expected",
+    [
+        ("fit", {"fusion", "classifier"}),
+        ("feature", {"student", "adapter"}),
+        ("response", {"student", "adapter"}),
+    ],
+)
+def test_who_learns_from_which_term(term, expected):
+    student, teacher = pair((8,), 2, 3)
+    loss = bound(kd(), student, teacher)
+    student, teacher = harness.leaves(student), harness.leaves(teacher)
+    loss(harness.batch(student, teacher, BOXES))[f"s8_{term}"].backward()
+    found = {
+        "student": [student["fpn"][8]],
+        "teacher": [teacher["fpn"][8]],
+        "adapter": loss.adapters["8"].parameters(),
+        "fusion": loss.fusions["8"].parameters(),
+        "classifier": loss.classifiers["8"].parameters(),
+    }
+    learns = {
+        name
+        for name, tensors in found.items()
+        if any(x.grad is not None and bool(x.grad.any()) for x in tensors)
+    }
+    assert learns == expected
+
+
+def test_gradients():
+    student, teacher = pair((16,), 2, 3, padded=(32, 48))
+    loss = bound(kd(), student, teacher)
+    options = dict(boxes=BOXES, sizes=[(32, 48), (17, 30)])
+    harness.check_who_learns(loss, student, teacher, **options)
+    harness.check_who_learns(loss, student, teacher)  # no boxes at all
+
+    def taught(s):  # without the fit: its student is detached on purpose, as the targets are
+        terms = loss(harness.batch({"fpn": {16: s}}, teacher, **options))
+        return terms["s16_feature"] + terms["s16_response"]
+
+    # Targets follow the student where gradcheck moves it; with the fusion's share of the student at
+    # zero they stand still, and numeric and analytic gradients have to agree.
+    with torch.no_grad():
+        loss.fusions["16"].weight[:, :2].zero_()
+    assert torch.autograd.gradcheck(taught, [student["fpn"][16].clone().requires_grad_()])
+
+
+def test_the_fusion_learns_to_find_objects():
+    student, teacher = pair((8,))
+    loss = bound(kd(fit=1.0), student, teacher, moved=False)
+    batch = harness.batch(student, teacher, BOXES)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.5)
+    values = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        terms = loss(batch)
+        values.append(terms["s8_fit"].item())
+        harness.total(terms).backward()
+        optimizer.step()
+    assert all(b < a for a, b in zip(values, values[1:]))
+    assert (loss.fusions["8"].weight[:, :3] != 0).any()  # the student's channels take part
+
+
+# --- parameters, precision, options --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ours, theirs, adapter", [(256, 256, 0), (3, 5, 15 + 5)])
+def test_parameters(ours, theirs, adapter):
+    loss = kd()
+    loss.bind({"fpn": {8: ours}}, {"fpn": {8: theirs}}, "key")
+    each = (ours + theirs) * theirs + theirs + theirs + 1
+    assert harness.parameters(loss) == each + adapter
+    if ours == 256:
+        assert each == 131_585
+
+
+def test_precision():
+    student, teacher = pair()
+    exact = bound(kd(), student, teacher)(harness.batch(student, teacher, BOXES))
+    for dtype, rel in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        low = [{"fpn": {k: v.to(dtype) for k, v in x["fpn"].items()}} for x in (student, teacher)]
+        loss = bound(kd(), student, teacher).float()
+        for name, term in loss(harness.batch(*low, BOXES)).items():
+            assert term.dtype == torch.float32
+            assert term.item() == pytest.approx(exact[name].item(), rel=rel)
+
+
+@pytest.mark.parametrize("options", [{"fit": 0.0}, {"feature": -1.0}, {"response": -0.5}])
+def test_bad_options(options):
+    key, value = next(iter(options.items()))
+    with pytest.raises(ConfigError, match=f"^{key}={value}: "):
+        kd(**options)
+
+
+def test_bad_binds():
+    with pytest.raises(ConfigError, match="^key.adapter=0: "):
+        kd(adapter=0).bind({"fpn": {8: 4}}, {"fpn": {8: 5}}, "key")
+    with pytest.raises(ConfigError, match="^key=FeatureFusion: needs a teacher"):
+        kd().bind({"fpn": {8: 4}}, None, "key")

@@ -1,0 +1,248 @@
+"""Recipes of methods: each trains each family it claims, any two stack, and names mean what they say."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
+
+from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
+from sharedkd.methods import FAMILIES, Method, family, known_methods, with_method
+
+FOLDER = tiny.ROOT / "configs/common/methods"
+METHODS = {method.name: method for method in known_methods(FOLDER)}
+CLAIMS = [(name, kind) for name, method in METHODS.items() for kind in method.stages]
+PUBLISHED = {
+    "fitnets",
+    "fitnets_plain",
+    "fkd",
+    "gid",
+    "frs",
+    "fgd",
+    "mgd",
+    "semckd",
+    "cwd",
+    "pkd",
+    "reviewkd",
+    "dkd",
+    "improved_kd",
+    "gan_kd",
+    "feature_fusion",
+    "self_distillation",
+    "shared_kd",
+    "shared_kd_published",
+}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """family -> (student, teacher), built once."""
+    built = {}
+
+    def get(kind):
+        if kind not in built:
+            teacher = FrozenTeacher(tiny.detector(kind, seed=1), weights="", input_format="RGB")
+            built[kind] = tiny.detector(kind), teacher
+        return built[kind]
+
+    return get
+
+
+def records(ground_truth="full"):
+    boxes = [(4, 4, 24, 24), (12, 8, 44, 30)]
+    first = () if ground_truth == "empty" else boxes
+    return [tiny.record(32, 48, first, seed=1), tiny.record(32, 40, (), seed=2)]
+
+
+def step(student, teacher, stages, batch):
+    torch.manual_seed(0)
+    model = SharedKD(student=student, teacher=teacher, stages=stages, input_format="RGB").train()
+    model.zero_grad()
+    with EventStorage(0):
+        losses = model(batch)
+    assert all(torch.isfinite(x) for x in losses.values()), losses
+    sum(losses.values()).backward()
+    return model, losses
+
+
+def test_the_list_is_complete():
+    assert set(METHODS) == PUBLISHED
+    one_stage = {"gan_kd"}
+    for name, method in METHODS.items():
+        expected = {"retinanet", "fcos"} if name in one_stage else set(FAMILIES)
+        assert set(method.stages) == expected, name
+
+
+@pytest.mark.parametrize("name, kind", CLAIMS)
+def test_a_recipe_trains_a_step_of_each_family_it_claims(name, kind, pairs):
+    student, teacher = pairs(kind)
+    before = teacher.fingerprint
+    for ground_truth in ("full", "empty"):
+        stages = instantiate(METHODS[name].stages[kind])
+        model, losses = step(student, teacher, stages, records(ground_truth))
+        found = {k.split("/")[1] for k in losses if k.startswith("distill/")}
+        assert found == set(stages)
+        for p in model.losses.parameters():  # DDP waits for all of them
+            assert p.grad is not None and torch.isfinite(p.grad).all()
+    del teacher.fingerprint  # it is cached
+    assert teacher.fingerprint == before
+    assert all(p.grad is None for p in teacher.model.parameters())
+
+
+@pytest.mark.parametrize("name, kind", [c for c in CLAIMS if c[1] in ("faster_rcnn", "retinanet")])
+def test_a_recipe_trains_under_autocast(name, kind):
+    student = tiny.detector(kind)
+    teacher = FrozenTeacher(tiny.detector(kind, seed=1), weights="", input_format="RGB")
+    stages = instantiate(METHODS[name].stages[kind])
+    model = SharedKD(student=student, teacher=teacher, stages=stages, input_format="RGB").train()
+    before = [p.detach().clone() for p in model.losses.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = dict(max_iter=1, amp_dtype=torch.bfloat16, clip_grad_norm=10.0)
+    loader = iter(tiny.batch, None)
+    SharedKDTrainer(model, loader, optimizer, **options).train(0, 1)
+    after = list(model.losses.parameters())
+    assert all(torch.isfinite(p).all() for p in (*after, *student.parameters()))
+    assert not after or any(not torch.equal(a, b) for a, b in zip(after, before))
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_any_two_methods_stack(kind, pairs):
+    student, teacher = pairs(kind)
+    batch = records()
+    cfg = OmegaConf.create(
+        {"model": {"student": tiny.node(kind), "stages": None}}, flags={"allow_objects": True}
+    )
+    names = [name for name, method in METHODS.items() if kind in method.stages]
+    for a, b in itertools.combinations(names, 2):
+        stages = instantiate(with_method(cfg, f"{a}+{b}", FOLDER).model.stages)
+        assert len(stages) == sum(len(METHODS[n].stages[kind]) - 1 for n in (a, b)), (a, b)
+        _, losses = step(student, teacher, stages, batch)
+        assert {k.split("/")[1] for k in losses if k.startswith("distill/")} == set(stages), (a, b)
+
+
+def test_stacked_terms_are_those_of_each_alone(pairs):
+    student, teacher = pairs("retinanet")
+    batch = records()
+    alone = {}
+    for name in ("frs", "fgd"):
+        stages = instantiate(METHODS[name].stages["retinanet"])
+        alone.update(step(student, teacher, stages, batch)[1])
+    both = {**instantiate(METHODS["frs"].stages["retinanet"])}
+    torch.manual_seed(0)
+    both.update(instantiate(METHODS["fgd"].stages["retinanet"]))
+    _, losses = step(student, teacher, both, batch)
+    for name in (
+        k for k in alone if k.startswith("distill/fgd")
+    ):  # FGD's start has no chance in it
+        if not name.endswith("_global"):
+            assert torch.allclose(losses[name], alone[name], rtol=1e-4), name
+
+
+@pytest.mark.parametrize("name, kind", CLAIMS)
+def test_a_recipe_binds_to_the_published_pair(name, kind):
+    assert METHODS[name].parameters(kind) >= 0
+
+
+@pytest.mark.parametrize(
+    "name, kind, count",
+    [  # at 256 channels, by hand: see the docstrings of the losses
+        ("fitnets", "retinanet", 5 * (256 * 256 + 256)),
+        ("fitnets_plain", "retinanet", 0),
+        ("frs", "faster_rcnn", 5 * (9 * 256 * 256 + 256)),
+        ("fgd", "faster_rcnn", 4 * 132_866),
+        ("mgd", "retinanet", 5 * 1_180_160),
+        ("cwd", "retinanet", 0),
+        ("pkd", "faster_rcnn", 0),
+        ("dkd", "faster_rcnn", 0),
+        ("reviewkd", "retinanet", 3_286_024),
+        ("shared_kd", "faster_rcnn", 0),
+        ("self_distillation", "fcos", 0),
+    ],
+)
+def test_parameters(name, kind, count):
+    assert METHODS[name].parameters(kind) == count
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_family(kind):
+    node = OmegaConf.create(tiny.node(kind), flags={"allow_objects": True})
+    assert family(node) == kind
+
+
+def test_unknown_family():
+    with pytest.raises(ConfigError, match="not of a family"):
+        family(OmegaConf.create({"_target_": "torch.nn.Linear"}))
+
+
+def pair_config():
+    return tiny.config("retinanet_sharedkd.py")
+
+
+def test_none_is_the_plain_student():
+    cfg = pair_config()
+    assert with_method(cfg, "none", FOLDER).model == cfg.model.student
+    plain = tiny.config("retinanet_plain.py")
+    assert with_method(plain, "none", FOLDER).model == plain.model
+
+
+def test_config_keeps_its_own_stages():
+    cfg = pair_config()
+    cfg.model.stages.identical.weight = 7
+    assert with_method(cfg, "config", FOLDER).model.stages == cfg.model.stages
+
+
+def test_a_factor_multiplies_the_weights():
+    stages = with_method(pair_config(), "pkd:0.5+shared_kd:3", FOLDER).model.stages
+    assert {k: v.weight for k, v in stages.items() if k != "_target_"} == {
+        "pkd": 5.0,
+        "identical": 6.0,
+        "cross": pytest.approx(0.3),
+    }
+    assert with_method(pair_config(), "pkd", FOLDER).model.stages.pkd.weight == 10.0
+
+
+def test_stages_of_one_name_are_both_kept():
+    stages = with_method(pair_config(), "shared_kd+self_distillation", FOLDER).model.stages
+    assert set(stages) - {"_target_"} == {"identical", "cross", "self_distillation_cross"}
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text((FOLDER / "cwd.py").read_text())
+    assert "cwd" in with_method(pair_config(), str(path), FOLDER).model.stages
+
+
+@pytest.mark.parametrize(
+    "config, name, words",
+    [
+        ("retinanet_sharedkd.py", "nonsense", "no such method"),
+        ("retinanet_sharedkd.py", "pkd:many", "is no number"),
+        ("faster_rcnn_sharedkd.py", "gan_kd", "defined for retinanet, fcos"),
+        ("retinanet_plain.py", "pkd", "plain detector"),
+    ],
+)
+def test_names_that_mean_nothing(config, name, words):
+    with pytest.raises(ConfigError, match=words):
+        with_method(tiny.config(config), name, FOLDER)
+
+
+def test_a_file_that_is_no_recipe(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("paper = 1\n")
+    with pytest.raises(ConfigError, match="cannot be read as a recipe"):
+        Method.load(path)
+
+
+def test_list_prints_a_line_per_method():
+    tool = str(tiny.ROOT / "tools/compare_methods.py")
+    done = subprocess.run([sys.executable, tool, "--list"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(PUBLISHED)
+    row = next(line for line in lines if line.startswith("reviewkd "))
+    assert "CVPR 2021" in row and "retinanet 3.29 M" in row
