@@ -31,8 +31,7 @@ data.update(
 )
 dataloader.train.total_batch_size = 8
 model = tiny_mask_rcnn(depth=18, num_classes="${data.num_classes}")
-# From random weights it learns faster than SGD.
-optimizer = L(torch.optim.AdamW)(params=optimizer.params, lr=1e-3, weight_decay=0.01)
+optimizer.lr = 1e-3  # from random weights
 train.update(max_iter=200, eval_period=0, output_dir=str(_root / "output/demo/plain"))
 # bfloat16 pays on CPUs that have it in hardware; torch has no public way to ask.
 _has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
