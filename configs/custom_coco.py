@@ -2,10 +2,7 @@
 
 from sharedkd.config import distill
 
+from .common.own_data import trained_teacher as _teacher
 from .custom_coco_plain import data, dataloader, lr_multiplier, model, optimizer, train
 
-model = distill(
-    student=model,
-    teacher="output/teacher/config.yaml",
-    weights="output/teacher/model_final.pth",
-)
+model = distill(student=model, **_teacher)

@@ -8,8 +8,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 @pytest.fixture
 def sharedkd_log(caplog):
-    """What the package logs, also after a run has set up loggers that do not propagate."""
-    logger = logging.getLogger("detectron2.sharedkd")
+    """What the package and Detectron2 log, also after a run has set up loggers that do not propagate."""
+    logger = logging.getLogger("detectron2")
     level = logger.level
     logger.addHandler(caplog.handler)
     logger.setLevel(logging.INFO)

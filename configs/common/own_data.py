@@ -24,6 +24,11 @@ data = dict(
     max_size=480,
 )
 
+# Where the command of custom_coco_teacher.py in docs/own_data.md puts the teacher.
+trained_teacher = dict(
+    teacher="output/teacher/config.yaml", weights="output/teacher/model_final.pth"
+)
+
 dataloader = dict(
     train=L(build_train_loader)(
         dataset=L(get_detection_dataset_dicts)(names="${data.name}_train", filter_empty=False),

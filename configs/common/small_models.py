@@ -14,8 +14,8 @@ FPN_WIDTH = 128
 ANCHORS = [16, 32, 64, 128, 256]
 
 
-def _small_backbone(model, depth):
-    model.backbone.out_channels = FPN_WIDTH
+def _small_backbone(model, depth, width=FPN_WIDTH):
+    model.backbone.out_channels = width
     bottom_up = model.backbone.bottom_up
     bottom_up.freeze_at = 0
     bottom_up.stem.norm = "BN"
@@ -26,45 +26,39 @@ def _small_backbone(model, depth):
         bottom_up.stages.stride_in_1x1 = False
 
 
-def small_mask_rcnn(depth, num_classes):
-    """Mask R-CNN with a ResNet of the given depth."""
+def small_mask_rcnn(depth, num_classes, width=FPN_WIDTH):
+    """Mask R-CNN with a ResNet of the given depth and an FPN of the given width."""
     model = get_config("common/models/mask_rcnn_fpn.py").model
     model.update(IMAGENET_RGB)
-    _small_backbone(model, depth)
-    model.proposal_generator.head.in_channels = FPN_WIDTH
+    _small_backbone(model, depth, width)
+    model.proposal_generator.head.in_channels = width
     model.proposal_generator.anchor_generator.sizes = [[s] for s in ANCHORS]
     model.proposal_generator.update(pre_nms_topk=(500, 300), post_nms_topk=(300, 200))
     heads = model.roi_heads
     heads.update(num_classes=num_classes, batch_size_per_image=64)
     heads.box_pooler.sampling_ratio = heads.mask_pooler.sampling_ratio = 2
     heads.box_head.update(
-        input_shape=ShapeSpec(channels=FPN_WIDTH, height=7, width=7), fc_dims=[256, 256]
+        input_shape=ShapeSpec(channels=width, height=7, width=7), fc_dims=[256, 256]
     )
     heads.box_predictor.input_shape = ShapeSpec(channels=256)
     heads.mask_head.update(
-        input_shape=ShapeSpec(channels=FPN_WIDTH, height=14, width=14), conv_dims=[128, 128, 128]
+        input_shape=ShapeSpec(channels=width, height=14, width=14), conv_dims=[128, 128, 128]
     )
     return model
 
 
 def tiny_mask_rcnn(depth, num_classes, width=64):
     """Mask R-CNN for images of about 100 pixels that learns within minutes from random weights."""
-    model = small_mask_rcnn(depth, num_classes)
-    model.backbone.update(out_channels=width, norm="BN")
-    model.proposal_generator.head.in_channels = width
+    model = small_mask_rcnn(depth, num_classes, width)
+    model.backbone.norm = "BN"
     heads = model.roi_heads
     heads.batch_size_per_image = 32
     # Anchors are half as large as Detectron2's, so the sizes that share a level are, too.
     # RoIAlign on the CPU costs a backbone's time with more than one sample a cell.
     for pooler in (heads.box_pooler, heads.mask_pooler):
         pooler.update(canonical_box_size=112, sampling_ratio=1)
-    heads.box_head.input_shape = ShapeSpec(channels=width, height=7, width=7)
     heads.box_predictor.cls_agnostic_bbox_reg = True
-    heads.mask_head.update(
-        input_shape=ShapeSpec(channels=width, height=14, width=14),
-        conv_dims=[width, width],
-        num_classes=1,  # one mask, whatever the class
-    )
+    heads.mask_head.update(conv_dims=[width, width], num_classes=1)  # whatever the class
     return model
 
 

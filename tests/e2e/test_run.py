@@ -221,14 +221,14 @@ def test_fast_dev_run(train, monkeypatch):
     assert evaluated == [3]
 
 
-def test_the_teacher_is_evaluated_first(train, caplog):
+def test_the_teacher_is_evaluated_first(train, sharedkd_log):
     train(
         "custom_coco_mask.py",
         "train.max_iter=1",
         "train.eval_teacher=True",
         "train.inherit=[neck,head]",
     )
-    text = caplog.text
+    text = sharedkd_log.text
     assert text.index("The teacher's results") < text.index("Starting training from iteration 0")
     assert "inherits" in text
 
@@ -282,6 +282,15 @@ class CountingEvaluator(DatasetEvaluator):
 
     def evaluate(self):
         return {self.name: {"images": self.images, "objects": self.objects}}
+
+
+@pytest.mark.parametrize("config", ["custom_coco_plain.py", "custom_coco_retinanet_plain.py"])
+def test_a_plain_detector_is_trained_and_recorded(train, config):
+    output, results = train(config, "train.max_iter=2")
+    record = json.loads((output / "run.json").read_text())
+    assert record["iterations"] == 2 and record["parameters"]["losses"] == 0
+    assert record["results"]["bbox"].keys() == results["bbox"].keys()
+    assert record["peak_memory_mb"] > 100 and record["processes"] == 1
 
 
 def test_any_evaluator_or_several(workspace, tmp_path):

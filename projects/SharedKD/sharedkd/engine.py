@@ -280,14 +280,16 @@ def _has_run(output_dir: str) -> bool:
 
 def _check_output(output_dir: str, resume: bool) -> None:
     weights = glob.glob(os.path.join(glob.escape(output_dir), "*.pth"))
-    if weights and not _has_run(output_dir):
+    if not _has_run(output_dir):
+        if not weights:
+            return
         raise ConfigError(
             "train.output_dir",
             output_dir,
             f"holds {os.path.basename(weights[0])} of a run that cannot be resumed",
             "choose another folder",
         )
-    if not resume and _has_run(output_dir):
+    if not resume:
         raise ConfigError(
             "train.output_dir",
             output_dir,

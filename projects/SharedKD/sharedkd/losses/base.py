@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
-__all__ = ["TAPS", "Shapes", "Maps", "Regions", "Batch", "DistillationLoss", "precise"]
+__all__ = [
+    "TAPS",
+    "Shapes",
+    "Maps",
+    "Regions",
+    "Batch",
+    "DistillationLoss",
+    "check_weights",
+    "precise",
+]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
@@ -83,6 +92,15 @@ class Batch:
         rows = torch.arange(height, device=x.device).view(1, -1, 1) < h
         columns = torch.arange(width, device=x.device).view(1, 1, -1) < w
         return (rows & columns).unsqueeze(1)
+
+
+def check_weights(**weights: float) -> None:
+    """Raises:
+    ConfigError: a weight between a loss's terms is negative or not a number.
+    """
+    for name, value in weights.items():
+        if not value >= 0:
+            raise ConfigError(name, value, "is negative or not a number", "use 0 or more")
 
 
 def precise(x: Tensor) -> Tensor:

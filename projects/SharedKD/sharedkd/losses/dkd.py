@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import Batch, DistillationLoss, Shapes, precise
+from .base import Batch, DistillationLoss, Shapes, check_weights, precise
+from .dense import check_same_head
 
 __all__ = ["DKD", "DenseDKD", "bernoulli_kl", "decoupled_kl"]
 
@@ -52,12 +53,6 @@ def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tuple[Tens
     return bernoulli_kl(s, t).squeeze(1), (log_t.exp() * (log_t - log_s)).sum(1)
 
 
-def _check(**numbers: float) -> None:
-    for key, value in numbers.items():
-        if not value >= 0:
-            raise ConfigError(key, value, "is negative or not a number", "use 0 or more")
-
-
 class DKD(DistillationLoss):
     """Class logits of the student's sampled proposals, split into target and non-target classes.
 
@@ -88,7 +83,7 @@ class DKD(DistillationLoss):
 
     def __init__(self, alpha: float, beta: float, temperature: float = 1.0):
         super().__init__()
-        _check(alpha=alpha, beta=beta)
+        check_weights(alpha=alpha, beta=beta)
         if not temperature > 0:
             raise ConfigError("temperature", temperature, "is not above 0", "use 1 or more")
         self.alpha = alpha
@@ -152,7 +147,7 @@ class DenseDKD(DistillationLoss):
         self, alpha: float, beta: float, gamma: float = 2.0, strides: Optional[List[int]] = None
     ):
         super().__init__("logits", strides)
-        _check(alpha=alpha, beta=beta)
+        check_weights(alpha=alpha, beta=beta)
         if not (gamma == 0 or gamma >= 1):
             raise ConfigError("gamma", gamma, "is neither 0 nor 1 or more", "use 0, 1 or 2")
         self.alpha = alpha
@@ -161,16 +156,7 @@ class DenseDKD(DistillationLoss):
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
         super().bind(student, teacher, key)
-        for stride in self.strides:
-            ours, theirs = student[self.tap][stride], teacher[self.tap][stride]
-            if ours != theirs:
-                raise ConfigError(
-                    key,
-                    type(self).__name__,
-                    f"the student's logits of stride {stride} have {ours} channels (anchors times "
-                    f"classes), the teacher's {theirs}",
-                    "use a teacher with the same anchors and classes",
-                )
+        check_same_head(student, teacher, self.tap, self.strides, key, type(self).__name__)
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         first = self.strides[0]

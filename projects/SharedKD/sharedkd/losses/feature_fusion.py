@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import ConfigError
 from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes
+from .base import Batch, DistillationLoss, Shapes, check_weights
 
 __all__ = ["FeatureFusion"]
 
@@ -70,9 +70,7 @@ class FeatureFusion(DistillationLoss):
         super().__init__(tap, strides)
         if not fit > 0:
             raise ConfigError("fit", fit, "would leave the fusion untrained", "use a value above 0")
-        for name, value in (("feature", feature), ("response", response)):
-            if not value >= 0:
-                raise ConfigError(name, value, "is negative or not a number", "use 0 or more")
+        check_weights(feature=feature, response=response)
         self.fit = fit
         self.feature = feature
         self.response = response

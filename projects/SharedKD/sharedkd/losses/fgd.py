@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import ConfigError
 from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes
+from .base import Batch, DistillationLoss, Shapes, check_weights
 
 __all__ = ["FGD", "GlobalContext", "foreground"]
 
@@ -138,9 +138,7 @@ class FGD(DistillationLoss):
         self.weights = dict(
             foreground=foreground, background=background, attention=attention, global_=global_
         )
-        for name, value in self.weights.items():
-            if not value >= 0:
-                raise ConfigError(name, value, "is negative or not a number", "use 0 or more")
+        check_weights(**self.weights)
         if not temperature > 0:
             raise ConfigError("temperature", temperature, "is not positive", "use 0.5 or so")
         self.temperature = temperature

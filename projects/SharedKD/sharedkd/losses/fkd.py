@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes
+from .base import Batch, DistillationLoss, Shapes, check_weights
 
 __all__ = ["FKD", "NonLocal"]
 
@@ -116,9 +116,7 @@ class FKD(DistillationLoss):
     ):
         super().__init__(tap, strides)
         self.weights = dict(feature=feature, channel=channel, spatial=spatial, nonlocal_=nonlocal_)
-        for name, value in self.weights.items():
-            if not value >= 0:
-                raise ConfigError(name, value, "is negative or not a number", "use 0 or more")
+        check_weights(**self.weights)
         if not temperature > 0:
             raise ConfigError("temperature", temperature, "is not positive", "use 0.5 or so")
         for name, values in (("pool", pool), ("reduction", reduction)):

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError
 from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes, precise
+from .base import Batch, DistillationLoss, Shapes, check_weights, precise
 from .dense import check_same_head
 
 __all__ = ["FRS"]
@@ -54,9 +53,7 @@ class FRS(DistillationLoss):
         strides: Optional[List[int]] = None,
     ):
         super().__init__("fpn", strides)
-        for name, value in (("feature", feature), ("response", response)):
-            if not value >= 0:
-                raise ConfigError(name, value, "is negative or not a number", "use 0 or more")
+        check_weights(feature=feature, response=response)
         self.feature = feature
         self.response = response
         self.adapter = adapter

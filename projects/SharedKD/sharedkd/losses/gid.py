@@ -11,7 +11,7 @@ from torchvision.ops import batched_nms, box_iou
 
 from ..errors import ConfigError
 from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes, precise
+from .base import Batch, DistillationLoss, Shapes, check_weights, precise
 from .dense import check_same_head
 
 __all__ = ["GID"]
@@ -98,16 +98,13 @@ class GID(DistillationLoss):
         for key, value in (("nms", nms), ("match", match)):
             if not 0 < value <= 1:
                 raise ConfigError(key, value, "is no IoU", "use a number above 0, 1 at most")
-        for key, value in (
-            ("feature", feature),
-            ("relation", relation),
-            ("response_class", response_class),
-            ("response_box", response_box),
-            ("min_size", min_size),
-            ("beta", beta),
-        ):
-            if not value >= 0:
-                raise ConfigError(key, value, "is negative or not a number", "use 0 or more")
+        check_weights(
+            feature=feature,
+            relation=relation,
+            response_class=response_class,
+            response_box=response_box,
+        )
+        check_weights(min_size=min_size, beta=beta)
         self.feature = feature
         self.relation = relation
         self.response_class = response_class

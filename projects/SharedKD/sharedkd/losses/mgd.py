@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes
+from .base import Batch, DistillationLoss, Shapes, check_weights
 
 __all__ = ["MGD"]
 
@@ -54,8 +54,7 @@ class MGD(DistillationLoss):
         ignore_padding: bool = False,
     ):
         super().__init__(tap, strides)
-        if not alpha >= 0:
-            raise ConfigError("alpha", alpha, "is negative or not a number", "use 0 or more")
+        check_weights(alpha=alpha)
         if not 0 <= masked <= 1:
             raise ConfigError("masked", masked, "is no share", "use a number from 0 to 1")
         self.alpha = alpha
