@@ -1,5 +1,7 @@
 """Every shipped config can be built and trains a step, at reduced input size and without weights."""
 
+import re
+
 import pytest
 import tiny
 import torch
@@ -84,6 +86,25 @@ def test_distilled_and_plain_differ_by_the_distillation_alone(distilled, tmp_pat
 def test_ablations_are_a_few_lines(name):
     lines = (tiny.ROOT / "configs" / name).read_text().splitlines()
     assert len(lines) <= 8
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n.startswith("methods/")])
+def test_a_row_is_its_pair_with_another_recipe(name, tmp_path):
+    pair = next(p for p in ("faster_rcnn", "mask_rcnn_cascade", "retinanet", "fcos") if p in name)
+    method = name[len(f"methods/{pair}_") : -len(".py")]
+    ours, theirs = tiny.config(name), tiny.config(f"{pair}_sharedkd.py")
+    assert text(ours, tmp_path / "a.yaml") != text(theirs, tmp_path / "b.yaml")
+    recipe = tiny.config(f"common/methods/{method}.py")
+    assert ours.model.stages == recipe.stages[pair.replace("_cascade", "")]
+    ours.model.stages = theirs.model.stages
+    assert text(ours, tmp_path / "a.yaml") == text(theirs, tmp_path / "b.yaml")
+    assert len((tiny.ROOT / "configs" / name).read_text().splitlines()) <= 8
+
+
+def test_every_published_row_has_its_config():
+    rows = set(re.findall(r"`([\w/]+\.py)`", (tiny.ROOT / "docs/reproduce.md").read_text()))
+    assert rows <= set(CONFIGS)
+    assert {n for n in CONFIGS if n.startswith(("methods/", "ablations/"))} <= rows
 
 
 def test_published_weights_of_the_ablations():

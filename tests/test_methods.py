@@ -245,4 +245,4 @@ def test_list_prints_a_line_per_method():
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == sorted(PUBLISHED)
     row = next(line for line in lines if line.startswith("reviewkd "))
-    assert "CVPR 2021" in row and "retinanet 3.29 M" in row
+    assert "CVPR 2021" in row and "retinanet, fcos: 3.29 M" in row

@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 # Before PyTorch is loaded, see lazyconfig_train_net.py.
@@ -30,9 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def list_methods() -> None:
+    """Name, paper, families, and the parameters of the losses for the published pairs of a family."""
     for method in known_methods(ROOT / "configs/common/methods"):
-        counts = ", ".join(f"{f} {method.parameters(f) / 1e6:.2f} M" for f in method.stages)
-        print(f"{method.name:20} {method.paper}; parameters: {counts}")
+        counts = defaultdict(list)
+        for family in method.stages:
+            counts[method.parameters(family)].append(family)
+        sizes = "; ".join(f"{', '.join(f)}: {n / 1e6:.2f} M" for n, f in counts.items())
+        print(f"{method.name:20} {method.paper} ({sizes})")
 
 
 def names(text: str):

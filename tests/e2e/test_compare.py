@@ -125,7 +125,8 @@ def test_what_is_finished_is_kept_and_more_is_added(finished, overrides, capsys)
     assert capsys.readouterr().out.count("finished before, kept") == 6
     assert weights(output) == before
     for method in METHODS[:3]:
-        assert arm(again, method, 1)["results"] == arm(record, method, 1)["results"]
+        now, then = (arm(x, method, 1)["results"]["bbox"] for x in (again, record))
+        assert now["AP"] == then["AP"] and now.keys() == then.keys()
 
 
 def test_the_command_of_an_arm_can_be_run_by_itself(finished, overrides, tmp_path):

@@ -6,7 +6,9 @@ from sharedkd import Stage
 from sharedkd.losses import GanKD
 from sharedkd.stages import stage_dict
 
-paper = "GAN-Knowledge Distillation for One-Stage Object Detection, IEEE Access 2020"
+paper = (
+    "in the style of GAN-Knowledge Distillation for One-Stage Object Detection, IEEE Access 2020"
+)
 
 # Published: the adversarial loss is added to the detector's losses with weight 1.  The
 # discriminators' weight of 1 is ours: it is their learning rate relative to the student's.

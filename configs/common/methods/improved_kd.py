@@ -7,8 +7,8 @@ from sharedkd.losses import DKD, DenseDKD, ImprovedKD
 from sharedkd.stages import stage_dict
 
 paper = (
-    "An Improved Knowledge Distillation Algorithm and Its Application to Object Detection, "
-    "CMC 2025, 83(2)"
+    "in the style of An Improved Knowledge Distillation Algorithm and Its Application to Object "
+    "Detection, CMC 2025, 83(2)"
 )
 
 # All numbers are ours: only the paper's abstract is public, and it has none.  The logits' weights

@@ -6,7 +6,7 @@ from sharedkd import Stage
 from sharedkd.losses import SemCKD
 from sharedkd.stages import stage_dict
 
-paper = "Cross-Layer Distillation with Semantic Calibration, AAAI 2021"
+paper = "adapted from Cross-Layer Distillation with Semantic Calibration, AAAI 2021"
 
 # Published for classification: weight 400 on CIFAR-100, 50 on ImageNet.  Nothing is published for
 # detection: weight 1 is ours.  `loss.hidden` makes the 25 regressors narrower.

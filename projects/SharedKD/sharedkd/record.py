@@ -18,7 +18,7 @@ from .checkpoint import fingerprint, replace
 __all__ = ["RunRecord", "read_record"]
 
 FILE = "run.json"
-_PACKAGES = ("torch", "torchvision", "detectron2", "sharedkd", "numpy")
+_PACKAGES = ("torchvision", "detectron2", "sharedkd", "numpy")
 
 
 class RunRecord(hooks.HookBase):
@@ -104,7 +104,7 @@ def _cpu_name() -> str:
 
 
 def _versions() -> Dict[str, str]:
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in _PACKAGES:
         try:
             versions[name] = version(name)
