@@ -1,6 +1,7 @@
 """Recipes of methods: each trains each family it claims, any two stack, and names mean what they say."""
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -236,6 +237,24 @@ def test_a_file_that_is_no_recipe(tmp_path):
     path.write_text("paper = 1\n")
     with pytest.raises(ConfigError, match="cannot be read as a recipe"):
         Method.load(path)
+
+
+def test_the_documented_table_is_true():
+    """Every recipe has its row, with the number of its parameters."""
+    text = (tiny.ROOT / "projects/SharedKD/README.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
+    counts = {}
+    for cells in rows:
+        names = re.findall(r"`(\w+)`", cells[0])
+        if len(cells) == 4 and set(names) <= set(METHODS):
+            values = [float(x) for x in re.findall(r"[\d.]+", cells[3])]
+            counts.update(dict.fromkeys(names, values))
+    assert set(counts) == set(METHODS)
+    counts["fitnets"], counts["fitnets_plain"] = [0.33], [0.0]  # one row: 0.33 M, 0
+    for name, values in counts.items():
+        kinds = [k for k in ("faster_rcnn", "retinanet") if k in METHODS[name].stages]
+        expected = {round(METHODS[name].parameters(kind) / 1e6, 2) for kind in kinds}
+        assert set(values) == expected, name
 
 
 def test_list_prints_a_line_per_method():

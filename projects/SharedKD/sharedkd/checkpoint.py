@@ -3,13 +3,14 @@
 import hashlib
 import logging
 import os
-from typing import IO, Any, Callable, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from .errors import ConfigError
+from .files import replace
 
 __all__ = [
     "StudentCheckpointer",
@@ -17,7 +18,6 @@ __all__ = [
     "inherit",
     "initialise",
     "load_trained",
-    "replace",
 ]
 
 logger = logging.getLogger("detectron2.sharedkd")
@@ -47,15 +47,6 @@ class StudentCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
         replace(path, lambda f: f.write(last_filename_basename.encode()))
-
-
-def replace(path: str, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let ``write`` fill a file that appears under its name complete or not at all."""
-    with open(path + ".tmp", "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -15,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Dict, List, Optional, Sequence, Tuple
+from uuid import uuid4
 
 import numpy as np
 from detectron2.config import LazyConfig
@@ -22,16 +23,17 @@ from omegaconf import DictConfig
 
 from .analysis.comparison import write
 from .analysis.pictures import read_curves
-from .checkpoint import replace
 from .config import construct, load_config
 from .engine import build, evaluate_teacher
 from .errors import ConfigError
+from .files import replace
 from .meta_arch import SharedKD
 from .methods import PLAIN, with_method
 from .runs import Run, short
 
 __all__ = ["Arm", "Comparison", "run_comparison"]
 
+WRITER = f".{uuid4().hex[:8]}"  # several machines may write into the folder of a comparison
 FOR_THE_TIME_OF = "@"  # none@fgd: the plain student, trained for as long as fgd takes
 
 
@@ -150,12 +152,12 @@ class Comparison:
             with redirect_stdout(StringIO()):  # pycocotools prints
                 results = evaluate_teacher(self.cfg, model)
             self.output.mkdir(parents=True, exist_ok=True)
-            replace(str(path), lambda f: f.write(json.dumps(results).encode()))
+            replace(str(path), lambda f: f.write(json.dumps(results).encode()), WRITER)
 
     def _save_config(self, method: str, cfg: DictConfig) -> None:
         path = self._config_path(method)
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new.yaml")
+        new = path.with_suffix(f"{WRITER}.yaml")
         LazyConfig.save(cfg, str(new))
         if path.exists() and path.read_text() != new.read_text():
             new.unlink()
@@ -253,7 +255,7 @@ class Comparison:
             "methods": self.methods,
             "arms": [arm.record() for arm in self.arms],
         }
-        write(record, self.output)
+        write(record, self.output, WRITER)
         return record
 
     def command(self) -> List[str]:

@@ -13,7 +13,8 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
-from .checkpoint import fingerprint, replace
+from .checkpoint import fingerprint
+from .files import replace
 
 __all__ = ["RunRecord", "read_record"]
 

@@ -15,17 +15,18 @@ A value that is NaN or None counts as one that is not there.
 
 import json
 import math
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import IO, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t
 from tabulate import tabulate
+
+from ..files import replace
 
 __all__ = [
     "Difference",
@@ -125,7 +126,7 @@ def report(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plot_ap(record: Mapping[str, Any], path: str) -> Figure:
+def plot_ap(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure:
     """Draw the mean AP of each method with its 95 % interval, and the single seeds below it.
 
     The baseline's mean and the teacher are vertical lines.  A teacher so far off that the methods
@@ -152,7 +153,7 @@ def plot_ap(record: Mapping[str, Any], path: str) -> Figure:
     return _save(figure, path)
 
 
-def plot_cost(record: Mapping[str, Any], path: str) -> Figure:
+def plot_cost(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure:
     """Draw AP with its 95 % interval against training time, one named point per method.
 
     Args:
@@ -185,7 +186,7 @@ def plot_cost(record: Mapping[str, Any], path: str) -> Figure:
     return _save(figure, path)
 
 
-def plot_sizes(record: Mapping[str, Any], path: str) -> Figure:
+def plot_sizes(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure:
     """Draw APs, APm and APl of each method as a group of bars with 95 % intervals.
 
     Args:
@@ -216,7 +217,7 @@ def plot_sizes(record: Mapping[str, Any], path: str) -> Figure:
     return _save(figure, path)
 
 
-def write(record: Mapping[str, Any], folder: str) -> None:
+def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
     """Write ``results.json``, ``report.md`` and the plots ``ap.png``, ``cost.png``, ``sizes.png``.
 
     Each file appears complete or not at all.  The JSON is strict: values that are not finite become
@@ -224,23 +225,28 @@ def write(record: Mapping[str, Any], folder: str) -> None:
 
     Args:
         folder: created if it does not exist.
+        writer: see :func:`~sharedkd.files.replace`.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+
+    def put(name: str, fill: Callable[[IO[bytes]], Any]) -> None:
+        replace(str(target / name), fill, writer)
+
     # The measurements first: all else can be made from them again.
     strict = json.dumps(_strict(record), indent=2, allow_nan=False) + "\n"
-    _replace(target / "results.json", lambda path: path.write_text(strict, encoding="utf-8"))
+    put("results.json", lambda f: f.write(strict.encode()))
     plots = {"ap": plot_ap, "cost": plot_cost, "sizes": plot_sizes}
     titles = {"ap": "AP", "cost": "AP against training time", "sizes": "AP by size of the objects"}
     for name, plot in plots.items():
-        _replace(target / f"{name}.png", lambda path: plot(record, str(path)))
+        put(f"{name}.png", lambda f: plot(record, f))
     links = "\n\n".join(f"![{title}]({name}.png)" for name, title in titles.items())
     hint = (
         "The plots show intervals of the means. What all methods of a seed share widens these, but "
         "not those of the paired differences in the tables, which the verdicts rest on."
     )
     text = f"{report(record)}\n## Plots\n\n{hint}\n\n{links}\n"
-    _replace(target / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    put("report.md", lambda f: f.write(text.encode()))
 
 
 # Reading the record
@@ -608,18 +614,12 @@ def _overlap(spots: np.ndarray, other: np.ndarray) -> np.ndarray:
     return sides.clip(0).prod(axis=1)
 
 
-def _save(figure: Figure, path: str) -> Figure:
+def _save(figure: Figure, path: Union[str, IO[bytes]]) -> Figure:
     figure.savefig(path, format="png")  # whatever the path ends in
     return figure
 
 
 # Writing
-
-
-def _replace(path: Path, write_to: Callable[[Path], Any]) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    write_to(unfinished)
-    os.replace(unfinished, path)
 
 
 def _strict(value: Any) -> Any:
