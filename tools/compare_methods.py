@@ -7,9 +7,11 @@ What is finished is kept, and what was interrupted is continued, when the comman
         --seeds 0,1,2 --output output/comparison data.train_json=... (the pair's other keys)
     tools/compare_methods.py --list
 
-A method is a recipe's name (--list), a recipe's path, `none` (the plain student), `config` (the
-config's own stages), several joined by + (fgd+dkd), one with its weights times a number (fgd:4), or
-`none@fgd`: the plain student, trained for as long as fgd takes. With --shard 0/2 and --shard 1/2, two machines that share the folder split the work.
+A method is a recipe's name (--list), a recipe's path, `none` (the plain student, always listed),
+`config` (the config's own stages), several joined by + (fgd+dkd), one with its weights times a
+number (fgd:4), or `none@fgd`: the plain student, trained for as long as fgd takes. With --shard 0/2
+and --shard 1/2 the same command, on two machines that share the folder or with two
+CUDA_VISIBLE_DEVICES, splits the work.
 """
 
 import argparse

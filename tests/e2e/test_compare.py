@@ -1,5 +1,6 @@
 """tools/compare_methods.py from end to end: equal starts, kept and missing arms, failures, shards."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -17,10 +18,11 @@ from detectron2.config import LazyConfig
 from sharedkd import ConfigError
 from sharedkd.analysis.pictures import read_curves
 from sharedkd.compare import Comparison, run_comparison
+from sharedkd.runs import BusyError
 
 ROOT = tiny.ROOT
 CONFIG = str(ROOT / "configs/custom_coco.py")
-METHODS = ["none", "shared_kd", "frs", "none@frs"]
+METHODS = ["none", "shared_kd", "frs", "none@frs", "pkd:1e-300"]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,8 @@ def arm(record, method, seed):
 
 def test_every_arm_is_recorded(finished):
     output, console, record = finished
-    assert [f"[{i}/8]" in console for i in range(1, 9)] == [True] * 8
-    assert len(record["arms"]) == 8 and record["methods"] == METHODS
+    assert [f"[{i}/10]" in console for i in range(1, 11)] == [True] * 10
+    assert len(record["arms"]) == 10 and record["methods"] == METHODS
     assert record["teacher"]["bbox"]["AP"] >= 0
     for each in record["arms"]:
         assert each["status"] == "finished" and each["error"] is None
@@ -69,6 +71,7 @@ def test_every_arm_is_recorded(finished):
         "none": 0,
         "shared_kd": 0,
         "none@frs": 0,
+        "pkd:1e-300": 0,
         "frs": 5 * (9 * width * width + width),
     }
     for name in ("ap.png", "cost.png", "sizes.png"):
@@ -91,6 +94,45 @@ def test_arms_of_a_seed_start_equal_and_see_the_same_data(finished):
             first.append({k: curves[k][0] for k in names})
         assert all(losses == pytest.approx(first[0], rel=1e-5) for losses in first)
     assert arm(record, "none", 0)["initial_weights"] != arm(record, "none", 1)["initial_weights"]
+
+
+def test_an_arm_whose_distillation_weighs_nothing_is_the_plain_one(finished):
+    """Data, draws, statistics, clipping and schedule of all steps were the same."""
+    output, _, record = finished
+    for seed in (0, 1):
+        plain, distilled = (
+            torch.load(output / m / f"seed{seed}/model_final.pth", weights_only=False)["model"]
+            for m in ("none", "pkd:1e-300")  # in float32 a weight of zero
+        )
+        assert all(torch.equal(distilled[name], x) for name, x in plain.items())
+        assert arm(record, "pkd:1e-300", seed)["results"] == arm(record, "none", seed)["results"]
+
+
+@pytest.mark.parametrize(
+    "config, task", [("custom_coco_mask.py", "segm"), ("custom_coco_retinanet.py", "bbox")]
+)
+def test_other_families(config, task, overrides, tmp_path):
+    record = run_comparison(
+        ROOT, str(ROOT / "configs" / config), ["none", "pkd"], [0], tmp_path, overrides
+    )
+    assert [a["status"] for a in record["arms"]] == ["finished"] * 2
+    assert all(a["results"][task]["AP"] >= 0 for a in record["arms"])
+    assert f"{'Mask' if task == 'segm' else 'Box'} AP" in (tmp_path / "report.md").read_text()
+
+
+def test_the_plain_student_inherits_as_the_others_do(overrides, tmp_path):
+    inherit = [*overrides, "train.inherit=[neck]", "train.max_iter=1"]
+    config = str(ROOT / "configs/custom_coco_mask.py")
+    record = run_comparison(ROOT, config, ["none", "pkd"], [0], tmp_path, inherit)
+    assert [a["status"] for a in record["arms"]] == ["finished"] * 2
+    assert len({a["initial_weights"] for a in record["arms"]}) == 1
+
+
+def test_a_method_may_need_the_teacher_that_the_config_does_not(overrides, tmp_path):
+    idle = [*overrides, "model.stages.identical.weight=0"]
+    comparison = Comparison(ROOT, CONFIG, ["none", "config", "pkd"], [0], tmp_path, idle)
+    comparison.prepare()
+    assert LazyConfig.load(str(tmp_path / "configs/pkd.yaml")).model.teacher is not None
 
 
 def test_arms_differ_by_the_distillation_alone(finished):
@@ -121,7 +163,7 @@ def weights(output):
 def test_what_is_finished_is_kept_and_more_is_added(finished, overrides, capsys):
     output, _, record = finished
     before = weights(output)
-    again = compare(output, overrides, METHODS[:3])
+    again = compare(output, overrides, METHODS[:3])  # fewer methods: the others are left alone
     assert capsys.readouterr().out.count("finished before, kept") == 6
     assert weights(output) == before
     for method in METHODS[:3]:
@@ -170,27 +212,67 @@ def test_a_failed_arm_is_shown_and_the_others_are_trained(overrides, tmp_path, c
     assert capsys.readouterr().out.count("kept") == 1
 
 
-def test_shards_share_the_work(overrides, tmp_path, capsys):
+def tool(output, overrides, methods, *flags):
+    return [
+        sys.executable,
+        str(ROOT / "tools/compare_methods.py"),
+        *("--config-file", CONFIG, "--methods", ",".join(methods), "--seeds", "0"),
+        *("--output", str(output), *flags),
+        *overrides,
+    ]
+
+
+def test_shards_share_the_work(overrides, tmp_path):
     methods = ["none", "fitnets", "none@fitnets"]
-    first = compare(tmp_path, overrides, methods, seeds=[0], shard=(0, 2))
-    assert [a["status"] for a in first["arms"]] == ["finished", "missing", "missing"]
-    assert "waits for other arms" in capsys.readouterr().out
-    second = compare(tmp_path, overrides, methods, seeds=[0], shard=(1, 2))
-    assert [a["status"] for a in second["arms"]] == ["finished", "finished", "missing"]
+    shards = [
+        subprocess.Popen(
+            tool(tmp_path, overrides, methods, "--shard", f"{i}/2"),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    said = [shard.communicate()[0] for shard in shards]
+    assert [shard.returncode for shard in shards] == [0, 0]
+    assert "[1/2] none" in said[0] and "[1/1] fitnets" in said[1]
+    assert not list(tmp_path.rglob("*.tmp"))
+    json.loads((tmp_path / "results.json").read_text())
     last = compare(tmp_path, overrides, methods, seeds=[0])
     assert [a["status"] for a in last["arms"]] == ["finished"] * 3
+    assert "None" not in last["command"] and "--shard" not in last["command"]
+
+
+def test_methods_have_their_seeds_in_several_shards(overrides, tmp_path, monkeypatch):
+    comparison = Comparison(ROOT, CONFIG, ["none", "pkd"], [0, 1, 2], tmp_path, overrides)
+    monkeypatch.setattr(comparison, "prepare", lambda: None)
+    monkeypatch.setattr(comparison, "report", lambda: None)
+    trained = {0: set(), 1: set()}
+    for i, found in trained.items():
+        monkeypatch.setattr(
+            "sharedkd.runs.Run.train",
+            lambda run, root, iterations, say, found=found: found.add(
+                (run.folder.parent.name, run.folder.name)
+            ),
+        )
+        comparison.train((i, 2))
+    assert trained[0] == {("none", "seed0"), ("pkd", "seed1"), ("none", "seed2")}
+    assert trained[1] == {("pkd", "seed0"), ("none", "seed1"), ("pkd", "seed2")}
+
+
+def test_an_arm_is_trained_by_one_process_at_a_time(overrides, tmp_path):
+    comparison = Comparison(ROOT, CONFIG, ["none"], [0], tmp_path, overrides)
+    run = comparison.arms[0].run
+    run.folder.mkdir(parents=True)
+    with open(run.folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BusyError, match="another process"):
+            run.train(ROOT, 4, print)
+    assert not run.log.exists() or not run.log.read_text()
 
 
 def test_an_interrupted_comparison_continues(overrides, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "tools/compare_methods.py"),
-        *("--config-file", CONFIG, "--methods", "none,fitnets", "--seeds", "0"),
-        *("--output", str(tmp_path / "out")),
-        *overrides,
-        "train.max_iter=12",
-        "train.checkpointer.period=2",
-    ]
+    longer = [*overrides, "train.max_iter=12", "train.checkpointer.period=2"]
+    command = tool(tmp_path / "out", longer, ["none", "fitnets"])
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     begun = tmp_path / "out/fitnets/seed0/last_checkpoint"
     deadline = time.time() + 120
@@ -213,6 +295,9 @@ def test_an_interrupted_comparison_continues(overrides, tmp_path):
         (["none", "gan_kd"], "defined for retinanet"),
         (["none", "nonsense"], "no such method"),
         (["none", "none@fgd"], "needs fgd"),
+        (["none", "pkd", "none@pkd@none"], "needs pkd@none, which"),
+        (["pkd"], "no baseline"),
+        (["none", "pkd", "elsewhere/pkd.py"], "has the name of pkd"),
     ],
 )
 def test_methods_that_cannot_be_compared_are_refused_before_training(
@@ -223,14 +308,36 @@ def test_methods_that_cannot_be_compared_are_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_detector_that_finds_nothing_has_an_ap_of_zero(finished):
-    output, _, _ = finished
+def test_negative_seeds_are_refused(overrides, tmp_path):
+    with pytest.raises(ConfigError, match="negative"):
+        Comparison(ROOT, CONFIG, ["none"], [-1], tmp_path, overrides)
+
+
+def test_a_recipe_elsewhere_has_a_folder_of_its_own(overrides, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text((ROOT / "configs/common/methods/pkd.py").read_text())
+    methods = ["none", "pkd", str(mine), f"{mine}:2", f"none@{mine}"]
+    comparison = Comparison(ROOT, CONFIG, methods, [0], tmp_path, overrides)
+    assert [arm.run.folder.parent.name for arm in comparison.arms] == [
+        "none",
+        "pkd",
+        "mine",
+        "mine:2",
+        "none@mine",
+    ]
+
+
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(finished, overrides):
+    output, _, record = finished
     copy = Path(shutil.copytree(output, output.parent / "collapsed"))
     path = copy / "none/seed0/run.json"
     run = json.loads(path.read_text())
     run["results"]["bbox"] = dict.fromkeys(run["results"]["bbox"], float("nan"))
     path.write_text(json.dumps(run))
-    comparison = Comparison.__new__(Comparison)
-    comparison.output, comparison.methods, comparison.seeds = copy, ["none"], [0]
-    results = comparison.arms[0].record()["results"]["bbox"]
-    assert results["AP"] == results["AP50"] == 0.0 and results["APs"] != results["APs"]
+    record = Comparison(ROOT, CONFIG, METHODS, (0, 1), copy, overrides).report()
+    broken, other = arm(record, "none", 0), arm(record, "none", 1)
+    assert broken["collapsed"] == ["bbox"] and other["collapsed"] == []
+    for name, value in other["results"]["bbox"].items():  # no objects of a size: nobody has a value
+        zero, none = broken["results"]["bbox"][name] == 0.0, value != value
+        assert zero != (none and name not in ("AP", "AP50", "AP75")), name
+    assert "finds nothing" in (copy / "report.md").read_text()

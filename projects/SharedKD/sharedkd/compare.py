@@ -7,8 +7,9 @@ student weights and see the same images in the same order with the same augmenta
 
 import json
 import math
+import re
 import shlex
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
@@ -18,6 +19,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from uuid import uuid4
 
 import numpy as np
+import torch
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
@@ -29,7 +31,7 @@ from .errors import ConfigError
 from .files import replace
 from .meta_arch import SharedKD
 from .methods import PLAIN, with_method
-from .runs import Run, short
+from .runs import BusyError, Run, short
 
 __all__ = ["Arm", "Comparison", "run_comparison"]
 
@@ -74,12 +76,10 @@ class Arm:
     def record(self) -> Dict[str, Any]:
         """What results.json says of it."""
         status, record = self.status, self.run.record
-        for metrics in record.get("results", {}).values():
-            # To Detectron2 a detector that finds nothing has no AP; in a mean it has to count.
-            metrics.update({k: 0.0 for k in ("AP", "AP50", "AP75") if np.isnan(metrics.get(k, 0))})
         return {
             "method": self.method,
             "seed": self.seed,
+            "config": short(self.run.config),
             "status": status,
             "error": self.failure.read_text().strip() if status == "failed" else None,
             "seconds_per_step": self.seconds_per_step,
@@ -100,8 +100,7 @@ class Comparison:
         overrides: ``key=value`` for all arms.
 
     Raises:
-        ConfigError: before anything is trained, when a method does not fit the pair, or the folder
-            holds a comparison with other settings.
+        ConfigError: a name that means nothing for this pair, no baseline, or a bad config.
     """
 
     def __init__(
@@ -116,26 +115,47 @@ class Comparison:
         self.root, self.output = root, output
         self.config_file, self.overrides = config_file, list(overrides)
         self.methods, self.seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
-        for method in self.methods:
-            for part in method.split(FOR_THE_TIME_OF):
-                if FOR_THE_TIME_OF in method and part not in self.methods:
-                    raise ConfigError(
-                        "--methods", method, f"needs {part}, which is not listed", f"add {part}"
-                    )
-        self.cfg = load_config(config_file, overrides)
+        self._check_names()
+        self.cfg = load_config(config_file, overrides, keep_teacher=True)
         self.configs = {
             method: with_method(
                 self.cfg, method.split(FOR_THE_TIME_OF)[0], root / "configs/common/methods"
             )
             for method in self.methods
         }
-        self._check_methods()
-        for method in self.methods:
-            if FOR_THE_TIME_OF not in method:
-                self._save_config(method, self.configs[method])
 
-    def _check_methods(self) -> None:
-        """Bind every method to the pair, and evaluate the teacher, once."""
+    def _check_names(self) -> None:
+        if PLAIN not in self.methods:
+            raise ConfigError(
+                "--methods",
+                ",".join(self.methods),
+                f"has no baseline, the plain student {PLAIN}",
+                f"add {PLAIN}",
+            )
+        for seed in self.seeds:
+            if seed < 0:
+                raise ConfigError("--seeds", seed, "is negative", "use 0 or more")
+        folders: Dict[str, str] = {}
+        for method in self.methods:
+            trained, at, timed = method.partition(FOR_THE_TIME_OF)
+            for part in (trained, timed) if at else ():
+                if FOR_THE_TIME_OF in part or part not in self.methods:
+                    raise ConfigError(
+                        "--methods", method, f"needs {part}, which is not listed", f"add {part}"
+                    )
+            other = folders.setdefault(_folder(method), method)
+            if other != method:
+                raise ConfigError(
+                    "--methods", method, f"has the name of {other}", "rename one of the files"
+                )
+
+    def prepare(self) -> None:
+        """Bind every method to the pair, evaluate the teacher once, and write the arms' configs.
+
+        Raises:
+            ConfigError: a method does not fit the pair, or the folder holds a comparison with other
+                settings.
+        """
         model = build(self.cfg)
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
@@ -153,6 +173,12 @@ class Comparison:
                 results = evaluate_teacher(self.cfg, model)
             self.output.mkdir(parents=True, exist_ok=True)
             replace(str(path), lambda f: f.write(json.dumps(results).encode()), WRITER)
+        del model, teacher
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the arms run in other processes
+        for method in self.methods:
+            if FOR_THE_TIME_OF not in method:
+                self._save_config(method, self.configs[method])
 
     def _save_config(self, method: str, cfg: DictConfig) -> None:
         path = self._config_path(method)
@@ -170,7 +196,7 @@ class Comparison:
         new.replace(path)
 
     def _config_path(self, method: str) -> Path:
-        return self.output / "configs" / f"{Path(method).stem if '/' in method else method}.yaml"
+        return self.output / "configs" / f"{_folder(method)}.yaml"
 
     @cached_property
     def arms(self) -> List[Arm]:
@@ -181,7 +207,7 @@ class Comparison:
                 for method in self.methods:
                     if (FOR_THE_TIME_OF in method) == timed:
                         config = self._config_path(method)
-                        folder = self.output / config.stem / f"seed{seed}"
+                        folder = self.output / _folder(method) / f"seed{seed}"
                         settings = [f"train.output_dir={folder}", f"train.seed={seed}"]
                         arms.append(Arm(method, seed, Run(config, settings, folder)))
         return arms
@@ -207,8 +233,9 @@ class Comparison:
         if not all(arm.run.finished for arm in sources):
             return None
         cfg = self.configs[method].copy()
-        ratio = self.seconds_per_step(theirs) / self.seconds_per_step(ours)
-        cfg.train.max_iter = round(cfg.train.max_iter * ratio)
+        if not cfg.train.fast_dev_run:  # which sets a length of its own
+            ratio = self.seconds_per_step(theirs) / self.seconds_per_step(ours)
+            cfg.train.max_iter = round(cfg.train.max_iter * ratio)
         self._save_config(method, cfg)
         return cfg.train.max_iter
 
@@ -216,9 +243,17 @@ class Comparison:
         """Train the arms of a shard that are not finished; a failed one does not stop the others.
 
         Args:
-            shard: (i, n): every n-th arm from the i-th on.
+            shard: (i, n): the i-th of n parts; every method has its seeds in several of them.
+
+        Raises:
+            ConfigError: see :meth:`prepare`.
         """
-        mine = self.arms[shard[0] :: shard[1]]
+        self.prepare()
+        mine = [
+            arm
+            for arm in self.arms
+            if (self.methods.index(arm.method) + self.seeds.index(arm.seed)) % shard[1] == shard[0]
+        ]
         for number, arm in enumerate(mine, start=1):
             title = f"[{number}/{len(mine)}] {arm.method}, seed {arm.seed}"
             if arm.run.finished:
@@ -229,17 +264,23 @@ class Comparison:
                 print(f"{title}: waits for other arms; run the command again", flush=True)
                 continue
             print(title, flush=True)
-            arm.failure.unlink(missing_ok=True)
             try:
+                arm.failure.unlink(missing_ok=True)
                 arm.run.train(
                     self.root, iterations, lambda line: print(f"      {line}", flush=True)
                 )
-            except ConfigError as e:
-                arm.failure.write_text(f"{e}\n")
+            except BusyError as e:
+                print(f"      {e}", flush=True)
+            except Exception as e:  # whatever it is, the other arms go on
                 print(f"      failed: {e}", flush=True)
-            self.report()
+                with suppress(OSError):
+                    arm.failure.write_text(f"{e}\n")
+            try:
+                self.report()
+            except Exception as e:  # as the last thing of the comparison it is tried again
+                print(f"      no report: {e}", flush=True)
 
-    def report(self, command: Sequence[str] = ()) -> Dict[str, Any]:
+    def report(self) -> Dict[str, Any]:
         """Write results.json, report.md and the plots of what there is so far.
 
         Returns:
@@ -249,12 +290,13 @@ class Comparison:
         record = {
             "config_file": self.config_file,
             "overrides": self.overrides,
-            "command": shlex.join(command or self.command()),
+            "command": shlex.join(self.command()),
             "baseline": PLAIN,
             "teacher": json.loads(path.read_text()) if path.exists() else None,
             "methods": self.methods,
             "arms": [arm.record() for arm in self.arms],
         }
+        _count_collapsed(record)
         write(record, self.output, WRITER)
         return record
 
@@ -268,6 +310,31 @@ class Comparison:
             *("--output", short(self.output)),
             *self.overrides,
         ]
+
+
+def _folder(method: str) -> str:
+    """A method's name without the directories of recipes."""
+    return re.sub(r"[^@+:]*/([^@+:/]+?)(\.py)?(?=[@+:]|$)", r"\1", method)
+
+
+def _count_collapsed(record: Dict[str, Any]) -> None:
+    """Give a detector that finds nothing an AP of zero: Detectron2 gives it none at all.
+
+    Its task is named under ``collapsed``.  APs, APm and APl are zero where another arm, or the
+    teacher, has one: without any, there are no objects of that size.
+    """
+    arms = [arm for arm in record["arms"] if arm["status"] == "finished"]
+    everything = [record["teacher"] or {}, *(arm["results"] for arm in arms)]
+    for arm in arms:
+        arm["collapsed"] = []
+        for task, metrics in arm["results"].items():
+            if not np.isnan(metrics.get("AP", 0.0)):
+                continue
+            arm["collapsed"].append(task)
+            for name in metrics:
+                known = [x[task][name] for x in everything if name in x.get(task, {})]
+                if name in ("AP", "AP50", "AP75") or not np.all(np.isnan(known)):
+                    metrics[name] = 0.0
 
 
 def run_comparison(

@@ -114,8 +114,11 @@ def distill(
     )
 
 
-def load_config(path: str, overrides=()) -> DictConfig:
+def load_config(path: str, overrides=(), keep_teacher: bool = False) -> DictConfig:
     """Read a LazyConfig, apply ``key=value`` overrides, fill in defaults, settle own data.
+
+    Args:
+        keep_teacher: also one that no stage learns from; else it is neither loaded nor run.
 
     Raises:
         ConfigError: no such file, an override that cannot be applied, or bad own data.
@@ -166,7 +169,7 @@ def load_config(path: str, overrides=()) -> DictConfig:
             cfg.dataloader.train.total_batch_size = min(batch, 2 * comm.get_world_size())
     if "data" in cfg:
         settle_own_data(cfg)
-    if not cfg.train.inherit and not cfg.train.eval_teacher:
+    if not (keep_teacher or cfg.train.inherit or cfg.train.eval_teacher):
         _drop_idle_teacher(cfg.model)
     return cfg
 

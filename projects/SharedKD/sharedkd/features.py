@@ -8,11 +8,9 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .heads import DenseHead
-from .losses.base import Maps, Shapes
+from .losses.base import HEAD_TAPS, Maps, Shapes
 
-__all__ = ["HEAD_TAPS", "FeatureTap", "pyramid_shapes", "same_pixels"]
-
-HEAD_TAPS = frozenset({"logits", "deltas", "boxes"})
+__all__ = ["FeatureTap", "pyramid_shapes", "same_pixels"]
 
 
 Source = Tuple[nn.Module, FrozenSet[str], Callable[[Any], Maps]]

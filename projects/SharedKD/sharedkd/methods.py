@@ -14,7 +14,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .errors import ConfigError
 from .stages import stage_dict
@@ -126,7 +126,10 @@ def with_method(cfg: DictConfig, name: str, folder: Path) -> DictConfig:
     cfg = cfg.copy()
     student = cfg.model.get("student", cfg.model)
     if name == PLAIN:
-        cfg.model = student
+        if OmegaConf.select(cfg, "train.inherit"):  # it starts from the teacher as the others do
+            cfg.model.stages = L(stage_dict)()
+        else:
+            cfg.model = student
         return cfg
     if "student" not in cfg.model:
         raise ConfigError(
@@ -148,8 +151,10 @@ def with_method(cfg: DictConfig, name: str, folder: Path) -> DictConfig:
         found = recipe.stages[kind].copy()
         for key, stage in found.items():
             if key != "_target_":
-                stage.weight *= _factor(factor)
-                stages[f"{recipe.name}_{key}" if key in stages else key] = stage
+                stage.weight = stage.get("weight", 1.0) * _factor(factor)
+                while key in stages:
+                    key = f"{recipe.name}_{key}"
+                stages[key] = stage
     cfg.model.stages = stages
     return cfg
 

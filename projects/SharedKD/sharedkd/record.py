@@ -1,11 +1,13 @@
 """run.json: what a training run was, on what it ran, what it cost and what came out."""
 
+import hashlib
 import json
 import os
 import platform
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Dict
 
 import torch
@@ -19,7 +21,7 @@ from .files import replace
 __all__ = ["RunRecord", "read_record"]
 
 FILE = "run.json"
-_PACKAGES = ("torchvision", "detectron2", "sharedkd", "numpy")
+_PACKAGES = ("torchvision", "detectron2", "numpy")
 
 
 class RunRecord(hooks.HookBase):
@@ -56,7 +58,7 @@ class RunRecord(hooks.HookBase):
             "processes": comm.get_world_size(),
             "versions": _versions(),
         }
-        self.memory = 0.0
+        self.memory = None
 
     def before_train(self) -> None:
         self._write()
@@ -66,10 +68,10 @@ class RunRecord(hooks.HookBase):
             self.memory = _peak_memory_mb()
 
     def after_train(self) -> None:
-        if self.trainer.iter + 1 < self.trainer.max_iter:
-            return  # it failed or was stopped
+        if self.trainer.iter < self.trainer.max_iter:
+            return  # it failed or was stopped, perhaps in its last step
         self.record["iterations"] = self.trainer.max_iter
-        self.record["peak_memory_mb"] = self.memory
+        self.record["peak_memory_mb"] = self.memory  # null if nothing was left to train
         self.record["results"] = self.results
         self._write()
 
@@ -111,7 +113,16 @@ def _versions() -> Dict[str, str]:
             versions[name] = version(name)
         except PackageNotFoundError:  # a source tree on the path
             pass
+    versions["sharedkd"] = _source_digest()
     return versions
+
+
+def _source_digest() -> str:
+    """Of this package's files: its version number alone does not tell two states of the code apart."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _peak_memory_mb() -> float:

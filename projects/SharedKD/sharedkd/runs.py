@@ -1,5 +1,6 @@
 """Training runs as child processes: started, followed, continued, and kept once they are finished."""
 
+import fcntl
 import os
 import re
 import shlex
@@ -19,11 +20,15 @@ from .config import load_config
 from .errors import ConfigError
 from .record import read_record
 
-__all__ = ["Run", "short"]
+__all__ = ["BusyError", "Run", "short"]
 
 # What of a run's log is worth a line on the console.
 _TRAINING = re.compile(r"(?:eta: (?P<eta>.+?)\s+)?iter: (?P<iter>\d+)\s.*total_loss: (?P<loss>\S+)")
 _TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
+
+
+class BusyError(ConfigError):
+    """A run that another process is training already."""
 
 
 @dataclass
@@ -95,20 +100,39 @@ class Run:
             say: takes one line of progress at a time; the whole output goes to :attr:`log`.
 
         Raises:
+            BusyError: another process trains it.
             ConfigError: it failed; the message has the last line that it said.
         """
-        command = self.command(root)
         self.folder.mkdir(parents=True, exist_ok=True)
         last = deque(maxlen=20)
-        with open(self.log, "a") as file, subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
-        ) as process:
-            for line in process.stdout:
-                file.write(line)
-                last.append(line)
-                progress = _progress(line, iterations)
-                if progress:
-                    say(progress)
+        with open(self.folder / "lock", "w") as lock, open(self.log, "a") as file:
+            try:
+                # The child holds it, too: it may outlive this process.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(
+                    short(self.folder), "locked", "another process trains this run", "wait for it"
+                ) from None
+            command = self.command(root)
+            with subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                bufsize=1,
+                pass_fds=[lock.fileno()],
+            ) as process:
+                try:
+                    for line in process.stdout:
+                        file.write(line)
+                        last.append(line)
+                        progress = _progress(line, iterations)
+                        if progress:
+                            say(progress)
+                except BaseException:
+                    process.terminate()
+                    raise
         if process.returncode:
             reason = next((x.strip() for x in reversed(last) if x.strip()), "")
             raise ConfigError(

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from .checkpoint import fingerprint, load_trained
 from .errors import ConfigError
-from .features import HEAD_TAPS, FeatureTap, pyramid_shapes
+from .features import FeatureTap, pyramid_shapes
 from .heads import DenseHead, region_logits
-from .losses.base import Maps
+from .losses.base import HEAD_TAPS, Maps
 
 __all__ = ["FrozenTeacher"]
 

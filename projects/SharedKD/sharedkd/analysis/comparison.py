@@ -7,7 +7,8 @@ All functions read one record, a plain dict as ``results.json`` holds it:
 * "arms": one mapping per training run, with "method", "seed" and "status" ("finished", "failed" or
   "missing").  A finished one has "results" (task "bbox" or "segm" to metric name to percentage) and
   may have "iterations", "seconds_per_step", "peak_memory_mb", "parameters" (of which "losses" is
-  read), "initial_weights" (a digest), "hardware" and "versions"; the others may have "error";
+  read), "initial_weights" (a digest), "hardware", "versions" and "collapsed" (tasks in which it finds
+  nothing, so that its AP is zero); the others may have "error";
 * optionally "teacher", its results; "config_file", "overrides" and "command".
 
 A value that is NaN or None counts as one that is not there.
@@ -121,7 +122,7 @@ def report(record: Mapping[str, Any]) -> str:
     parts += ["## Cost", _cost_table(record), *_equal_time_notes(record)]
     gaps = _gaps(record)
     if gaps:
-        parts += ["## Arms without a result", "\n".join(gaps)]
+        parts += ["## Arms to know of", "\n".join(gaps)]
     parts += ["## How to read this", _caveats(record), "\n".join(_origin(record))]
     return "\n\n".join(parts) + "\n"
 
@@ -369,6 +370,12 @@ def _equal_time_notes(record: Mapping[str, Any]) -> List[str]:
             iterations = _costs(record, method, "iterations")
             count = f": {_range(iterations)} iterations" if iterations else ""
             notes.append(f"- `{method}` is {who} trained for the time of `{timed}`{count}.")
+            for task in _tasks(record):
+                gain = difference(record, timed, method, task)
+                notes.append(
+                    f"  In that time `{timed}` has {_with_bounds(gain)} {_TASKS[task]} AP against it: "
+                    f"{gain.verdict}."
+                )
     return ["\n".join(notes)] if notes else []
 
 
@@ -383,8 +390,11 @@ def _gaps(record: Mapping[str, Any]) -> List[str]:
         for task in _tasks(record) if arm["status"] == "finished" else ():
             if not _is_known(_score(arm.get("results"), task)):
                 lines.append(
-                    f"- {_name(arm)}: finished without a {_TASKS[task]} AP, as a detector does that "
-                    "finds nothing; it is in none of the means."
+                    f"- {_name(arm)}: has no {_TASKS[task]} AP; it is in none of the means."
+                )
+            if task in arm.get("collapsed", ()):
+                lines.append(
+                    f"- {_name(arm)}: finds nothing; its {_TASKS[task]} AP counts as 0 in the means."
                 )
     return lines
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 
 __all__ = [
+    "HEAD_TAPS",
     "TAPS",
     "Shapes",
     "Maps",
@@ -27,6 +28,7 @@ logger = logging.getLogger("detectron2.sharedkd")
 #: anchors a position and K classes (the RPN: K = 1): ``logits`` (N, A*K, H, W), ``deltas``
 #: (N, A*4, H, W), and ``boxes`` (N, A*4, H, W), the deltas applied to their anchors, in pixels.
 TAPS = ("fpn", "backbone", "logits", "deltas", "boxes")
+HEAD_TAPS = frozenset(TAPS[2:])
 
 Shapes = Dict[str, Dict[int, int]]  #: tap -> stride -> channels
 Maps = Dict[str, Dict[int, Tensor]]  #: tap -> stride -> map (N, C, H, W)
