@@ -153,7 +153,7 @@ def test_report_of_ap(three):
     ]
     assert rows["cwd"][DIFFERENCE] == "-1.00 [-1.25, -0.75]"
     assert rows["teacher"]["AP"] == "40.00" and rows["teacher"]["APl"] == "-"
-    assert "Mask AP" not in text and "Warning" not in text and "without a result" not in text
+    assert "Mask AP" not in text and "Warning" not in text and "Arms to know of" not in text
 
 
 def test_report_of_costs(three):
@@ -202,13 +202,31 @@ def test_report_of_one_seed():
     assert rows["fgd"]["verdict"] == "one seed: no interval"
 
 
+def test_report_names_a_detector_that_finds_nothing():
+    collapsed = {**arm("fgd", 0, 0.0), "collapsed": ["bbox"]}
+    text = report(make([arm("none", 0, 30.0), collapsed], ["none", "fgd"]))
+    assert "- `fgd` seed 0: finds nothing; its box AP counts as 0 in the means." in text
+    assert table(text, "Box AP")["fgd"]["AP"] == "0.00"
+
+
+def test_report_says_what_the_time_would_have_brought():
+    scores = {"none": (30, 31), "fgd": (33, 34), "none@fgd": (32, 32.5)}
+    arms = [arm(m, seed, x) for m, both in scores.items() for seed, x in enumerate(both)]
+    text = report(make(arms, list(scores)))
+    # fgd - none@fgd: 1 and 1.5, mean 1.25; t(1) = 12.706, s / sqrt(2) = 0.25
+    assert (
+        "In that time `fgd` has +1.25 [-1.93, +4.43] box AP against it: no difference shown."
+        in text
+    )
+
+
 def test_report_lists_arms_without_a_result():
     arms = [arm("none", 0, 30.0), arm("none", 1, 31.0), arm("fgd", 0, math.nan), failed("fgd", 1)]
     arms += [failed("pkd", 0, "missing", None), failed("pkd", 1)]
     text = report(make(arms, ["none", "fgd", "pkd"]))
     assert "- `fgd` seed 1: failed: `term s8 is 'nan'`\n" in text
     assert "- `pkd` seed 0: missing\n" in text
-    assert "- `fgd` seed 0: finished without a box AP" in text
+    assert "- `fgd` seed 0: has no box AP; it is in none of the means." in text
     rows = table(text, "Box AP")
     assert rows["fgd"]["AP"] == "-" and rows["fgd"]["seeds"] == "0 of 2"
     assert rows["pkd"]["verdict"] == "no common seed" and rows["pkd"][DIFFERENCE] == "-"
