@@ -235,6 +235,8 @@ class Comparison:
         cfg = self.configs[method].copy()
         if not cfg.train.fast_dev_run:  # which sets a length of its own
             ratio = self.seconds_per_step(theirs) / self.seconds_per_step(ours)
+            if not math.isfinite(ratio):
+                return None
             cfg.train.max_iter = round(cfg.train.max_iter * ratio)
         self._save_config(method, cfg)
         return cfg.train.max_iter
