@@ -27,15 +27,6 @@ def pair(strides=(8, 16), ours=4, theirs=4, **options):
     return student, {"fpn": harness.maps(strides, theirs, seed=2, **options)}
 
 
-def awake(loss, seed=3):
-    """Every parameter random: the last convolutions of the context start at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in loss.parameters():
-        random = torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2
-        p.data.copy_(random.to(p.dtype))
-    return loss
-
-
 # --- reference: python loops over numpy arrays ---------------------------------------------------
 
 
@@ -154,7 +145,7 @@ CASES = {
 @pytest.mark.parametrize("options, widths, given, more", CASES.values(), ids=CASES)
 def test_value(options, widths, given, more):
     student, teacher = pair(**widths, **given)
-    loss = awake(harness.bound(kd(**options), student, teacher))
+    loss = harness.awake(harness.bound(kd(**options), student, teacher))
     more = {"boxes": BOXES, **more}
     terms = loss(harness.batch(student, teacher, **more))
     sizes = more.get("sizes", [(64, 96)] * len(more["boxes"]))
@@ -219,7 +210,7 @@ def test_at_the_start_the_context_adds_nothing():
 @pytest.mark.parametrize("ignore", [False, True])
 def test_gradients(ours, ignore):
     student, teacher = pair((16,), ours=ours, theirs=3, padded=(48, 64))
-    loss = awake(harness.bound(kd(ignore_padding=ignore), student, teacher))
+    loss = harness.awake(harness.bound(kd(ignore_padding=ignore), student, teacher))
     boxes = [[[3, 5, 30, 40], [10, 10, 25, 20]], []]
     more = dict(boxes=boxes, sizes=[(48, 64), (30, 20)], padded=(48, 64))
     harness.check_gradients(loss, student, teacher, **more)
@@ -230,7 +221,7 @@ def test_gradients(ours, ignore):
 @pytest.mark.parametrize("ours", [3, 4])
 def test_who_learns(boxes, fill, ours):
     student, teacher = pair(ours=ours, fill=fill)
-    loss = awake(harness.bound(kd(), student, teacher))
+    loss = harness.awake(harness.bound(kd(), student, teacher))
     gradients = harness.check_who_learns(loss, student, teacher, boxes=boxes)
     if fill is None:
         assert all(g.any() for g in gradients.values())
@@ -257,7 +248,7 @@ def with_noise_beyond(maps, height, width):
 @pytest.mark.parametrize("ignore", [False, True])
 def test_padding_counts_unless_ignored(ignore):
     student, teacher = pair()
-    loss = awake(harness.bound(kd(ignore_padding=ignore), student, teacher))
+    loss = harness.awake(harness.bound(kd(ignore_padding=ignore), student, teacher))
     more = dict(boxes=[BOXES[0], [[5, 5, 20, 18]]], sizes=[(64, 96), (41, 50)])
     clean = loss(harness.batch(student, teacher, **more))
     noisy = loss(harness.batch(*(with_noise_beyond(x, 41, 50) for x in (student, teacher)), **more))
@@ -267,7 +258,7 @@ def test_padding_counts_unless_ignored(ignore):
 
 def test_padding_that_is_ignored_may_be_cut_off():
     student, teacher = pair((8,), images=1, padded=(64, 96))
-    loss = awake(harness.bound(kd(ignore_padding=True), student, teacher))
+    loss = harness.awake(harness.bound(kd(ignore_padding=True), student, teacher))
     boxes = [[[5, 5, 20, 18]]]
     padded = loss(harness.batch(student, teacher, boxes=boxes, sizes=[(40, 56)]))
     cut = [{"fpn": {8: x["fpn"][8][:, :, :5, :7]}} for x in (student, teacher)]
@@ -278,7 +269,7 @@ def test_padding_that_is_ignored_may_be_cut_off():
 
 def test_a_batch_has_the_mean_of_its_images():
     student, teacher = pair()
-    loss = awake(harness.bound(kd(), student, teacher))
+    loss = harness.awake(harness.bound(kd(), student, teacher))
     both = loss(harness.batch(student, teacher, boxes=BOXES))
     singles = []
     for i in range(2):
@@ -291,11 +282,11 @@ def test_a_batch_has_the_mean_of_its_images():
 
 def test_precision():
     student, teacher = pair(dtype=torch.float64)
-    loss = awake(harness.bound(kd(), student, teacher))
+    loss = harness.awake(harness.bound(kd(), student, teacher))
     expected = loss(harness.batch(student, teacher, boxes=BOXES))
     for dtype in (torch.float32, torch.bfloat16):
         ours, theirs = pair(dtype=dtype)
-        loss = awake(harness.bound(kd(), student, teacher).float())
+        loss = harness.awake(harness.bound(kd(), student, teacher).float())
         for name, value in loss(harness.batch(ours, theirs, boxes=BOXES)).items():
             assert value.dtype == torch.float32 and torch.isfinite(value)
             if dtype == torch.float32:

@@ -23,15 +23,6 @@ def pair(strides=(8, 16), ours=4, theirs=4, **options):
     return student, {"fpn": harness.maps(strides, theirs, seed=2, **options)}
 
 
-def awake(loss, seed=3):
-    """Every parameter random: the norms of the non-local blocks start at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in loss.parameters():
-        random = torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2
-        p.data.copy_(random.to(p.dtype))
-    return loss
-
-
 # --- reference: python loops over numpy arrays ---------------------------------------------------
 
 
@@ -147,7 +138,7 @@ CASES = {
 @pytest.mark.parametrize("options, widths, given", CASES.values(), ids=CASES)
 def test_value(options, widths, given):
     student, teacher = pair(**widths, **given)
-    loss = awake(harness.bound(kd(**options), student, teacher))
+    loss = harness.awake(harness.bound(kd(**options), student, teacher))
     terms = loss(harness.batch(student, teacher))
     expected = by_hand(loss, student, teacher)
     assert list(terms) == list(expected)
@@ -164,7 +155,7 @@ def test_at_the_start_the_blocks_are_the_identity():
 def test_gradients(options):
     # The masks have no gradient, so gradcheck needs them constant: a high temperature.
     student, teacher = pair((16,), ours=2, theirs=3, padded=(48, 64))
-    loss = awake(harness.bound(kd(temperature=1e12, pool=[2], **options), student, teacher))
+    loss = harness.awake(harness.bound(kd(temperature=1e12, pool=[2], **options), student, teacher))
     harness.check_gradients(loss, student, teacher)
 
 
@@ -190,7 +181,7 @@ def test_the_mask_has_no_gradient():
 def test_who_learns(wake):
     student, teacher = pair(ours=3, theirs=4)
     loss = harness.bound(kd(channel_mask=True), student, teacher)
-    gradients = harness.check_who_learns(awake(loss) if wake else loss, student, teacher)
+    gradients = harness.check_who_learns(harness.awake(loss) if wake else loss, student, teacher)
     assert all(g.any() for g in gradients.values())
     if wake:  # the teacher's block learns too
         assert all(p.grad.any() for p in loss.teacher_nonlocal.parameters() if p.dim() > 1)
@@ -230,10 +221,10 @@ def test_sizes_of_batches_may_change():
 
 def test_precision():
     student, teacher = pair(dtype=torch.float64)
-    expected = awake(harness.bound(kd(), student, teacher))(harness.batch(student, teacher))
+    expected = harness.awake(harness.bound(kd(), student, teacher))(harness.batch(student, teacher))
     for dtype in (torch.float32, torch.bfloat16):
         ours, theirs = pair(dtype=dtype)
-        loss = awake(harness.bound(kd(), student, teacher).float())
+        loss = harness.awake(harness.bound(kd(), student, teacher).float())
         for name, value in loss(harness.batch(ours, theirs)).items():
             assert value.dtype == torch.float32 and torch.isfinite(value)
             if dtype == torch.float32:

@@ -15,6 +15,7 @@ from .files import replace
 __all__ = [
     "StudentCheckpointer",
     "fingerprint",
+    "has_run",
     "inherit",
     "initialise",
     "load_trained",
@@ -47,6 +48,11 @@ class StudentCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, "last_checkpoint")
         replace(path, lambda f: f.write(last_filename_basename.encode()))
+
+
+def has_run(folder) -> bool:
+    """Whether a folder holds a run's checkpoint."""
+    return os.path.isfile(os.path.join(folder, "last_checkpoint"))
 
 
 def fingerprint(model: nn.Module) -> str:

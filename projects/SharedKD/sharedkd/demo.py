@@ -16,6 +16,7 @@ from .analysis.tables import results_table
 from .config import student_only
 from .engine import build
 from .errors import ConfigError
+from .record import count_parameters
 from .runs import Run, short
 
 __all__ = ["run_demo", "seconds_per_image"]
@@ -72,7 +73,7 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
             {
                 "name": title,
                 **arms[name].record["results"],
-                "parameters": sum(p.numel() for p in models[name].parameters()),
+                "parameters": count_parameters(models[name]),
                 "seconds_per_image": times[name],
             }
             for name, title in TITLES.items()

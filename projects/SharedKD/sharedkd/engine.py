@@ -20,12 +20,12 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .checkpoint import StudentCheckpointer, inherit, initialise, load_trained
+from .checkpoint import StudentCheckpointer, has_run, inherit, initialise, load_trained
 from .config import construct, load_config, student_only
 from .data.coco import check_coco
 from .errors import ConfigError
 from .meta_arch import SharedKD
-from .record import RunRecord
+from .record import RunRecord, count_parameters
 from .trainer import SharedKDTrainer
 
 __all__ = ["run", "build", "train", "evaluate"]
@@ -63,7 +63,7 @@ def run(args) -> Dict[str, Any]:
         if cfg.train.seed < 0:
             cfg.train.seed = comm.shared_random_seed()
         seed_all_rng(cfg.train.seed + comm.get_rank())
-        resuming = args.resume and not args.eval_only and _has_run(cfg.train.output_dir)
+        resuming = args.resume and not args.eval_only and has_run(cfg.train.output_dir)
         model = build(cfg, trained=args.eval_only, resuming=resuming)
         if args.eval_only:
             cfg.train.output_dir = _evaluation_folder(cfg.train.output_dir)
@@ -114,10 +114,9 @@ def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.
                     "set model.teacher or use train.inherit=[]",
                 )
             inherit(student, teacher.model, cfg.train.inherit)
-    owned = sum(p.numel() for p in _losses(model).parameters())
     logger.info(
-        f"{sum(p.numel() for p in student.parameters()):,} parameters in the student, {owned:,} in "
-        "distillation losses"
+        f"{count_parameters(student):,} parameters in the student, "
+        f"{count_parameters(_losses(model)):,} in distillation losses"
     )
     layout = torch.channels_last if cfg.train.channels_last else torch.preserve_format
     return model.to(cfg.train.device, memory_format=layout)
@@ -274,13 +273,9 @@ def _check_device(cfg: DictConfig) -> None:
         )
 
 
-def _has_run(output_dir: str) -> bool:
-    return os.path.isfile(os.path.join(output_dir, "last_checkpoint"))
-
-
 def _check_output(output_dir: str, resume: bool) -> None:
     weights = glob.glob(os.path.join(glob.escape(output_dir), "*.pth"))
-    if not _has_run(output_dir):
+    if not has_run(output_dir):
         if not weights:
             return
         raise ConfigError(
@@ -300,7 +295,7 @@ def _check_output(output_dir: str, resume: bool) -> None:
 
 def _evaluation_folder(output_dir: str) -> str:
     """Not a run's own folder, whose config.yaml says how it was trained."""
-    return os.path.join(output_dir, "eval") if _has_run(output_dir) else output_dir
+    return os.path.join(output_dir, "eval") if has_run(output_dir) else output_dir
 
 
 def _amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:

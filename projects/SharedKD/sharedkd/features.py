@@ -16,7 +16,7 @@ __all__ = ["FeatureTap", "pyramid_shapes", "same_pixels"]
 Source = Tuple[nn.Module, FrozenSet[str], Callable[[Any], Maps]]
 
 
-def _sources(detector: nn.Module) -> List[Source]:
+def _sources(detector: nn.Module, head: Optional[DenseHead]) -> List[Source]:
     """The modules whose outputs are taken, with their taps, and how an output becomes maps."""
     backbone = _backbone(detector)
 
@@ -33,7 +33,6 @@ def _sources(detector: nn.Module) -> List[Source]:
     sources = [pyramid("fpn", backbone)]
     if hasattr(backbone, "bottom_up"):
         sources.append(pyramid("backbone", backbone.bottom_up))
-    head = DenseHead.of(detector)
     if head is not None:
         sources.append((head.module, HEAD_TAPS, head.unpack))
     return sources
@@ -81,11 +80,14 @@ class FeatureTap:
 
     Args:
         detector: a module with ``.backbone``; it is not registered here.
+
+    Attributes:
+        head: the detector's dense head, or None.
     """
 
     def __init__(self, detector: nn.Module):
-        self._sources = _sources(detector)
-        self._head = DenseHead.of(detector)
+        self.head = DenseHead.of(detector)
+        self._sources = _sources(detector, self.head)
         self._writes: Dict[str, bool] = {}  # whether the detector writes into a tap's maps
 
     @contextmanager
@@ -139,7 +141,7 @@ class FeatureTap:
             maps[tap] = {stride: copy if written else x for stride, (x, _, copy) in levels.items()}
         if "boxes" in taps:
             with torch.no_grad():
-                maps["boxes"] = self._head.boxes(maps["deltas"])
+                maps["boxes"] = self.head.boxes(maps["deltas"])
             if "deltas" not in taps:
                 del maps["deltas"]
 

@@ -17,6 +17,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from .errors import ConfigError
+from .record import count_parameters
 from .stages import stage_dict
 
 __all__ = ["FAMILIES", "PLAIN", "OWN", "Method", "family", "known_methods", "with_method"]
@@ -79,7 +80,7 @@ class Method:
         shapes, count = _PUBLISHED_SHAPES[family], 0
         for name, stage in instantiate(self.stages[family]).items():
             stage.loss.bind(shapes, shapes, name)
-            count += sum(p.numel() for p in stage.loss.parameters())
+            count += count_parameters(stage.loss)
         return count
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from .checkpoint import fingerprint
 from .files import replace
 
-__all__ = ["RunRecord", "read_record"]
+__all__ = ["RunRecord", "count_parameters", "read_record"]
 
 FILE = "run.json"
 _PACKAGES = ("torchvision", "detectron2", "numpy")
@@ -53,7 +53,10 @@ class RunRecord(hooks.HookBase):
         before = read_record(folder) if resuming else {}
         self.record = {
             "initial_weights": before.get("initial_weights") if resuming else fingerprint(student),
-            "parameters": {"student": _count(student), "losses": _count(losses)},
+            "parameters": {
+                "student": count_parameters(student),
+                "losses": count_parameters(losses),
+            },
             "hardware": _hardware(next(student.parameters()).device),
             "processes": comm.get_world_size(),
             "versions": _versions(),
@@ -88,7 +91,7 @@ def read_record(folder) -> Dict[str, Any]:
         return {}
 
 
-def _count(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Sequence
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
+from .checkpoint import has_run
 from .config import load_config
 from .errors import ConfigError
 from .record import read_record
@@ -59,7 +60,7 @@ class Run:
 
     @property
     def started(self) -> bool:
-        return (self.folder / "last_checkpoint").exists()
+        return has_run(self.folder)
 
     @property
     def finished(self) -> bool:

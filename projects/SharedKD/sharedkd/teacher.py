@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import fingerprint, load_trained
 from .errors import ConfigError
 from .features import FeatureTap, pyramid_shapes
-from .heads import DenseHead, region_logits
+from .heads import region_logits
 from .losses.base import HEAD_TAPS, Maps
 
 __all__ = ["FrozenTeacher"]
@@ -117,7 +117,7 @@ class FrozenTeacher:
         with self._tap.capture(taps) as maps:
             pyramid = self.model.backbone(images.tensor)
             if taps & HEAD_TAPS:
-                DenseHead.of(self.model).run(pyramid)
+                self._tap.head.run(pyramid)
         return maps
 
     @torch.no_grad()
