@@ -159,6 +159,13 @@ def test_a_recipe_binds_to_the_published_pair(name, kind):
     assert METHODS[name].parameters(kind) >= 0
 
 
+@pytest.mark.parametrize("name, kind", CLAIMS)
+def test_a_recipe_reaches_its_weight_however_short_the_run(name, kind):
+    for key, stage in instantiate(METHODS[name].stages[kind]).items():
+        for length in (100, 180000):
+            assert stage.weight_at(length // 20, length) == stage.weight, (key, length)
+
+
 def block(reduction, c=256):
     """Parameters of FKD's non-local block: theta, phi and g to c / r channels, back, scale and shift."""
     inner = c // reduction

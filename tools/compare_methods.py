@@ -11,7 +11,8 @@ A method is a recipe's name (--list), a recipe's path, `none` (the plain student
 `config` (the config's own stages), several joined by + (fgd+dkd), one with its weights times a
 number (fgd:4), or `none@fgd`: the plain student, trained for as long as fgd takes. With --shard 0/2
 and --shard 1/2 the same command, on two machines that share the folder or with two
-CUDA_VISIBLE_DEVICES, splits the work.
+CUDA_VISIBLE_DEVICES, splits the work; run it once more for arms such as none@fgd, which wait for
+others.
 """
 
 import argparse

@@ -162,6 +162,7 @@ def test_report_of_costs(three):
     assert rows["fgd"] == {
         "iterations": "300",
         "s / step": "1.500",
+        "its seeds": "1.500 to 1.500",
         "time ratio": "1.50",
         "training minutes": "7.5",
         "peak memory MB": "1,250",

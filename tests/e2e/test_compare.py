@@ -65,6 +65,9 @@ def test_every_arm_is_recorded(finished):
         assert each["seconds_per_step"] > 0 and each["peak_memory_mb"] > 100
         assert each["parameters"]["student"] > 10**6
         assert each["versions"]["torch"] == torch.__version__ and each["hardware"]
+    assert list(record["configs"]) == METHODS
+    assert record["configs"]["frs"]["model"]["stages"]["frs"]["loss"]["adapter"] == 3
+    assert "stages" not in record["configs"]["none"]["model"]
     losses = {a["method"]: a["parameters"]["losses"] for a in record["arms"]}
     width = 128  # of the small FPN; FRS has a 3x3 convolution on each of five levels
     assert losses == {
@@ -156,6 +159,21 @@ def test_equal_time(finished):
     assert arm(record, "none", 0)["iterations"] == 4
 
 
+def test_a_failed_run_does_not_hold_up_those_that_take_its_methods_time(overrides, tmp_path):
+    methods = ["none", "pkd", "none@pkd"]
+    comparison = Comparison(ROOT, CONFIG, methods, [0, 1], tmp_path, overrides)
+    assert comparison.iterations("none@pkd") is None
+    for each in comparison.arms[:4]:
+        each.run.folder.mkdir(parents=True)
+        seconds = 0.2 if each.method == "pkd" else 0.1
+        if (each.method, each.seed) == ("pkd", 1):
+            each.failure.write_text("not finite")
+        else:
+            (each.run.folder / "run.json").write_text('{"results": {}}')
+            (each.run.folder / "metrics.json").write_text(f'{{"iteration": 3, "time": {seconds}}}')
+    assert comparison.iterations("none@pkd") == 8
+
+
 def weights(output):
     return {p: p.stat().st_mtime_ns for p in sorted(output.rglob("model_final.pth"))}
 
@@ -201,9 +219,10 @@ def test_a_failed_arm_is_shown_and_the_others_are_trained(overrides, tmp_path, c
         "bad=L(Stage)(loss=L(IdenticalLayer)(), weight=1e38, ramp=2)))\n"
     )
     output = tmp_path / "out"
-    record = compare(output, overrides, [str(bad), "none"], seeds=[0])
-    broken, plain = record["arms"]
+    record = compare(output, overrides, [str(bad), "none", f"none@{bad}"], seeds=[0])
+    broken, plain, timed = record["arms"]
     assert (broken["status"], plain["status"]) == ("failed", "finished")
+    assert timed["status"] == "failed" and "no time to take" in timed["error"]
     assert "not finite" in broken["error"] and "bad" in (output / "report.md").read_text()
     assert "not finite" in (output / "report.md").read_text()
     capsys.readouterr()
@@ -327,9 +346,10 @@ def test_a_recipe_elsewhere_has_a_folder_of_its_own(overrides, tmp_path):
     ]
 
 
-def test_a_detector_that_finds_nothing_has_an_ap_of_zero(finished, overrides):
-    output, _, record = finished
-    copy = Path(shutil.copytree(output, output.parent / "collapsed"))
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(finished, overrides, tmp_path):
+    output, _, _ = finished
+    weights = shutil.ignore_patterns("*.pth")  # a report needs none
+    copy = Path(shutil.copytree(output, tmp_path / "copy", ignore=weights))
     path = copy / "none/seed0/run.json"
     run = json.loads(path.read_text())
     run["results"]["bbox"] = dict.fromkeys(run["results"]["bbox"], float("nan"))

@@ -11,8 +11,8 @@ paper = "Distilling Object Detectors with Feature Richness, NeurIPS 2021"
 
 def _stages(feature, response):
     loss = L(FRS)(feature=feature, response=response, adapter=3)
-    # linear warm-up over the first 500 iterations
-    return L(stage_dict)(frs=L(Stage)(loss=loss, weight=1.0, ramp=500))
+    # Linear warm-up over the first 500 iterations, a fraction here: short runs reach the weight, too.
+    return L(stage_dict)(frs=L(Stage)(loss=loss, weight=1.0, ramp=500 / 180000))
 
 
 # Student's family -> what `model.stages` becomes.  Mask R-CNN is not in the paper's code: the numbers

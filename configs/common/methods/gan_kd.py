@@ -11,7 +11,8 @@ paper = (
 )
 
 # Published: the adversarial loss is added to the detector's losses with weight 1.  The
-# discriminators' weight of 1 is ours: it is their learning rate relative to the student's.
+# discriminators' weight of 1 is ours: with SGD it is their learning rate relative to the student's;
+# AdamW divides it out again.
 _stages = L(stage_dict)(gan_kd=L(Stage)(loss=L(GanKD)(discriminator=1.0), weight=1.0))
 
 # Student's family -> what `model.stages` becomes.

@@ -21,7 +21,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from detectron2.config import LazyConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .analysis.comparison import write
 from .analysis.pictures import read_curves
@@ -195,6 +195,10 @@ class Comparison:
             )
         new.replace(path)
 
+    def _saved_config(self, method: str) -> Optional[Dict[str, Any]]:
+        path = self._config_path(method)
+        return OmegaConf.to_container(LazyConfig.load(str(path))) if path.exists() else None
+
     def _config_path(self, method: str) -> Path:
         return self.output / "configs" / f"{_folder(method)}.yaml"
 
@@ -218,10 +222,13 @@ class Comparison:
         return fmean(seconds) if seconds else math.nan
 
     def iterations(self, method: str) -> Optional[int]:
-        """How long a method is trained; None while that depends on runs that are not finished.
+        """How long a method is trained; None while that depends on runs that are still missing.
 
         What takes the time of another method has its config written here, once: an arm that was
-        begun must not change its length.
+        begun must not change its length.  A failed run has no part in it.
+
+        Raises:
+            ConfigError: all runs that it depends on failed.
         """
         path = self._config_path(method)
         if FOR_THE_TIME_OF not in method:
@@ -230,13 +237,18 @@ class Comparison:
             return LazyConfig.load(str(path)).train.max_iter
         ours, theirs = method.split(FOR_THE_TIME_OF)
         sources = [arm for arm in self.arms if arm.method in (ours, theirs)]
-        if not all(arm.run.finished for arm in sources):
+        if any(arm.status == "missing" for arm in sources):
             return None
         cfg = self.configs[method].copy()
         if not cfg.train.fast_dev_run:  # which sets a length of its own
             ratio = self.seconds_per_step(theirs) / self.seconds_per_step(ours)
             if not math.isfinite(ratio):
-                return None
+                raise ConfigError(
+                    "--methods",
+                    method,
+                    "has no time to take: no run has one",
+                    "mend the failed runs",
+                )
             cfg.train.max_iter = round(cfg.train.max_iter * ratio)
         self._save_config(method, cfg)
         return cfg.train.max_iter
@@ -261,12 +273,12 @@ class Comparison:
             if arm.run.finished:
                 print(f"{title}: finished before, kept", flush=True)
                 continue
-            iterations = self.iterations(arm.method)
-            if iterations is None:
-                print(f"{title}: waits for other arms; run the command again", flush=True)
-                continue
             print(title, flush=True)
             try:
+                iterations = self.iterations(arm.method)
+                if iterations is None:
+                    print("      waits for other arms; run the command again", flush=True)
+                    continue
                 arm.failure.unlink(missing_ok=True)
                 arm.run.train(
                     self.root, iterations, lambda line: print(f"      {line}", flush=True)
@@ -276,6 +288,7 @@ class Comparison:
             except Exception as e:  # whatever it is, the other arms go on
                 print(f"      failed: {e}", flush=True)
                 with suppress(OSError):
+                    arm.run.folder.mkdir(parents=True, exist_ok=True)
                     arm.failure.write_text(f"{e}\n")
             try:
                 self.report()
@@ -296,6 +309,7 @@ class Comparison:
             "baseline": PLAIN,
             "teacher": json.loads(path.read_text()) if path.exists() else None,
             "methods": self.methods,
+            "configs": {method: self._saved_config(method) for method in self.methods},
             "arms": [arm.record() for arm in self.arms],
         }
         _count_collapsed(record)

@@ -9,7 +9,8 @@ All functions read one record, a plain dict as ``results.json`` holds it:
   may have "iterations", "seconds_per_step", "peak_memory_mb", "parameters" (of which "losses" is
   read), "initial_weights" (a digest), "hardware", "versions" and "collapsed" (tasks in which it finds
   nothing, so that its AP is zero); the others may have "error";
-* optionally "teacher", its results; "config_file", "overrides" and "command".
+* optionally "teacher", its results; "config_file", "overrides", "command", and "configs": method to
+  its whole config.
 
 A value that is NaN or None counts as one that is not there.
 """
@@ -338,7 +339,7 @@ def _ap_table(record: Mapping[str, Any], task: str) -> str:
 
 
 def _cost_table(record: Mapping[str, Any]) -> str:
-    headers = ["method", "iterations", "s / step", "time ratio", "training minutes"]
+    headers = ["method", "iterations", "s / step", "its seeds", "time ratio", "training minutes"]
     headers += ["peak memory MB", "memory ratio", "parameters of the losses"]
     rows = []
     for method in record["methods"]:
@@ -346,11 +347,13 @@ def _cost_table(record: Mapping[str, Any]) -> str:
             [_mean(_costs(record, name, cost)) for name in (method, record["baseline"])]
             for cost in ("seconds_per_step", "peak_memory_mb")
         )
+        spread = _costs(record, method, "seconds_per_step")
         rows.append(
             [
                 method,
                 _range(_costs(record, method, "iterations")),
                 _number(seconds[0], ".3f"),
+                f"{min(spread):.3f} to {max(spread):.3f}" if spread else "-",
                 _number(_ratio(*seconds)),
                 _number(_minutes(record, method), ".1f"),
                 _number(memory[0], ",.0f"),
