@@ -80,6 +80,7 @@ def test_shapes_are_those_of_the_maps(retinanet):
         "logits": dict.fromkeys(levels, anchors * tiny.CLASSES),
         "deltas": dict.fromkeys(levels, anchors * 4),
         "boxes": dict.fromkeys(levels, anchors * 4),
+        "anchors": dict.fromkeys(levels, anchors * 4),
     }
 
 

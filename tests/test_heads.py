@@ -8,10 +8,10 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from sharedkd import ConfigError, DistillationLoss, FrozenTeacher, SharedKD, Stage
-from sharedkd.features import FeatureTap, pyramid_shapes
+from sharedkd.features import FeatureTap, pyramid_shapes, same_pixels
 from sharedkd.heads import DenseHead, RegionTap, anchor_labels, region_logits
 
-HEAD = {"logits", "deltas", "boxes"}
+HEAD = {"logits", "deltas", "boxes", "anchors"}
 TWO_STAGE = [f for f in tiny.FAMILIES if f.endswith("rcnn")]
 ONE_STAGE = ["retinanet", "fcos"]
 
@@ -61,14 +61,75 @@ def test_dense_outputs_are_the_heads_own(family, monkeypatch):
         n, _, h, w = maps["deltas"][stride].shape
         found = maps["boxes"][stride].view(n, -1, 4, h, w)
         delta = maps["deltas"][stride].view(n, -1, 4, h, w)
+        own = maps["anchors"][stride].view(n, -1, 4, h, w)
         a = found.shape[1]
         anchor = level.tensor.view(h, w, a, 4)
-        assert not found.requires_grad
+        assert not found.requires_grad and not own.requires_grad
         for y, x, k in ((0, 0, 0), (h - 1, w - 1, a - 1), (h // 2, w // 3, a // 2)):
             expected = owner(model).box2box_transform.apply_deltas(
                 delta[:, k, :, y, x].detach(), anchor[y, x, k].expand(n, 4)
             )
             assert torch.allclose(found[:, k, :, y, x], expected, atol=1e-4)
+            assert torch.equal(own[:, k, :, y, x], anchor[y, x, k].expand(n, 4))
+
+
+# (stride, number, y, x) -> anchor.  Two-stage: one size a level, height / width of 0.5, 1 and 2;
+# RetinaNet: these ratios of three sizes, each 2^(1/3) times the one before; both about the upper left
+# corner of a position.  FCOS: a square of the stride about the middle of a position.
+ANCHORS = {
+    "faster_rcnn": {
+        (4, 1, 0, 0): (-8, -8, 8, 8),
+        (4, 0, 3, 5): (20 - 128**0.5, 12 - 32**0.5, 20 + 128**0.5, 12 + 32**0.5),
+        (4, 2, 3, 5): (20 - 32**0.5, 12 - 128**0.5, 20 + 32**0.5, 12 + 128**0.5),
+        (64, 1, 0, 1): (-64, -128, 192, 128),
+    },
+    "retinanet": {
+        (8, 1, 1, 2): (8, 0, 24, 16),
+        (8, 0, 1, 2): (16 - 128**0.5, 8 - 32**0.5, 16 + 128**0.5, 8 + 32**0.5),
+        (8, 4, 1, 2): (
+            16 - 2 ** (10 / 3),
+            8 - 2 ** (10 / 3),
+            16 + 2 ** (10 / 3),
+            8 + 2 ** (10 / 3),
+        ),
+        (32, 1, 1, 0): (-32, 0, 32, 64),
+    },
+    "fcos": {
+        (8, 0, 0, 0): (0, 0, 8, 8),
+        (8, 0, 1, 2): (16, 8, 24, 16),
+        (32, 0, 1, 2): (64, 32, 96, 64),
+    },
+}
+
+
+@pytest.mark.parametrize("family", ANCHORS)
+def test_anchors_by_hand(family):
+    """Of zeros, not of what a head predicts: the same for both images."""
+    head = DenseHead.of(tiny.detector(family))
+
+    def anchors(height, width):
+        shape = 2, head.channels["deltas"]
+        deltas = {s: torch.zeros(*shape, -(-height // s), -(-width // s)) for s in head.strides}
+        found = head.anchors(deltas)
+        assert {s: x.shape for s, x in found.items()} == {s: x.shape for s, x in deltas.items()}
+        return found
+
+    found = anchors(64, 96)
+    for (stride, number, y, x), box in ANCHORS[family].items():
+        for image in found[stride]:
+            anchor = image[4 * number : 4 * number + 4, y, x]
+            assert anchor.tolist() == pytest.approx(box, abs=1e-5), (stride, number, y, x)
+    # A teacher that pads more sees the same anchors where the student sees any.
+    cut = same_pixels({"anchors": anchors(128, 160)}, {"anchors": found})["anchors"]
+    assert all(torch.equal(cut[s], x) for s, x in found.items())
+
+
+@pytest.mark.parametrize("taps", [{"anchors"}, {"boxes"}, {"anchors", "deltas"}, HEAD])
+def test_what_is_made_of_deltas_does_not_hand_them_out(taps):
+    model = tiny.detector("retinanet").train()
+    with FeatureTap(model).capture(taps) as maps:
+        step(model, tiny.batch())
+    assert set(maps) == taps
 
 
 @pytest.mark.parametrize("ground_truth", ["full", "half", "empty"])
@@ -149,6 +210,8 @@ def test_the_teachers_dense_head_is_run_if_needed(family):
         assert torch.allclose(probe.batch.teacher["logits"][stride], z, atol=1e-5)
         assert torch.allclose(probe.batch.teacher["deltas"][stride], d, atol=1e-5)
         assert probe.batch.teacher["boxes"][stride].shape == d.shape
+        both = probe.batch.student["anchors"][stride], probe.batch.teacher["anchors"][stride]
+        assert torch.equal(*both)
         assert not probe.batch.teacher["logits"][stride].requires_grad
         assert probe.batch.student["logits"][stride].requires_grad
 

@@ -62,8 +62,8 @@ def leaves(levels):
 
 
 def _learns(tap):
-    """Boxes are decoded without a gradient: losses select with them."""
-    return tap != "boxes"
+    """Boxes and anchors have no gradient: losses select with them."""
+    return tap not in ("boxes", "anchors")
 
 
 def check_who_learns(loss, student, teacher, **options):

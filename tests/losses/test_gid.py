@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Boxes, pairwise_iou
 from losses.harness import (
     ONE_STAGE,
     batch,
@@ -25,6 +27,7 @@ A, K = 2, 3
 WEIGHTS = dict(feature=0.3, relation=0.7, response_class=1.1, response_box=1.3)
 STRIDES = (16, 32)
 PADDED = (448, 512)  # large enough that an instance may belong to the coarser level
+POSITIONS = ["anchors", "boxes"]
 
 
 def decoded(strides, padded, images, seed, low, high):
@@ -49,6 +52,10 @@ def pyramids(seed, strides=STRIDES, padded=PADDED, images=2, channels=3, low=24,
         "logits": maps(strides, A * K, seed=seed + 100, **given),
         "deltas": maps(strides, A * 4, seed=seed + 200, **given),
         "boxes": decoded(strides, padded, images, seed + 300, low, high),
+        "anchors": {
+            s: x.expand(images, -1, -1, -1)
+            for s, x in decoded(strides, padded, 1, seed + 400, low, high).items()
+        },
     }
 
 
@@ -73,19 +80,30 @@ def clip(box, size):
 
 
 def anchors_of(maps_, image):
-    """Every anchor of an image: (where, logits, deltas, box)."""
-    found = []
+    """Every anchor of an image: (where, logits, deltas, box, itself)."""
+    found, taps = [], ("logits", "deltas", "boxes", "anchors")
     for stride in sorted(maps_["logits"]):
-        z, d, b = (maps_[tap][stride][image].numpy() for tap in ("logits", "deltas", "boxes"))
+        z, *others = (maps_[tap][stride][image].numpy() for tap in taps)
         for a in range(A):
             for y in range(z.shape[1]):
                 for x in range(z.shape[2]):
-                    values = [m[a * c : (a + 1) * c, y, x] for m, c in ((z, K), (d, 4), (b, 4))]
-                    found.append(((stride, a, y, x), *values))
+                    values = [m[a * 4 : a * 4 + 4, y, x] for m in others]
+                    found.append(((stride, a, y, x), z[a * K : (a + 1) * K, y, x], *values))
     return found
 
 
-def select(student, teacher, image, size, instances=10, candidates=3000, min_size=10.0, **_):
+def select(
+    student,
+    teacher,
+    image,
+    size,
+    instances=10,
+    candidates=3000,
+    min_size=10.0,
+    nms=0.3,
+    match=0.5,
+    positions="anchors",
+):
     """[(box, index of its anchor)], the anchors of both, and which anchors lie on an instance."""
     ours, theirs = anchors_of(student, image), anchors_of(teacher, image)
     scored = []
@@ -97,15 +115,18 @@ def select(student, teacher, image, size, instances=10, candidates=3000, min_siz
     for _, i, box in scored[:candidates]:
         if box[2] - box[0] <= min_size or box[3] - box[1] <= min_size:
             continue
-        if len(chosen) < instances and all(iou(box, other) <= 0.3 for other, _ in chosen):
+        if len(chosen) < instances and all(iou(box, other) <= nms for other, _ in chosen):
             chosen.append((box, i))
-    origins = {i for _, i in chosen}
-    matched = [
-        i
-        for i, t in enumerate(theirs)
-        if i in origins or any(iou(clip(t[3], size), box) >= 0.5 for box, _ in chosen)
-    ]
-    return chosen, ours, theirs, matched
+    matched = set()
+    for box, origin in chosen:
+        if positions == "anchors":
+            found = [iou(s[4], box) for s in ours]
+            matched |= {i for i, x in enumerate(found) if x == max(found) > 0}
+        else:
+            found = [iou(clip(t[3], size), box) for t in theirs]
+            matched.add(origin)
+        matched |= {i for i, x in enumerate(found) if x >= match}
+    return chosen, ours, theirs, sorted(matched)
 
 
 def sample(level, y, x):
@@ -203,22 +224,25 @@ def whole_image(student, teacher, image):
     student["logits"][16][image, K:, 3, 5] = -30.0
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("seed", range(3))
-def test_values_on_two_levels_with_padding(seed):
+def test_values_on_two_levels_with_padding(seed, positions):
     student, teacher = pyramids(seed), pyramids(seed + 50)
     whole_image(student, teacher, 0)
     sizes = [(448, 512), (300, 431)]
     roots, instances, anchors = [], 0, 0
     for image, size in enumerate(sizes):
-        chosen, _, _, matched = select(student, teacher, image, size)
+        chosen, _, _, matched = select(student, teacher, image, size, positions=positions)
         roots += [math.sqrt((b[2] - b[0]) * (b[3] - b[1])) for b, _ in chosen]
         instances, anchors = instances + len(chosen), anchors + len(matched)
     # the case is worth something: instances of both levels, several anchors on an instance
     assert min(roots) < 448 <= max(roots) and anchors > instances >= 3
-    found = bound(gid(crop=2), student, teacher)(batch(student, teacher, sizes=sizes))
-    same(found, by_hand(student, teacher, sizes, crop_size=2))
+    loss = bound(gid(crop=2, positions=positions), student, teacher)
+    expected = by_hand(student, teacher, sizes, crop_size=2, positions=positions)
+    same(loss(batch(student, teacher, sizes=sizes)), expected)
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -230,21 +254,27 @@ def test_values_on_two_levels_with_padding(seed):
         {"min_size": 0.0},
         {"min_size": 40.0},
         {"beta": 1.0},
+        {"match": 0.2},
+        {"match": 1.0},
+        {"nms": 0.9, "match": 0.3},  # instances overlap: an anchor on two of them counts once
     ],
     ids=str,
 )
 @pytest.mark.parametrize("sizes", [[(64, 96), (64, 96)], [(64, 96), (31, 50)]], ids=["", "padded"])
-def test_values_of_options(options, sizes):
+def test_values_of_options(options, sizes, positions):
     student, teacher = small(0), small(1)
+    options = dict(options, positions=positions)
     found = bound(gid(crop=2, **options), student, teacher)(batch(student, teacher, sizes=sizes))
     same(found, by_hand(student, teacher, sizes, crop_size=2, **options))
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("padded", [(32, 32), (40, 72)])
-def test_values_of_one_image_with_a_level_of_one_pixel(padded):
+def test_values_of_one_image_with_a_level_of_one_pixel(padded, positions):
     student, teacher = (small(i, padded=padded, images=1, high=40) for i in (0, 1))
-    found = bound(gid(crop=2), student, teacher)(batch(student, teacher, padded=padded))
-    same(found, by_hand(student, teacher, [padded], crop_size=2))
+    loss = bound(gid(crop=2, positions=positions), student, teacher)
+    expected = by_hand(student, teacher, [padded], crop_size=2, positions=positions)
+    same(loss(batch(student, teacher, padded=padded)), expected)
 
 
 def test_adapter_brings_the_student_to_the_teachers_width():
@@ -278,21 +308,101 @@ def test_constant_features(fill):
         same(terms, by_hand(student, teacher, [(64, 96)] * 2, crop_size=2))
 
 
+# --- which anchors are on an instance ----------------------------------------------------------
+
+
+def boxed(maps_, boxes, tap="boxes", elsewhere=(0, 0, 0, 0)):
+    """The same maps where image 0 has these boxes, {(stride, a, y, x): box}, all others one box."""
+    elsewhere = torch.tensor(elsewhere, dtype=torch.float64).repeat(A).view(-1, 1, 1)
+    levels = {s: elsewhere.expand_as(x).clone() for s, x in maps_[tap].items()}
+    for (stride, a, y, x), box in boxes.items():
+        levels[stride][0, 4 * a : 4 * a + 4, y, x] = torch.tensor(box, dtype=torch.float64)
+    return dict(maps_, **{tap: levels})
+
+
+def responding(loss, student, teacher, **options):
+    """{(image, stride, a, y, x)} of the anchors whose logits have a gradient."""
+    student = dict(student, logits={s: x.clone() for s, x in student["logits"].items()})
+    levels = [x.requires_grad_() for x in student["logits"].values()]
+    value = loss(batch(student, teacher, **options))["response_class"]
+    found = set()
+    for s, g in zip(student["logits"], torch.autograd.grad(value, levels)):
+        on = g.unflatten(1, (A, K)).any(2)
+        found |= {(n, s, a, y, x) for n, a, y, x in on.nonzero().tolist()}
+    return found
+
+
+FAR = (500, 500, 540, 540)  # beyond the padded image
+PLACES = [(8, 0, 1, 2), (8, 1, 7, 11), (16, 1, 0, 3), (32, 0, 1, 2), (32, 1, 0, 0)]
+# Anchors and whether they are on the instance 0, 0, 40, 20 (800 square pixels).
+ON_ANCHORS = {
+    "at the threshold": [((0, 0, 20, 20), 1), ((0, 0, 40, 40), 1), ((0, 0, 40, 41), 0)],
+    "just below: the best": [((0, 0, 19, 20), 1), ((0, 0, 18, 20), 0), ((20, 10, 60, 30), 0)],
+    "ties": [((0, 0, 10, 20), 1), ((30, 0, 40, 20), 1), ((0, 0, 9, 20), 0)],
+    "touching is no overlap": [((40, 0, 60, 20), 0), ((0, 20, 40, 40), 0)],
+    "beyond the image": [((-20, -5, 40, 20), 1), ((-200, -100, 240, 120), 0)],
+    "containing, small": [((-200, -100, 240, 120), 1)],
+    "one pixel": [((3, 3, 4, 4), 1)],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("case", ON_ANCHORS)
+def test_anchors_on_an_instance(case):
+    chosen = {(16, 0, 2, 2): [0, 0, 40, 20]}  # predicted far from the anchors that are on it
+    student, teacher = (boxed(small(i), chosen) for i in (0, 1))
+    anchors = dict(zip(PLACES, (box for box, _ in ON_ANCHORS[case])))
+    student = boxed(student, anchors, "anchors", FAR)
+    teacher["anchors"] = {s: torch.full_like(x, math.nan) for s, x in teacher["anchors"].items()}
+    expected = {(0, *at) for at, (_, on) in zip(PLACES, ON_ANCHORS[case]) if on}
+    loss = bound(gid(), student, teacher)
+    assert responding(loss, student, teacher) == expected
+    terms = loss(batch(student, teacher))
+    same(terms, by_hand(student, teacher, [(64, 96)] * 2))
+    assert terms["feature"] > 0 and (terms["response_box"] > 0) == bool(expected)
+
+
+@pytest.mark.parametrize("match", [0.5, 0.2])
+def test_anchors_are_matched_as_retinanet_matches_ground_truth(match):
+    student, teacher = small(0), small(1)
+    sizes = [(64, 96), (40, 50)]
+    matcher = Matcher([match - 0.1, match], [0, -1, 1], allow_low_quality_matches=True)
+    expected = set()
+    for image, size in enumerate(sizes):
+        chosen, ours, *_ = select(student, teacher, image, size)
+        instances = Boxes(torch.tensor([box for box, _ in chosen], dtype=torch.float64))
+        anchors = Boxes(torch.tensor(np.stack([s[4] for s in ours])))
+        labels = matcher(pairwise_iou(instances, anchors))[1]
+        assert {*labels.tolist()} == {0, -1, 1}
+        expected |= {(image, *s[0]) for s, label in zip(ours, labels) if label == 1}
+    loss = bound(gid(match=match), student, teacher)
+    assert responding(loss, student, teacher, sizes=sizes) == expected
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_an_anchor_on_two_instances_counts_once(positions):
+    chosen = {(16, 0, 2, 2): [0, 0, 40, 40], (8, 1, 3, 3): [10, 0, 50, 40]}  # IoU 0.6
+    middle = {(8, 0, 1, 1): [5, 0, 45, 40]}  # 0.78 with either
+    student, teacher = (boxed(small(i), {**chosen, **middle}) for i in (0, 1))
+    student = boxed(student, {**chosen, **middle}, "anchors", FAR)
+    for maps_ in (student, teacher):  # the middle one is no instance
+        maps_["logits"][8][0, :K, 1, 1] = torch.tensor([0.1, -1, -2]).double()
+    teacher["logits"][8][0, :K, 1, 1] += 1e-3
+    options = dict(nms=0.65, positions=positions)
+    assert len(select(student, teacher, 0, (64, 96), **options)[0]) == 2
+    loss = bound(gid(**options), student, teacher)
+    assert responding(loss, student, teacher) == {(0, *at) for at in (*chosen, *middle)}
+    same(loss(batch(student, teacher)), by_hand(student, teacher, [(64, 96)] * 2, **options))
+
+
 # --- few or no instances ---------------------------------------------------------------------
 
 
-def boxed(maps_, boxes):
-    """The same maps where only these anchors of image 0 have boxes: {(stride, a, y, x): box}."""
-    empty = {s: torch.zeros_like(x) for s, x in maps_["boxes"].items()}
-    for (stride, a, y, x), box in boxes.items():
-        empty[stride][0, 4 * a : 4 * a + 4, y, x] = torch.tensor(box, dtype=torch.float64)
-    return dict(maps_, boxes=empty)
-
-
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(
     "box", [[0, 0, 0, 0], [200, 10, 300, 60], [-90, -90, -5, -5], [9, 9, 4, 4]]
 )
-def test_no_instances(box):
+def test_no_instances(box, positions):
     """Empty, on the padding only, beyond the image, inside out."""
     student, teacher = small(0), small(1)
     for maps_ in (student, teacher):
@@ -304,7 +414,7 @@ def test_no_instances(box):
             .flatten(1, 2)
             for s, x in maps_["boxes"].items()
         }
-    loss = bound(gid(adapter=1), student, teacher)
+    loss = bound(gid(adapter=1, positions=positions), student, teacher)
     terms = loss(batch(student, teacher, sizes=[(64, 96), (60, 90)]))
     assert list(terms) == list(WEIGHTS) and all(x == 0 for x in terms.values())
     gradients = check_who_learns(held(loss, student), *without_boxes(student, teacher))
@@ -334,35 +444,37 @@ def test_the_instance_is_the_more_confident_detectors():
         other["logits"][stride][0, K * a : K * a + K, y, x] = torch.tensor([-1.0, -3, -2]).double()
         chosen, *_ = select(student, teacher, 0, (64, 96))
         assert [b for b, _ in chosen] == [box]
-        # the anchor that an instance comes from counts, wherever the teacher's own box lies
-        terms = bound(gid(), student, teacher)(batch(student, teacher))
-        same(terms, by_hand(student, teacher, [(64, 96)] * 2))
-        assert terms["response_box"] > 0
+        for positions in POSITIONS:
+            loss = bound(gid(positions=positions), student, teacher)
+            expected = by_hand(student, teacher, [(64, 96)] * 2, positions=positions)
+            same(loss(batch(student, teacher)), expected)
+        # by boxes the anchor that an instance comes from counts, wherever the teacher's box lies
+        assert responding(loss, student, teacher) == {(0, *place)}
 
 
 # --- gradients -------------------------------------------------------------------------------
 
 
 class Held(nn.Module):
-    """The loss with the student's boxes held: they choose instances, and have no gradient."""
+    """The loss with the student's boxes and anchors held: they choose, and have no gradient."""
 
-    def __init__(self, loss, boxes):
+    def __init__(self, loss, student):
         super().__init__()
         self.loss = loss
-        self.boxes = boxes
-        self.strides, self.taps = loss.strides, loss.taps - {"boxes"}
+        self.boxes = {tap: student[tap] for tap in POSITIONS}
+        self.strides, self.taps = loss.strides, loss.taps - self.boxes.keys()
 
     def forward(self, batch):
-        student = dict(batch.student, boxes=self.boxes)
+        student = {**batch.student, **self.boxes}
         return self.loss(Batch(student, batch.teacher, batch.image_sizes, batch.inputs))
 
 
 def held(loss, student):
-    return Held(loss, student["boxes"])
+    return Held(loss, student)
 
 
 def without_boxes(student, teacher):
-    return {tap: x for tap, x in student.items() if tap != "boxes"}, teacher
+    return {tap: x for tap, x in student.items() if tap not in POSITIONS}, teacher
 
 
 def test_gradients():
@@ -412,10 +524,11 @@ def changed(levels, how):
     return {tap: {s: how(x) for s, x in found.items()} for tap, found in levels.items()}
 
 
-def test_the_order_of_images_does_not_matter():
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_order_of_images_does_not_matter(positions):
     student, teacher = small(0), small(1)
     sizes = [(64, 96), (40, 50)]
-    loss = bound(gid(), student, teacher)
+    loss = bound(gid(positions=positions), student, teacher)
     other = [changed(x, lambda y: y.flip(0)) for x in (student, teacher)]
     same(loss(batch(*other, sizes=sizes[::-1])), loss(batch(student, teacher, sizes=sizes)))
 
@@ -430,13 +543,18 @@ def test_relation_ignores_the_scale_and_offset_of_features():
         assert loss(batch(*given))["relation"].item() == pytest.approx(before, rel=rel)
 
 
-def test_what_anchors_on_the_padding_say_does_not_matter():
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_what_anchors_on_the_padding_say_does_not_matter(positions):
     student, teacher = small(0), small(1)
     sizes = [(64, 96), (32, 48)]
     for maps_ in (student, teacher):
-        for s, x in maps_["boxes"].items():  # of both detectors, beyond the second image
-            x[1, :, 32 // s :] = torch.tensor([60.0, 40, 90, 60]).repeat(A).double().view(-1, 1, 1)
-    loss = bound(gid(), student, teacher)
+        for tap in POSITIONS:
+            maps_[tap] = {s: x.clone() for s, x in maps_[tap].items()}
+            for s, x in maps_[tap].items():  # of both detectors, beyond the second image
+                x[1, :, 32 // s :] = (
+                    torch.tensor([60.0, 40, 90, 60]).repeat(A).double().view(-1, 1, 1)
+                )
+    loss = bound(gid(positions=positions), student, teacher)
     before = loss(batch(student, teacher, sizes=sizes))
     for s in student["logits"]:
         teacher["logits"][s][1, :, 32 // s :] += 5.0
@@ -447,9 +565,10 @@ def test_what_anchors_on_the_padding_say_does_not_matter():
 # --- types, parameters, errors ---------------------------------------------------------------
 
 
-def test_types():
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_types(positions):
     student, teacher = small(0), small(1)
-    loss = bound(gid(adapter=1), student, teacher)
+    loss = bound(gid(adapter=1, positions=positions), student, teacher)
     exact = loss(batch(student, teacher))
     half = [changed(x, lambda y: y.float()) for x in (student, teacher)]
     loss = loss.float()
@@ -462,7 +581,7 @@ def test_types():
 
 @pytest.mark.parametrize("channels", [256, 6])
 def test_parameters(channels):
-    there = {tap: dict.fromkeys(ONE_STAGE, 36) for tap in ("logits", "deltas", "boxes")}
+    there = {tap: dict.fromkeys(ONE_STAGE, 36) for tap in ("logits", "deltas", *POSITIONS)}
     there["fpn"] = dict.fromkeys(ONE_STAGE, channels)
     for adapter, one in ((None, 0), (1, channels**2 + channels), (3, 9 * channels**2 + channels)):
         loss = gid(adapter=adapter)
@@ -481,6 +600,7 @@ BAD_OPTIONS = [
     ("crop", 0),
     ("nms", 0),
     ("match", 1.5),
+    ("positions", "points"),
     ("min_size", -1),
     ("relation", -1.0),
     ("response_box", float("nan")),
@@ -507,11 +627,16 @@ def test_pairs_that_cannot_be_bound():
             dict(teacher, deltas=dict.fromkeys((8, 16, 32), 4)),
         ),
         "key.strides=[8, 32]: ": (gid(strides=[8, 32]), teacher),
-        "key.tap=boxes: the teacher": (gid(), {k: v for k, v in teacher.items() if k != "boxes"}),
+        **{
+            f"key.tap={tap}: the teacher": (gid(), {k: v for k, v in teacher.items() if k != tap})
+            for tap in POSITIONS
+        },
         "key.adapter=2: ": (gid(adapter=2), teacher),
     }
     for start, (loss, teacher) in cases.items():
         with pytest.raises(ConfigError) as error:
             loss.bind(student, teacher, "key")
         assert str(error.value).startswith(start) and "\n" not in str(error.value)
-    assert gid().taps == {"fpn", "logits", "deltas", "boxes"} and gid().needs == {"teacher"}
+    by_boxes = {"fpn", "logits", "deltas", "boxes"}
+    assert gid(positions="boxes").taps == by_boxes and gid().taps == by_boxes | {"anchors"}
+    assert gid().needs == {"teacher"}

@@ -8,25 +8,31 @@ from sharedkd.stages import stage_dict
 
 paper = "General Instance Distillation for Object Detection, CVPR 2021"
 
-_stages = L(stage_dict)(
-    gid=L(Stage)(
-        loss=L(GID)(
-            feature=5e-4,
-            relation=40.0,
-            response_class=0.1,
-            response_box=1.0,
-            instances=10,
-            candidates=3000,
-            nms=0.3,
-            min_size=10.0,
-            crop=10,
-            match=0.5,  # ours: of the teacher's boxes, not of the anchors
-            beta=0.1,
-        ),
-        weight=1.0,
-    )
-)
 
-# Student's family -> what `model.stages` becomes.  The code has RetinaNet only; the numbers of the
-# other families, where a two-stage detector's RPN is the dense head, are ours: the same.
-stages = dict(faster_rcnn=_stages, mask_rcnn=_stages, retinanet=_stages, fcos=_stages)
+def _stages(positions):
+    loss = L(GID)(
+        feature=5e-4,
+        relation=40.0,
+        response_class=0.1,
+        response_box=1.0,
+        instances=10,
+        candidates=3000,
+        nms=0.3,
+        min_size=10.0,
+        crop=10,
+        match=0.5,
+        positions=positions,
+        beta=0.1,
+    )
+    return L(stage_dict)(gid=L(Stage)(loss=loss, weight=1.0))
+
+
+# Student's family -> what `model.stages` becomes.  The code has RetinaNet only; that the others, where
+# a two-stage detector's RPN is the dense head, have its numbers is ours.  So is what is matched with
+# instances for FCOS: around its points are squares of a stride's size, which no instance is like.
+stages = dict(
+    faster_rcnn=_stages("anchors"),
+    mask_rcnn=_stages("anchors"),
+    retinanet=_stages("anchors"),
+    fcos=_stages("boxes"),
+)

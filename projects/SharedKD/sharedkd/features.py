@@ -15,6 +15,9 @@ __all__ = ["FeatureTap", "pyramid_shapes", "same_pixels"]
 
 Source = Tuple[nn.Module, FrozenSet[str], Callable[[Any], Maps]]
 
+#: Taps that no module returns: how a dense head makes them of its deltas.
+_DECODED = {"boxes": DenseHead.boxes, "anchors": DenseHead.anchors}
+
 
 def _sources(detector: nn.Module, head: Optional[DenseHead]) -> List[Source]:
     """The modules whose outputs are taken, with their taps, and how an output becomes maps."""
@@ -98,15 +101,16 @@ class FeatureTap:
             taps: which of :data:`~sharedkd.losses.base.TAPS` to take.
 
         Yields:
-            tap -> stride -> map (N, C, H, W), attached to the detector's graph; ``boxes`` are
-            not.
+            tap -> stride -> map (N, C, H, W), attached to the detector's graph; ``boxes`` and
+            ``anchors`` are not.
 
         Raises:
             RuntimeError: the detector began to change its maps in place after its first step.
         """
         maps: Maps = {}
         seen: Dict[str, Dict[int, Tuple[Tensor, int, Optional[Tensor]]]] = {}
-        wanted = frozenset(taps) | ({"deltas"} if "boxes" in taps else set())
+        decoded = _DECODED.keys() & taps
+        wanted = frozenset(taps) | ({"deltas"} if decoded else set())
 
         def take(unpack):
             def hook(module, args, output):
@@ -139,9 +143,9 @@ class FeatureTap:
                 )
             self._writes.setdefault(tap, written)
             maps[tap] = {stride: copy if written else x for stride, (x, _, copy) in levels.items()}
-        if "boxes" in taps:
+        if decoded:
             with torch.no_grad():
-                maps["boxes"] = self.head.boxes(maps["deltas"])
+                maps.update({tap: _DECODED[tap](self.head, maps["deltas"]) for tap in decoded})
             if "deltas" not in taps:
                 del maps["deltas"]
 

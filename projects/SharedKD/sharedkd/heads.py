@@ -30,7 +30,7 @@ class DenseHead:
             (N, A*K, H, W) and deltas (N, A*4, H, W), one per level.
         names: the backbone's outputs that it reads, in order.
         strides: theirs.
-        channels: of ``logits``, ``deltas`` and ``boxes``.
+        channels: of ``logits``, ``deltas``, ``boxes`` and ``anchors``.
         owner: the module with ``anchor_generator`` and ``box2box_transform``.
     """
 
@@ -55,7 +55,7 @@ class DenseHead:
                     return None
                 width = {"logits": getattr(head, logits), "deltas": getattr(head, deltas)}
                 width = {tap: layer.out_channels for tap, layer in width.items()}
-                width["boxes"] = width["deltas"]
+                width["boxes"] = width["anchors"] = width["deltas"]
                 return cls(head, names, [specs[name].stride for name in names], width, owner)
         return None
 
@@ -67,18 +67,31 @@ class DenseHead:
         """The module's output as maps by tap and stride."""
         return {tap: dict(zip(self.strides, levels)) for tap, levels in zip(_OUTPUTS, output)}
 
+    def anchors(self, deltas: Dict[int, Tensor]) -> Dict[int, Tensor]:
+        """What the deltas are relative to: stride -> (N, A*4, H, W), XYXY in pixels.
+
+        One copy for all images.  An anchor of FCOS is a square of its stride about its point.
+        """
+        maps = [deltas[stride] for stride in self.strides]
+        anchors = {}
+        for stride, x, level in zip(self.strides, maps, self.owner.anchor_generator(maps)):
+            channels, h, w = x.shape[1:]
+            # Detectron2 lists anchors as (H*W*A, 4).
+            anchors[stride] = level.tensor.view(h, w, channels).permute(2, 0, 1).expand_as(x)
+        return anchors
+
     def boxes(self, deltas: Dict[int, Tensor]) -> Dict[int, Tensor]:
         """Deltas applied to their anchors: stride -> (N, A*4, H, W), XYXY in pixels."""
-        anchors = self.owner.anchor_generator([deltas[stride] for stride in self.strides])
         boxes = {}
-        for stride, level in zip(self.strides, anchors):
-            x = deltas[stride].float()
-            n, channels, h, w = x.shape
-            # (N, A*4, H, W) -> (N*H*W*A, 4), the order of Detectron2's anchors
-            rows = x.view(n, -1, 4, h, w).permute(0, 3, 4, 1, 2).reshape(-1, 4)
-            found = self.owner.box2box_transform.apply_deltas(rows, level.tensor.repeat(n, 1))
-            found = found.view(n, h, w, -1, 4).permute(0, 3, 4, 1, 2)
-            boxes[stride] = found.reshape(n, channels, h, w)
+        for stride, anchors in self.anchors(deltas).items():
+            # (N, A*4, H, W) -> (N, A, H, W, 4)
+            x, anchors = (
+                y.unflatten(1, (-1, 4)).movedim(2, -1) for y in (deltas[stride].float(), anchors)
+            )
+            found = self.owner.box2box_transform.apply_deltas(
+                x.reshape(-1, 4), anchors.reshape(-1, 4)
+            )
+            boxes[stride] = found.view(x.shape).movedim(-1, 2).flatten(1, 2)
         return boxes
 
 

@@ -32,7 +32,7 @@ _RESNET = {4: 256, 8: 512, 16: 1024, 32: 2048}
 
 
 def _shapes(strides, logits: int, deltas: int, stages) -> Dict[str, Dict[int, int]]:
-    heads = {"logits": logits, "deltas": deltas, "boxes": deltas}
+    heads = {"logits": logits, "deltas": deltas, "boxes": deltas, "anchors": deltas}
     shapes = {tap: dict.fromkeys(strides, channels) for tap, channels in heads.items()}
     return {**shapes, "fpn": dict.fromkeys(strides, 256), "backbone": stages}
 

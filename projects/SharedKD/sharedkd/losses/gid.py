@@ -17,6 +17,7 @@ from .dense import check_same_head
 __all__ = ["GID"]
 
 EPS = 1e-6  # least mean distance: instances that all look the same have no structure
+OVERLAP = 1e-6  # least IoU of a best anchor: less than any in an image, more than none
 PAIR = Tuple[Tensor, Tensor]  # student's, teacher's
 
 
@@ -27,8 +28,10 @@ class GID(DistillationLoss):
     and boxes of all anchors of all levels in use, an anchor's score is
     ``|max_k sigmoid(z_T) - max_k sigmoid(z_S)|`` and its box that of the more confident detector.
     The general instances of an image: its ``candidates`` best scores, boxes clipped to the image,
-    those with a side of ``min_size`` pixels or less dropped, NMS, the best ``instances``.  With t_i,
-    s_i (C, h, w) the maps cropped at instance i, n instances in the batch and B anchors on them::
+    those with a side of ``min_size`` pixels or less dropped, NMS, the best ``instances``.  On an
+    instance are the anchors whose IoU with it is ``match`` or more; if it has none, those of its
+    highest IoU.  With t_i, s_i (C, h, w) the maps cropped at instance i, n instances in the batch and
+    B anchors on one or more instances of their image::
 
         feature        = w / (n h w) * sum_i ||t_i - s_i||^2
         relation       = w / (n^2 - n) * sum_{i != j} smoothL1( d_ij(s) / mean d(s)
@@ -45,12 +48,14 @@ class GID(DistillationLoss):
     only, by its own account not aligned in accuracy) and its configs: the selection with its
     constants, sums and divisors, ROIAlignV2 of 10x10 with 2x2 samples where an instance is cropped
     from the one level that its size selects (Detectron2's ROIPooler: 224 pixels at stride 16), the
-    0.1 and 0.0 of ``beta`` (students trained with and without smooth L1).  Its shared 3x3 adapter is
-    never applied, so features are compared as they are.  OURS: anchors are on an instance where the
-    *box that the teacher predicts* for them has an IoU of ``match`` or more with it, or where the
-    instance comes from (there: the anchor itself at 0.5, and the best anchor of each instance);
-    strides of any pyramid; FCOS, whose centerness is no part of the score; and two-stage detectors,
-    whose RPN is the dense head, with K = 1.  The selection has no gradient.
+    0.1 and 0.0 of ``beta`` (students trained with and without smooth L1).  Which anchors are on an
+    instance is the student's own matching, RetinaNet's: 0.5, best anchors (ties too), and what it
+    ignores, 0.4 to 0.5, is off.  The shared 3x3 adapter is never applied, so features are compared as
+    they are.  OURS: strides of any pyramid; two-stage detectors, whose RPN is the dense head, with
+    K = 1; and FCOS, whose centerness is no part of the score, and whose points have no anchors to
+    match: with ``positions="boxes"`` those are on an instance for which *the box that the teacher
+    predicts*, clipped to the image, has an IoU of ``match`` or more with it, and the one that the
+    instance comes from.  The selection has no gradient.
 
     Parameters: none where the widths agree; with ``adapter`` 1 C_s * C_t + C_t a level (65,792 at 256
     channels), with 3 9 * C_s * C_t + C_t (590,080).
@@ -69,6 +74,8 @@ class GID(DistillationLoss):
         min_size: sides in pixels, see above.
         crop: h = w, size of the crops.
         match: IoU, see above.
+        positions: what is matched with instances: ``anchors``, the student's, or ``boxes``, the
+            teacher's, see above.
         beta: see above; 0 is L1.
         adapter: kernel of a convolution on the student's maps, see
             :func:`~sharedkd.losses.adapter.adapters`.
@@ -87,6 +94,7 @@ class GID(DistillationLoss):
         min_size: float = 10.0,
         crop: int = 10,
         match: float = 0.5,
+        positions: str = "anchors",
         beta: float = 0.1,
         adapter: Optional[int] = None,
         strides: Optional[List[int]] = None,
@@ -98,6 +106,8 @@ class GID(DistillationLoss):
         for key, value in (("nms", nms), ("match", match)):
             if not 0 < value <= 1:
                 raise ConfigError(key, value, "is no IoU", "use a number above 0, 1 at most")
+        if positions not in ("anchors", "boxes"):
+            raise ConfigError("positions", positions, "cannot be matched", "use anchors or boxes")
         check_weights(
             feature=feature,
             relation=relation,
@@ -115,12 +125,13 @@ class GID(DistillationLoss):
         self.min_size = min_size
         self.crop = crop
         self.match = match
+        self.positions = positions
         self.beta = beta
         self.adapter = adapter
 
     @property
     def taps(self) -> FrozenSet[str]:
-        return frozenset({"fpn", "logits", "deltas", "boxes"})
+        return frozenset({"fpn", "logits", "deltas", "boxes", self.positions})
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
         super().bind(student, teacher, key)
@@ -145,8 +156,13 @@ class GID(DistillationLoss):
         )
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
-        logits, deltas, boxes = (self._rows(batch, tap) for tap in ("logits", "deltas", "boxes"))
-        instances, there, matched = self._select(logits, boxes, batch.image_sizes)
+        logits, deltas = self._rows(batch, "logits"), self._rows(batch, "deltas")
+        boxes = self._boxes(batch)
+        instances, there, origins = self._select(logits, boxes)
+        if self.positions == "anchors":
+            on = self._on_anchors(batch, instances)
+        else:
+            on = self._on_boxes(boxes[1], instances, there, origins)
         there = there.flatten().to(instances.dtype)
         count = there.sum()
 
@@ -161,16 +177,18 @@ class GID(DistillationLoss):
         relation = apart / pairs.sum().clamp(min=1) * (count >= 3)
 
         classes = deltas_apart = 0
-        for (z_s, z_t), (d_s, d_t), on in zip(logits, deltas, matched):
+        shapes = [z.shape[:4] for z, _ in logits]  # (N, A, H, W)
+        levels = on.split([shape[1:].numel() for shape in shapes], 1)
+        for (z_s, z_t), (d_s, d_t), level, shape in zip(logits, deltas, levels, shapes):
             # Gathered, for the anchors on an instance are a few of some hundred thousand.
-            rows = on.nonzero(as_tuple=True)
+            rows = level.view(shape).nonzero(as_tuple=True)
             classes = classes + F.binary_cross_entropy_with_logits(
                 z_s[rows], z_t[rows].sigmoid(), reduction="sum"
             )
             deltas_apart = deltas_apart + F.smooth_l1_loss(
                 d_s[rows], d_t[rows], reduction="sum", beta=self.beta
             )
-        anchors = sum(on.sum() for on in matched).clamp(min=1)
+        anchors = on.sum().clamp(min=1)
         return {
             "feature": self.feature * feature,
             "relation": self.relation * relation,
@@ -187,23 +205,30 @@ class GID(DistillationLoss):
             for stride, s, t in self.levels(batch, tap)
         ]
 
+    def _flat(self, batch: Batch, tap: str) -> PAIR:
+        """Both detectors' boxes of all R anchors of all levels, (N, R, 4)."""
+        return tuple(
+            torch.cat([x.flatten(1, 3) for x in levels], 1)
+            for levels in zip(*self._rows(batch, tap))
+        )
+
     @torch.no_grad()
-    def _select(
-        self, logits: List[PAIR], boxes: List[PAIR], sizes: List[Tuple[int, int]]
-    ) -> Tuple[Tensor, Tensor, List[Tensor]]:
+    def _boxes(self, batch: Batch) -> PAIR:
+        """What both detectors predict, clipped to the images: (N, R, 4)."""
+        s, t = self._flat(batch, "boxes")
+        limits = s.new_tensor([(w, h, w, h) for h, w in batch.image_sizes]).unsqueeze(1)
+        return s.clamp(min=0).minimum(limits), t.clamp(min=0).minimum(limits)
+
+    @torch.no_grad()
+    def _select(self, logits: List[PAIR], boxes: PAIR) -> Tuple[Tensor, Tensor, Tensor]:
         """The general instances.
 
         Returns:
-            (N, I, 4) boxes; (N, I) bool, which of them there are (others are zero); and per level
-            (N, A, H, W) bool, the anchors on an instance.
+            (N, I, 4) boxes; (N, I) bool, which of them there are (others are zero); and (N, I)
+            int64, the anchors that they come from.
         """
-        limits = boxes[0][0].new_tensor([(w, h, w, h) for h, w in sizes]).unsqueeze(1)
         s, t = (torch.cat([x.amax(-1).flatten(1) for x in z], 1).sigmoid() for z in zip(*logits))
-        boxes_s, boxes_t = (
-            torch.cat([x.flatten(1, 3) for x in b], 1).clamp(min=0).minimum(limits)
-            for b in zip(*boxes)
-        )
-        found = boxes_t.where((t > s).unsqueeze(-1), boxes_s)
+        found = boxes[1].where((t > s).unsqueeze(-1), boxes[0])
 
         scores, anchors = (t - s).abs().topk(min(self.candidates, s.shape[1]))
         found = found.gather(1, anchors.unsqueeze(-1).expand(-1, -1, 4))
@@ -216,14 +241,23 @@ class GID(DistillationLoss):
         scores, best = scores.masked_fill(~keep, -1).topk(min(self.instances, scores.shape[1]))
         there = scores >= 0
         found = found.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)) * there.unsqueeze(-1)
+        return found, there, anchors.gather(1, best)
 
-        matched = [box_iou(b, g).amax(1) for b, g in zip(boxes_t, found)]
-        matched = torch.stack(matched) >= self.match
-        origin = anchors.gather(1, best)
-        matched.scatter_(1, origin, matched.gather(1, origin) | there)
-        shapes = [z.shape[:4] for z, _ in logits]
-        levels = matched.split([shape[1:].numel() for shape in shapes], 1)
-        return found, there, [x.view(shape) for x, shape in zip(levels, shapes)]
+    @torch.no_grad()
+    def _on_anchors(self, batch: Batch, instances: Tensor) -> Tensor:
+        """(N, R) bool, which of the student's anchors are on an instance."""
+        on = []
+        for anchors, found in zip(self._flat(batch, "anchors")[0], instances):
+            iou = box_iou(anchors, found)  # an image's R x I at a time are enough to hold
+            # An instance that is not there overlaps no anchor.
+            on.append((iou >= iou.amax(0).clamp(OVERLAP, self.match)).any(1))
+        return torch.stack(on)
+
+    @torch.no_grad()
+    def _on_boxes(self, boxes: Tensor, instances: Tensor, there: Tensor, origins: Tensor) -> Tensor:
+        """(N, R) bool, for which anchors the teacher's boxes (N, R, 4) are on an instance."""
+        on = torch.stack([(box_iou(b, g) >= self.match).any(1) for b, g in zip(boxes, instances)])
+        return on.scatter(1, origins, on.gather(1, origins) | there)
 
     def _crops(self, batch: Batch, instances: Tensor) -> PAIR:
         """Both detectors' maps at the instances: (N * I, C, h, w)."""

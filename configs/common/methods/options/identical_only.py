@@ -1,6 +1,6 @@
 """Shared-KD without its cross-layer part."""
 
-from ...common.methods.shared_kd import paper, stages
+from ..shared_kd import paper, stages
 
 for _stages in stages.values():
     _stages.pop("cross", None)

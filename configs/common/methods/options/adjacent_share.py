@@ -1,6 +1,6 @@
 """Shared-KD, the next lower level of the teacher alone shared."""
 
-from ...common.methods.shared_kd import paper, stages
+from ..shared_kd import paper, stages
 
 for _stages in stages.values():
     _stages.identical.loss.share = "adjacent"

@@ -1,6 +1,6 @@
 """Shared-KD, the student's levels learning from each other in both directions."""
 
-from ...common.methods.shared_kd import paper, stages
+from ..shared_kd import paper, stages
 
 for _stages in stages.values():
     _stages.cross.loss.direction = "mutual"
