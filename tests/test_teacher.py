@@ -1,5 +1,6 @@
 """The teacher: every way to name one, verified weights, frozen, fed with the right pixels."""
 
+import copy
 import pickle
 
 import pytest
@@ -399,3 +400,105 @@ def test_padding_suits_both_networks(small, student, size):
     images = teacher.preprocess(tiny.batch(), "RGB", student)
     assert tuple(images.tensor.shape[-2:]) == size
     assert not images.tensor[0, :, 64:].any() and not images.tensor[1, :, :, 64:].any()
+
+
+# --- made fast --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raw():
+    """A teacher with norms that do something, and its maps as it was built."""
+    model = tiny.detector("faster_rcnn", seed=4)
+    draw = torch.Generator().manual_seed(0)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.uniform_(-0.2, 0.2, generator=draw)
+            norm.running_var.uniform_(0.5, 2.0, generator=draw)
+    return lambda **options: FrozenTeacher(copy.deepcopy(model), "", "RGB", **options)
+
+
+def error(found, expected):
+    found, expected = (x["fpn"] for x in (found, expected))
+    return max(((found[s].float() - x).norm() / x.norm()).item() for s, x in expected.items())
+
+
+BATCH = [tiny.record(seed=1), tiny.record(seed=2)]
+
+
+def test_preparing_keeps_the_maps_up_to_rounding(raw):
+    teacher, prepared = raw(), raw()
+    before = teacher.fingerprint
+    change = prepared.prepare()
+    assert set(change) == {4, 8, 16, 32, 64} and max(change.values()) < 1e-5
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in prepared.model.backbone.modules())
+    found, expected = (each.features(BATCH, FPN, "RGB") for each in (prepared, teacher))
+    assert error(found, expected) < 1e-5
+    assert prepared.fingerprint == before  # of the weights as they were loaded
+
+
+@pytest.mark.parametrize("precision, step", [("bfloat16", None), (None, torch.bfloat16)])
+def test_lower_precision_stays_near_and_is_measured(raw, precision, step):
+    teacher = raw(precision=precision)
+    change = teacher.prepare(step)
+    expected = raw().features(BATCH, FPN, "RGB")
+    for _ in range(2):
+        found = teacher.features(BATCH, FPN, "RGB")
+        assert {x.dtype for x in found["fpn"].values()} == {torch.bfloat16}
+        assert 1e-4 < error(found, expected) < 0.05
+    assert all(1e-4 < x < 0.05 for x in change.values())
+    assert {p.dtype for p in teacher.model.backbone.parameters()} == {torch.bfloat16}
+
+
+def test_precision_does_not_depend_on_the_code_around(raw):
+    teacher = raw(precision="float32", fold=False)
+    teacher.prepare(torch.bfloat16)
+    expected = raw().features(BATCH, FPN, "RGB")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = teacher.features(BATCH, FPN, "RGB")
+    assert all(torch.equal(found["fpn"][s], x) for s, x in expected["fpn"].items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_prepared_teacher_still_detects(raw, precision):
+    expected = raw().predict(BATCH, "RGB")[0]["instances"]
+    teacher = raw(precision=precision)
+    teacher.prepare()
+    found = teacher.predict(BATCH, "RGB")[0]["instances"]
+    assert len(found) and abs(len(found) - len(expected)) <= 0.2 * len(expected)
+    torch.testing.assert_close(found.scores[:5].float(), expected.scores[:5], rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["float16", "tf32"])
+def test_what_a_cpu_cannot_do_is_refused(raw, kind):
+    teacher = raw(precision=kind)
+    with pytest.raises(ConfigError, match=f"model.teacher.precision={kind}.*train.device=cpu"):
+        teacher.prepare()
+
+
+def test_unknown_precision(raw):
+    with pytest.raises(ConfigError, match="model.teacher.precision=int8.*use one of float32"):
+        raw(precision="int8")
+
+
+def test_folding_that_changes_maps_is_refused(raw, monkeypatch):
+    def spoil(module):
+        module.bottom_up.stem.conv1.weight.mul_(1.01)
+        return 1
+
+    monkeypatch.setattr(teacher_module, "fold_norms", spoil)
+    with pytest.raises(ConfigError, match="model.teacher.fold=True: changes its maps.*fold=False"):
+        raw().prepare()
+
+
+def test_a_compiler_that_fails_is_named(raw, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no compiler found\nand much more")
+
+    monkeypatch.setattr(
+        teacher_module,
+        "compile_backbone",
+        lambda model: setattr(model.backbone, "forward", broken),
+    )
+    teacher = raw(compile=True)
+    with pytest.raises(ConfigError, match="model.teacher.compile=True: fails: no compiler found; "):
+        teacher.prepare()

@@ -189,6 +189,44 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     assert model.weight.item() == 1
 
 
+def steps(trainer, count, logs):
+    """Run steps; after each, `logs` gets what the storage has."""
+    trainer.storage = EventStorage(0)
+    with trainer.storage:
+        for trainer.iter in range(count):
+            trainer.storage.iter = trainer.iter
+            trainer.run_step()
+            logs.append({k: v for k, v in trainer.storage.latest().items() if k != "data_time"})
+
+
+def test_losses_read_now_and_then_are_those_read_in_each_step():
+    values = [1, 3, 8, 2, 7]
+    logs = {}
+    for period in (1, 2):
+        model, trainer = toy(values, clip_grad_norm=2.0)
+        trainer.schedule_length = len(values)
+        trainer.read_period = period  # as on a GPU
+        logs[period] = []
+        steps(trainer, len(values), logs[period])
+        histories = trainer.storage.histories()
+        logs[period].append({k: h.values() for k, h in histories.items() if k != "data_time"})
+    assert logs[2][-1] == logs[1][-1]  # every value, with its iteration
+    assert logs[2][0] == {} and logs[2][1] == logs[2][2] == logs[1][1]
+    assert logs[2][4] == logs[1][4]  # the last step is read whatever the period
+
+
+def test_a_checkpoint_never_has_weights_of_a_broken_loss():
+    from sharedkd import NonFiniteLossError
+
+    model, trainer = toy([1, float("nan"), 1])
+    trainer.read_period = 20
+    steps(trainer, 1, [])
+    trainer.state_dict()
+    steps(trainer, 2, [])
+    with pytest.raises(NonFiniteLossError, match="iteration 0: loss_toy=nan is not finite"):
+        trainer.state_dict()
+
+
 def test_state_holds_what_resuming_needs():
     model = pair({"identical": Stage(IdenticalLayer(), weight=1.0)})
     trainer = trainer_of(model, lr=1e-3)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from sharedkd.losses.alignment import align, pool_to
+from sharedkd.losses import alignment
+from sharedkd.losses.alignment import Pooled, align, pool_to
 
 
 def grid(height, width, channels=1):
@@ -73,3 +75,28 @@ def test_inputs_are_left_as_they_are():
     before = x.clone(), y.clone()
     align(x, y)
     assert torch.equal(x, before[0]) and torch.equal(y, before[1])
+
+
+@pytest.mark.parametrize("size", [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3), (24, 20), (1, 1)])
+def test_a_map_pooled_on_the_way_has_the_same_numbers(size):
+    x = torch.randn(2, 3, 24, 40, dtype=torch.float64, requires_grad=True)
+    pool = Pooled(x)
+    for other in ((12, 20), (6, 10), (3, 5)):
+        pool.to(other)
+    expected = F.adaptive_avg_pool2d(x, size)
+    torch.testing.assert_close(pool.to(size), expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad((pool.to(size) * weights).sum(), x)
+    (reference,) = torch.autograd.grad((expected * weights).sum(), x)
+    torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_is_read_once_for_all_sizes(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        alignment, "pool_to", lambda x, size: read.append(tuple(x.shape[-2:])) or pool_to(x, size)
+    )
+    pool = Pooled(torch.zeros(1, 1, 16, 16))
+    for side in (8, 4, 2, 4, 16):
+        pool.to((side, side))
+    assert read == [(16, 16), (8, 8), (4, 4)]

@@ -237,3 +237,18 @@ def test_unknown_names(arguments, key, value, choices):
     message = str(error.value)
     assert message.startswith(f"{key}={value}:")
     assert all(choice in message for choice in choices)
+
+
+@pytest.mark.parametrize("normalize", ["channel", "instance"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 9)])
+def test_gradients_of_constant_maps_are_not_rounding(normalize, size):
+    """1 / EPS must not enlarge what float32 leaves of equal numbers after their mean is taken off."""
+    torch.manual_seed(0)
+    constant = (torch.rand(1, 16, 1, 1) * 100).round().expand(2, 16, *size)
+    other = torch.randn(2, 16, *size)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        x = constant.to(dtype).clone().requires_grad_()
+        Distance("mse", normalize)(x, other.to(dtype)).backward()
+        gradients.append(x.grad.double())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)

@@ -20,7 +20,7 @@ from losses.harness import (
 
 from sharedkd.errors import ConfigError
 from sharedkd.losses import Batch, CrossLayer, DistillationLoss, IdenticalLayer
-from sharedkd.losses.teacher_share import shared_target
+from sharedkd.losses.teacher_share import shared_targets
 
 SHARES = ("dense", "adjacent", "none")
 PAIRS = ("dense", "adjacent")
@@ -325,7 +325,7 @@ def test_lower_precision_is_computed_in_float32(kind, normalize):
 @pytest.mark.parametrize("share, stride", [("none", 32), ("dense", 8), ("adjacent", 8)])
 def test_without_lower_levels_the_target_is_the_map_itself(share, stride):
     teacher = maps((8, 16, 32))
-    assert shared_target(teacher, stride, share) is teacher[stride]
+    assert shared_targets(teacher, [stride], share)[stride] is teacher[stride]
 
 
 def test_channels_that_a_lower_level_lacks_are_averaged_over_those_that_have_them():
@@ -334,15 +334,15 @@ def test_channels_that_a_lower_level_lacks_are_averaged_over_those_that_have_the
         8: torch.full((1, 2, 2, 2), 6.0),
         16: torch.full((1, 4, 1, 1), 3.0),
     }
-    target = shared_target(teacher, 16, "dense").flatten().tolist()
+    target = shared_targets(teacher, [16], "dense")[16].flatten().tolist()
     assert target == pytest.approx([(12 + 6 + 3) / 3, (6 + 3) / 2, 3, 3])
-    target = shared_target(teacher, 16, "adjacent").flatten().tolist()
+    target = shared_targets(teacher, [16], "adjacent")[16].flatten().tolist()
     assert target == pytest.approx([4.5, 4.5, 3, 3])
 
 
 def test_a_wider_lower_level_is_cropped():
     wide = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    target = shared_target({8: wide, 16: torch.ones(1, 2, 1, 1)}, 16, "dense")
+    target = shared_targets({8: wide, 16: torch.ones(1, 2, 1, 1)}, [16], "dense")[16]
     assert target.flatten().tolist() == pytest.approx([0.5, 1.0])
 
 

@@ -38,6 +38,8 @@ TRAIN_DEFAULTS = dict(
         enabled=False, dtype=None
     ),  # dtype: float16, bfloat16; None: float16 on CUDA, else bfloat16
     channels_last=True,  # memory layout of student and teacher: faster convolutions, equal up to rounding
+    activation_checkpointing=False,  # keep no activations of the student's blocks: less memory, more time
+    compile=False,  # torch.compile for the student's bottom-up network
     clip_grad_norm=None,  # largest norm of the whole gradient
     accumulate=1,  # batches per optimizer step
     cudnn_benchmark=False,
@@ -108,17 +110,26 @@ def distill(
     """
     return L(SharedKD)(
         student=student,  # first: its random initialisation then equals the plain student's
-        teacher=None if teacher is None else L(FrozenTeacher)(config=teacher, weights=weights),
+        teacher=(
+            None
+            if teacher is None
+            else L(FrozenTeacher)(
+                config=teacher, weights=weights, fold=True, precision=None, compile=False
+            )
+        ),
         stages=shared_kd_stages() if stages is None else stages,
         input_format="${dataloader.train.mapper.image_format}",
     )
 
 
-def load_config(path: str, overrides=(), keep_teacher: bool = False) -> DictConfig:
+def load_config(
+    path: str, overrides=(), keep_teacher: bool = False, without_data: bool = False
+) -> DictConfig:
     """Read a LazyConfig, apply ``key=value`` overrides, fill in defaults, settle own data.
 
     Args:
         keep_teacher: also one that no stage learns from; else it is neither loaded nor run.
+        without_data: nothing will be loaded; own data that is not named has COCO's 80 classes.
 
     Raises:
         ConfigError: no such file, an override that cannot be applied, or bad own data.
@@ -167,7 +178,9 @@ def load_config(path: str, overrides=(), keep_teacher: bool = False) -> DictConf
         batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
         if batch:
             cfg.dataloader.train.total_batch_size = min(batch, 2 * comm.get_world_size())
-    if "data" in cfg:
+    if "data" in cfg and without_data:
+        cfg.data.num_classes = cfg.data.num_classes or 80
+    elif "data" in cfg:
         settle_own_data(cfg)
     if not (keep_teacher or cfg.train.inherit or cfg.train.eval_teacher):
         _drop_idle_teacher(cfg.model)

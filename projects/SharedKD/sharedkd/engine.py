@@ -20,6 +20,7 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .backbones import compile_backbone, recompute_blocks
 from .checkpoint import StudentCheckpointer, has_run, inherit, initialise, load_trained
 from .config import construct, load_config, student_only
 from .data.coco import check_coco
@@ -28,7 +29,7 @@ from .meta_arch import SharedKD
 from .record import RunRecord, count_parameters
 from .trainer import SharedKDTrainer
 
-__all__ = ["run", "build", "train", "evaluate"]
+__all__ = ["run", "amp_dtype", "build", "train", "evaluate"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
@@ -119,7 +120,14 @@ def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.
         f"{count_parameters(_losses(model)):,} in distillation losses"
     )
     layout = torch.channels_last if cfg.train.channels_last else torch.preserve_format
-    return model.to(cfg.train.device, memory_format=layout)
+    model.to(cfg.train.device, memory_format=layout)
+    if teacher is not None:
+        teacher.prepare(amp_dtype(cfg))
+    if cfg.train.activation_checkpointing:
+        logger.info(f"{recompute_blocks(student)} blocks of the student keep no activations")
+    if cfg.train.compile:
+        compile_backbone(student)
+    return model
 
 
 def _losses(model: nn.Module) -> nn.Module:
@@ -141,9 +149,10 @@ def build_trainer(cfg: DictConfig, model: nn.Module) -> SharedKDTrainer:
         optimizer,
         max_iter=cfg.train.max_iter,
         seed=cfg.train.seed,
-        amp_dtype=_amp_dtype(cfg),
+        amp_dtype=amp_dtype(cfg),
         clip_grad_norm=cfg.train.clip_grad_norm,
         accumulate=cfg.train.accumulate,
+        log_period=cfg.train.log_period,
     )
 
 
@@ -298,7 +307,12 @@ def _evaluation_folder(output_dir: str) -> str:
     return os.path.join(output_dir, "eval") if has_run(output_dir) else output_dir
 
 
-def _amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
+def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
+    """What a training step computes in under autocast; None: no autocast.
+
+    Raises:
+        ConfigError: an unknown type.
+    """
     if not cfg.train.amp.enabled:
         return None
     cuda = torch.device(cfg.train.device).type == "cuda"

@@ -18,7 +18,14 @@ from torch import nn
 from .checkpoint import fingerprint
 from .files import replace
 
-__all__ = ["RunRecord", "count_parameters", "read_record"]
+__all__ = [
+    "RunRecord",
+    "count_parameters",
+    "hardware",
+    "peak_memory_mb",
+    "read_record",
+    "versions",
+]
 
 FILE = "run.json"
 _PACKAGES = ("torchvision", "detectron2", "numpy")
@@ -57,9 +64,9 @@ class RunRecord(hooks.HookBase):
                 "student": count_parameters(student),
                 "losses": count_parameters(losses),
             },
-            "hardware": _hardware(next(student.parameters()).device),
+            "hardware": hardware(next(student.parameters()).device),
             "processes": comm.get_world_size(),
-            "versions": _versions(),
+            "versions": versions(),
         }
         self.memory = None
 
@@ -68,7 +75,7 @@ class RunRecord(hooks.HookBase):
 
     def after_step(self) -> None:
         if self.trainer.iter + 1 == self.trainer.max_iter:
-            self.memory = _peak_memory_mb()
+            self.memory = peak_memory_mb()
 
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
@@ -95,7 +102,8 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _hardware(device: torch.device) -> str:
+def hardware(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_name()}, {torch.get_num_threads()} thread(s)"
@@ -109,15 +117,16 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _versions() -> Dict[str, str]:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+def versions() -> Dict[str, str]:
+    """Of Python and of what computes; of this package a digest of its files."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in _PACKAGES:
         try:
-            versions[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:  # a source tree on the path
             pass
-    versions["sharedkd"] = _source_digest()
-    return versions
+    found["sharedkd"] = _source_digest()
+    return found
 
 
 def _source_digest() -> str:
@@ -128,7 +137,8 @@ def _source_digest() -> str:
     return digest.hexdigest()[:8]
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
+    """The most memory so far: allocated on the GPU, or on a CPU resident in this process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     try:  # Linux's getrusage counts the process that started this one, too

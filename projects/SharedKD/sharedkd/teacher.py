@@ -2,9 +2,10 @@
 
 import logging
 import os
+from contextlib import contextmanager
 from functools import cached_property
 from math import lcm
-from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Union
+from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Tuple, Union
 
 import torch
 from detectron2 import model_zoo
@@ -14,9 +15,11 @@ from detectron2.structures import Boxes, ImageList
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from .backbones import compile_backbone
 from .checkpoint import fingerprint, load_trained
 from .errors import ConfigError
 from .features import FeatureTap, pyramid_shapes
+from .folding import fold_norms
 from .heads import region_logits
 from .losses.base import HEAD_TAPS, Maps
 
@@ -25,6 +28,14 @@ __all__ = ["FrozenTeacher"]
 logger = logging.getLogger("detectron2.sharedkd")
 
 KEY = "model.teacher"
+
+PRECISIONS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+FOLDING_ERROR = 1e-4  # of folded maps in float32, relative; it is rounding, mostly below 1e-5
 
 
 class FrozenTeacher:
@@ -42,10 +53,14 @@ class FrozenTeacher:
             name.  An empty string leaves the model as built (to try things out; it is logged).
         input_format: channel order the teacher was trained with, ``BGR`` or ``RGB``.  None: as its
             config says.
+        fold: :meth:`prepare` folds its batch norms into its convolutions; equal up to rounding.
+        precision: what :meth:`prepare` makes it compute in: ``float32`` (exact), ``tf32`` (on CUDA),
+            ``bfloat16`` or ``float16``.  None: as the training step does.
+        compile: :meth:`prepare` compiles its bottom-up network with ``torch.compile``.
 
     Raises:
         ConfigError: not in the zoo and no such file; no weights, unreadable weights, or weights that
-            do not fill every parameter of this model.
+            do not fill every parameter of this model; no such precision.
     """
 
     def __init__(
@@ -53,7 +68,14 @@ class FrozenTeacher:
         config: Union[str, CfgNode, DictConfig, nn.Module],
         weights: Optional[str] = None,
         input_format: Optional[str] = None,
+        fold: bool = True,
+        precision: Optional[str] = None,
+        compile: bool = False,
     ):
+        if precision not in (None, *PRECISIONS):
+            raise ConfigError(
+                f"{KEY}.precision", precision, "no such type", f"use one of {', '.join(PRECISIONS)}"
+            )
         self.name = config if isinstance(config, str) else type(config).__name__
         if isinstance(config, str):
             config = _read(config)  # before its weights, so that a misspelt name is called that
@@ -76,12 +98,98 @@ class FrozenTeacher:
             logger.warning(f"{KEY}.weights is empty: the teacher {self.name} is not trained")
         self.model.requires_grad_(False).eval()
         self.shapes = pyramid_shapes(self.model)
+        self.fold, self.precision, self.compile = fold, precision, compile
         self._tap = FeatureTap(self.model)
+        self.dtype: Optional[torch.dtype] = None  # None: as the code around it computes
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells its weights from other weights, see :func:`~sharedkd.checkpoint.fingerprint`."""
+        """Tells its weights, as loaded, from other weights; see :func:`~.checkpoint.fingerprint`."""
         return fingerprint(self.model)
+
+    def prepare(self, step_dtype: Optional[torch.dtype] = None) -> Dict[int, float]:
+        """Make it fast, as ``fold``, ``precision`` and ``compile`` say, and measure what that changes.
+
+        To be called once, on the device where it will run, when nobody needs its weights as they
+        were loaded any more.
+
+        Args:
+            step_dtype: what the training step computes in under autocast; None: float32.
+
+        Returns:
+            stride -> how far its maps of a random image are from what they were: the root of the
+            mean square of the difference, relative to that of the map.
+
+        Raises:
+            ConfigError: a precision that the device does not offer, a compiler that is not there or
+                fails, or folding that changes the maps by more than rounding.
+        """
+        self.fingerprint  # of the weights as loaded
+        device = self.model.pixel_mean.device
+        dtype = PRECISIONS[self.precision] if self.precision else step_dtype or torch.float32
+        if device.type != "cuda" and (dtype is torch.float16 or self.precision == "tf32"):
+            raise ConfigError(
+                f"{KEY}.precision",
+                self.precision,
+                f"does not work on train.device={device.type}",
+                "use bfloat16 or float32",
+            )
+        noise = torch.Generator().manual_seed(0)
+        image = torch.randint(0, 256, (3, 256, 256), generator=noise, dtype=torch.uint8)
+        before = self._pyramid(image)
+        folded = fold_norms(self.model.backbone) if self.fold else 0
+        if folded:
+            change = _change(before, self._pyramid(image))
+            if not max(change.values()) < FOLDING_ERROR:
+                raise ConfigError(
+                    f"{KEY}.fold",
+                    True,
+                    f"changes its maps by {max(change.values()):.1e}",
+                    f"use {KEY}.fold=False",
+                )
+        self.dtype = dtype
+        if dtype is not torch.float32:
+            self.model.backbone.to(dtype)
+        if self.compile:
+            compile_backbone(self.model)
+        change = _change(before, self._pyramid(image))
+        shares = ", ".join(f"stride {stride}: {100 * x:.2g} %" for stride, x in change.items())
+        logger.info(
+            f"The teacher: {folded} batch norms folded, {self.precision or str(dtype)[6:]}"
+            f"{', compiled' if self.compile else ''}; its maps of a random image change by {shares}"
+        )
+        return change
+
+    def _pyramid(self, image: Tensor) -> Dict[int, Tensor]:
+        """The maps of one image, stride -> (1, C, H, W) in float32."""
+        try:
+            maps = self.features([{"image": image}], frozenset({"fpn"}), self.input_format)["fpn"]
+        except Exception as e:
+            if not self.compile:
+                raise
+            reason = str(e).strip().splitlines()[0]
+            raise ConfigError(
+                f"{KEY}.compile", True, f"fails: {reason}", f"use {KEY}.compile=False"
+            ) from e
+        return {stride: x.float() for stride, x in maps.items()}
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Within it, the teacher computes in its own precision, whatever the code around it does."""
+        if self.dtype is None:
+            yield
+            return
+        exact = self.dtype is torch.float32
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        if self.precision in ("float32", "tf32"):
+            allowed = self.precision == "tf32"
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+        try:
+            device = self.model.pixel_mean.device.type
+            with torch.autocast(device, None if exact else self.dtype, enabled=not exact):
+                yield
+        finally:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
 
     def to(self, device) -> "FrozenTeacher":
         """Move the teacher; returns itself."""
@@ -114,7 +222,7 @@ class FrozenTeacher:
             tap -> stride -> (N, C, H, W), without gradient.
         """
         images = self.preprocess(batched_inputs, input_format, size_divisibility)
-        with self._tap.capture(taps) as maps:
+        with self._arithmetic(), self._tap.capture(taps) as maps:
             pyramid = self.model.backbone(images.tensor)
             if taps & HEAD_TAPS:
                 self._tap.head.run(pyramid)
@@ -123,14 +231,16 @@ class FrozenTeacher:
     @torch.no_grad()
     def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
         """Its class logits of the student's regions, (R, K + 1), from its own maps of the FPN."""
-        return region_logits(self.model, maps["fpn"], boxes)
+        with self._arithmetic():
+            return region_logits(self.model, maps["fpn"], boxes)
 
     @torch.no_grad()
     def predict(self, batched_inputs: List[Dict[str, Any]], input_format: str = "BGR"):
         """The teacher's own detections on images of the given channel order."""
         if input_format != self.input_format:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
-        return self.model(batched_inputs)
+        with self._arithmetic():
+            return self.model(batched_inputs)
 
     def preprocess(self, batched_inputs, input_format: str, size_divisibility: int) -> ImageList:
         """Channel order first, then mean and std, then padding."""
@@ -141,6 +251,15 @@ class FrozenTeacher:
         images = [(x - model.pixel_mean) / model.pixel_std for x in images]
         both = lcm(max(model.backbone.size_divisibility, 1), max(size_divisibility, 1))
         return ImageList.from_tensors(images, both)
+
+
+def _change(before: Dict[int, Tensor], after: Dict[int, Tensor]) -> Dict[int, float]:
+    return {
+        stride: ((after[stride] - x).square().mean() / x.square().mean().clamp(min=1e-30))
+        .sqrt()
+        .item()
+        for stride, x in before.items()
+    }
 
 
 def _zoo_weights(name: str) -> Optional[str]:

@@ -3,7 +3,8 @@
 import random
 import time
 from contextlib import nullcontext
-from typing import Dict, Mapping, Optional
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -19,6 +20,16 @@ from .errors import ConfigError, NonFiniteLossError
 __all__ = ["SharedKDTrainer"]
 
 DISTILL = "distill/"  # the beginning of a distillation term's name
+
+
+@dataclass
+class _Step:
+    """What is to be logged of one step, its values still on the device."""
+
+    iteration: int
+    metrics: Dict[str, Tensor]
+    weights: Mapping[str, float]
+    data_time: float
 
 
 class SharedKDTrainer(SimpleTrainer):
@@ -40,6 +51,8 @@ class SharedKDTrainer(SimpleTrainer):
         amp_dtype: ``torch.float16``, ``torch.bfloat16`` or None (no autocast).
         clip_grad_norm: largest norm of the whole gradient; None: no clipping.
         accumulate: batches per optimizer step, each counting 1/accumulate.
+        log_period: on a GPU, losses are read every so many steps, in the last one, and before a
+            checkpoint: a step need not wait for the one before.  On a CPU they are read in each.
 
     Raises:
         ConfigError: float16 on the CPU, or accumulate below 1.
@@ -56,6 +69,7 @@ class SharedKDTrainer(SimpleTrainer):
         amp_dtype: Optional[torch.dtype] = None,
         clip_grad_norm: Optional[float] = None,
         accumulate: int = 1,
+        log_period: int = 20,
     ):
         super().__init__(model, data_loader, optimizer)
         self._module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -76,6 +90,8 @@ class SharedKDTrainer(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=amp_dtype is torch.float16)
         self.clip_grad_norm = clip_grad_norm
         self.accumulate = accumulate
+        self.read_period = 1 if self.device_type == "cpu" else log_period
+        self._unread: List[_Step] = []
         detector = self._detector
         if amp_dtype is not None and isinstance(detector, DenseDetector):
             # fvcore's box losses are not written for half precision.
@@ -96,16 +112,18 @@ class SharedKDTrainer(SimpleTrainer):
         """One optimizer step.
 
         Raises:
-            NonFiniteLossError: a loss is infinite or NaN; raised on every rank, before any weight
-                changes.
+            NonFiniteLossError: a loss is infinite or NaN; raised on every rank, on a CPU before any
+                weight changes, on a GPU when the losses are read: before a checkpoint has it.
         """
         self.optimizer.zero_grad()
         weights = self.stage_weights()
-        metrics: Dict[str, float] = {}
+        metrics: Dict[str, Tensor] = {}
+        data_time = 0.0
         for part in range(self.accumulate):
             start = time.perf_counter()
             data = next(self._data_loader_iter)
-            data_time = time.perf_counter() - start
+            data_time += (time.perf_counter() - start) / self.accumulate
+            data = self._on_device(data)
             self._reseed(part)
             last = part == self.accumulate - 1
             no_sync = getattr(self.model, "no_sync", nullcontext)
@@ -116,8 +134,7 @@ class SharedKDTrainer(SimpleTrainer):
                     # fvcore's scripted focal loss rounds in another way once the JIT has warmed up,
                     # which a resumed run does again; on the CPU a resumed run is to be exact.
                     losses = self.model(data, weights) if self.stages else self.model(data)
-                values = self._mean_over_ranks({**losses, "data_time": torch.tensor(data_time)})
-                total, values = self._total(losses, values, weights)
+                total, values = self._total(losses, self._mean_over_ranks(losses), weights)
                 self.scaler.scale(total / self.accumulate).backward()
             for name, value in values.items():
                 metrics[name] = metrics.get(name, 0.0) + value / self.accumulate
@@ -126,68 +143,96 @@ class SharedKDTrainer(SimpleTrainer):
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(
                 [p for group in self.optimizer.param_groups for p in group["params"]],
                 self.clip_grad_norm,
-            ).item()
-            # With a scaler it is an overflow, which the scaler answers by skipping the step.
-            if not self.scaler.is_enabled() and not np.isfinite(metrics["grad_norm"]):
-                raise NonFiniteLossError(
-                    f"iteration {self.iter}: the gradient's norm is {metrics['grad_norm']}, all "
-                    "losses are finite; training stops, the last checkpoint is intact"
-                )
-        self._log(metrics, weights)
+            )
+        self._unread.append(_Step(self.iter, metrics, weights, data_time))
+        ends = self.iter + 1 == self.schedule_length
+        if (self.iter + 1) % self.read_period == 0 or ends:
+            self._read()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _on_device(self, data: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """Images are copied once, for student and teacher, while the GPU still computes."""
+        if self.device_type != "cuda":
+            return data
+        device = next(self._module.parameters()).device
+        return [{**x, "image": x["image"].to(device, non_blocking=True)} for x in data]
 
     def _total(
         self,
         losses: Mapping[str, Tensor],
-        values: Dict[str, float],
+        values: Dict[str, Tensor],
         weights: Mapping[str, float],
-    ):
+    ) -> Tuple[Tensor, Dict[str, Tensor]]:
         """(tensor to differentiate, what to log)"""
-        broken = [name for name, value in values.items() if not np.isfinite(value)]
-        if broken:
-            raise NonFiniteLossError(
-                f"iteration {self.iter}: {', '.join(f'{n}={values[n]}' for n in broken)} is not "
-                "finite; training stops, the last checkpoint is intact"
-            )
-        detector = sum(v for k, v in losses.items() if not k.startswith(DISTILL))
-        detector_value = sum(
-            v for k, v in values.items() if not k.startswith(DISTILL) and k != "data_time"
-        )
-        total, total_value = detector, detector_value
+        total = sum(v for k, v in losses.items() if not k.startswith(DISTILL))
+        detector_value = sum(v for k, v in values.items() if not k.startswith(DISTILL))
+        total_value, sums = detector_value, {}
         for name, stage in self.stages.items():
             terms = [k for k in losses if k.startswith(f"{DISTILL}{name}/")]
             if not terms:
                 continue
-            scale = 1.0
-            raw = sum(values[k] for k in terms)
-            if stage.relative and raw > 0:
+            distilled, raw = sum(losses[k] for k in terms), sum(values[k] for k in terms)
+            if stage.relative:
                 scale = weights[name] * detector_value / raw
-            total = total + scale * sum(losses[k] for k in terms)
-            values[f"loss_distill_{name}"] = scale * raw
-            total_value += scale * raw
-        return total, {**values, "total_loss": total_value}
+                scale = torch.where(raw > 0, scale, torch.ones_like(scale))
+                distilled, raw = scale.to(distilled.dtype) * distilled, scale * raw
+            total = total + distilled
+            total_value = total_value + raw
+            sums[f"loss_distill_{name}"] = raw
+        return total, {**values, **sums, "total_loss": total_value}
 
-    def _mean_over_ranks(self, losses: Mapping[str, Tensor]) -> Dict[str, float]:
-        """The losses as floats, with one synchronisation.  A NaN of one rank is a NaN for all."""
+    def _mean_over_ranks(self, losses: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+        """The losses in float64, detached.  A NaN of one rank is a NaN for all."""
         device = next(self._module.parameters()).device
-        names = list(losses)
-        vector = torch.stack([losses[n].detach().double().to(device) for n in names])
+        vector = torch.stack([x.detach().double().to(device) for x in losses.values()])
         if comm.get_world_size() > 1:
             dist.all_reduce(vector)
             vector /= comm.get_world_size()
-        return dict(zip(names, vector.tolist()))
+        return dict(zip(losses, vector.unbind()))
 
-    def _log(self, metrics: Dict[str, float], weights: Mapping[str, float]) -> None:
-        """Raw values and weights of each stage beside the weighted losses that are trained on."""
-        if not comm.is_main_process():
+    def _read(self) -> None:
+        """Bring the losses of the last steps to the CPU in one copy, check and log them."""
+        steps, self._unread = self._unread, []
+        if not steps:
             return
+        values = iter(torch.stack([x.double() for s in steps for x in s.metrics.values()]).tolist())
+        now = self.iter
+        for step in steps:
+            metrics = {name: next(values) for name in step.metrics}
+            self._check_finite(step.iteration, metrics)
+            if comm.is_main_process():
+                self.storage.iter = step.iteration
+                self._log(metrics, step.weights, step.data_time)
+        if comm.is_main_process():
+            self.storage.iter = now
+
+    def _check_finite(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        broken = {name: x for name, x in metrics.items() if not np.isfinite(x)}
+        norm = broken.pop("grad_norm", None)
+        terms = {
+            k: x for k, x in broken.items() if not k.startswith(("total_loss", "loss_distill_"))
+        }
+        if broken:
+            names = ", ".join(f"{k}={x}" for k, x in (terms or broken).items())
+            what = f"{names} is not finite"
+        elif norm is not None and not self.scaler.is_enabled():
+            # With a scaler it is an overflow, which the scaler answers by skipping the step.
+            what = f"the gradient's norm is {norm}, all losses are finite"
+        else:
+            return
+        raise NonFiniteLossError(
+            f"iteration {iteration}: {what}; training stops, the last checkpoint is intact"
+        )
+
+    def _log(self, metrics: Dict[str, float], weights: Mapping[str, float], data_time) -> None:
+        """Raw values and weights of each stage beside the weighted losses that are trained on."""
         for name, weight in weights.items():
             prefix = f"{DISTILL}{name}/"
             for key in [k for k in metrics if k.startswith(prefix)]:
                 metrics[key] /= weight
             self.storage.put_scalar(f"{prefix}weight", weight, smoothing_hint=False)
-        self.storage.put_scalars(**metrics)
+        self.storage.put_scalars(data_time=data_time, **metrics)
 
     def _reseed(self, part: int) -> None:
         words = np.random.SeedSequence(
@@ -198,6 +243,7 @@ class SharedKDTrainer(SimpleTrainer):
         torch.manual_seed(int(words[2]))
 
     def state_dict(self):
+        self._read()  # a checkpoint must not have weights that a broken loss has changed
         state = super().state_dict()
         state["teacher"] = self._teacher_fingerprint()
         state["grad_scaler"] = self.scaler.state_dict()

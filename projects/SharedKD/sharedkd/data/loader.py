@@ -109,6 +109,7 @@ class TrainLoader:
             batch_sampler=(batch[rank::processes] for batch in batches),
             num_workers=self.num_workers,
             collate_fn=_as_list,
+            pin_memory=torch.cuda.is_available(),  # the copy to the GPU need not be waited for
             # Without a generator of its own, DataLoader draws from the process's global one.
             generator=torch.Generator(),
         )

@@ -1,11 +1,11 @@
 """Making two feature maps comparable without a single parameter."""
 
-from typing import Tuple
+from typing import Dict, Tuple, Union
 
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["align", "pool_to"]
+__all__ = ["Pooled", "align", "pool_to"]
 
 
 def pool_to(x: Tensor, size: Tuple[int, int]) -> Tensor:
@@ -13,28 +13,61 @@ def pool_to(x: Tensor, size: Tuple[int, int]) -> Tensor:
     if x.shape[-2:] == size:
         return x
     (height, width), (h, w) = x.shape[-2:], size
-    if (
-        height % h == 0 and width % w == 0
-    ):  # the same numbers as adaptive pooling, several times faster
+    if _divides(size, (height, width)):  # the numbers of adaptive pooling, several times faster
         kernel = (height // h, width // w)
         return F.avg_pool2d(x, kernel, kernel)
     return F.adaptive_avg_pool2d(x, size)
 
 
-def align(x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
+class Pooled:
+    """A map at several sizes, each pooled from the smallest one at hand that gives the same numbers.
+
+    Averages of averages are averages where all sizes divide; a map that is wanted at half, a quarter
+    and an eighth of its size is then read once, and its gradient written once.
+
+    Args:
+        x: (N, C, H, W)
+    """
+
+    def __init__(self, x: Tensor):
+        self.x = x
+        self._even: Dict[Tuple[int, int], Tensor] = {tuple(x.shape[-2:]): x}
+
+    def to(self, size: Tuple[int, int]) -> Tensor:
+        """The map average-pooled to ``size`` = (h, w)."""
+        size = tuple(size)
+        if not _divides(size, self.x.shape[-2:]):
+            return pool_to(self.x, size)
+        if size not in self._even:
+            fitting = [s for s in self._even if _divides(size, s)]
+            self._even[size] = pool_to(self._even[min(fitting)], size)
+        return self._even[size]
+
+
+def _divides(size: Tuple[int, int], larger: Tuple[int, int]) -> bool:
+    return larger[0] % size[0] == 0 and larger[1] % size[1] == 0
+
+
+def align(x: Union[Tensor, Pooled], y: Union[Tensor, Pooled]) -> Tuple[Tensor, Tensor]:
     """Bring two maps to one shape: the larger is average-pooled, the wider is cropped.
 
     Shared Knowledge Distillation (Electronics 2024, 13(8), 1595): "spatial pooling alignment" and
     channel cropping.  No convolution, no upsampling, no learned weight.
 
     Args:
-        x: (N, C1, H1, W1)
+        x: (N, C1, H1, W1); a :class:`Pooled` map serves several alignments.
         y: (N, C2, H2, W2)
 
     Returns:
         both maps as (N, min(C1, C2), min(H1, H2), min(W1, W2)); a map that already has that shape is
-        returned as it is, and channels are cropped before anything is pooled.
+        returned as it is, and channels of a tensor are cropped before anything is pooled.
     """
-    channels = min(x.shape[1], y.shape[1])
-    size = (min(x.shape[2], y.shape[2]), min(x.shape[3], y.shape[3]))
-    return pool_to(x[:, :channels], size), pool_to(y[:, :channels], size)
+    shapes = [each.x.shape if isinstance(each, Pooled) else each.shape for each in (x, y)]
+    _, channels, *size = map(min, zip(*shapes))
+    return _fit(x, channels, tuple(size)), _fit(y, channels, tuple(size))
+
+
+def _fit(x: Union[Tensor, Pooled], channels: int, size: Tuple[int, int]) -> Tensor:
+    if isinstance(x, Pooled):
+        return x.to(size)[:, :channels]
+    return pool_to(x[:, :channels], size)

@@ -6,7 +6,7 @@ from typing import Dict, List, Optional, Tuple
 from torch import Tensor
 
 from ..errors import ConfigError
-from .alignment import align
+from .alignment import Pooled, align
 from .base import Batch, DistillationLoss, Shapes, precise
 from .distance import Distance
 
@@ -77,14 +77,13 @@ class CrossLayer(DistillationLoss):
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         maps = batch.student[self.tap]
+        learning = {stride: Pooled(precise(maps[stride])) for stride in self.strides}
+        fixed = {stride: Pooled(pool.x.detach()) for stride, pool in learning.items()}
         terms = {}
         for shallow, deep in self.level_pairs():
-            s, d = maps[shallow], maps[deep]
-            if self.direction == "deep_to_shallow":
-                d = d.detach()
-            elif self.direction == "shallow_to_deep":
-                s = s.detach()
-            s, d = align(precise(s), precise(d))
+            s = (fixed if self.direction == "shallow_to_deep" else learning)[shallow]
+            d = (fixed if self.direction == "deep_to_shallow" else learning)[deep]
+            s, d = align(s, d)
             mask = batch.inside(d, deep) if self.ignore_padding else None
             term = self.distance(s, d, mask)
             if self.direction == "mutual":

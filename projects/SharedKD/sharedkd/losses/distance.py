@@ -1,8 +1,9 @@
 """How far apart two aligned maps are: four distances, each raw or scale-free."""
 
 from dataclasses import dataclass
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,14 +28,19 @@ def _standardise(x: Tensor, mask: Optional[Tensor], dims) -> Tensor:
     return centred / (_mean(centred.square(), mask, dims) + EPS).sqrt()
 
 
+# Over which dimensions of (N, C, H, W) a map gets zero mean and unit variance.
+STATISTICS: Dict[str, Tuple[int, ...]] = {
+    # per channel over the batch (as PKD does, NeurIPS 2022): MSE becomes 2 (1 - Pearson correlation)
+    "channel": (0, 2, 3),
+    # the same per image, so that an image's loss does not depend on its batch
+    "instance": (2, 3),
+}
+
 NORMALIZATIONS: Dict[str, Callable[[Tensor, Optional[Tensor]], Tensor]] = {
     # as published: the numbers as they are
     "none": lambda x, mask: x,
-    # zero mean, unit variance per channel over the batch (as PKD does, NeurIPS 2022): MSE becomes
-    # 2 (1 - Pearson correlation)
-    "channel": lambda x, mask: _standardise(x, mask, (0, 2, 3)),
-    # the same per image, so that an image's loss does not depend on its batch
-    "instance": lambda x, mask: _standardise(x, mask, (2, 3)),
+    "channel": lambda x, mask: _standardise(x, mask, STATISTICS["channel"]),
+    "instance": lambda x, mask: _standardise(x, mask, STATISTICS["instance"]),
     # zero mean, unit variance over the channels of each position
     "position": lambda x, mask: _standardise(x, None, (1,)),
 }
@@ -45,6 +51,69 @@ DISTANCES: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "smooth_l1": lambda x, y: F.smooth_l1_loss(x, y, reduction="none"),
     "cosine": lambda x, y: 1 - F.cosine_similarity(x, y, dim=1, eps=EPS).unsqueeze(1),
 }
+
+
+class _StandardisedMSE(torch.autograd.Function):
+    """The mean squared error of two standardised maps, which are never kept standardised.
+
+    With cx = x - mean(x), vx = mean(cx^2), sx = sqrt(vx + EPS), the same of y, z = cx/sx - cy/sy and
+    P positions per mean::
+
+        L = sum(z^2) / (positions * channels)
+        dL/dx = 2 / (positions * channels) * (z / sx - mean(z cx) / sx^3 * cx)
+
+    The gradient is a sum of x and y with factors per channel: autograd's own way through the same
+    formula keeps and reads several maps of full size for each of these two.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
+        if mask is None:
+            total = x.numel() // x.shape[1]
+            count = x.new_tensor(float(total if 0 in dims else total // len(x)))
+        else:
+            count = mask.sum(dims, keepdim=True)
+            total = mask.sum()
+        # Centred before it is scaled: a constant map gives zeros, not rounding times 1 / EPS.
+        mx, my = (_mean(each, mask, dims) for each in (x, y))
+        cx, cy = x - mx, y - my
+        sx, sy = (
+            (_square_sum_(each.clone(), mask, dims) / count.clamp(min=1) + EPS).sqrt()
+            for each in (cx, cy)
+        )
+        z = cx.div_(sx).addcmul_(cy, -1 / sy)
+        squares = _square_sum_(z, mask, dims)
+        ctx.save_for_backward(x, y, mask, mx, my, sx, sy, squares / count.clamp(min=1))
+        ctx.scale = 2 / ((total.clamp(min=1) if mask is not None else total) * x.shape[1])
+        return squares.sum() * ctx.scale / 2
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        x, y, mask, mx, my, sx, sy, square = ctx.saved_tensors
+        # Standardised variances are 1 but for EPS; mean(z^2) = ux + uy - 2 mean(cx cy) / (sx sy).
+        ux, uy = 1 - EPS / sx.square(), 1 - EPS / sy.square()
+        product = (ux + uy - square) / 2
+        scale = gradient * ctx.scale
+        found = []
+        for needed, a, ma, sa, ua, b, mb, sb in (
+            (ctx.needs_input_grad[0], x, mx, sx, ux, y, my, sy),
+            (ctx.needs_input_grad[1], y, my, sy, uy, x, mx, sx),
+        ):
+            if not needed:
+                found.append(None)
+                continue
+            own = scale * (1 - ua + product) / sa.square()
+            other = -scale / (sa * sb)
+            each = (a - ma).mul_(own).addcmul_(b - mb, other)
+            found.append(each if mask is None else each.mul_(mask))
+        return (*found, None, None)
+
+
+def _square_sum_(x: Tensor, mask: Optional[Tensor], dims) -> Tensor:
+    """Of a map that nobody needs any more."""
+    if mask is not None:
+        x.mul_(mask)
+    return x.square_().sum(dims, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -82,6 +151,8 @@ class Distance:
         """
         x, y = precise(x), precise(y)
         mask = None if mask is None else mask.to(x.dtype)
+        if self.kind == "mse" and self.normalize in STATISTICS:
+            return _StandardisedMSE.apply(x, y, mask, STATISTICS[self.normalize])
         normalize = NORMALIZATIONS[self.normalize]
         each = DISTANCES[self.kind](normalize(x, mask), normalize(y, mask))
         return _mean(each, mask, (0, 1, 2, 3)).view(())

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .alignment import align
-from .base import Batch, DistillationLoss, precise
+from .base import Batch, DistillationLoss
 from .distance import Distance
-from .teacher_share import SHARES, shared_target
+from .teacher_share import SHARES, shared_targets
 
 __all__ = ["IdenticalLayer"]
 
@@ -51,10 +51,10 @@ class IdenticalLayer(DistillationLoss):
         self.ignore_padding = ignore_padding
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
+        targets = shared_targets(batch.teacher[self.tap], self.strides, self.share)
         terms = {}
         for stride, s, _ in self.levels(batch):
-            target = shared_target(batch.teacher[self.tap], stride, self.share).detach()
-            s, t = align(s, precise(target))
+            s, t = align(s, targets[stride].detach())
             mask = batch.inside(s, stride) if self.ignore_padding else None
             terms[f"s{stride}"] = self.distance(s, t, mask)
         return terms

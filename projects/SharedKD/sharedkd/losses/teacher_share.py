@@ -1,20 +1,21 @@
-"""The teacher share module: what the student is shown at a level."""
+"""The teacher share module: what the student is shown at each level."""
 
-from typing import Dict
+from typing import Dict, Iterable
 
-import torch
 from torch import Tensor
 
-from .alignment import pool_to
+from .alignment import Pooled
 from .base import precise
 
-__all__ = ["SHARES", "shared_target"]
+__all__ = ["SHARES", "shared_targets"]
 
 SHARES = ("dense", "adjacent", "none")
 
 
-def shared_target(maps: Dict[int, Tensor], stride: int, share: str = "dense") -> Tensor:
-    """The teacher's target of one level: its own map averaged with its lower levels' maps.
+def shared_targets(
+    maps: Dict[int, Tensor], strides: Iterable[int], share: str = "dense"
+) -> Dict[int, Tensor]:
+    """The teacher's target of each level: its own map averaged with its lower levels' maps.
 
     Shared Knowledge Distillation (Electronics 2024, 13(8), 1595), teacher knowledge augmentation::
 
@@ -25,22 +26,28 @@ def shared_target(maps: Dict[int, Tensor], stride: int, share: str = "dense") ->
 
     Args:
         maps: stride -> (N, C, H, W), the teacher's pyramid.
-        stride: the level l.
+        strides: the levels l.
         share: ``dense`` (all lower levels), ``adjacent`` (the next lower one), ``none`` (T~_l = T_l).
 
     Returns:
-        (N, C_l, H_l, W_l), in float32 at least; with ``none`` the map itself.
+        stride -> (N, C_l, H_l, W_l), in float32 at least; a level without lower ones, or with
+        ``none`` every level, is the map itself.
     """
-    own = maps[stride]
-    lower = sorted(k for k in maps if k < stride)
+    pools = {stride: Pooled(precise(x)) for stride, x in maps.items()}
+    return {stride: _target(pools, stride, share) for stride in strides}
+
+
+def _target(pools: Dict[int, Pooled], stride: int, share: str) -> Tensor:
+    own = pools[stride].x
+    lower = sorted(k for k in pools if k < stride)
     lower = {"dense": lower, "adjacent": lower[-1:], "none": []}[share]
     if not lower:
         return own
     size, width = own.shape[-2:], own.shape[1]
-    total = precise(own).clone()
+    total = own.clone()
     count = total.new_ones(width)
     for k in lower:
-        channels = min(width, maps[k].shape[1])
-        total[:, :channels] += pool_to(precise(maps[k][:, :channels]), size)
+        channels = min(width, pools[k].x.shape[1])
+        total[:, :channels] += pools[k].to(size)[:, :channels]
         count[:channels] += 1
-    return total / count.view(1, -1, 1, 1)
+    return total.div_(count.view(1, -1, 1, 1))

@@ -1,0 +1,462 @@
+"""What a distillation step costs, measured beside its lower bound: the student's step plus the teacher.
+
+All arms of a benchmark run in one process, turn by turn, so that what slows the machine down for a
+while slows all of them down.  Ratios are taken within a round.  Weights are random: times depend on
+shapes.
+"""
+
+import copy
+import itertools
+import time
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from statistics import median
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
+
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig, OmegaConf
+from tabulate import tabulate
+from torch import nn
+
+from .config import construct
+from .engine import amp_dtype
+from .errors import ConfigError
+from .losses.base import Batch
+from .meta_arch import SharedKD
+from .record import hardware, peak_memory_mb, versions
+from .teacher import FrozenTeacher
+from .trainer import SharedKDTrainer
+
+__all__ = ["Benchmark", "measure", "table"]
+
+OBJECTS = 8  # an image, of random places and sizes
+WARM_UP = 2  # rounds that are not counted
+
+
+class Benchmark:
+    """One pair at one input size.
+
+    Arms, each a call that does the work once:
+
+    * ``student``: a training step of the plain student, with this project's trainer and settings;
+    * ``student_detectron2``: the same by Detectron2's trainer, in its memory layout;
+    * ``teacher_eager``: backbone and FPN of the teacher, as Detectron2 runs them;
+    * ``teacher``: the same as a distillation step runs them;
+    * ``distill``: a distillation step with the config's own stages;
+    * a method's name: a distillation step with that method;
+    * ``losses/distill``, ``losses/<method>``: forward and backward of the losses alone.
+
+    Args:
+        cfg: of a pair, see :func:`~sharedkd.config.load_config`.
+        methods: name -> config of the same pair with another method.
+        image_size: shorter side of the images in pixels; the longer one is 4/3 of it.
+        batch_size: images a step.
+
+    Raises:
+        ConfigError: not a pair.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        methods: Mapping[str, DictConfig],
+        image_size: int,
+        batch_size: int,
+    ):
+        if cfg.model.get("student") is None or cfg.model.get("teacher") is None:
+            raise ConfigError(
+                "--config-file", "model", "has no student and teacher", "use a pair's config"
+            )
+        self.cfg, self.methods = cfg, {"distill": cfg, **methods}
+        self.device = torch.device(cfg.train.device)
+        self.dtype = amp_dtype(cfg)
+        size = (image_size, 32 * round(image_size * 4 / 96))
+        self.records = [_record(size, seed) for seed in range(batch_size)]
+        self._iteration = 0
+
+    # --- what arms share, built when it is needed ---------------------------------------------
+
+    @cached_property
+    def student(self) -> nn.Module:
+        torch.manual_seed(0)
+        student = _tame(construct(self.cfg.model.student, "model.student"))
+        return student.to(self.device, memory_format=self._layout).train()
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.cfg.train.channels_last else torch.preserve_format
+
+    @cached_property
+    def _eager(self) -> FrozenTeacher:
+        node = self.cfg.model.teacher.copy()
+        node.weights = ""
+        teacher = construct(node, "model.teacher")
+        _tame(teacher.model)
+        return teacher.to(self.device)
+
+    @cached_property
+    def teacher(self) -> FrozenTeacher:
+        # Built anew around a copy: what is prepared must leave the eager one as it is.
+        teacher = FrozenTeacher(
+            copy.deepcopy(self._eager.model),
+            "",
+            self._eager.input_format,
+            **{key: getattr(self._eager, key) for key in ("fold", "precision", "compile")},
+        )
+        teacher.model.to(memory_format=self._layout)
+        self.deviation = teacher.prepare(self.dtype)
+        return teacher
+
+    def _pair(self, method: str) -> SharedKD:
+        pair = SharedKD(
+            student=self.student,
+            teacher=self.teacher,
+            stages=construct(self.methods[method].model.stages, "model.stages"),
+            input_format=self.cfg.model.input_format,
+        )
+        return pair.to(self.device).train()
+
+    # --- arms -----------------------------------------------------------------------------------
+
+    def arms(self) -> List[str]:
+        steps = ["student", "student_detectron2", "teacher_eager", "teacher", *self.methods]
+        return steps + [f"losses/{method}" for method in self.methods]
+
+    def arm(self, name: str) -> Callable[[], None]:
+        """What an arm does, ready to be called."""
+        if name in ("teacher_eager", "teacher"):
+            return self._teacher_arm(name)
+        if name == "student":
+            return self._step_of(self._trainer(self.student))
+        if name == "student_detectron2":
+            return self._step_of(self._detectron2_trainer())
+        if name.startswith("losses/"):
+            return self._losses_arm(name.partition("/")[2])
+        return self._step_of(self._trainer(self._pair(name)))
+
+    def _teacher_arm(self, name: str) -> Callable[[], None]:
+        if name == "teacher":
+            return lambda: self.teacher.features(
+                self.records, frozenset({"fpn"}), self._eager.input_format
+            )
+        eager = self._eager
+        images = eager.preprocess(self.records, eager.input_format, 0).tensor
+
+        @torch.no_grad()
+        def run():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                eager.model.backbone(images)
+
+        return run
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        node = self.cfg.optimizer.copy()
+        node.params.model = model
+        optimizer = construct(node, "optimizer")
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # as much work, and random weights stay where they are
+        return optimizer
+
+    def _trainer(self, model: nn.Module) -> SharedKDTrainer:
+        train = self.cfg.train
+        return SharedKDTrainer(
+            model,
+            itertools.repeat(self.records),
+            self._optimizer(model),
+            max_iter=10**9,
+            amp_dtype=self.dtype,
+            clip_grad_norm=train.clip_grad_norm,
+            accumulate=1,
+            log_period=train.log_period,
+        )
+
+    def _detectron2_trainer(self) -> SimpleTrainer:
+        student = copy.deepcopy(self.student).to(memory_format=torch.contiguous_format)
+        trainer = AMPTrainer if self.dtype and self.device.type == "cuda" else SimpleTrainer
+        return trainer(student, itertools.repeat(self.records), self._optimizer(student))
+
+    def _step_of(self, trainer: SimpleTrainer) -> Callable[[], None]:
+        trainer.max_iter = 10**9
+        mixed = self.dtype is not None and self.device.type == "cpu"  # AMPTrainer is for CUDA only
+        own = isinstance(trainer, SharedKDTrainer)
+
+        def run():
+            with EventStorage(self._iteration) as trainer.storage:
+                trainer.iter = self._iteration = self._iteration + 1
+                with torch.autocast("cpu", self.dtype) if mixed and not own else nullcontext():
+                    trainer.run_step()
+
+        run.trainer = trainer
+        return run
+
+    def _losses_arm(self, method: str) -> Callable[[], None]:
+        pair = self._pair(method)
+        taken: Dict[str, Batch] = {}
+        handles = [
+            loss.register_forward_pre_hook(
+                lambda module, args, name=name: taken.update({name: args[0]})
+            )
+            for name, loss in pair.losses.items()
+        ]
+        self._step_of(self._trainer(pair))()
+        for handle in handles:
+            handle.remove()
+        leaves = {name: _as_leaves(batch) for name, batch in taken.items()}
+
+        def run():
+            total = 0.0
+            for name, batch in leaves.items():
+                terms = pair.losses[name](batch)
+                total = total + pair.stages[name].weight * sum(terms.values())
+            if total.requires_grad:
+                total.backward()
+            for batch in leaves.values():
+                for levels in batch.student.values():
+                    for x in levels.values():
+                        x.grad = None
+
+        return run
+
+    # --- measuring ------------------------------------------------------------------------------
+
+    def times(self, names: Sequence[str], rounds: int) -> Dict[str, List[float]]:
+        """Seconds of each arm in each of some rounds, arms in turn."""
+        arms = {name: self.arm(name) for name in names}
+        seconds: Dict[str, List[float]] = {name: [] for name in names}
+        for turn in range(-WARM_UP, rounds):
+            order = list(arms)[turn % len(arms) :] + list(arms)[: turn % len(arms)]
+            for name in order:
+                start = self._now()
+                arms[name]()
+                if turn >= 0:
+                    seconds[name].append(self._now() - start)
+                else:
+                    self._now()
+        return seconds
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def parts(self, rounds: int) -> Dict[str, float]:
+        """Median seconds of the parts of a distillation step, and of the ``whole``."""
+        run = self.arm("distill")
+        trainer: SharedKDTrainer = run.trainer
+        for _ in range(WARM_UP):
+            run()
+        found: Dict[str, List[float]] = defaultdict(list)
+        for _ in range(rounds):
+            with _marks(trainer, self._now) as marks:
+                start = self._now()
+                run()
+                whole = self._now() - start
+            spent = dict(
+                teacher=marks["teacher"],
+                student_forward=marks["student"],
+                losses=marks["losses"],
+                backward=marks["optimizer_start"] - marks["forward_end"],
+                optimizer=whole + start - marks["optimizer_start"],
+                data=marks["forward_start"] - start,
+            )
+            spent["rest"] = whole - sum(spent.values())  # joins terms, takes maps
+            for name, value in {**spent, "whole": whole}.items():
+                found[name].append(value)
+        return {name: median(values) for name, values in found.items()}
+
+    def memory(self, name: str) -> float:
+        """Peak memory of an arm in this process, MB, which should have run nothing before."""
+        run = self.arm(name)
+        for _ in range(3):
+            run()
+        return peak_memory_mb()
+
+    def kept_mb(self) -> Dict[str, float]:
+        """What distillation has to hold in memory: the teacher's weights, and its maps of a batch."""
+        pair = self._pair("distill")
+        maps = self.teacher.features(
+            self.records,
+            pair._taps([n for n in pair.stages if "teacher" in pair.losses[n].needs]),
+            self.cfg.model.get("input_format", "BGR"),
+        )
+        state = self._eager.model.state_dict().values()
+        return {
+            "teacher_weights_mb": sum(x.numel() * x.element_size() for x in state) / 2**20,
+            "teacher_maps_mb": sum(
+                x.numel() * x.element_size() for levels in maps.values() for x in levels.values()
+            )
+            / 2**20,
+        }
+
+    def describe(self) -> Dict[str, Any]:
+        """What was measured, on what."""
+        return {
+            "device": str(self.device),
+            "hardware": hardware(self.device),
+            "versions": versions(),
+            "images": [list(x["image"].shape[-2:]) for x in self.records],
+            "precision": str(self.dtype or torch.float32)[6:],
+            "teacher_precision": str(self.teacher.dtype)[6:],
+            "teacher_deviation": self.deviation,
+        }
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], over: str, *under: str) -> Dict[str, float]:
+    """Median, least and greatest ratio within a round of an arm to the sum of others."""
+    each = [a / sum(b) for a, *b in zip(seconds[over], *(seconds[name] for name in under))]
+    return {"median": median(each), "low": min(each), "high": max(each)}
+
+
+def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Dict[str, Any]:
+    """Everything of one input size, as tools/benchmark.py writes it.
+
+    Args:
+        memory: gives an arm's :meth:`Benchmark.memory`, measured in a process of its own.
+
+    Returns:
+        ``overhead``, the median of distill / (student + teacher_eager); ``ratios``; ``seconds`` (arm
+        to median, low, high); ``parts``; ``memory`` in MB.
+    """
+    seconds = bench.times(bench.arms(), rounds)
+    rivals = [name for name in bench.methods if name != "distill"]
+    ratios = {
+        "overhead": ratio(seconds, "distill", "student", "teacher_eager"),
+        "overhead_detectron2": ratio(seconds, "distill", "student_detectron2", "teacher_eager"),
+        "teacher": ratio(seconds, "teacher", "teacher_eager"),
+        "losses": ratio(seconds, "losses/distill", "distill"),
+        **{f"distill/{name}": ratio(seconds, "distill", name) for name in rivals},
+    }
+    peaks = {name: memory(name) for name in ("student", *bench.methods)}
+    return {
+        "overhead": ratios["overhead"]["median"],
+        **bench.describe(),
+        "ratios": ratios,
+        "seconds": {
+            name: {"median": median(x), "low": min(x), "high": max(x), "all": x}
+            for name, x in seconds.items()
+        },
+        "parts": bench.parts(rounds),
+        "memory": {
+            **bench.kept_mb(),
+            "peak_mb": peaks,
+            "over_student_mb": {name: x - peaks["student"] for name, x in peaks.items()},
+        },
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A Markdown table of what :func:`measure` found."""
+    whole = result["parts"]["whole"]
+    over = result["memory"]["over_student_mb"]
+    student = result["seconds"]["student"]["median"]
+    rows = [
+        [
+            name,
+            f"{x['median']:.3f}",
+            f"{x['low']:.3f} to {x['high']:.3f}",
+            f"{x['median'] / student:.3f}",
+            f"{over[name]:,.0f}" if name in over else "-",
+        ]
+        for name, x in result["seconds"].items()
+    ]
+    headers = ["arm", "seconds", "from, to", "of the student's step", "MB over the student"]
+    lines = [
+        tabulate(rows, headers, tablefmt="pipe", disable_numparse=True),
+        "",
+        *(
+            f"{name}: {x['median']:.3f} ({x['low']:.3f} to {x['high']:.3f})"
+            for name, x in result["ratios"].items()
+        ),
+        "",
+        "parts of a distillation step: "
+        + ", ".join(
+            f"{k} {100 * x / whole:.1f} %" for k, x in result["parts"].items() if k != "whole"
+        ),
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _marks(trainer: SharedKDTrainer, now: Callable[[], float]) -> Iterator[Dict[str, float]]:
+    """Seconds within teacher, student and losses, and when the forward and the backward end."""
+    model: SharedKD = trainer.model
+    marks: Dict[str, float] = defaultdict(float)
+    features = model.teacher.features
+
+    def timed_features(*args, **kwargs):
+        start = now()
+        try:
+            return features(*args, **kwargs)
+        finally:
+            marks["teacher"] += now() - start
+
+    def before(name):
+        return lambda *_: marks.__setitem__(f"{name}_start", now())
+
+    def after(name):
+        return lambda *_: marks.__setitem__(name, marks[name] + now() - marks[f"{name}_start"])
+
+    def end_forward(*_):
+        marks["forward_end"] = now()
+
+    handles = [
+        model.register_forward_pre_hook(before("forward")),
+        model.register_forward_hook(end_forward),
+        model.student.register_forward_pre_hook(before("student")),
+        model.student.register_forward_hook(after("student")),
+        trainer.optimizer.register_step_pre_hook(before("optimizer")),
+    ]
+    for loss in model.losses.values():
+        handles.append(loss.register_forward_pre_hook(before("losses")))
+        handles.append(loss.register_forward_hook(after("losses")))
+    model.teacher.features = timed_features
+    try:
+        yield marks
+    finally:
+        del model.teacher.features
+        for handle in handles:
+            handle.remove()
+
+
+def _as_leaves(batch: Batch) -> Batch:
+    """The batch with the student's maps cut off from its graph, so that a gradient ends in them."""
+    student = {
+        tap: {s: x.detach().clone().requires_grad_(x.requires_grad) for s, x in levels.items()}
+        for tap, levels in batch.student.items()
+    }
+    regions = batch.regions
+    if regions is not None:
+        regions = replace(regions, student=regions.student.detach().requires_grad_())
+    return replace(batch, student=student, regions=regions)
+
+
+def _record(size: Sequence[int], seed: int) -> Dict[str, Any]:
+    """A training record of random pixels and objects, as Detectron2's mappers give it."""
+    draw = torch.Generator().manual_seed(seed)
+    height, width = size
+    sides = torch.tensor([width, height, width, height])
+    corner = torch.rand(OBJECTS, 2, generator=draw) * 0.7
+    extent = 0.05 + torch.rand(OBJECTS, 2, generator=draw) * 0.25
+    boxes = torch.cat([corner, corner + extent], 1) * sides
+    masks = torch.zeros(OBJECTS, height, width, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
+        mask[y0:y1, x0:x1] = True
+    truth = Instances((height, width))
+    truth.gt_boxes, truth.gt_masks = Boxes(boxes), BitMasks(masks)
+    truth.gt_classes = torch.zeros(OBJECTS, dtype=torch.int64)
+    image = torch.randint(0, 256, (3, height, width), generator=draw, dtype=torch.uint8)
+    return {"image": image, "height": height, "width": width, "instances": truth}
+
+
+def _tame(model: nn.Module) -> nn.Module:
+    """Random weights without statistics would let maps grow from block to block beyond all bounds."""
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.fill_(0.5)
+    return model

@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Time a distillation step beside its parts, its lower bound and rival methods. Needs no weights or data.
+
+    tools/benchmark.py --config-file configs/faster_rcnn_sharedkd.py --device cpu \\
+        --image-size 320 --batch-size 2 --methods fgd,mgd,semckd --json output/benchmark.json
+
+`overhead` is a distillation step over a plain student's step plus Detectron2's forward of the
+teacher, as the median over the rounds. Memory is measured in one process per arm.
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+# Before PyTorch is loaded, see lazyconfig_train_net.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
+
+from sharedkd.benchmark import Benchmark, measure, table  # noqa: E402
+from sharedkd.config import load_config  # noqa: E402
+from sharedkd.errors import ConfigError  # noqa: E402
+from sharedkd.files import replace  # noqa: E402
+from sharedkd.methods import with_method  # noqa: E402
+
+RECIPES = Path(__file__).resolve().parent.parent / "configs/common/methods"
+logging.getLogger("detectron2.sharedkd").setLevel(logging.ERROR)  # teachers are not trained here
+
+
+def benchmark(args) -> Benchmark:
+    cfg = load_config(
+        args.config_file,
+        [*args.overrides, f"train.device={args.device}"],
+        keep_teacher=True,
+        without_data=True,
+    )
+    methods = {name: with_method(cfg, name, RECIPES) for name in args.methods}
+    return Benchmark(cfg, methods, args.image_size, args.batch_size)
+
+
+def memory_of(arm: str) -> float:
+    """MB of an arm, measured by this command in a process of its own."""
+    command = [sys.executable, *sys.argv, "--memory-of", arm]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"error: the memory of {arm} could not be measured, see above")
+    return float(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of a pair")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--image-size", type=int, default=320, metavar="PIXELS", help="shorter side"
+    )
+    parser.add_argument("--batch-size", type=int, default=2, metavar="N")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times for each arm")
+    parser.add_argument(
+        "--methods", type=lambda text: [x for x in text.split(",") if x], default=[], metavar="A,B"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument(
+        "--memory-of", metavar="ARM", help="print the MB of one arm alone, and stop"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    try:
+        bench = benchmark(args)
+        if args.memory_of:
+            print(bench.memory(args.memory_of))
+            sys.exit()
+        result = {"command": sys.argv, **measure(bench, args.rounds, memory_of)}
+    except ConfigError as e:
+        sys.exit(f"error: {e}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        replace(str(args.json), lambda f: f.write(json.dumps(result, indent=1).encode()))
+    print(table(result))
