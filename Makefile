@@ -1,7 +1,7 @@
 # Any Python from 3.11 on. A Detectron2 that it can import already is used as it is.
 PYTHON ?= $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test benchmark clean
 
 setup: .venv/.ready
 
@@ -14,6 +14,24 @@ test: export OMP_WAIT_POLICY := PASSIVE
 test: export OMP_NUM_THREADS := 1
 test: .venv/.ready
 	.venv/bin/python -m pytest tests
+
+# Fills docs/performance.md: make benchmark DEVICE=cuda SIZE=800 BATCH=8
+DEVICE ?= cpu
+SIZE ?= 320
+BATCH ?= 2
+MEASURE = .venv/bin/python tools/benchmark.py --device $(DEVICE) --image-size $(SIZE) \
+	--batch-size $(BATCH) --json output/benchmark/$(DEVICE)_$(1).json --config-file configs/$(2)
+RIVALS = --methods semckd,fgd,mgd,reviewkd
+R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
+
+benchmark: .venv/.ready
+	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py) $(RIVALS)
+	$(call MEASURE,faster_rcnn_r101_r50_bf16,faster_rcnn_sharedkd.py) model.teacher.precision=bfloat16
+	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) $(RIVALS)
+	$(call MEASURE,retinanet_r101_r50_bf16,retinanet_sharedkd.py) model.teacher.precision=bfloat16
+	$(call MEASURE,faster_rcnn_r50_r18,$(R50_R18)) $(RIVALS)
+	$(call MEASURE,faster_rcnn_r50_r18_bf16,$(R50_R18)) model.teacher.precision=bfloat16
+	.venv/bin/python tools/benchmark_tables.py output/benchmark docs/performance.md
 
 # `*.*` leaves out __pycache__, which an installation touches.
 .venv/.ready: requirements.txt setup.py packaging/setup_env.py $(wildcard packaging/detectron2/*.*)

@@ -94,23 +94,23 @@ class Benchmark:
 
     @cached_property
     def _eager(self) -> FrozenTeacher:
-        node = self.cfg.model.teacher.copy()
-        node.weights = ""
-        teacher = construct(node, "model.teacher")
-        _tame(teacher.model)
-        return teacher.to(self.device)
+        """As Detectron2 runs it."""
+        return self._build_teacher().to(self.device)
 
     @cached_property
     def teacher(self) -> FrozenTeacher:
-        # Built anew around a copy: what is prepared must leave the eager one as it is.
-        teacher = FrozenTeacher(
-            copy.deepcopy(self._eager.model),
-            "",
-            self._eager.input_format,
-            **{key: getattr(self._eager, key) for key in ("fold", "precision", "compile")},
-        )
+        """The same network as a distillation step runs it."""
+        teacher = self._build_teacher().to(self.device)
         teacher.model.to(memory_format=self._layout)
         self.deviation = teacher.prepare(self.dtype)
+        return teacher
+
+    def _build_teacher(self) -> FrozenTeacher:
+        node = self.cfg.model.teacher.copy()
+        node.weights = ""
+        torch.manual_seed(1)
+        teacher = construct(node, "model.teacher")
+        _tame(teacher.model)
         return teacher
 
     def _pair(self, method: str) -> SharedKD:

@@ -1,0 +1,141 @@
+"""The tables and the plot of docs/performance.md, from what tools/benchmark.py measured."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Mapping
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from ..files import replace
+
+__all__ = ["document", "plot_parts", "summary"]
+
+BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
+PLOT = "benchmark_parts.png"
+# Of Okabe and Ito's palette, which people with any colour vision can tell apart.
+PARTS = dict(
+    teacher="#009E73",
+    student_forward="#56B4E9",
+    losses="#D55E00",
+    backward="#0072B2",
+    optimizer="#CC79A7",
+    data="#999999",
+    rest="#000000",
+)
+
+
+def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row per benchmark: overhead, share of the losses, memory.
+
+    Args:
+        results: name -> what ``tools/benchmark.py --json`` wrote.
+    """
+    headers = ["benchmark", "overhead", "over Detectron2's trainer", "teacher / eager"]
+    headers += ["losses / step", "MB over the student", "MB of the teacher's weights, maps"]
+    rows = []
+    for name, result in results.items():
+        ratios, memory = result["ratios"], result["memory"]
+        rows.append(
+            [
+                name,
+                *(_ratio(ratios[key]) for key in ("overhead", "overhead_detectron2", "teacher")),
+                _ratio(ratios["losses"]),
+                f"{memory['over_student_mb']['distill']:,.0f}",
+                f"{memory['teacher_weights_mb']:,.0f}, {memory['teacher_maps_mb']:,.0f}",
+            ]
+        )
+    return _table(rows, headers)
+
+
+def rivals(result: Mapping[str, Any]) -> str:
+    """One row per rival method on the same pair: how a Shared-KD step compares with one of it."""
+    headers = [
+        "method",
+        "seconds a step",
+        "Shared-KD / method",
+        "losses alone, s",
+        "MB over the student",
+    ]
+    seconds, over = result["seconds"], result["memory"]["over_student_mb"]
+    rows = []
+    for name in over:
+        if name == "student":
+            continue
+        rows.append(
+            [
+                "Shared-KD" if name == "distill" else name,
+                f"{seconds[name]['median']:.3f}",
+                "-" if name == "distill" else _ratio(result["ratios"][f"distill/{name}"]),
+                f"{seconds[f'losses/{name}']['median']:.3f}",
+                f"{over[name]:,.0f}",
+            ]
+        )
+    return _table(rows, headers)
+
+
+def plot_parts(results: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Stacked bars: where the time of a distillation step goes, one bar per benchmark."""
+    figure = Figure(figsize=(8, 0.9 + 0.45 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    for row, result in enumerate(results.values()):
+        left = 0.0
+        for part, colour in PARTS.items():
+            width = 100 * result["parts"][part] / result["parts"]["whole"]
+            axes.barh(row, width, left=left, color=colour, label=part if row == 0 else None)
+            left += width
+    axes.set_yticks(range(len(results)), list(results))
+    axes.invert_yaxis()
+    axes.set_xlabel("% of a distillation step")
+    axes.set_xlim(0, 101)
+    figure.legend(
+        [label.replace("_", " ") for label in PARTS], loc="outside upper center", ncols=len(PARTS)
+    )
+    return figure
+
+
+def document(folder: Path, path: Path) -> None:
+    """Put the tables of all benchmarks of a folder between the markers of a Markdown file.
+
+    Args:
+        folder: holds ``<name>.json`` files.
+        path: the document; the plot goes to ``images/`` beside it.
+
+    Raises:
+        ValueError: no benchmarks, or no markers.
+    """
+    results = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    text = path.read_text()
+    if not results or BEGIN not in text or END not in text:
+        raise ValueError(f"no *.json in {folder}, or no {BEGIN} ... {END} in {path}")
+    blocks: List[str] = [summary(results), f"![Parts of a step](images/{PLOT})"]
+    for name, result in results.items():
+        if len(result["memory"]["over_student_mb"]) > 2:
+            blocks.append(f"{name}, beside other methods:\n\n{rivals(result)}")
+    blocks += [_circumstances(name, result) for name, result in results.items()]
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    filled = "\n\n".join([head + BEGIN, *blocks, END + tail])
+    os.makedirs(path.parent / "images", exist_ok=True)
+    replace(str(path.parent / "images" / PLOT), lambda f: plot_parts(results).savefig(f, dpi=120))
+    replace(str(path), lambda f: f.write(filled.encode()))
+
+
+def _circumstances(name: str, result: Dict[str, Any]) -> str:
+    height, width = result["images"][0]
+    deviation = max(result["teacher_deviation"].values())
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    return (
+        f"`{name}`: {len(result['images'])} images of {height} x {width}, step in "
+        f"{result['precision']}, teacher in {result['teacher_precision']} (its maps of a random image "
+        f"change by {100 * deviation:.2g} % at most); {result['hardware']}; {versions}. Command: "
+        f"`{' '.join(result['command'])}`"
+    )
+
+
+def _ratio(x: Mapping[str, float]) -> str:
+    return f"{x['median']:.3f} ({x['low']:.3f} to {x['high']:.3f})"
+
+
+def _table(rows: List[List[str]], headers: List[str]) -> str:
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)

@@ -1,0 +1,86 @@
+"""docs/performance.md: numbers land in the right cells."""
+
+import json
+
+import pytest
+
+from sharedkd.analysis.performance import BEGIN, END, document, rivals, summary
+
+
+def result(**changes):
+    ratio = lambda x: {"median": x, "low": x - 0.1, "high": x + 0.1}  # noqa: E731
+    seconds = dict(distill=3.0, fgd=6.0)
+    seconds.update({"losses/distill": 0.25, "losses/fgd": 0.5})
+    return {
+        "command": ["tools/benchmark.py", "--rounds", "3"],
+        "images": [[320, 416]] * 2,
+        "precision": "float32",
+        "teacher_precision": "bfloat16",
+        "teacher_deviation": {"4": 0.002, "8": 0.004},
+        "hardware": "some CPU",
+        "versions": {"torch": "2"},
+        "ratios": {
+            "overhead": ratio(0.8),
+            "overhead_detectron2": ratio(0.7),
+            "teacher": ratio(0.6),
+            "losses": ratio(0.3),
+            "distill/fgd": ratio(0.5),
+        },
+        "seconds": {name: {"median": x} for name, x in seconds.items()},
+        "parts": {
+            **dict(teacher=1, student_forward=1, losses=1, backward=3, optimizer=1),
+            **dict(data=1, rest=0, whole=8),
+        },
+        "memory": {
+            "teacher_weights_mb": 200.4,
+            "teacher_maps_mb": 20.0,
+            "over_student_mb": {"student": 0, "distill": 230.0, "fgd": 1300.0},
+        },
+        **changes,
+    }
+
+
+def cells(table, name):
+    line = next(line for line in table.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_summary():
+    assert cells(summary({"pair": result()}), "pair") == [
+        "pair",
+        "0.800 (0.700 to 0.900)",
+        "0.700 (0.600 to 0.800)",
+        "0.600 (0.500 to 0.700)",
+        "0.300 (0.200 to 0.400)",
+        "230",
+        "200, 20",
+    ]
+
+
+def test_rivals():
+    table = rivals(result())
+    assert cells(table, "Shared-KD") == ["Shared-KD", "3.000", "-", "0.250", "230"]
+    assert cells(table, "fgd") == ["fgd", "6.000", "0.500 (0.400 to 0.600)", "0.500", "1,300"]
+
+
+def test_document_is_filled_between_its_markers_and_can_be_filled_again(tmp_path):
+    (tmp_path / "pair.json").write_text(json.dumps(result()))
+    path = tmp_path / "performance.md"
+    path.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end\n")
+    document(tmp_path, path)
+    text = path.read_text()
+    assert text.startswith("# Title\n\n") and text.endswith("\n\nThe end\n") and "old" not in text
+    assert "teacher in bfloat16 (its maps of a random image change by 0.4 % at most)" in text
+    assert "`tools/benchmark.py --rounds 3`" in text
+    assert (tmp_path / "images/benchmark_parts.png").read_bytes().startswith(b"\x89PNG")
+    document(tmp_path, path)
+    assert path.read_text() == text
+
+
+def test_nothing_to_write(tmp_path):
+    path = tmp_path / "performance.md"
+    path.write_text("no markers")
+    (tmp_path / "pair.json").write_text(json.dumps(result()))
+    with pytest.raises(ValueError, match="no markers|no <!-- benchmark"):
+        document(tmp_path, path)
+    assert path.read_text() == "no markers"

@@ -1,0 +1,23 @@
+#!/usr/bin/env python
+"""Fill the tables of docs/performance.md from the files that tools/benchmark.py --json wrote.
+
+tools/benchmark_tables.py output/benchmark docs/performance.md
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sharedkd.analysis.performance import document
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="of the files")
+    parser.add_argument("document", type=Path)
+    args = parser.parse_args()
+    try:
+        document(args.folder, args.document)
+    except ValueError as e:
+        sys.exit(f"error: {e}")
