@@ -12,7 +12,7 @@ A method is a recipe's name (--list), a recipe's path, `none` (the plain student
 number (fgd:4), or `none@fgd`: the plain student, trained for as long as fgd takes. With --shard 0/2
 and --shard 1/2 the same command, on two machines that share the folder or with two
 CUDA_VISIBLE_DEVICES, splits the work; run it once more for arms such as none@fgd, which wait for
-others.
+others. --jobs 2 trains two arms side by side: each needs the memory of one, and takes longer.
 """
 
 import argparse
@@ -68,6 +68,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], metavar="0,1,...")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="arms trained side by side"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     if args.list:
@@ -84,6 +87,7 @@ if __name__ == "__main__":
             args.output,
             args.overrides,
             args.shard,
+            args.jobs,
         )
         print(f"\n{(args.output / 'report.md').read_text()}")
     except ConfigError as e:

@@ -42,7 +42,7 @@ def finished(tmp_path_factory, overrides):
         sys.executable,
         str(ROOT / "tools/compare_methods.py"),
         *("--config-file", CONFIG, "--methods", ",".join(METHODS), "--seeds", "0,1"),
-        *("--output", str(output)),
+        *("--output", str(output), "--jobs", "2"),
         *overrides,
     ]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -57,6 +57,10 @@ def arm(record, method, seed):
 def test_every_arm_is_recorded(finished):
     output, console, record = finished
     assert [f"[{i}/10]" in console for i in range(1, 11)] == [True] * 10
+    assert (
+        console.count("[1/5] ") == console.count("[4/5] ") == 2
+    )  # two jobs, half of the arms each
+    assert console.count("finished before, kept") >= 8
     assert len(record["arms"]) == 10 and record["methods"] == METHODS
     assert record["teacher"]["bbox"]["AP"] >= 0
     for each in record["arms"]:

@@ -9,6 +9,9 @@ import json
 import math
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -295,6 +298,23 @@ class Comparison:
             except Exception as e:  # as the last thing of the comparison it is tried again
                 print(f"      no report: {e}", flush=True)
 
+    def train_in_processes(self, shard: Tuple[int, int], jobs: int) -> None:
+        """Split a shard into smaller ones, each trained by a process of its own, and wait for them."""
+        i, n = shard
+        tool, *arguments = self.command()
+        command = [sys.executable, str(self.root / tool), *arguments]
+        processes = [
+            subprocess.Popen([*command, "--shard", f"{i + n * job}/{n * jobs}"])
+            for job in range(jobs)
+        ]
+        try:
+            for process in processes:
+                process.wait()
+        except BaseException:
+            for process in processes:
+                process.send_signal(signal.SIGINT)  # each ends the run that it has started
+            raise
+
     def report(self) -> Dict[str, Any]:
         """Write results.json, report.md and the plots of what there is so far.
 
@@ -361,8 +381,16 @@ def run_comparison(
     output: Path,
     overrides: Sequence[str] = (),
     shard: Tuple[int, int] = (0, 1),
+    jobs: int = 1,
 ) -> Dict[str, Any]:
-    """Train what is missing, then report; see :class:`Comparison`."""
+    """Train what is missing, then report; see :class:`Comparison`.
+
+    Args:
+        jobs: how many arms are trained side by side on this machine.
+    """
     comparison = Comparison(root, config_file, methods, seeds, output, overrides)
-    comparison.train(shard)
+    if jobs > 1:
+        comparison.prepare()  # once, before all look for what it writes
+        comparison.train_in_processes(shard, jobs)
+    comparison.train(shard)  # what is left: above all arms that take the time of others
     return comparison.report()
