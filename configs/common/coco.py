@@ -12,7 +12,6 @@ dataloader.train._target_ = build_train_loader
 dataloader.train.seed = "${train.seed}"
 
 optimizer = get_config("common/optim.py").SGD
-optimizer.fused = True  # one kernel for all weights, and no waiting for float16's overflow check
 lr_multiplier = get_config("common/coco_schedule.py").lr_multiplier_2x
 
 train.max_iter = 180000

@@ -13,7 +13,7 @@ train.checkpointer.update(period=300, max_to_keep=2)
 
 # docs/results.md: within a few hundred iterations it gets further than SGD.
 optimizer = L(torch.optim.AdamW)(
-    params=get_config("common/optim.py").SGD.params, lr=2e-4, weight_decay=0.01, fused=True
+    params=get_config("common/optim.py").SGD.params, lr=2e-4, weight_decay=0.01
 )
 
 lr_multiplier = L(WarmupParamScheduler)(

@@ -238,3 +238,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(workspace, tmp_path, monkeypatc
     assert (output / "last_checkpoint").read_text() == "model_0000001.pth"
     saved = torch.load(output / "model_0000001.pth", weights_only=False)["model"]
     assert all(torch.isfinite(x).all() for x in saved.values() if x.is_floating_point())
+
+
+def test_compiling_and_recomputing_exclude_each_other(train):
+    with pytest.raises(ConfigError, match="train.compile=True: excludes.*use one of them"):
+        train("custom_coco.py", "train.compile=True", "train.activation_checkpointing=True")
+
+
+def test_activation_checkpointing_trains_the_same_student(train, tmp_path):
+    runs = [
+        train("custom_coco.py", f"train.activation_checkpointing={on}", output=tmp_path / on)[0]
+        for on in ("True", "False")
+    ]
+    ours, plain = (torch.load(run / "model_final.pth", weights_only=False)["model"] for run in runs)
+    for name, x in plain.items():
+        torch.testing.assert_close(ours[name], x, rtol=1e-3, atol=1e-4)

@@ -5,11 +5,10 @@ while slows all of them down.  Ratios are taken within a round.  Weights are ran
 shapes.
 """
 
-import copy
 import itertools
 import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
@@ -25,7 +24,7 @@ from tabulate import tabulate
 from torch import nn
 
 from .config import construct
-from .engine import amp_dtype
+from .engine import amp_dtype, rewire
 from .errors import ConfigError
 from .losses.base import Batch
 from .meta_arch import SharedKD
@@ -76,6 +75,7 @@ class Benchmark:
         self.cfg, self.methods = cfg, {"distill": cfg, **methods}
         self.device = torch.device(cfg.train.device)
         self.dtype = amp_dtype(cfg)
+        torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
         size = (image_size, 32 * round(image_size * 4 / 96))
         self.records = [_record(size, seed) for seed in range(batch_size)]
         self._iteration = 0
@@ -84,9 +84,13 @@ class Benchmark:
 
     @cached_property
     def student(self) -> nn.Module:
+        student = self._build_student().to(memory_format=self._layout)
+        rewire(self.cfg, student)
+        return student
+
+    def _build_student(self) -> nn.Module:
         torch.manual_seed(0)
-        student = _tame(construct(self.cfg.model.student, "model.student"))
-        return student.to(self.device, memory_format=self._layout).train()
+        return _tame(construct(self.cfg.model.student, "model.student")).to(self.device).train()
 
     @property
     def _layout(self) -> torch.memory_format:
@@ -165,7 +169,7 @@ class Benchmark:
 
     def _trainer(self, model: nn.Module) -> SharedKDTrainer:
         train = self.cfg.train
-        return SharedKDTrainer(
+        trainer = SharedKDTrainer(
             model,
             itertools.repeat(self.records),
             self._optimizer(model),
@@ -175,21 +179,25 @@ class Benchmark:
             accumulate=1,
             log_period=train.log_period,
         )
+        # Whatever their schedules, all stages are on.
+        weights = {name: stage.weight for name, stage in trainer.stages.items()}
+        trainer.stage_weights = lambda: weights
+        return trainer
 
     def _detectron2_trainer(self) -> SimpleTrainer:
-        student = copy.deepcopy(self.student).to(memory_format=torch.contiguous_format)
-        trainer = AMPTrainer if self.dtype and self.device.type == "cuda" else SimpleTrainer
+        student = self._build_student()
+        trainer = AMPTrainer if self.dtype is torch.float16 else SimpleTrainer
         return trainer(student, itertools.repeat(self.records), self._optimizer(student))
 
     def _step_of(self, trainer: SimpleTrainer) -> Callable[[], None]:
         trainer.max_iter = 10**9
-        mixed = self.dtype is not None and self.device.type == "cpu"  # AMPTrainer is for CUDA only
-        own = isinstance(trainer, SharedKDTrainer)
+        # Detectron2's AMPTrainer is for float16 on CUDA only.
+        mixed = type(trainer) is SimpleTrainer and self.dtype is not None
 
         def run():
             with EventStorage(self._iteration) as trainer.storage:
                 trainer.iter = self._iteration = self._iteration + 1
-                with torch.autocast("cpu", self.dtype) if mixed and not own else nullcontext():
+                with torch.autocast(self.device.type, self.dtype, enabled=mixed):
                     trainer.run_step()
 
         run.trainer = trainer

@@ -101,6 +101,7 @@ class Comparison:
         seeds: one arm each per method.
         output: folder of the arms and the report.
         overrides: ``key=value`` for all arms.
+        jobs: how many arms are trained side by side on this machine.
 
     Raises:
         ConfigError: a name that means nothing for this pair, no baseline, or a bad config.
@@ -114,7 +115,9 @@ class Comparison:
         seeds: Sequence[int],
         output: Path,
         overrides: Sequence[str] = (),
+        jobs: int = 1,
     ):
+        self.jobs = jobs
         self.root, self.output = root, output
         self.config_file, self.overrides = config_file, list(overrides)
         self.methods, self.seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
@@ -266,6 +269,8 @@ class Comparison:
             ConfigError: see :meth:`prepare`.
         """
         self.prepare()
+        if self.jobs > 1:
+            self._train_in_processes(shard)  # after it, arms that take the time of others are left
         mine = [
             arm
             for arm in self.arms
@@ -276,6 +281,8 @@ class Comparison:
             if arm.run.finished:
                 print(f"{title}: finished before, kept", flush=True)
                 continue
+            if self.jobs > 1 and arm.status == "failed":
+                continue  # just now
             print(title, flush=True)
             try:
                 iterations = self.iterations(arm.method)
@@ -298,14 +305,14 @@ class Comparison:
             except Exception as e:  # as the last thing of the comparison it is tried again
                 print(f"      no report: {e}", flush=True)
 
-    def train_in_processes(self, shard: Tuple[int, int], jobs: int) -> None:
+    def _train_in_processes(self, shard: Tuple[int, int]) -> None:
         """Split a shard into smaller ones, each trained by a process of its own, and wait for them."""
         i, n = shard
         tool, *arguments = self.command()
-        command = [sys.executable, str(self.root / tool), *arguments]
+        command = [sys.executable, str(self.root / tool), *arguments, "--jobs", "1"]
         processes = [
-            subprocess.Popen([*command, "--shard", f"{i + n * job}/{n * jobs}"])
-            for job in range(jobs)
+            subprocess.Popen([*command, "--shard", f"{i + n * job}/{n * self.jobs}"])
+            for job in range(self.jobs)
         ]
         try:
             for process in processes:
@@ -344,6 +351,7 @@ class Comparison:
             *("--methods", ",".join(self.methods)),
             *("--seeds", ",".join(map(str, self.seeds))),
             *("--output", short(self.output)),
+            *(("--jobs", str(self.jobs)) if self.jobs > 1 else ()),
             *self.overrides,
         ]
 
@@ -383,14 +391,7 @@ def run_comparison(
     shard: Tuple[int, int] = (0, 1),
     jobs: int = 1,
 ) -> Dict[str, Any]:
-    """Train what is missing, then report; see :class:`Comparison`.
-
-    Args:
-        jobs: how many arms are trained side by side on this machine.
-    """
-    comparison = Comparison(root, config_file, methods, seeds, output, overrides)
-    if jobs > 1:
-        comparison.prepare()  # once, before all look for what it writes
-        comparison.train_in_processes(shard, jobs)
-    comparison.train(shard)  # what is left: above all arms that take the time of others
+    """Train what is missing, then report; see :class:`Comparison`."""
+    comparison = Comparison(root, config_file, methods, seeds, output, overrides, jobs)
+    comparison.train(shard)
     return comparison.report()

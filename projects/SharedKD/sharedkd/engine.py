@@ -24,12 +24,13 @@ from .backbones import compile_backbone, recompute_blocks
 from .checkpoint import StudentCheckpointer, has_run, inherit, initialise, load_trained
 from .config import construct, load_config, student_only
 from .data.coco import check_coco
+from .data.loader import TrainLoader
 from .errors import ConfigError
 from .meta_arch import SharedKD
 from .record import RunRecord, count_parameters
 from .trainer import SharedKDTrainer
 
-__all__ = ["run", "amp_dtype", "build", "train", "evaluate"]
+__all__ = ["run", "amp_dtype", "build", "train", "evaluate", "rewire"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
@@ -123,11 +124,20 @@ def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.
     model.to(cfg.train.device, memory_format=layout)
     if teacher is not None:
         teacher.prepare(amp_dtype(cfg))
+    rewire(cfg, student)
+    return model
+
+
+def rewire(cfg: DictConfig, student: nn.Module) -> None:
+    """Make the student's backbone run as ``train.activation_checkpointing`` and ``compile`` say."""
+    if cfg.train.activation_checkpointing and cfg.train.compile:
+        raise ConfigError(
+            "train.compile", True, "excludes train.activation_checkpointing=True", "use one of them"
+        )
     if cfg.train.activation_checkpointing:
         logger.info(f"{recompute_blocks(student)} blocks of the student keep no activations")
     if cfg.train.compile:
         compile_backbone(student)
-    return model
 
 
 def _losses(model: nn.Module) -> nn.Module:
@@ -142,6 +152,8 @@ def build_trainer(cfg: DictConfig, model: nn.Module) -> SharedKDTrainer:
     del cfg.optimizer.params.model  # so that the config can still be saved
     loader = construct(cfg.dataloader.train, "dataloader.train")
     on_cpu = torch.device(cfg.train.device).type == "cpu"
+    if isinstance(loader, TrainLoader):
+        loader.pin_memory = not on_cpu
     ddp = {**cfg.train.ddp, **(dict(device_ids=None) if on_cpu else {})}
     return SharedKDTrainer(
         create_ddp_model(model, **ddp),

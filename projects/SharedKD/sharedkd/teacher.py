@@ -21,7 +21,7 @@ from .errors import ConfigError
 from .features import FeatureTap, pyramid_shapes
 from .folding import fold_norms
 from .heads import region_logits
-from .losses.base import HEAD_TAPS, Maps
+from .losses.base import HEAD_TAPS, Maps, precise
 
 __all__ = ["FrozenTeacher"]
 
@@ -129,17 +129,18 @@ class FrozenTeacher:
         dtype = PRECISIONS[self.precision] if self.precision else step_dtype or torch.float32
         if device.type != "cuda" and (dtype is torch.float16 or self.precision == "tf32"):
             raise ConfigError(
-                f"{KEY}.precision",
-                self.precision,
+                f"{KEY}.precision" if self.precision else "train.amp.dtype",
+                self.precision or "float16",
                 f"does not work on train.device={device.type}",
                 "use bfloat16 or float32",
             )
         noise = torch.Generator().manual_seed(0)
         image = torch.randint(0, 256, (3, 256, 256), generator=noise, dtype=torch.uint8)
-        before = self._pyramid(image)
-        folded = fold_norms(self.model.backbone) if self.fold else 0
-        if folded:
+        with _tf32(device, allowed=False):  # it rounds more than folding changes
+            before = self._pyramid(image)
+            folded = fold_norms(self.model.backbone) if self.fold else 0
             change = _change(before, self._pyramid(image))
+        if folded:
             if not max(change.values()) < FOLDING_ERROR:
                 raise ConfigError(
                     f"{KEY}.fold",
@@ -160,10 +161,14 @@ class FrozenTeacher:
         )
         return change
 
+    @torch.no_grad()
     def _pyramid(self, image: Tensor) -> Dict[int, Tensor]:
         """The maps of one image, stride -> (1, C, H, W) in float32."""
+        backbone = self.model.backbone
+        images = self.preprocess([{"image": image}], self.input_format, 0)
         try:
-            maps = self.features([{"image": image}], frozenset({"fpn"}), self.input_format)["fpn"]
+            with self._arithmetic():
+                maps = backbone(images.tensor)
         except Exception as e:
             if not self.compile:
                 raise
@@ -171,7 +176,8 @@ class FrozenTeacher:
             raise ConfigError(
                 f"{KEY}.compile", True, f"fails: {reason}", f"use {KEY}.compile=False"
             ) from e
-        return {stride: x.float() for stride, x in maps.items()}
+        shapes = backbone.output_shape()
+        return {shapes[name].stride: x.float() for name, x in maps.items() if name in shapes}
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -180,16 +186,12 @@ class FrozenTeacher:
             yield
             return
         exact = self.dtype is torch.float32
-        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        if self.precision in ("float32", "tf32"):
-            allowed = self.precision == "tf32"
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-        try:
-            device = self.model.pixel_mean.device.type
-            with torch.autocast(device, None if exact else self.dtype, enabled=not exact):
-                yield
-        finally:
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+        device = self.model.pixel_mean.device
+        allowed = {"float32": False, "tf32": True}.get(self.precision)
+        with _tf32(device, allowed), torch.autocast(
+            device.type, None if exact else self.dtype, enabled=not exact
+        ):
+            yield
 
     def to(self, device) -> "FrozenTeacher":
         """Move the teacher; returns itself."""
@@ -231,16 +233,24 @@ class FrozenTeacher:
     @torch.no_grad()
     def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
         """Its class logits of the student's regions, (R, K + 1), from its own maps of the FPN."""
+        # Detectron2's RoIAlign rounds boxes to the type of the maps.
+        maps = {stride: precise(x) for stride, x in maps["fpn"].items()}
         with self._arithmetic():
-            return region_logits(self.model, maps["fpn"], boxes)
+            return region_logits(self.model, maps, boxes)
 
     @torch.no_grad()
     def predict(self, batched_inputs: List[Dict[str, Any]], input_format: str = "BGR"):
         """The teacher's own detections on images of the given channel order."""
         if input_format != self.input_format:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
-        with self._arithmetic():
-            return self.model(batched_inputs)
+        to_float32 = self.model.backbone.register_forward_hook(  # see region_logits
+            lambda module, args, maps: {name: precise(x) for name, x in maps.items()}
+        )
+        try:
+            with self._arithmetic():
+                return self.model(batched_inputs)
+        finally:
+            to_float32.remove()
 
     def preprocess(self, batched_inputs, input_format: str, size_divisibility: int) -> ImageList:
         """Channel order first, then mean and std, then padding."""
@@ -251,6 +261,23 @@ class FrozenTeacher:
         images = [(x - model.pixel_mean) / model.pixel_std for x in images]
         both = lcm(max(model.backbone.size_divisibility, 1), max(size_divisibility, 1))
         return ImageList.from_tensors(images, both)
+
+
+@contextmanager
+def _tf32(device: torch.device, allowed: Optional[bool]) -> Iterator[None]:
+    """Within it, float32 on CUDA may or may not be computed in TF32; None: as PyTorch is set."""
+    if device.type != "cuda" or allowed is None:
+        yield
+        return
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = allowed
+        yield
+    finally:
+        for switch, value in zip(switches, before):
+            switch.allow_tf32 = value
 
 
 def _change(before: Dict[int, Tensor], after: Dict[int, Tensor]) -> Dict[int, float]:

@@ -112,8 +112,9 @@ class SharedKDTrainer(SimpleTrainer):
         """One optimizer step.
 
         Raises:
-            NonFiniteLossError: a loss is infinite or NaN; raised on every rank, on a CPU before any
-                weight changes, on a GPU when the losses are read: before a checkpoint has it.
+            NonFiniteLossError: a loss is infinite or NaN on any rank; on a CPU before any weight
+                changes, on a GPU when the losses are read, by the first rank also before a
+                checkpoint is written.
         """
         self.optimizer.zero_grad()
         weights = self.stage_weights()
@@ -133,7 +134,7 @@ class SharedKDTrainer(SimpleTrainer):
                 ), torch.jit.optimized_execution(self.device_type == "cuda"):
                     # fvcore's scripted focal loss rounds in another way once the JIT has warmed up,
                     # which a resumed run does again; on the CPU a resumed run is to be exact.
-                    losses = self.model(data, weights) if self.stages else self.model(data)
+                    losses = self._losses(data, weights)
                 total, values = self._total(losses, self._mean_over_ranks(losses), weights)
                 self.scaler.scale(total / self.accumulate).backward()
             for name, value in values.items():
@@ -150,6 +151,13 @@ class SharedKDTrainer(SimpleTrainer):
             self._read()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _losses(self, data: List[Dict[str, Any]], weights: Mapping[str, float]):
+        try:
+            return self.model(data, weights) if self.stages else self.model(data)
+        except FloatingPointError:
+            self._read()  # an earlier loss may have broken the weights: then that is to be said
+            raise
 
     def _on_device(self, data: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         """Images are copied once, for student and teacher, while the GPU still computes."""

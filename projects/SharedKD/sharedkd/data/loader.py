@@ -75,6 +75,7 @@ class TrainLoader:
             when the first batch is asked for, not by ``iter()``: a trainer may take the iterator
             before its checkpoint tells where to go on.  Batches before it are skipped without
             loading an image.
+        pin_memory: put images where a GPU can copy them from without being waited for.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class TrainLoader:
         seed: int,
     ):
         self.first_batch = 0
+        self.pin_memory = False
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -109,7 +111,7 @@ class TrainLoader:
             batch_sampler=(batch[rank::processes] for batch in batches),
             num_workers=self.num_workers,
             collate_fn=_as_list,
-            pin_memory=torch.cuda.is_available(),  # the copy to the GPU need not be waited for
+            pin_memory=self.pin_memory,
             # Without a generator of its own, DataLoader draws from the process's global one.
             generator=torch.Generator(),
         )

@@ -70,21 +70,20 @@ class _StandardisedMSE(torch.autograd.Function):
     def forward(ctx, x: Tensor, y: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
         if mask is None:
             total = x.numel() // x.shape[1]
-            count = x.new_tensor(float(total if 0 in dims else total // len(x)))
+            count = total if 0 in dims else total // len(x)
         else:
-            count = mask.sum(dims, keepdim=True)
-            total = mask.sum()
+            count = mask.sum(dims, keepdim=True).clamp(min=1)
+            total = mask.sum().clamp(min=1)
         # Centred before it is scaled: a constant map gives zeros, not rounding times 1 / EPS.
         mx, my = (_mean(each, mask, dims) for each in (x, y))
         cx, cy = x - mx, y - my
         sx, sy = (
-            (_square_sum_(each.clone(), mask, dims) / count.clamp(min=1) + EPS).sqrt()
-            for each in (cx, cy)
+            (_square_sum_(each.clone(), mask, dims) / count + EPS).sqrt() for each in (cx, cy)
         )
         z = cx.div_(sx).addcmul_(cy, -1 / sy)
         squares = _square_sum_(z, mask, dims)
-        ctx.save_for_backward(x, y, mask, mx, my, sx, sy, squares / count.clamp(min=1))
-        ctx.scale = 2 / ((total.clamp(min=1) if mask is not None else total) * x.shape[1])
+        ctx.save_for_backward(x, y, mask, mx, my, sx, sy, squares / count)
+        ctx.scale = 2 / (total * x.shape[1])
         return squares.sum() * ctx.scale / 2
 
     @staticmethod
