@@ -64,14 +64,19 @@ def published_stages(weight: float = 2.0) -> DictConfig:
     )
 
 
-def shared_kd_stages() -> DictConfig:
-    """Shared-KD with this project's defaults; docs/results.md has the measurements behind them."""
+def shared_kd_stages(weight: float = 2.0) -> DictConfig:
+    """Shared-KD with this project's defaults; docs/results.md has the measurements behind them.
+
+    Args:
+        weight: of the identical-layer part; the cross-layer part weighs a twentieth of it.  The
+            configs of one-stage detectors use 10.
+    """
     return L(stage_dict)(
         identical=L(Stage)(
             loss=L(IdenticalLayer)(
                 tap="fpn", strides=None, share="dense", distance="mse", normalize="instance"
             ),
-            weight=2.0,
+            weight=weight,
             start=0,
             ramp=0,
             end=None,
@@ -86,7 +91,7 @@ def shared_kd_stages() -> DictConfig:
                 distance="mse",
                 normalize="instance",
             ),
-            weight=0.1,
+            weight=weight / 20,
             start=0,
             ramp=0,
             end=None,
