@@ -19,8 +19,9 @@ test: .venv/.ready
 DEVICE ?= cpu
 SIZE ?= 320
 BATCH ?= 2
+ROUNDS ?= 5
 MEASURE = .venv/bin/python tools/benchmark.py --device $(DEVICE) --image-size $(SIZE) \
-	--batch-size $(BATCH) --json output/benchmark/$(DEVICE)_$(SIZE)x$(BATCH)_$(1).json --config-file configs/$(2)
+	--batch-size $(BATCH) --rounds $(ROUNDS) --json output/benchmark/$(DEVICE)_$(SIZE)x$(BATCH)_$(1).json --config-file configs/$(2)
 RIVALS = --methods semckd,fgd,mgd,reviewkd
 R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
 

@@ -236,8 +236,8 @@ def test_a_factor_multiplies_the_weights():
     stages = with_method(pair_config(), "pkd:0.5+shared_kd:3", FOLDER).model.stages
     assert {k: v.weight for k, v in stages.items() if k != "_target_"} == {
         "pkd": 5.0,
-        "identical": 6.0,
-        "cross": pytest.approx(0.3),
+        "identical": 30.0,
+        "cross": pytest.approx(1.5),
     }
     assert with_method(pair_config(), "pkd", FOLDER).model.stages.pkd.weight == 10.0
 
