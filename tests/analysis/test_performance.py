@@ -9,7 +9,7 @@ from sharedkd.analysis.performance import BEGIN, END, document, rivals, summary
 
 def result(**changes):
     ratio = lambda x: {"median": x, "low": x - 0.1, "high": x + 0.1}  # noqa: E731
-    seconds = dict(distill=3.0, fgd=6.0)
+    seconds = dict(distill=3.0, fgd=6.0, student=3.0, teacher_eager=1.0)
     seconds.update({"losses/distill": 0.25, "losses/fgd": 0.5})
     return {
         "command": ["tools/benchmark.py", "--rounds", "3"],
@@ -49,6 +49,7 @@ def test_summary():
     assert cells(summary({"pair": result()}), "pair") == [
         "pair",
         "0.800 (0.700 to 0.900)",
+        "0.750",
         "0.700 (0.600 to 0.800)",
         "0.600 (0.500 to 0.700)",
         "0.300 (0.200 to 0.400)",

@@ -32,15 +32,20 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         results: name -> what ``tools/benchmark.py --json`` wrote.
     """
-    headers = ["benchmark", "overhead", "over Detectron2's trainer", "teacher / eager"]
+    headers = ["benchmark", "overhead", "its floor", "over Detectron2's trainer", "teacher / eager"]
     headers += ["losses / step", "MB over the student", "MB of the teacher's weights, maps"]
     rows = []
     for name, result in results.items():
         ratios, memory = result["ratios"], result["memory"]
+        student, teacher = (
+            result["seconds"][arm]["median"] for arm in ("student", "teacher_eager")
+        )
         rows.append(
             [
                 name,
-                *(_ratio(ratios[key]) for key in ("overhead", "overhead_detectron2", "teacher")),
+                _ratio(ratios["overhead"]),
+                f"{student / (student + teacher):.3f}",
+                *(_ratio(ratios[key]) for key in ("overhead_detectron2", "teacher")),
                 _ratio(ratios["losses"]),
                 f"{memory['over_student_mb']['distill']:,.0f}",
                 f"{memory['teacher_weights_mb']:,.0f}, {memory['teacher_maps_mb']:,.0f}",
