@@ -5,7 +5,7 @@ The model zoo has no weights for this teacher: train it first, with configs/teac
 
 import os
 
-from sharedkd.config import distill, shared_kd_stages
+from sharedkd.config import ONE_STAGE_WEIGHT, distill, shared_kd_stages
 
 from .retinanet_plain import dataloader, lr_multiplier, model, optimizer, train
 
@@ -13,5 +13,5 @@ model = distill(
     student=model,
     teacher=os.path.join(os.path.dirname(__file__), "teachers/retinanet_x101.py"),
     weights="output/retinanet_x101/model_final.pth",
-    stages=shared_kd_stages(weight=10.0),
+    stages=shared_kd_stages(ONE_STAGE_WEIGHT),
 )

@@ -21,7 +21,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
 
-from sharedkd.benchmark import Benchmark, measure, table  # noqa: E402
+from sharedkd.analysis.performance import table  # noqa: E402
+from sharedkd.benchmark import Benchmark, measure  # noqa: E402
 from sharedkd.config import load_config  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
 from sharedkd.files import replace  # noqa: E402

@@ -12,16 +12,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from omegaconf import DictConfig, OmegaConf
-from tabulate import tabulate
-from torch import nn
+from omegaconf import DictConfig
+from torch import Tensor, nn
 
 from .config import construct
 from .engine import amp_dtype, rewire
@@ -32,7 +31,7 @@ from .record import hardware, peak_memory_mb, versions
 from .teacher import FrozenTeacher
 from .trainer import SharedKDTrainer
 
-__all__ = ["Benchmark", "measure", "table"]
+__all__ = ["Benchmark", "measure"]
 
 OBJECTS = 8  # an image, of random places and sizes
 WARM_UP = 2  # rounds that are not counted
@@ -242,10 +241,9 @@ class Benchmark:
             for name in order:
                 start = self._now()
                 arms[name]()
+                elapsed = self._now() - start
                 if turn >= 0:
-                    seconds[name].append(self._now() - start)
-                else:
-                    self._now()
+                    seconds[name].append(elapsed)
         return seconds
 
     def _now(self) -> float:
@@ -293,13 +291,9 @@ class Benchmark:
             pair._taps([n for n in pair.stages if "teacher" in pair.losses[n].needs]),
             self.cfg.model.get("input_format", "BGR"),
         )
-        state = self._eager.model.state_dict().values()
         return {
-            "teacher_weights_mb": sum(x.numel() * x.element_size() for x in state) / 2**20,
-            "teacher_maps_mb": sum(
-                x.numel() * x.element_size() for levels in maps.values() for x in levels.values()
-            )
-            / 2**20,
+            "teacher_weights_mb": _megabytes(self._eager.model.state_dict().values()),
+            "teacher_maps_mb": _megabytes(x for levels in maps.values() for x in levels.values()),
         }
 
     def describe(self) -> Dict[str, Any]:
@@ -358,38 +352,6 @@ def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Di
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """A Markdown table of what :func:`measure` found."""
-    whole = result["parts"]["whole"]
-    over = result["memory"]["over_student_mb"]
-    student = result["seconds"]["student"]["median"]
-    rows = [
-        [
-            name,
-            f"{x['median']:.3f}",
-            f"{x['low']:.3f} to {x['high']:.3f}",
-            f"{x['median'] / student:.3f}",
-            f"{over[name]:,.0f}" if name in over else "-",
-        ]
-        for name, x in result["seconds"].items()
-    ]
-    headers = ["arm", "seconds", "from, to", "of the student's step", "MB over the student"]
-    lines = [
-        tabulate(rows, headers, tablefmt="pipe", disable_numparse=True),
-        "",
-        *(
-            f"{name}: {x['median']:.3f} ({x['low']:.3f} to {x['high']:.3f})"
-            for name, x in result["ratios"].items()
-        ),
-        "",
-        "parts of a distillation step: "
-        + ", ".join(
-            f"{k} {100 * x / whole:.1f} %" for k, x in result["parts"].items() if k != "whole"
-        ),
-    ]
-    return "\n".join(lines)
-
-
 @contextmanager
 def _marks(trainer: SharedKDTrainer, now: Callable[[], float]) -> Iterator[Dict[str, float]]:
     """Seconds within teacher, student and losses, and when the forward and the backward end."""
@@ -430,6 +392,10 @@ def _marks(trainer: SharedKDTrainer, now: Callable[[], float]) -> Iterator[Dict[
         del model.teacher.features
         for handle in handles:
             handle.remove()
+
+
+def _megabytes(tensors: Iterable[Tensor]) -> float:
+    return sum(x.numel() * x.element_size() for x in tensors) / 2**20
 
 
 def _as_leaves(batch: Batch) -> Batch:

@@ -18,6 +18,7 @@ from .stages import Stage, stage_dict
 from .teacher import FrozenTeacher
 
 __all__ = [
+    "ONE_STAGE_WEIGHT",
     "TRAIN_DEFAULTS",
     "construct",
     "distill",
@@ -53,6 +54,10 @@ TRAIN_DEFAULTS = dict(
 )
 
 
+#: What the identical-layer part weighs for one-stage students; docs/results.md has the measurement.
+ONE_STAGE_WEIGHT = 10.0
+
+
 def published_stages(weight: float = 2.0) -> DictConfig:
     """Shared-KD as published: raw mean squared errors of all levels, weight 2, from start to end.
 
@@ -69,7 +74,7 @@ def shared_kd_stages(weight: float = 2.0) -> DictConfig:
 
     Args:
         weight: of the identical-layer part; the cross-layer part weighs a twentieth of it.  The
-            configs of one-stage detectors use 10.
+            configs of one-stage detectors use :data:`ONE_STAGE_WEIGHT`.
     """
     return L(stage_dict)(
         identical=L(Stage)(

@@ -139,15 +139,11 @@ class FrozenTeacher:
         with _tf32(device, allowed=False):  # it rounds more than folding changes
             before = self._pyramid(image)
             folded = fold_norms(self.model.backbone) if self.fold else 0
-            change = _change(before, self._pyramid(image))
-        if folded:
-            if not max(change.values()) < FOLDING_ERROR:
-                raise ConfigError(
-                    f"{KEY}.fold",
-                    True,
-                    f"changes its maps by {max(change.values()):.1e}",
-                    f"use {KEY}.fold=False",
-                )
+            error = max(_change(before, self._pyramid(image)).values()) if folded else 0.0
+        if not error < FOLDING_ERROR:
+            raise ConfigError(
+                f"{KEY}.fold", True, f"changes its maps by {error:.1e}", f"use {KEY}.fold=False"
+            )
         self.dtype = dtype
         if dtype is not torch.float32:
             self.model.backbone.to(dtype)

@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/performance.md, from what tools/benchmark.py measured."""
+"""Tables and a plot of what tools/benchmark.py measured: for the console, and docs/performance.md."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from ..files import replace
 
-__all__ = ["document", "plot_parts", "summary"]
+__all__ = ["document", "plot_parts", "rivals", "summary", "table"]
 
 BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
 PLOT = "benchmark_parts.png"
@@ -24,6 +24,35 @@ PARTS = dict(
     data="#999999",
     rest="#000000",
 )
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A Markdown table of one benchmark: its arms, ratios and parts."""
+    whole = result["parts"]["whole"]
+    over = result["memory"]["over_student_mb"]
+    student = result["seconds"]["student"]["median"]
+    rows = [
+        [
+            name,
+            f"{x['median']:.3f}",
+            f"{x['low']:.3f} to {x['high']:.3f}",
+            f"{x['median'] / student:.3f}",
+            f"{over[name]:,.0f}" if name in over else "-",
+        ]
+        for name, x in result["seconds"].items()
+    ]
+    headers = ["arm", "seconds", "from, to", "of the student's step", "MB over the student"]
+    lines = [
+        _table(rows, headers),
+        "",
+        *(f"{name}: {_ratio(x)}" for name, x in result["ratios"].items()),
+        "",
+        "parts of a distillation step: "
+        + ", ".join(
+            f"{k} {100 * x / whole:.1f} %" for k, x in result["parts"].items() if k != "whole"
+        ),
+    ]
+    return "\n".join(lines)
 
 
 def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
