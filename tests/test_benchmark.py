@@ -7,6 +7,8 @@ import sys
 import pytest
 import tiny
 import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.layers import Conv2d
 
 from sharedkd import ConfigError
 from sharedkd.benchmark import Benchmark, ratio
@@ -27,7 +29,7 @@ def bench():
 def test_every_arm_does_its_work_in_every_round(bench):
     seconds = bench.times(bench.arms(), rounds=2)
     assert list(seconds) == [
-        *("student", "student_detectron2", "teacher_eager", "teacher", "distill", "fgd"),
+        *("student", "student_sharedkd", "teacher_eager", "teacher", "distill", "fgd"),
         *("losses/distill", "losses/fgd"),
     ]
     assert all(len(x) == 2 and min(x) > 0 for x in seconds.values())
@@ -49,6 +51,14 @@ def test_measuring_leaves_the_student_as_it_is(bench):
     before = {k: v.clone() for k, v in bench.student.named_parameters()}
     bench.arm("distill")()
     assert all(torch.equal(v, before[k]) for k, v in bench.student.named_parameters())
+
+
+def test_the_plain_student_is_detectron2s(bench):
+    trainer = bench.arm("student").trainer
+    assert type(trainer) is SimpleTrainer
+    convs = [m for m in trainer.model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(type(m) in (Conv2d, torch.nn.Conv2d) for m in convs)
+    assert all(m.weight.is_contiguous() for m in convs)
 
 
 def test_the_eager_teacher_is_not_the_prepared_one(bench):
@@ -73,7 +83,8 @@ def test_a_plain_detector_is_no_pair():
 def test_command_line(tmp_path):
     command = [
         *(sys.executable, str(tiny.ROOT / "tools/benchmark.py"), "--config-file", QUICKSTART),
-        *("--image-size", "64", "--batch-size", "1", "--rounds", "1"),
+        *("--image-size", "64", "--batch-size", "1", "--rounds", "1", "--growth"),
+        *("--processes", "2"),
         *("--json", str(tmp_path / "deeper/out.json"), "train.amp.enabled=False"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -87,7 +98,12 @@ def test_command_line(tmp_path):
     )
     assert found["images"] == [[64, 96]] and found["teacher_precision"] == "float32"
     assert max(found["teacher_deviation"].values()) < 1e-5
-    assert found["memory"]["peak_mb"].keys() == {"student", "distill"}
+    assert found["memory"]["peak_mb"].keys() == {"student", "student_sharedkd", "distill"}
+    assert [(x["batch_size"], x["image_size"], x["levels"]) for x in found["growth"]] == [
+        *((1, 64, 5), (2, 64, 5), (1, 96, 5)),
+        *((1, 64, 2), (1, 64, 3), (1, 64, 4)),
+    ]
+    assert found["efficiency"].keys() == {"student_sharedkd", "distill"}
     assert found["memory"]["teacher_maps_mb"] == pytest.approx(
         64 * 4 * sum(64 * 96 / s**2 for s in (4, 8, 16, 32)) / 2**20
         + 64 * 4 * 2 / 2**20  # the level of stride 64

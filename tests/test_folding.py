@@ -1,13 +1,16 @@
 """Folding of frozen batch norms: equal maps, nothing left to fold, nothing folded that must not be."""
 
+import copy
+
 import pytest
 import tiny
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+from detectron2.utils.events import EventStorage
 from torch import nn
 
-from sharedkd.folding import NORMS, fold_norms
+from sharedkd.folding import NORMS, fold_in_training, fold_norms
 
 
 def statistics(module, seed=0):
@@ -115,3 +118,68 @@ def test_what_depends_on_the_input_stays():
 def test_statistics_that_still_move_are_refused():
     with pytest.raises(ValueError, match="training mode"):
         fold_norms(wrapped(nn.BatchNorm2d).train())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_trained_network_keeps_maps_and_gradients(bias):
+    draw = torch.Generator().manual_seed(0)
+    plain = statistics(wrapped(FrozenBatchNorm2d, bias)).double()
+    folded = copy.deepcopy(plain)
+    assert fold_in_training(folded) == 1
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64, generator=draw)
+    weight = torch.randn(2, 4, 7, 5, dtype=torch.float64, generator=draw)
+    gradients = []
+    for model in (plain, folded):
+        inputs = x.clone().requires_grad_()
+        y = model(inputs)
+        (y * weight).sum().backward()
+        gradients.append([y, inputs.grad, *(p.grad for p in model.parameters())])
+    assert len(gradients[0]) == 2 + 3 + bias
+    for expected, found in zip(*gradients):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def frozen(family):
+    """A small detector with frozen norms in its backbone."""
+    node = tiny.node(family)
+    node.backbone.bottom_up.stem.norm = node.backbone.bottom_up.stages.norm = "FrozenBN"
+    torch.manual_seed(0)
+    model = statistics(tiny.instantiate(node))
+    for norm in [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)]:
+        norm.weight.fill_(0.5)  # random weights would let maps grow from block to block
+    return model
+
+
+def test_a_detectors_step_is_the_same_folded():
+    plain = frozen("faster_rcnn")
+    folded = copy.deepcopy(plain)
+    assert fold_in_training(folded) == 20  # of ResNet-18: 1 + 16 + 3 in shortcuts
+    losses = []
+    for model in (plain, folded):
+        torch.manual_seed(0)
+        with EventStorage(0):
+            losses.append(model.train()(tiny.batch()))
+        sum(losses[-1].values()).backward()
+    for name, x in losses[0].items():
+        torch.testing.assert_close(losses[1][name], x, rtol=1e-4, atol=1e-5)
+    there = dict(folded.named_parameters())
+    for name, p in plain.named_parameters():
+        error = (there[name].grad - p.grad).norm() / p.grad.norm().clamp(min=1e-6)
+        assert error < 1e-2, name
+
+
+def test_inference_is_untouched_by_folding_in_training():
+    model = frozen("retinanet").eval().backbone
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        assert fold_in_training(model) == 20
+        assert all(torch.equal(y, before[name]) for name, y in model(x).items())
+
+
+def test_what_is_no_frozen_norm_is_not_folded_in_training():
+    batch_norm, hooked = wrapped(nn.BatchNorm2d), wrapped(FrozenBatchNorm2d)
+    hooked[0].norm.register_forward_hook(lambda *args: None)
+    assert fold_in_training(batch_norm) == fold_in_training(hooked) == 0
+    assert type(batch_norm[0]) is type(hooked[0]) is Conv2d

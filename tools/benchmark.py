@@ -4,8 +4,8 @@
     tools/benchmark.py --config-file configs/faster_rcnn_sharedkd.py --device cpu \\
         --image-size 320 --batch-size 2 --methods fgd,mgd,semckd --json output/benchmark.json
 
-`overhead` is a distillation step over a plain student's step plus Detectron2's forward of the
-teacher, as the median over the rounds. Memory is measured in one process per arm.
+`overhead` is a distillation step over the plain student's step plus the teacher's forward, both as
+Detectron2 runs them, as the median over the rounds. Memory is measured in one process per arm.
 """
 
 import argparse
@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
 
 from sharedkd.analysis.performance import table  # noqa: E402
-from sharedkd.benchmark import Benchmark, measure  # noqa: E402
+from sharedkd.benchmark import Benchmark, efficiency, growth, measure  # noqa: E402
 from sharedkd.config import load_config  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
 from sharedkd.files import replace  # noqa: E402
@@ -66,6 +66,14 @@ if __name__ == "__main__":
     parser.add_argument(
         "--methods", type=lambda text: [x for x in text.split(",") if x], default=[], metavar="A,B"
     )
+    parser.add_argument(
+        "--growth",
+        action="store_true",
+        help="with batch size, image size and number of levels, too",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=0, metavar="N", help="efficiency of N processes, too"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument(
         "--memory-of", metavar="ARM", help="print the MB of one arm alone, and stop"
@@ -78,6 +86,11 @@ if __name__ == "__main__":
             print(bench.memory(args.memory_of))
             sys.exit()
         result = {"command": sys.argv, **measure(bench, args.rounds, memory_of)}
+        if args.growth:
+            result["growth"] = growth(bench, args.rounds)
+        if args.processes:
+            sizes = args.image_size, args.batch_size
+            result["efficiency"] = efficiency(bench.cfg, *sizes, args.processes, args.rounds)
     except ConfigError as e:
         sys.exit(f"error: {e}")
     if args.json:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sharedkd.analysis.performance import BEGIN, END, document, rivals, summary
+from sharedkd.analysis.performance import BEGIN, END, document, growth, rivals, summary
 
 
 def result(**changes):
@@ -21,7 +21,8 @@ def result(**changes):
         "versions": {"torch": "2"},
         "ratios": {
             "overhead": ratio(0.8),
-            "overhead_detectron2": ratio(0.7),
+            "floor": ratio(0.7),
+            "over_plain": ratio(1.2),
             "teacher": ratio(0.6),
             "losses": ratio(0.3),
             "distill/fgd": ratio(0.5),
@@ -34,7 +35,7 @@ def result(**changes):
         "memory": {
             "teacher_weights_mb": 200.4,
             "teacher_maps_mb": 20.0,
-            "over_student_mb": {"student": 0, "distill": 230.0, "fgd": 1300.0},
+            "over_student_mb": {"distill": 230.0, "fgd": 1300.0},
         },
         **changes,
     }
@@ -49,8 +50,8 @@ def test_summary():
     assert cells(summary({"pair": result()}), "pair") == [
         "pair",
         "0.800 (0.700 to 0.900)",
-        "0.750",
         "0.700 (0.600 to 0.800)",
+        "1.200 (1.100 to 1.300)",
         "0.600 (0.500 to 0.700)",
         "0.300 (0.200 to 0.400)",
         "230",
@@ -62,6 +63,13 @@ def test_rivals():
     table = rivals(result())
     assert cells(table, "Shared-KD") == ["Shared-KD", "3.000", "-", "0.250", "230"]
     assert cells(table, "fgd") == ["fgd", "6.000", "0.500 (0.400 to 0.600)", "0.500", "1,300"]
+
+
+def test_growth():
+    seconds = {"student_sharedkd": 2.0, "distill": 3.0, "losses/distill": 0.25}
+    case = dict(batch_size=4, image_size=320, levels=5, seconds=seconds)
+    table = growth(result(growth=[case]))
+    assert cells(table, "4") == ["4", "320", "5", "2.000", "1.000", "0.250", "1.500"]
 
 
 def test_document_is_filled_between_its_markers_and_can_be_filled_again(tmp_path):

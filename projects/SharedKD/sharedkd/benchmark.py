@@ -6,6 +6,9 @@ shapes.
 """
 
 import itertools
+import json
+import os
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -15,6 +18,8 @@ from statistics import median
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -23,15 +28,16 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from .config import construct
-from .engine import amp_dtype, rewire
+from .engine import amp_dtype, ddp, rewire
 from .errors import ConfigError
+from .features import pyramid_shapes
 from .losses.base import Batch
 from .meta_arch import SharedKD
 from .record import hardware, peak_memory_mb, versions
 from .teacher import FrozenTeacher
 from .trainer import SharedKDTrainer
 
-__all__ = ["Benchmark", "measure"]
+__all__ = ["Benchmark", "efficiency", "growth", "measure"]
 
 OBJECTS = 8  # an image, of random places and sizes
 WARM_UP = 2  # rounds that are not counted
@@ -42,8 +48,8 @@ class Benchmark:
 
     Arms, each a call that does the work once:
 
-    * ``student``: a training step of the plain student, with this project's trainer and settings;
-    * ``student_detectron2``: the same by Detectron2's trainer, in its memory layout;
+    * ``student``: a training step of the plain student, as Detectron2 runs it;
+    * ``student_sharedkd``: the same by this project's trainer and settings;
     * ``teacher_eager``: backbone and FPN of the teacher, as Detectron2 runs them;
     * ``teacher``: the same as a distillation step runs them;
     * ``distill``: a distillation step with the config's own stages;
@@ -75,6 +81,7 @@ class Benchmark:
         self.device = torch.device(cfg.train.device)
         self.dtype = amp_dtype(cfg)
         torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
+        self.image_size = image_size
         size = (image_size, 32 * round(image_size * 4 / 96))
         self.records = [_record(size, seed) for seed in range(batch_size)]
         self._iteration = 0
@@ -128,7 +135,7 @@ class Benchmark:
     # --- arms -----------------------------------------------------------------------------------
 
     def arms(self) -> List[str]:
-        steps = ["student", "student_detectron2", "teacher_eager", "teacher", *self.methods]
+        steps = ["student", "student_sharedkd", "teacher_eager", "teacher", *self.methods]
         return steps + [f"losses/{method}" for method in self.methods]
 
     def arm(self, name: str) -> Callable[[], None]:
@@ -136,9 +143,9 @@ class Benchmark:
         if name in ("teacher_eager", "teacher"):
             return self._teacher_arm(name)
         if name == "student":
-            return self._step_of(self._trainer(self.student))
-        if name == "student_detectron2":
             return self._step_of(self._detectron2_trainer())
+        if name == "student_sharedkd":
+            return self._step_of(self._trainer(self.student))
         if name.startswith("losses/"):
             return self._losses_arm(name.partition("/")[2])
         return self._step_of(self._trainer(self._pair(name)))
@@ -169,7 +176,7 @@ class Benchmark:
     def _trainer(self, model: nn.Module) -> SharedKDTrainer:
         train = self.cfg.train
         trainer = SharedKDTrainer(
-            model,
+            ddp(self.cfg, model),
             itertools.repeat(self.records),
             self._optimizer(model),
             max_iter=10**9,
@@ -322,19 +329,22 @@ def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Di
         memory: gives an arm's :meth:`Benchmark.memory`, measured in a process of its own.
 
     Returns:
-        ``overhead``, the median of distill / (student + teacher_eager); ``ratios``; ``seconds`` (arm
-        to median, low, high); ``parts``; ``memory`` in MB.
+        ``overhead``, the median of distill / (student + teacher_eager); ``ratios``, among them
+        ``floor``, what a teacher and losses that cost nothing would leave of it; ``seconds`` (arm to
+        median, low, high); ``parts``; ``memory`` in MB, over the student's step with the same
+        settings.
     """
     seconds = bench.times(bench.arms(), rounds)
     rivals = [name for name in bench.methods if name != "distill"]
     ratios = {
         "overhead": ratio(seconds, "distill", "student", "teacher_eager"),
-        "overhead_detectron2": ratio(seconds, "distill", "student_detectron2", "teacher_eager"),
+        "floor": ratio(seconds, "student_sharedkd", "student", "teacher_eager"),
+        "over_plain": ratio(seconds, "distill", "student_sharedkd"),
         "teacher": ratio(seconds, "teacher", "teacher_eager"),
         "losses": ratio(seconds, "losses/distill", "distill"),
         **{f"distill/{name}": ratio(seconds, "distill", name) for name in rivals},
     }
-    peaks = {name: memory(name) for name in ("student", *bench.methods)}
+    peaks = {name: memory(name) for name in ("student", "student_sharedkd", *bench.methods)}
     return {
         "overhead": ratios["overhead"]["median"],
         **bench.describe(),
@@ -347,9 +357,77 @@ def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Di
         "memory": {
             **bench.kept_mb(),
             "peak_mb": peaks,
-            "over_student_mb": {name: x - peaks["student"] for name, x in peaks.items()},
+            "over_student_mb": {
+                name: peaks[name] - peaks["student_sharedkd"] for name in bench.methods
+            },
         },
     }
+
+
+def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
+    """What distillation adds with twice the images, twice the pixels, and with fewer levels.
+
+    Returns:
+        ``batch_size``, ``image_size``, ``levels`` of each case, and the median ``seconds`` of the
+        arms student_sharedkd, distill and losses/distill.
+    """
+    size, count = bench.image_size, len(bench.records)
+    cases = [(size, count), (size, 2 * count), (round(size * 2**0.5 / 32) * 32, count)]
+    strides = sorted(pyramid_shapes(bench.student)["fpn"])
+    found = []
+    for size, count in cases:
+        found.append(_case(Benchmark(bench.cfg, {}, size, count), strides, rounds))
+    for levels in range(2, len(strides)):
+        cfg = bench.cfg.copy()
+        for stage in cfg.model.stages.values():
+            if isinstance(stage, DictConfig) and "strides" in stage.loss:
+                stage.loss.strides = strides[:levels]
+        found.append(_case(Benchmark(cfg, {}, *cases[0]), strides[:levels], rounds))
+    return found
+
+
+def _case(bench: Benchmark, strides: Sequence[int], rounds: int) -> Dict[str, Any]:
+    seconds = bench.times(["student_sharedkd", "distill", "losses/distill"], rounds)
+    return dict(
+        batch_size=len(bench.records),
+        image_size=bench.image_size,
+        levels=len(strides),
+        seconds={name: median(x) for name, x in seconds.items()},
+    )
+
+
+def efficiency(
+    cfg: DictConfig, image_size: int, batch_size: int, processes: int, rounds: int
+) -> Dict[str, float]:
+    """A step of one process over a step of several, which each have as many images.
+
+    CPU processes over gloo, with one thread each.  1: a gradient's reduction costs nothing.
+
+    Returns:
+        arm (student_sharedkd, distill) to the ratio of the medians.
+    """
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for world in (1, processes):
+            path = os.path.join(folder, f"{world}.json")
+            arguments = (world, f"{path}.store", path, cfg, image_size, batch_size, rounds)
+            mp.start_processes(_in_group, arguments, nprocs=world, start_method="spawn")
+            with open(path) as f:
+                seconds.append({name: median(x) for name, x in json.load(f).items()})
+    return {name: seconds[0][name] / seconds[1][name] for name in seconds[0]}
+
+
+def _in_group(rank, world, store, path, cfg, image_size, batch_size, rounds) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", world_size=world, rank=rank)
+    seconds = {
+        name: Benchmark(cfg, {}, image_size, batch_size).times([name], rounds)[name]
+        for name in ("student_sharedkd", "distill")
+    }
+    if rank == 0:
+        with open(path, "w") as f:
+            json.dump(seconds, f)
+    dist.destroy_process_group()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """LazyConfig helpers: a distillation pair in a few lines, own COCO-format data in four keys."""
 
 import os
-from typing import Any, Dict, Optional
+from functools import partial
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -10,10 +11,11 @@ from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from .data.coco import check_coco, check_same_classes, register_coco
-from .errors import ConfigError
+from .data.coco import CocoSummary, check_coco, check_same_classes, register_coco
+from .errors import FAILED, ConfigError, Findings
 from .losses import CrossLayer, IdenticalLayer
 from .meta_arch import SharedKD
+from .rules import check_choice, check_number, check_switch, check_text
 from .stages import Stage, stage_dict
 from .teacher import FrozenTeacher
 
@@ -39,6 +41,7 @@ TRAIN_DEFAULTS = dict(
         enabled=False, dtype=None
     ),  # dtype: float16, bfloat16; None: float16 on CUDA, else bfloat16
     channels_last=True,  # memory layout of student and teacher: faster convolutions, equal up to rounding
+    fold_norms=True,  # the student's frozen norms, in each step: faster, equal up to rounding
     activation_checkpointing=False,  # keep no activations of the student's blocks: less memory, more time
     compile=False,  # torch.compile for the student's bottom-up network
     clip_grad_norm=None,  # largest norm of the whole gradient
@@ -52,6 +55,27 @@ TRAIN_DEFAULTS = dict(
     log_period=20,
     device="cuda" if torch.cuda.is_available() else "cpu",
 )
+
+#: What values of `train` may be, where their type does not say it.
+TRAIN_RULES = {
+    "output_dir": lambda key, x: check_text(key, x, empty=False),
+    "init_checkpoint": lambda key, x: x is None or check_text(key, x),
+    "max_iter": partial(check_number, least=1, whole=True),
+    "amp.dtype": lambda key, x: x is None or check_choice(key, x, ("float16", "bfloat16")),
+    "clip_grad_norm": partial(check_number, above=0, or_null=True),
+    "accumulate": partial(check_number, least=1, whole=True),
+    "seed": partial(check_number, most=2**32 - 1, whole=True),
+    "checkpointer.period": partial(check_number, least=1, whole=True),
+    "checkpointer.max_to_keep": partial(check_number, least=1, whole=True, or_null=True),
+    "log_period": partial(check_number, least=1, whole=True),
+}
+#: What they may be otherwise, by the type of their default.
+TYPE_RULES = {
+    bool: check_switch,
+    int: partial(check_number, least=0, whole=True),
+    float: partial(check_number, least=0),
+    str: check_text,
+}
 
 
 #: What the identical-layer part weighs for one-stage students; docs/results.md has the measurement.
@@ -133,76 +157,125 @@ def distill(
 
 
 def load_config(
-    path: str, overrides=(), keep_teacher: bool = False, without_data: bool = False
+    path: str,
+    overrides=(),
+    keep_teacher: bool = False,
+    without_data: bool = False,
+    findings: Optional[Findings] = None,
 ) -> DictConfig:
     """Read a LazyConfig, apply ``key=value`` overrides, fill in defaults, settle own data.
 
     Args:
         keep_teacher: also one that no stage learns from; else it is neither loaded nor run.
         without_data: nothing will be loaded; own data that is not named has COCO's 80 classes.
+        findings: takes the errors that leave something to go on checking; its fact ``data`` becomes
+            the summaries of own data.  None: they are raised.
 
     Raises:
-        ConfigError: no such file, an override that cannot be applied, or bad own data.
+        ConfigError: no such file, an override that cannot be applied, an unknown key or impossible
+            value of ``train``, or bad own data.
     """
-    if not os.path.isfile(path):
-        raise ConfigError("--config-file", path, "no such file", "name a config, see configs/")
-    try:
-        cfg = LazyConfig.load(path)
-    except ConfigError:
-        raise
-    except Exception as e:
-        raise ConfigError("--config-file", path, f"cannot be read: {e}", "correct that file") from e
-    known = {*cfg, "train"}
+    if findings is None:
+        findings = Findings()
+        cfg = load_config(path, overrides, keep_teacher, without_data, findings)
+        findings.raise_errors()
+        return cfg
+    cfg = _read(path)
     for override in overrides:
-        try:
-            cfg = LazyConfig.apply_overrides(cfg, [override])
-        except Exception as e:
-            raise ConfigError(
-                "override",
-                override,
-                f"cannot be applied: {e}",
-                "write key=value, and a value with special characters as key=\"'value'\"",
-            ) from e
-        for key in sorted(set(cfg) - known):
-            raise ConfigError(
-                "override",
-                override,
-                f"{path} has no {key}",
-                f"use one of {', '.join(sorted(known))}",
-            )
+        changed = findings.step(_override, cfg, override, path)
+        cfg = cfg if changed is FAILED else changed
     for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
-        if key not in cfg:
-            raise ConfigError(
-                "--config-file", path, f"has no `{key}`", "start from a file of configs/"
+        if not isinstance(cfg.get(key), DictConfig):
+            findings.add(
+                ConfigError("--config-file", path, f"has no `{key}`", "start from a file of configs/")
             )
-    _check_known("train", cfg.get("train", {}), TRAIN_DEFAULTS)
-    for group in ("amp", "checkpointer"):
-        given = cfg.get("train", {}).get(group, {})
-        _check_known(f"train.{group}", given, TRAIN_DEFAULTS[group])
-    cfg.train = OmegaConf.merge(OmegaConf.create(TRAIN_DEFAULTS), cfg.get("train", {}))
+            findings.raise_errors()  # there is nothing else to check
+    cfg.train = _settle_train(cfg.get("train", {}), findings)
     if cfg.train.fast_dev_run:
         cfg.train.max_iter = cfg.train.eval_period = 20
         cfg.train.log_period = 1
         cfg.train.eval_teacher = False
         cfg.train.checkpointer.period = 10**9  # the final one is the only one
         batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
-        if batch:
+        if isinstance(batch, int):
             cfg.dataloader.train.total_batch_size = min(batch, 2 * comm.get_world_size())
     if "data" in cfg and without_data:
         cfg.data.num_classes = cfg.data.num_classes or 80
     elif "data" in cfg:
-        settle_own_data(cfg)
+        settle_own_data(cfg, findings)
     if not (keep_teacher or cfg.train.inherit or cfg.train.eval_teacher):
         _drop_idle_teacher(cfg.model)
     return cfg
 
 
-def _check_known(group: str, given, known) -> None:
-    for key in given:
-        if key not in known:
-            raise ConfigError(
-                f"{group}.{key}", given[key], "no such key", f"use one of {', '.join(known)}"
+def _read(path: str) -> DictConfig:
+    if not os.path.isfile(path):
+        raise ConfigError("--config-file", path, "no such file", "name a config, see configs/")
+    try:
+        return LazyConfig.load(path)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError("--config-file", path, f"cannot be read: {e}", "correct that file") from e
+
+
+def _override(cfg: DictConfig, override: str, path: str) -> DictConfig:
+    known = {*cfg, "train"}
+    try:
+        changed = LazyConfig.apply_overrides(cfg.copy(), [override])
+    except Exception as e:
+        raise ConfigError(
+            "override",
+            override,
+            f"cannot be applied: {e}",
+            "write key=value, and a value with special characters as key=\"'value'\"",
+        ) from e
+    for key in sorted(set(changed) - known):
+        raise ConfigError(
+            "override", override, f"{path} has no {key}", f"use one of {', '.join(sorted(known))}"
+        )
+    return changed
+
+
+def _settle_train(given, findings: Findings) -> DictConfig:
+    """`train` with defaults for what is not given, and for what is wrong while the rest is checked."""
+    if not isinstance(given, Mapping):
+        findings.add(ConfigError("train", given, "is no group of keys", "use train.KEY=VALUE"))
+        given = {}
+    train = OmegaConf.create(TRAIN_DEFAULTS)
+    findings.step(_fill, train, given, TRAIN_DEFAULTS, "train", findings)
+    return train
+
+
+def _fill(train: DictConfig, given, known, group: str, findings: Findings) -> None:
+    for name, default in known.items():
+        if name not in given:
+            continue
+        key = f"{group}.{name}"
+        if OmegaConf.is_missing(given, name):
+            findings.add(not_set(key))
+        elif not isinstance(default, Mapping):
+            rule = TRAIN_RULES.get(key.partition(".")[2], TYPE_RULES.get(type(default)))
+            if not rule or findings.step(rule, key, given[name]) is not FAILED:
+                train[name] = given[name]
+        elif name == "ddp":  # DistributedDataParallel's own options
+            train[name] = OmegaConf.merge(train[name], given[name] or {})
+        elif isinstance(given[name], Mapping):
+            _fill(train[name], given[name], default, key, findings)
+        else:
+            findings.add(
+                ConfigError(key, given[name], "is no group of keys", f"use {key}.NAME=VALUE")
             )
+    for name in sorted(set(given) - set(known)):
+        value = "???" if OmegaConf.is_missing(given, name) else given[name]
+        findings.add(
+            ConfigError(f"{group}.{name}", value, "no such key", f"use one of {', '.join(known)}")
+        )
+
+
+def not_set(key: str) -> ConfigError:
+    """What to say of a key that a config leaves to the command line."""
+    return ConfigError(key, "???", "is not set", f"add {key}=... to the command")
 
 
 def _drop_idle_teacher(model: DictConfig) -> None:
@@ -232,60 +305,87 @@ def student_only(cfg: DictConfig) -> DictConfig:
 
 
 def construct(node: DictConfig, key: str) -> Any:
-    """Detectron2's ``instantiate``, whose failure names the smallest part of the config that fails.
+    """Detectron2's ``instantiate``, which says of every part of the config that fails why it does.
 
     Args:
         node: a LazyConfig node.
         key: its place in the config.
 
     Raises:
-        ConfigError: an unknown class, an unknown or missing option, or whatever a class raises.
+        ConfigError: an unknown class, an unknown or missing option, or whatever a class raises; all
+            that its parts raise.
     """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(key, node, "is nothing that can be built", "use L(CLASS)(OPTION=...)")
+    findings = Findings()
+    for name in sorted(OmegaConf.missing_keys(node)):
+        findings.add(not_set(f"{key}.{name}"))
+    findings.raise_errors()
+    name = None
+    parts: Dict[str, Any] = {}
     try:
-        return instantiate(node)
-    except ConfigError:
-        raise
+        for name, child in node.items():  # in this order: they may draw random weights
+            recursive = isinstance(child, DictConfig) and "_target_" in child
+            parts[name] = findings.step(construct, child, f"{key}.{name}") if recursive else child
+    except Exception as e:  # a reference that leads nowhere
+        findings.add(ConfigError(f"{key}.{name}", "", f"cannot be read: {e}", "correct this key"))
+    findings.raise_errors()
+    try:
+        return instantiate(parts)
+    except ConfigError as e:
+        for each in e.errors:
+            # Classes know their options, but not where they are in the config.
+            findings.add(each.below(key) if each.key in parts else each)
     except Exception as e:
-        for name, child in node.items():
-            if isinstance(child, DictConfig) and "_target_" in child:
-                construct(child, f"{key}.{name}")
-        raise ConfigError(
-            key, node.get("_target_"), f"cannot be built: {e}", "correct this part of the config"
-        ) from e
+        reason = f"cannot be built: {str(e) or type(e).__name__}"
+        target = node.get("_target_")
+        target = target if isinstance(target, str) else getattr(target, "__name__", target)
+        findings.add(ConfigError(key, target, reason, "correct this part of the config"))
+    findings.raise_errors()
 
 
-def settle_own_data(cfg: DictConfig) -> None:
+def settle_own_data(cfg: DictConfig, findings: Findings) -> None:
     """Check and register the COCO-format data of ``cfg.data``, and count its classes.
 
-    Sets ``data.num_classes``, to which the model refers.
+    Sets ``data.num_classes``, to which the model refers; 80 stands in for it where no file says it.
 
-    Raises:
-        ConfigError: a key is not set, or see :mod:`sharedkd.data.coco`.
+    Args:
+        findings: takes what is wrong with the data, and the summaries as its fact ``data``.
     """
-    data = cfg.data
-    for key in ("train_json", "val_json", "train_images", "val_images"):
-        if not data.get(key):
-            raise ConfigError(
-                f"data.{key}", data.get(key), "is not set", f"add data.{key}=PATH to the command"
+    summaries = {
+        split: findings.step(_check_own_data, cfg.data, split, findings)
+        for split in ("train", "val")
+    }
+    findings.step(check_same_classes, *summaries.values())
+    found = {split: summary for split, summary in summaries.items() if summary is not FAILED}
+    findings.facts["data"] = found
+    if not found:
+        findings.facts["classes_unknown"] = True
+    cfg.data.num_classes = next((len(x.classes) for x in found.values()), 80)
+
+
+def _check_own_data(data: DictConfig, split: str, findings: Findings) -> CocoSummary:
+    key = f"data.{split}_json"
+    for name in (key, f"data.{split}_images"):
+        value = data.get(name.partition(".")[2])
+        if not value or not isinstance(value, str):
+            findings.add(
+                ConfigError(name, value, "is not set", f"add {name}=PATH to the command")
             )
-    summaries = {}
-    for split in ("train", "val"):
-        json_file, images = data[f"{split}_json"], data[f"{split}_images"]
-        summaries[split] = check_coco(
-            json_file, images, f"data.{split}_json", f"data.{split}_images", train=split == "train"
+    json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
+    if not (json_file and images and isinstance(json_file, str) and isinstance(images, str)):
+        return FAILED
+    summary = check_coco(json_file, images, key, f"data.{split}_images", train=split == "train")
+    register_coco(f"{data.name}_{split}", json_file, images)
+    if data.masks and not summary.has_masks:
+        raise ConfigError(
+            key,
+            summary.json_file,
+            f"{summary.unmasked} of {summary.objects} objects have no segmentation, and "
+            "data.masks is true",
+            "use a config without masks, such as configs/custom_coco.py",
         )
-        register_coco(f"{data.name}_{split}", json_file, images)
-    check_same_classes(summaries["train"], summaries["val"])
-    for split, summary in summaries.items():
-        if data.masks and not summary.has_masks:
-            raise ConfigError(
-                f"data.{split}_json",
-                summary.json_file,
-                f"{summary.unmasked} of {summary.objects} objects have no segmentation, and "
-                "data.masks is true",
-                "use a config without masks, such as configs/custom_coco.py",
-            )
-    data.num_classes = len(summaries["train"].classes)
+    return summary
 
 
 def add_sharedkd_config(cfg: CfgNode) -> None:

@@ -26,11 +26,12 @@ from .config import construct, load_config, student_only
 from .data.coco import check_coco
 from .data.loader import TrainLoader
 from .errors import ConfigError
+from .folding import fold_in_training
 from .meta_arch import SharedKD
 from .record import RunRecord, count_parameters
 from .trainer import SharedKDTrainer
 
-__all__ = ["run", "amp_dtype", "build", "train", "evaluate", "rewire"]
+__all__ = ["run", "amp_dtype", "build", "ddp", "train", "evaluate", "rewire"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
@@ -129,7 +130,9 @@ def build(cfg: DictConfig, trained: bool = False, resuming: bool = False) -> nn.
 
 
 def rewire(cfg: DictConfig, student: nn.Module) -> None:
-    """Make the student's backbone run as ``train.activation_checkpointing`` and ``compile`` say."""
+    """Make the student run as ``train.fold_norms``, ``activation_checkpointing`` and ``compile`` say."""
+    if cfg.train.fold_norms:
+        fold_in_training(student)
     if cfg.train.activation_checkpointing and cfg.train.compile:
         raise ConfigError(
             "train.compile", True, "excludes train.activation_checkpointing=True", "use one of them"
@@ -151,12 +154,10 @@ def build_trainer(cfg: DictConfig, model: nn.Module) -> SharedKDTrainer:
     optimizer = construct(cfg.optimizer, "optimizer")
     del cfg.optimizer.params.model  # so that the config can still be saved
     loader = construct(cfg.dataloader.train, "dataloader.train")
-    on_cpu = torch.device(cfg.train.device).type == "cpu"
     if isinstance(loader, TrainLoader):
-        loader.pin_memory = not on_cpu
-    ddp = {**cfg.train.ddp, **(dict(device_ids=None) if on_cpu else {})}
+        loader.pin_memory = torch.device(cfg.train.device).type != "cpu"
     return SharedKDTrainer(
-        create_ddp_model(model, **ddp),
+        ddp(cfg, model),
         loader,
         optimizer,
         max_iter=cfg.train.max_iter,
@@ -166,6 +167,12 @@ def build_trainer(cfg: DictConfig, model: nn.Module) -> SharedKDTrainer:
         accumulate=cfg.train.accumulate,
         log_period=cfg.train.log_period,
     )
+
+
+def ddp(cfg: DictConfig, model: nn.Module) -> nn.Module:
+    """The model in DistributedDataParallel as ``train.ddp`` says, if there are several processes."""
+    on_cpu = torch.device(cfg.train.device).type == "cpu"
+    return create_ddp_model(model, **cfg.train.ddp, **(dict(device_ids=None) if on_cpu else {}))
 
 
 def train(cfg: DictConfig, trainer: SharedKDTrainer, resuming: bool = False) -> Dict[str, Any]:

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from ..files import replace
 
-__all__ = ["document", "plot_parts", "rivals", "summary", "table"]
+__all__ = ["document", "growth", "plot_parts", "rivals", "summary", "table"]
 
 BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
 PLOT = "benchmark_parts.png"
@@ -61,21 +61,18 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         results: name -> what ``tools/benchmark.py --json`` wrote.
     """
-    headers = ["benchmark", "overhead", "its floor", "over Detectron2's trainer", "teacher / eager"]
+    headers = ["benchmark", "overhead", "its floor", "distill / own plain step", "teacher / eager"]
     headers += ["losses / step", "MB over the student", "MB of the teacher's weights, maps"]
     rows = []
     for name, result in results.items():
         ratios, memory = result["ratios"], result["memory"]
-        student, teacher = (
-            result["seconds"][arm]["median"] for arm in ("student", "teacher_eager")
-        )
         rows.append(
             [
                 name,
-                _ratio(ratios["overhead"]),
-                f"{student / (student + teacher):.3f}",
-                *(_ratio(ratios[key]) for key in ("overhead_detectron2", "teacher")),
-                _ratio(ratios["losses"]),
+                *(
+                    _ratio(ratios[k])
+                    for k in ("overhead", "floor", "over_plain", "teacher", "losses")
+                ),
                 f"{memory['over_student_mb']['distill']:,.0f}",
                 f"{memory['teacher_weights_mb']:,.0f}, {memory['teacher_maps_mb']:,.0f}",
             ]
@@ -95,8 +92,6 @@ def rivals(result: Mapping[str, Any]) -> str:
     seconds, over = result["seconds"], result["memory"]["over_student_mb"]
     rows = []
     for name in over:
-        if name == "student":
-            continue
         rows.append(
             [
                 "Shared-KD" if name == "distill" else name,
@@ -106,6 +101,21 @@ def rivals(result: Mapping[str, Any]) -> str:
                 f"{over[name]:,.0f}",
             ]
         )
+    return _table(rows, headers)
+
+
+def growth(result: Mapping[str, Any]) -> str:
+    """One row per input size or number of levels: what distillation adds to the student's step."""
+    headers = ["images", "shorter side", "levels", "student's step, s", "distillation adds, s"]
+    headers += ["of it losses, s", "distill / own plain step"]
+    rows = []
+    for case in result["growth"]:
+        student, distill, losses = (
+            case["seconds"][arm] for arm in ("student_sharedkd", "distill", "losses/distill")
+        )
+        sizes = [str(case[key]) for key in ("batch_size", "image_size", "levels")]
+        times = [f"{x:.3f}" for x in (student, distill - student, losses, distill / student)]
+        rows.append([*sizes, *times])
     return _table(rows, headers)
 
 
@@ -145,8 +155,10 @@ def document(folder: Path, path: Path) -> None:
         raise ValueError(f"no *.json in {folder}, or no {BEGIN} ... {END} in {path}")
     blocks: List[str] = [summary(results), f"![Parts of a step](images/{PLOT})"]
     for name, result in results.items():
-        if len(result["memory"]["over_student_mb"]) > 2:
+        if len(result["memory"]["over_student_mb"]) > 1:
             blocks.append(f"{name}, beside other methods:\n\n{rivals(result)}")
+        if "growth" in result:
+            blocks.append(f"{name}, other sizes:\n\n{growth(result)}")
     blocks += [_circumstances(name, result) for name, result in results.items()]
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
     filled = "\n\n".join([head + BEGIN, *blocks, END + tail])
@@ -159,11 +171,15 @@ def _circumstances(name: str, result: Dict[str, Any]) -> str:
     height, width = result["images"][0]
     deviation = max(result["teacher_deviation"].values())
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    several = "".join(
+        f" One process over several, {arm}: {x:.3f}."
+        for arm, x in result.get("efficiency", {}).items()
+    )
     return (
         f"`{name}`: {len(result['images'])} images of {height} x {width}, step in "
         f"{result['precision']}, teacher in {result['teacher_precision']} (its maps of a random image "
         f"change by {100 * deviation:.2g} % at most); {result['hardware']}; {versions}. Command: "
-        f"`{' '.join(result['command'])}`"
+        f"`{' '.join(result['command'])}`.{several}"
     )
 
 
