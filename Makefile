@@ -23,18 +23,20 @@ ROUNDS ?= 5
 MEASURE = .venv/bin/python tools/benchmark.py --device $(DEVICE) --image-size $(SIZE) \
 	--batch-size $(BATCH) --rounds $(ROUNDS) --json output/benchmark/$(DEVICE)_$(SIZE)x$(BATCH)_$(1).json --config-file configs/$(2)
 RIVALS = --methods semckd,fgd,mgd,reviewkd
+VARIANTS = $(addprefix --variant ,train.channels_last=False train.fold_norms=False model.teacher.fold=False \
+	$(BF16) train.amp.enabled=True train.activation_checkpointing=True model.teacher.compile=True train.compile=True)
 BF16 = model.teacher.precision=bfloat16
 MASK = mask_rcnn_sharedkd.py model.teacher.config=COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml
 RETINANET_R50_R18 = custom_coco_retinanet.py model.teacher.config=COCO-Detection/retinanet_R_50_FPN_3x.yaml
 R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
 
 benchmark: .venv/.ready
-	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py) $(RIVALS) --growth
+	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py) $(RIVALS) $(VARIANTS)
 	$(call MEASURE,faster_rcnn_r101_r50_bf16,faster_rcnn_sharedkd.py) $(BF16)
 	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) $(RIVALS)
 	$(call MEASURE,retinanet_r101_r50_bf16,retinanet_sharedkd.py) $(BF16)
 	$(call MEASURE,mask_rcnn_r101_r50_bf16,$(MASK)) $(BF16)
-	$(call MEASURE,faster_rcnn_r50_r18,$(R50_R18)) $(RIVALS) --processes 2
+	$(call MEASURE,faster_rcnn_r50_r18,$(R50_R18)) $(RIVALS) --growth --processes 2
 	$(call MEASURE,faster_rcnn_r50_r18_bf16,$(R50_R18)) $(BF16)
 	$(call MEASURE,retinanet_r50_r18_bf16,$(RETINANET_R50_R18)) $(BF16)
 	.venv/bin/python tools/benchmark_tables.py output/benchmark docs/performance.md

@@ -84,7 +84,7 @@ def test_command_line(tmp_path):
     command = [
         *(sys.executable, str(tiny.ROOT / "tools/benchmark.py"), "--config-file", QUICKSTART),
         *("--image-size", "64", "--batch-size", "1", "--rounds", "1", "--growth"),
-        *("--processes", "2"),
+        *("--processes", "2", "--variant", "train.channels_last=False"),
         *("--json", str(tmp_path / "deeper/out.json"), "train.amp.enabled=False"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -98,7 +98,13 @@ def test_command_line(tmp_path):
     )
     assert found["images"] == [[64, 96]] and found["teacher_precision"] == "float32"
     assert max(found["teacher_deviation"].values()) < 1e-5
-    assert found["memory"]["peak_mb"].keys() == {"student", "student_sharedkd", "distill"}
+    variant = "train.channels_last=False"
+    assert found["memory"]["peak_mb"].keys() == {
+        *("student", "student_sharedkd", "distill", variant),
+    }
+    assert found["ratios"][variant]["median"] == pytest.approx(
+        seconds[variant]["median"] / seconds["distill"]["median"]
+    )
     assert [(x["batch_size"], x["image_size"], x["levels"]) for x in found["growth"]] == [
         *((1, 64, 5), (2, 64, 5), (1, 96, 5)),
         *((1, 64, 2), (1, 64, 3), (1, 64, 4)),

@@ -33,14 +33,14 @@ logging.getLogger("detectron2.sharedkd").setLevel(logging.ERROR)  # teachers are
 
 
 def benchmark(args) -> Benchmark:
-    cfg = load_config(
-        args.config_file,
-        [*args.overrides, f"train.device={args.device}"],
-        keep_teacher=True,
-        without_data=True,
-    )
+    def load(*overrides):
+        overrides = [*args.overrides, f"train.device={args.device}", *overrides]
+        return load_config(args.config_file, overrides, keep_teacher=True, without_data=True)
+
+    cfg = load()
     methods = {name: with_method(cfg, name, RECIPES) for name in args.methods}
-    return Benchmark(cfg, methods, args.image_size, args.batch_size)
+    variants = {override: load(override) for override in args.variant}
+    return Benchmark(cfg, methods, args.image_size, args.batch_size, variants)
 
 
 def memory_of(arm: str) -> float:
@@ -65,6 +65,13 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times for each arm")
     parser.add_argument(
         "--methods", type=lambda text: [x for x in text.split(",") if x], default=[], metavar="A,B"
+    )
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="a distillation step with this override, too (may be given several times)",
     )
     parser.add_argument(
         "--growth",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sharedkd.analysis.performance import BEGIN, END, document, growth, rivals, summary
+from sharedkd.analysis.performance import BEGIN, END, document, growth, rivals, summary, variants
 
 
 def result(**changes):
@@ -63,6 +63,21 @@ def test_rivals():
     table = rivals(result())
     assert cells(table, "Shared-KD") == ["Shared-KD", "3.000", "-", "0.250", "230"]
     assert cells(table, "fgd") == ["fgd", "6.000", "0.500 (0.400 to 0.600)", "0.500", "1,300"]
+
+
+def test_variants():
+    found = result()
+    found["seconds"]["train.fold_norms=False"] = {"median": 3.5}
+    found["ratios"]["train.fold_norms=False"] = found["ratios"]["over_plain"]
+    found["memory"]["over_student_mb"]["train.fold_norms=False"] = 310.0
+    table = variants(found)
+    assert cells(table, "the step as it is")[1:] == ["3.000", "-", "230"]
+    assert cells(table, "`train.fold_norms=False`")[1:] == [
+        "3.500",
+        "1.200 (1.100 to 1.300)",
+        "310",
+    ]
+    assert "fold_norms" not in rivals(found) and "fgd" not in table
 
 
 def test_growth():

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
+from types import MappingProxyType
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence
 
 import torch
@@ -54,6 +55,7 @@ class Benchmark:
     * ``teacher``: the same as a distillation step runs them;
     * ``distill``: a distillation step with the config's own stages;
     * a method's name: a distillation step with that method;
+    * a variant's name: a distillation step of that config, with models of its own;
     * ``losses/distill``, ``losses/<method>``: forward and backward of the losses alone.
 
     Args:
@@ -61,6 +63,7 @@ class Benchmark:
         methods: name -> config of the same pair with another method.
         image_size: shorter side of the images in pixels; the longer one is 4/3 of it.
         batch_size: images a step.
+        variants: name -> config of the same pair that computes in another way.
 
     Raises:
         ConfigError: not a pair.
@@ -72,12 +75,13 @@ class Benchmark:
         methods: Mapping[str, DictConfig],
         image_size: int,
         batch_size: int,
+        variants: Mapping[str, DictConfig] = MappingProxyType({}),
     ):
         if cfg.model.get("student") is None or cfg.model.get("teacher") is None:
             raise ConfigError(
                 "--config-file", "model", "has no student and teacher", "use a pair's config"
             )
-        self.cfg, self.methods = cfg, {"distill": cfg, **methods}
+        self.cfg, self.methods, self.variants = cfg, {"distill": cfg, **methods}, variants
         self.device = torch.device(cfg.train.device)
         self.dtype = amp_dtype(cfg)
         torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
@@ -136,7 +140,7 @@ class Benchmark:
 
     def arms(self) -> List[str]:
         steps = ["student", "student_sharedkd", "teacher_eager", "teacher", *self.methods]
-        return steps + [f"losses/{method}" for method in self.methods]
+        return [*steps, *(f"losses/{method}" for method in self.methods), *self.variants]
 
     def arm(self, name: str) -> Callable[[], None]:
         """What an arm does, ready to be called."""
@@ -146,6 +150,10 @@ class Benchmark:
             return self._step_of(self._detectron2_trainer())
         if name == "student_sharedkd":
             return self._step_of(self._trainer(self.student))
+        if name in self.variants:
+            return Benchmark(self.variants[name], {}, self.image_size, len(self.records)).arm(
+                "distill"
+            )
         if name.startswith("losses/"):
             return self._losses_arm(name.partition("/")[2])
         return self._step_of(self._trainer(self._pair(name)))
@@ -343,8 +351,10 @@ def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Di
         "teacher": ratio(seconds, "teacher", "teacher_eager"),
         "losses": ratio(seconds, "losses/distill", "distill"),
         **{f"distill/{name}": ratio(seconds, "distill", name) for name in rivals},
+        **{name: ratio(seconds, name, "distill") for name in bench.variants},
     }
-    peaks = {name: memory(name) for name in ("student", "student_sharedkd", *bench.methods)}
+    steps = ("student", "student_sharedkd", *bench.methods, *bench.variants)
+    peaks = {name: memory(name) for name in steps}
     return {
         "overhead": ratios["overhead"]["median"],
         **bench.describe(),
@@ -358,7 +368,7 @@ def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Di
             **bench.kept_mb(),
             "peak_mb": peaks,
             "over_student_mb": {
-                name: peaks[name] - peaks["student_sharedkd"] for name in bench.methods
+                name: peaks[name] - peaks["student_sharedkd"] for name in steps[2:]
             },
         },
     }

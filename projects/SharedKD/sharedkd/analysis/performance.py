@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from ..files import replace
 
-__all__ = ["document", "growth", "plot_parts", "rivals", "summary", "table"]
+__all__ = ["document", "growth", "plot_parts", "rivals", "summary", "table", "variants"]
 
 BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
 PLOT = "benchmark_parts.png"
@@ -91,7 +91,7 @@ def rivals(result: Mapping[str, Any]) -> str:
     ]
     seconds, over = result["seconds"], result["memory"]["over_student_mb"]
     rows = []
-    for name in over:
+    for name in _methods(result):
         rows.append(
             [
                 "Shared-KD" if name == "distill" else name,
@@ -102,6 +102,26 @@ def rivals(result: Mapping[str, Any]) -> str:
             ]
         )
     return _table(rows, headers)
+
+
+def variants(result: Mapping[str, Any]) -> str:
+    """One row per other way to compute the same step: what one means of the step's speed gives."""
+    headers = ["with", "seconds a step", "of the step's", "MB over the student"]
+    seconds, over = result["seconds"], result["memory"]["over_student_mb"]
+    rows = []
+    for name in ["distill", *_variants(result)]:
+        share = "-" if name == "distill" else _ratio(result["ratios"][name])
+        label = "the step as it is" if name == "distill" else f"`{name}`"
+        rows.append([label, f"{seconds[name]['median']:.3f}", share, f"{over[name]:,.0f}"])
+    return _table(rows, headers)
+
+
+def _methods(result: Mapping[str, Any]) -> List[str]:
+    return [name for name in result["memory"]["over_student_mb"] if "=" not in name]
+
+
+def _variants(result: Mapping[str, Any]) -> List[str]:
+    return [name for name in result["memory"]["over_student_mb"] if "=" in name]
 
 
 def growth(result: Mapping[str, Any]) -> str:
@@ -155,8 +175,10 @@ def document(folder: Path, path: Path) -> None:
         raise ValueError(f"no *.json in {folder}, or no {BEGIN} ... {END} in {path}")
     blocks: List[str] = [summary(results), f"![Parts of a step](images/{PLOT})"]
     for name, result in results.items():
-        if len(result["memory"]["over_student_mb"]) > 1:
+        if len(_methods(result)) > 1:
             blocks.append(f"{name}, beside other methods:\n\n{rivals(result)}")
+        if _variants(result):
+            blocks.append(f"{name}, in other ways:\n\n{variants(result)}")
         if "growth" in result:
             blocks.append(f"{name}, other sizes:\n\n{growth(result)}")
     blocks += [_circumstances(name, result) for name, result in results.items()]
