@@ -235,7 +235,7 @@ def test_state_holds_what_resuming_needs():
     assert state["loss_normalizer"] == model.student.loss_normalizer != 100
     other = trainer_of(pair({"identical": Stage(IdenticalLayer(), weight=1.0)}), lr=1e-3)
     other.load_state_dict(state)
-    assert other._detector.loss_normalizer == model.student.loss_normalizer
+    assert other.detector.loss_normalizer == model.student.loss_normalizer
     assert (
         other.optimizer.state_dict()["param_groups"]
         == trainer.optimizer.state_dict()["param_groups"]

@@ -1,8 +1,8 @@
 """Other ways to run the same backbone: compiled, or with less memory."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import torch
 from detectron2.layers import CNNBlockBase, NaiveSyncBatchNorm
@@ -70,21 +70,26 @@ def recompute_blocks(detector: nn.Module) -> int:
             block.forward,
             use_reentrant=False,
             preserve_rng_state=False,  # these blocks draw nothing
-            context_fn=lambda norms=norms: (nullcontext(), _statistics_kept(norms)),
+            context_fn=lambda norms=norms: (nullcontext(), _StatisticsKept(norms)),
         )
     return len(blocks)
 
 
-@contextmanager
-def _statistics_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """The second forward of a step normalises as the first did, and counts nothing."""
-    norms = [norm for norm in norms if norm.training and norm.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before):
+class _StatisticsKept:
+    """Within it, the second forward of a step normalises as the first did, and counts nothing.
+
+    It may be entered again: a step's graph may be differentiated more than once.
+    """
+
+    def __init__(self, norms: Sequence[_BatchNorm]):
+        self._norms = [norm for norm in norms if norm.training and norm.track_running_stats]
+
+    def __enter__(self) -> None:
+        self._before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in self._norms]
+        for norm in self._norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *exception) -> None:
+        for norm, (momentum, count) in zip(self._norms, self._before):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)

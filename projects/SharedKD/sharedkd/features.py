@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .heads import DenseHead
-from .losses.base import HEAD_TAPS, Maps, Shapes
+from .losses.base import HEAD_TAPS, TAPS, Maps, Shapes
 
 __all__ = ["FeatureTap", "pyramid_shapes", "same_pixels"]
 
@@ -94,6 +94,37 @@ class FeatureTap:
         self._writes: Dict[str, bool] = {}  # whether the detector writes into a tap's maps
 
     @contextmanager
+    def each(
+        self,
+        see: Callable[[str, Dict[int, Tensor]], None],
+        taps: FrozenSet[str] = frozenset(TAPS),
+    ) -> Iterator[None]:
+        """Within the block, maps are shown as soon as the detector has computed them.
+
+        Args:
+            see: called with a tap and its maps by stride, (N, C, H, W).
+            taps: the modules that offer none of these are left alone.
+        """
+
+        def show(unpack):
+            def hook(module, args, output):
+                for tap, levels in unpack(output).items():
+                    see(tap, levels)
+
+            return hook
+
+        handles = [
+            module.register_forward_hook(show(unpack))
+            for module, offered, unpack in self._sources
+            if offered & taps
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
     def capture(self, taps: FrozenSet[str]) -> Iterator[Maps]:
         """Within the block, the detector's forward runs; after it, the yielded dict is filled.
 
@@ -112,28 +143,16 @@ class FeatureTap:
         decoded = _DECODED.keys() & taps
         wanted = frozenset(taps) | ({"deltas"} if decoded else set())
 
-        def take(unpack):
-            def hook(module, args, output):
-                for tap, levels in unpack(output).items():
-                    if tap in wanted:
-                        copying = self._writes.get(tap, True)
-                        seen[tap] = {
-                            stride: (x, x._version, x.clone() if copying else None)
-                            for stride, x in levels.items()
-                        }
+        def take(tap, levels):
+            if tap in wanted:
+                copying = self._writes.get(tap, True)
+                seen[tap] = {
+                    stride: (x, x._version, x.clone() if copying else None)
+                    for stride, x in levels.items()
+                }
 
-            return hook
-
-        handles = [
-            module.register_forward_hook(take(unpack))
-            for module, offered, unpack in self._sources
-            if offered & wanted
-        ]
-        try:
+        with self.each(take, wanted):
             yield maps
-        finally:
-            for handle in handles:
-                handle.remove()
         for tap, levels in seen.items():
             written = any(x._version != version for x, version, _ in levels.values())
             if written and not self._writes.setdefault(tap, written):

@@ -1,0 +1,59 @@
+"""What a step changes besides the parameters, kept aside to be put back."""
+
+import random
+from contextlib import contextmanager
+from typing import Iterator
+
+import numpy as np
+import torch
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+__all__ = ["Snapshot", "without_trace"]
+
+NORMALIZER = (
+    "loss_normalizer"  # a running mean that dense detectors keep outside of their state dict
+)
+
+
+class Snapshot:
+    """The running statistics of a model: its buffers, and the running means of its detector's losses.
+
+    Args:
+        model: the model that is trained.
+        detector: the part of it that may keep a ``loss_normalizer``.
+    """
+
+    def __init__(self, model: nn.Module, detector: nn.Module):
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self._detector = detector
+        self._normalizer = getattr(detector, NORMALIZER, None)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back."""
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+        if self._normalizer is not None:
+            setattr(self._detector, NORMALIZER, self._normalizer)
+        elif hasattr(self._detector, NORMALIZER):
+            delattr(self._detector, NORMALIZER)
+
+
+@contextmanager
+def without_trace(model: nn.Module, detector: nn.Module) -> Iterator[None]:
+    """Within it, the model may run in training mode: statistics, random state and log stay as they are.
+
+    Args:
+        model, detector: see :class:`Snapshot`.
+    """
+    snapshot = Snapshot(model, detector)
+    states = random.getstate(), np.random.get_state()
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    try:
+        with torch.random.fork_rng(devices), EventStorage():  # the detectors log from their forward
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        snapshot.restore()
