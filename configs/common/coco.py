@@ -2,7 +2,7 @@
 
 from detectron2.model_zoo import get_config
 
-from sharedkd.data.loader import build_train_loader
+from sharedkd.data.loader import build_test_loader, build_train_loader
 
 from .train import train
 
@@ -10,6 +10,8 @@ dataloader = get_config("common/data/coco.py").dataloader
 # The same images and augmentations, but repeatable and resumable.
 dataloader.train._target_ = build_train_loader
 dataloader.train.seed = "${train.seed}"
+dataloader.train.update(on_bad_image="error", max_bad_images=0.01)
+dataloader.test._target_ = build_test_loader
 
 optimizer = get_config("common/optim.py").SGD
 lr_multiplier = get_config("common/coco_schedule.py").lr_multiplier_2x

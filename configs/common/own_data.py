@@ -2,26 +2,22 @@
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.evaluation import COCOEvaluator
 
-from sharedkd.data.loader import build_train_loader
+from sharedkd.data.loader import build_test_loader, build_train_loader
 
 data = dict(
-    train_json=None,
-    val_json=None,
-    train_images=None,
-    val_images=None,
+    train_json=None,  # COCO-format annotations to train on
+    val_json=None,  # those to evaluate on
+    train_images=None,  # folder of the images that train_json names
+    val_images=None,  # folder of those of val_json; it may be the same one
     name="own",  # the data set's name in Detectron2's catalog: own_train, own_val
     num_classes=None,  # counted in the json
     masks=False,  # load instance masks
     short_edge=[224, 240, 256],  # training sizes in pixels, one drawn per image
-    test_short_edge=240,
-    max_size=480,
+    test_short_edge=240,  # size in evaluation
+    max_size=480,  # of the longer edge
 )
 
 # Where the command of custom_coco_teacher.py in docs/own_data.md puts the teacher.
@@ -49,8 +45,10 @@ dataloader = dict(
         total_batch_size=4,
         num_workers=2,
         seed="${train.seed}",
+        on_bad_image="error",  # or "skip": log it, and train on another in its place
+        max_bad_images=0.01,  # that may be skipped: share of the data set, or a whole number
     ),
-    test=L(build_detection_test_loader)(
+    test=L(build_test_loader)(
         dataset=L(get_detection_dataset_dicts)(names="${data.name}_val", filter_empty=False),
         mapper=L(DatasetMapper)(
             is_train=False,

@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -189,6 +190,24 @@ BAD_JSON = {
         "counts none",
         "RLE of the image's size",
     ),
+    "RLE of floats": (
+        setter("annotations", 1, segmentation={**rle(HEIGHT, WIDTH), "size": [40.0, 60.0]}),
+        r"size \[40.0, 60.0\]",
+        "RLE of the image's size",
+    ),
+    "polygon far out": (
+        setter("annotations", 0, segmentation=[[0, 0, 1e9, 0, 1e9, 9]]),
+        "by more than its size",
+        "polygons",
+    ),
+    "keypoints": (setter("annotations", 0, keypoints=["x"]), "keypoints", "remove them"),
+    "id of 20 digits": (setter("annotations", 0, id=10**19), "has id 1000", "18 digits"),
+    "half a character": (
+        lambda d: json.dumps(d).replace('"cat"', r'"\ud800"'),
+        "id 5 has name '.ud800'",
+        "UTF-8",
+    ),
+    "huge image": (setter("images", 0, width=10**9), "1000000000x40 pixels", "cannot be read"),
     "all images empty": (lambda d: d.update(annotations=[]), "no image has an object", "annotate"),
     "nothing but crowd": (lambda d: d.update(annotations=d["annotations"][3:]), "object", "crowd"),
 }
@@ -302,6 +321,58 @@ def test_missing_images(own, tmp_path):
     message = message_of(check_coco, *arguments)
     assert message.startswith(f"data.train_images={arguments[1]}: ")
     assert "'sub/ünï 図.jpg' (and 1 more)" in message and "correct" in message
+
+
+def test_crowd_regions_need_masks_where_masks_are_evaluated(own):
+    arguments = own(setter("annotations", 3, segmentation=[]))
+    assert check_coco(*arguments).has_masks
+    assert check_coco(*arguments, train=False).unmasked == 1
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "/{}/secret.png"])
+def test_images_elsewhere_are_not_read(own, tmp_path, name):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "secret.png")
+    arguments = own(setter("images", 0, file_name=name.format(tmp_path)))
+    message = message_of(check_coco, *arguments)
+    assert message.startswith(f"data.train_images={arguments[1]}: ")
+    assert "lies outside of it" in message and "/ for absolute names" in message
+    if name.startswith("/"):
+        data = json.loads(Path(arguments[0]).read_text())
+        for image in data["images"][1:]:
+            image["file_name"] = f"{arguments[1]}/{image['file_name']}"
+        Path(arguments[0]).write_text(json.dumps(data))
+        assert check_coco(arguments[0], "/", *arguments[2:]).images == 3
+
+
+def test_names_below_the_folder_may_go_up_and_down(own):
+    assert check_coco(*own(setter("images", 0, file_name="sub/../a.png"))).images == 3
+
+
+def test_what_passes_can_be_parsed_and_copied_from_deep_in_the_stack(own):
+    """pycocotools reads the file anew, and copies its info, from further down than the check."""
+
+    def info(depth):
+        def change(data):
+            for _ in range(depth):
+                data["info"] = [data.get("info")]
+
+        return change
+
+    def further_down(frames, function, *args):
+        return further_down(frames - 1, function, *args) if frames else function(*args)
+
+    refused = 0
+    for depth in range(50, 1000, 50):
+        arguments = own(info(depth))
+        try:
+            check_coco(*arguments)
+        except ConfigError as e:
+            assert "nested too deeply" in str(e)
+            refused += 1
+            continue
+        data = further_down(100, json.loads, Path(arguments[0]).read_text())
+        further_down(100, copy.deepcopy, data["info"])
+    assert 0 < refused < 19
 
 
 def test_folder_in_place_of_an_image(own, tmp_path):

@@ -1,8 +1,17 @@
-"""The one error that users see: a line that names the config key, what is wrong and the fix."""
+"""The one error that users see, a line that names the config key, what is wrong and the fix; and many."""
 
-from typing import Any
+from functools import wraps
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
-__all__ = ["ConfigError", "NonFiniteLossError"]
+__all__ = [
+    "FAILED",
+    "ConfigError",
+    "ConfigErrors",
+    "DataError",
+    "Findings",
+    "collecting",
+    "NonFiniteLossError",
+]
 
 
 class ConfigError(Exception):
@@ -13,10 +22,114 @@ class ConfigError(Exception):
         value: what the key holds.
         problem: what is wrong with it, with the value that it conflicts with.
         fix: what to do about it.
+
+    >>> print(ConfigError("train.seed", "x", "is no whole number", "use one"))
+    train.seed=x: is no whole number; use one
     """
 
     def __init__(self, key: str, value: Any, problem: str, fix: str):
         super().__init__(" ".join(f"{key}={value}: {problem}; {fix}".split()))
+        self.key, self.value, self.problem, self.fix = key, value, problem, fix
+
+    @property
+    def errors(self) -> List["ConfigError"]:
+        """This one; of :class:`ConfigErrors` each of them."""
+        return [self]
+
+    def below(self, key: str) -> "ConfigError":
+        """The same error of a part of the config: its key is one of those below ``key``."""
+        return ConfigError(f"{key}.{self.key}", self.value, self.problem, self.fix)
+
+    def __reduce__(self):
+        return type(self), (self.key, self.value, self.problem, self.fix)
+
+
+class ConfigErrors(ConfigError):
+    """Several at once.  As text, each is a line of its own after the first, which the tools introduce."""
+
+    def __init__(self, errors: Iterable[ConfigError]):
+        self._errors = list(errors)
+        Exception.__init__(self, "\nerror: ".join(map(str, self._errors)))
+
+    @property
+    def errors(self) -> List[ConfigError]:
+        return self._errors
+
+    def __reduce__(self):
+        return type(self), (self._errors,)
+
+
+#: What a step of :class:`Findings` returns instead of its result when there is none.
+FAILED = type("Failed", (), {"__repr__": lambda self: "FAILED", "__bool__": lambda self: False})()
+
+
+class Findings:
+    """Runs independent checks and keeps what all of them find, so that one run reports every mistake.
+
+    A check is a function that raises a ConfigError.  What needs the result of another takes it as an
+    argument, and is left out if that one failed::
+
+        findings = Findings()
+        student = findings.step(construct, cfg.model.student, "model.student")
+        teacher = findings.step(construct, cfg.model.teacher, "model.teacher")
+        findings.step(compare, student, teacher)      # only if both are there
+        findings.raise_errors()
+
+    Attributes:
+        errors: what failed, in the order it was found, each once.
+        warnings: what works, but is probably not meant; in the same form.
+        facts: what checks learn on their way and the overview shows.
+    """
+
+    def __init__(self):
+        self.errors: List[ConfigError] = []
+        self.warnings: List[ConfigError] = []
+        self.facts: Dict[str, Any] = {}
+
+    def step(self, function: Callable, *args, **options) -> Any:
+        """The function's result; :data:`FAILED` if it raises a ConfigError or an argument is FAILED."""
+        if any(x is FAILED for x in (*args, *options.values())):
+            return FAILED
+        try:
+            return function(*args, **options)
+        except ConfigError as e:
+            self.add(e)
+            return FAILED
+
+    def add(self, error: ConfigError) -> None:
+        """Note an error, or the errors that it consists of."""
+        known = {str(e) for e in self.errors}
+        self.errors += [e for e in error.errors if str(e) not in known]
+
+    def warn(self, key: str, value: Any, problem: str, fix: str) -> None:
+        """Note what does not stop a run; arguments as those of :class:`ConfigError`."""
+        self.warnings.append(ConfigError(key, value, problem, fix))
+
+    def raise_errors(self) -> None:
+        """Raises:
+        ConfigError: the one error there is, or all of them; nothing if there is none.
+        """
+        if self.errors:
+            raise self.errors[0] if len(self.errors) == 1 else ConfigErrors(self.errors)
+
+
+def collecting(function: Callable) -> Callable:
+    """For functions that put what they find into an option ``findings``: without it, they raise it."""
+
+    @wraps(function)
+    def wrapper(*args, findings: Optional[Findings] = None, **options):
+        if findings is not None:
+            return function(*args, findings=findings, **options)
+        findings = Findings()
+        result = function(*args, findings=findings, **options)
+        findings.raise_errors()
+        return result
+
+    return wrapper
+
+
+class DataError(ConfigError):
+    """Data that fail while a run goes on: an image that cannot be read, a loading process that died."""
 
 
 class NonFiniteLossError(FloatingPointError):

@@ -1,17 +1,21 @@
 """Starting a run's processes: Detectron2's launch where it works, torchrun, and several CPU processes."""
 
+import logging
 import os
 import socket
 import sys
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.engine import TrainerBase
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
-from .errors import ConfigError, NonFiniteLossError
+from .errors import ConfigError, DataError, NonFiniteLossError
+from .interrupt import forward_signals, interruptible
 
 __all__ = ["launch"]
 
@@ -41,21 +45,23 @@ def launch(main, args) -> None:
                         "use tcp://HOST:PORT of the first machine",
                     )
                 args.dist_url = f"tcp://127.0.0.1:{_free_port()}"
-            mp.start_processes(
-                _worker, nprocs=args.num_gpus, args=(main, args, cuda), start_method="spawn"
-            )
+            with forward_signals():
+                mp.start_processes(
+                    _worker, nprocs=args.num_gpus, args=(main, args, cuda), start_method="spawn"
+                )
         else:
             _check_gpus(args)
-            detectron2_launch(
-                _guarded,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, args),
-            )
+            with forward_signals() if world_size > 1 else nullcontext():
+                detectron2_launch(
+                    _guarded,
+                    args.num_gpus,
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(main, args),
+                )
     except mp.ProcessExitedException as e:  # the process itself has said why
-        sys.exit(e.exit_code)
+        sys.exit(e.exit_code if e.exit_code >= 0 else 128 - e.exit_code)
     except ConfigError as e:
         _say_and_exit(e)
 
@@ -77,14 +83,24 @@ def _check_gpus(args) -> None:
 
 
 def _guarded(main, args) -> None:
+    logging.getLogger(TrainerBase.__module__).addFilter(_without_traceback)
     try:
-        main(args)
+        with interruptible("nothing is to be saved yet"):
+            main(args)
     except (ConfigError, NonFiniteLossError) as e:
         _say_and_exit(e)
 
 
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """For the log of Detectron2's training loop: an error that says it all in a line has just that."""
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, (ConfigError, NonFiniteLossError)):
+        record.msg, record.args, record.exc_info = f"Training stops: {error}", (), None
+    return True
+
+
 def _say_and_exit(error: Exception) -> None:
-    if not comm.is_main_process():
+    if not isinstance(error, DataError) and not comm.is_main_process():
         # Rank 0 speaks for an error that all ranks meet, and this process then ends with it.
         time.sleep(GRACE)
     print(f"error: {error}", file=sys.stderr, flush=True)

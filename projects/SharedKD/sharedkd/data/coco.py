@@ -1,20 +1,21 @@
 """Own data in COCO format: everything that would stop or spoil a run is found before it starts."""
 
+import copy
 import json
 import math
 import os
-import reprlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Dict, Iterable, Iterator, List, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Set, Tuple
 
-import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 from PIL import Image
 
 from sharedkd.errors import ConfigError
+
+from .masks import MOST_PIXELS, fault, is_int, is_number, shown
 
 __all__ = ["CocoSummary", "check_coco", "check_same_classes", "register_coco"]
 
@@ -24,6 +25,10 @@ _BOX_SLACK = 1.0
 _COCO_FLAT_BOXES = {"000000200365.jpg", "000000550395.jpg"}
 # Image headers that are read: enough to catch a wrong folder or a resized set within seconds.
 _MOST_HEADERS = 1000
+_LARGEST_ID = 2**63 - 1  # COCO evaluation sorts them as 64-bit integers
+_LONGEST_MESSAGE = 1000  # characters
+# More than lie between this module and any place where Detectron2 or pycocotools reads the file.
+_SPARE_FRAMES = 200
 _EXIF_ORIENTATION, _EXIF_QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 
 # (path, modification time, size) of a json file -> its categories, as a big file takes seconds to
@@ -42,7 +47,7 @@ class CocoSummary:
         objects: number of objects to learn or find, crowd regions not counted.
         crowds: number of crowd regions (``iscrowd`` 1).
         empty_images: number of images without an object.
-        unmasked: number of objects without a segmentation.
+        unmasked: number of objects without a segmentation; for evaluation also of crowd regions.
         has_rle: whether some object's segmentation is RLE, which Detectron2's mapper takes with
             ``instance_mask_format="bitmask"`` only.
         categories: category id -> class name, ids ascending.
@@ -65,7 +70,7 @@ class CocoSummary:
 
     @property
     def has_masks(self) -> bool:
-        """Whether every object has a segmentation, as training on masks needs."""
+        """Whether every object has a segmentation, as training on masks or their evaluation needs."""
         return self.unmasked == 0
 
 
@@ -110,6 +115,10 @@ def check_coco(
         _refuse(images_key, image_root, ["no such folder"], f"name the folder of {key}'s images")
     refuse_images = partial(_refuse, images_key, image_root)
     refuse_images(
+        _strangers(images, image_root),
+        f"name a folder that holds all images, / for absolute names, or correct the file_name in {json_file}",
+    )
+    refuse_images(
         _missing_files(images, image_root),
         f"put the file there, or correct {images_key} or the file_name in {json_file}",
     )
@@ -125,7 +134,8 @@ def check_coco(
         objects=len(objects),
         crowds=len(annotations) - len(objects),
         empty_images=len(images) - len(occupied),
-        unmasked=sum(not a.get("segmentation") for a in objects),
+        # Mask evaluation reads those of crowd regions, too; training leaves the regions out.
+        unmasked=sum(not a.get("segmentation") for a in (objects if train else annotations)),
         has_rle=any(isinstance(a.get("segmentation"), dict) for a in objects),
         categories=categories,
     )
@@ -186,6 +196,7 @@ def _refuse(key: str, value: str, faults: Iterable[str], fix: str) -> None:
     faults = iter(faults)
     first = next(faults, None)
     if first is not None:
+        first = first[:_LONGEST_MESSAGE]
         others = sum(1 for _ in faults)
         raise ConfigError(key, value, first + (f" (and {others} more)" if others else ""), fix)
 
@@ -194,11 +205,17 @@ def _read(json_file: str, key: str) -> Dict[str, Any]:
     refuse = partial(_refuse, key, json_file)
     try:
         with open(json_file, encoding="utf-8") as f:
-            data = json.load(f)
+            data = _deeper(_SPARE_FRAMES, json.load, f)
+        _deeper(_SPARE_FRAMES, copy.deepcopy, data.get("info") if isinstance(data, dict) else None)
     except OSError as e:
         refuse([f"cannot be read ({e.strerror})"], "name an existing COCO json file")
-    except (ValueError, RecursionError) as e:
-        refuse([f"not a JSON file, or cut short ({e})"], "export it again, in UTF-8")
+    except RecursionError:
+        refuse(["not a JSON file of COCO's kind: nested too deeply"], "export it again")
+    except ValueError as e:
+        refuse(
+            [f"not a JSON file, or cut short ({e})"],
+            "export it again, in UTF-8 without a byte order mark",
+        )
 
     parts = ("images", "annotations", "categories")
     fix = f"a COCO json is an object with the lists {', '.join(parts)}"
@@ -208,7 +225,7 @@ def _read(json_file: str, key: str) -> Dict[str, Any]:
     refuse((f"{p!r} is empty" for p in ("images", "categories") if not data[p]), fix)
     refuse(
         (
-            f"{part}[{i}] is {_short(item)}"
+            f"{part}[{i}] is {shown(item)}"
             for part in parts
             for i, item in enumerate(data[part])
             if not isinstance(item, dict)
@@ -218,11 +235,11 @@ def _read(json_file: str, key: str) -> Dict[str, Any]:
     for part in parts:
         refuse(
             (
-                f"{part}[{i}] has id {_short(item.get('id'))}"
+                f"{part}[{i}] has id {shown(item.get('id'))}"
                 for i, item in enumerate(data[part])
-                if not _is_int(item.get("id"))
+                if not is_int(item.get("id")) or abs(item["id"]) > _LARGEST_ID
             ),
-            "give each a whole-number id (3, not 3.0 or '3')",
+            "give each a whole-number id (3, not 3.0 or '3') of at most 18 digits",
         )
         refuse(
             (f"{part} has id {i} twice" for i in _repeated(item["id"] for item in data[part])),
@@ -231,21 +248,45 @@ def _read(json_file: str, key: str) -> Dict[str, Any]:
     return data
 
 
+def _deeper(frames: int, function: Callable, *args) -> Any:
+    """Call a function from so far down the stack that what it parses or copies will do elsewhere, too.
+
+    pycocotools parses the file again, and copies its "info", from further down than this module.
+    """
+    return _deeper(frames - 1, function, *args) if frames else function(*args)
+
+
 def _categories(data: Dict[str, Any], refuse) -> Dict[int, str]:
     names = {c["id"]: c.get("name") for c in sorted(data["categories"], key=lambda c: c["id"])}
     refuse(
         (
-            f"category id {i} has name {_short(name)}"
+            f"category id {i} has name {shown(name)}"
             for i, name in names.items()
             if not isinstance(name, str) or not name.strip()
         ),
         "give each category a name",
     )
     refuse(
+        (
+            f"category id {i} has name {shown(name)}"
+            for i, name in names.items()
+            if not _is_text(name)
+        ),
+        "write it in characters that UTF-8 has",
+    )
+    refuse(
         (f"two categories are called {name!r}" for name in _repeated(names.values())),
         "rename or merge them",
     )
     return names
+
+
+def _is_text(value: str) -> bool:
+    """False for half a character, such as JSON's "\\ud800", which no log or report can hold."""
+    try:
+        return bool(value.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
 
 
 def _cached_categories(json_file: str, key: str) -> Dict[int, str]:
@@ -263,7 +304,7 @@ def _stamp(json_file: str) -> Tuple[str, int, int]:
 def _check_images(images: List[Dict[str, Any]], refuse) -> None:
     refuse(
         (
-            f"image id {i['id']} has file_name {_short(i.get('file_name'))}"
+            f"image id {i['id']} has file_name {shown(i.get('file_name'))}"
             for i in images
             if not isinstance(i.get("file_name"), str) or not i["file_name"]
         ),
@@ -271,12 +312,20 @@ def _check_images(images: List[Dict[str, Any]], refuse) -> None:
     )
     refuse(
         (
-            f"image {i['file_name']!r} has {side} {_short(i.get(side))}"
+            f"image {i['file_name']!r} has {side} {shown(i.get(side))}"
             for i in images
             for side in ("width", "height")
-            if not _is_int(i.get(side)) or i[side] <= 0
+            if not is_int(i.get(side)) or i[side] <= 0
         ),
         "write the image's size in whole pixels",
+    )
+    refuse(
+        (
+            f"image {i['file_name']!r} is said to have {shown(i['width'])}x{shown(i['height'])} pixels"
+            for i in images
+            if i["width"] * i["height"] > MOST_PIXELS
+        ),
+        f"correct its width and height; an image cannot be read beyond {MOST_PIXELS} pixels",
     )
 
 
@@ -293,9 +342,9 @@ def _check_annotations(
     ):
         refuse(
             (
-                f"annotation id {a['id']} is of {what} {_short(a.get(field))}, which does not exist"
+                f"annotation id {a['id']} is of {what} {shown(a.get(field))}, which does not exist"
                 for a in annotations
-                if not _is_int(a.get(field)) or a[field] not in known
+                if not is_int(a.get(field)) or a[field] not in known
             ),
             f"correct its {field}, or add the {what}",
         )
@@ -308,11 +357,11 @@ def _check_annotations(
                 yield f"annotation id {a['id']} of image {image['file_name']!r} {found}"
 
     refuse(
-        faults(lambda a, _: not _is_box(a.get("bbox")) and f"has bbox {_short(a.get('bbox'))}"),
+        faults(lambda a, _: not _is_box(a.get("bbox")) and f"has bbox {shown(a.get('bbox'))}"),
         "write bbox as four finite numbers [x, y, width, height] in pixels",
     )
     refuse(
-        faults(lambda a, image: _is_flat(a, image) and f"has an empty box {a['bbox']}"),
+        faults(lambda a, image: _is_flat(a, image) and f"has an empty box {shown(a['bbox'])}"),
         "width and height must be above 0: correct or remove it",
     )
     refuse(
@@ -321,27 +370,31 @@ def _check_annotations(
     )
     refuse(
         faults(
-            lambda a, _: a.get("iscrowd", 0) not in (0, 1) and f"has iscrowd {_short(a['iscrowd'])}"
+            lambda a, _: a.get("iscrowd", 0) not in (0, 1) and f"has iscrowd {shown(a['iscrowd'])}"
         ),
         "write 0 for an object, 1 for a crowd region",
     )
     refuse(
-        faults(lambda a, _: a.get("ignore", 0) != 0 and f"has ignore {_short(a['ignore'])}"),
+        faults(lambda a, _: a.get("ignore", 0) != 0 and f"has ignore {shown(a['ignore'])}"),
         "remove 'ignore': Detectron2 does not support it; mark crowd regions by iscrowd 1",
     )
     refuse(
-        faults(_bad_segmentation),
+        faults(lambda a, i: fault(a.get("segmentation"), i["height"], i["width"])),
         "write polygons [[x1, y1, x2, y2, x3, y3, ...]] in pixels or RLE of the image's size, "
         "or remove the object",
+    )
+    refuse(
+        faults(lambda a, _: not _are_keypoints(a) and f"has keypoints {shown(a['keypoints'])}"),
+        "write keypoints as finite numbers [x1, y1, visibility1, ...], or remove them",
     )
 
 
 def _check_evaluable(annotations: List[Dict[str, Any]], refuse) -> None:
     refuse(
         (
-            f"annotation id {a['id']} has area {_short(a.get('area'))}"
+            f"annotation id {a['id']} has area {shown(a.get('area'))}"
             for a in annotations
-            if not _is_number(a.get("area")) or a["area"] < 0
+            if not is_number(a.get("area")) or a["area"] < 0
         ),
         "COCO evaluation needs it: write the mask's area, or width * height of the box",
     )
@@ -355,19 +408,14 @@ def _check_evaluable(annotations: List[Dict[str, Any]], refuse) -> None:
     )
 
 
-def _is_int(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool) and math.isfinite(value)
-    except (TypeError, OverflowError):
-        return False
-
-
 def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def _are_keypoints(annotation: Dict[str, Any]) -> bool:
+    # Detectron2 shifts those of any kind as it reads the file.
+    points = annotation.get("keypoints")
+    return points is None or isinstance(points, list) and all(map(is_number, points))
 
 
 def _is_flat(annotation: Dict[str, Any], image: Dict[str, Any]) -> bool:
@@ -385,48 +433,18 @@ def _outside(annotation: Dict[str, Any], image: Dict[str, Any]) -> str:
     if not disjoint and excess <= _BOX_SLACK:
         return ""
     how = "lies outside" if disjoint else f"sticks out by {excess:.4g} px of"
-    return f"has a box {annotation['bbox']} that {how} its {width}x{height} image"
+    return f"has a box {shown(annotation['bbox'])} that {how} its {width}x{height} image"
 
 
-def _bad_segmentation(annotation: Dict[str, Any], image: Dict[str, Any]) -> str:
-    segmentation = annotation.get("segmentation")
-    if not segmentation and (segmentation is None or isinstance(segmentation, list)):
-        return ""
-    if isinstance(segmentation, dict):
-        return _bad_rle(segmentation, image["height"], image["width"])
-    if not isinstance(segmentation, list):
-        return f"has segmentation {_short(segmentation)}"
-    for polygon in segmentation:
-        if not isinstance(polygon, list):
-            return f"has {_short(polygon)} for a polygon"
-        if len(polygon) < 6 or len(polygon) % 2:
-            return f"has a polygon of {len(polygon)} numbers"
-        if not all(map(_is_number, polygon)):
-            return "has a polygon with something else than finite numbers"
-        xs, ys = polygon[::2], polygon[1::2]
-        width, height = image["width"], image["height"]
-        if min(xs) >= width or min(ys) >= height or max(xs) <= 0 or max(ys) <= 0:
-            return f"has a polygon that lies outside its {width}x{height} image"
-    return ""
-
-
-def _bad_rle(rle: Dict[str, Any], height: int, width: int) -> str:
-    size, counts = rle.get("size"), rle.get("counts")
-    if size != [height, width]:
-        return f"has RLE of size {_short(size)}, its image is {[height, width]} (height, width)"
-    if isinstance(counts, list):
-        if all(_is_int(c) and c >= 0 for c in counts) and sum(counts) == height * width:
-            return ""
-    elif isinstance(counts, str) and counts:
-        # Characters of the format only, and no number that continues past the end: the decoder
-        # would read on beyond the string.
-        if all("0" <= c <= "o" for c in counts) and not (ord(counts[-1]) - 48) & 0x20:
-            try:
-                mask_util.decode(rle)
-                return ""
-            except ValueError:
-                pass
-    return f"has RLE counts {_short(counts)} that do not fill its {width}x{height} image"
+def _strangers(images: List[Dict[str, Any]], image_root: str) -> Iterator[str]:
+    """Images that lie elsewhere: a json file from someone else must not read what it likes."""
+    root = os.path.abspath(image_root)
+    prefix = os.path.join(root, "")
+    for image in images:
+        name = image["file_name"]
+        if os.path.isabs(name) or ".." in name:  # else there is nothing to resolve
+            if not os.path.abspath(os.path.join(root, name)).startswith(prefix):
+                yield f"image file {name!r} lies outside of it"
 
 
 def _missing_files(images: List[Dict[str, Any]], image_root: str) -> Iterator[str]:
@@ -450,7 +468,7 @@ def _wrong_headers(images: List[Dict[str, Any]], image_root: str) -> Iterator[st
         try:
             with Image.open(os.path.join(image_root, name)) as picture:
                 size, turned = picture.size, _is_turned(picture)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        except Exception as e:  # Pillow's decoders raise what they please
             yield f"{name!r} cannot be read as an image ({e})"
             continue
         # Detectron2 turns images upright as it reads them.
@@ -473,7 +491,3 @@ def _is_turned(picture: Image.Image) -> bool:
 
 def _repeated(values: Iterable[Any]) -> List[Any]:
     return [value for value, times in Counter(values).items() if times > 1]
-
-
-def _short(value: Any) -> str:
-    return "none" if value is None else reprlib.repr(value)

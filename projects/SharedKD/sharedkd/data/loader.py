@@ -1,30 +1,42 @@
-"""Training batches that depend on the seed alone: a resumed run sees what it would have seen.
+"""Batches for training, which depend on the seed alone, and for evaluation; no fault passes in silence.
 
 The *stream* is an infinite sequence of dataset indices, one seeded permutation per epoch.  Batches
 are cut from the stream before anything is loaded, and a sample's random draws are seeded from its
 position in it.  Neither the number of workers, nor the number of processes, nor an interruption can
-therefore change which images form batch ``b`` or how they are augmented.
+therefore change which images form batch ``b`` or how they are augmented: a resumed run sees what it
+would have seen.  What takes the place of an image that cannot be read is drawn from the position, too.
 """
 
 import contextlib
 import itertools
+import logging
 import random
 from collections import defaultdict
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList
+from detectron2.data import DatasetFromList, build_detection_test_loader
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from sharedkd.errors import ConfigError
+from sharedkd.errors import ConfigError, Findings
+from sharedkd.rules import check_choice, check_number, check_switch
 
-__all__ = ["TrainLoader", "build_train_loader"]
+from .faults import POLICIES, BadImages, Loaded, WorkerDied, batches_of, load, worker_error
 
-# Keys that keep the two uses of one seed apart: the order of the images, and their augmentation.
-_ORDER, _AUGMENTATION = 0, 1
+__all__ = ["TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+KEY, TEST_KEY = "dataloader.train", "dataloader.test"  # these loaders' places in a config
+TRIES = 8  # images that may be broken before the loader itself is to blame
+
+# Keys that keep the uses of one seed apart: the order of the images, their augmentation, and what
+# takes the place of a bad image.
+_ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2
+_MOST_DEATHS = 5  # of loading processes that are replaced
 
 
 def build_train_loader(
@@ -35,6 +47,8 @@ def build_train_loader(
     num_workers: int = 0,
     seed: int = 0,
     aspect_ratio_grouping: bool = True,
+    on_bad_image: str = "error",
+    max_bad_images: Union[int, float] = 0.01,
 ) -> "TrainLoader":
     """Build the reproducible counterpart of Detectron2's training loader.
 
@@ -47,24 +61,88 @@ def build_train_loader(
         seed: non-negative seed of the order and the augmentation.
         aspect_ratio_grouping: keep landscape images apart from the others, which saves padding.
             Ignored where a dataset dict has no "height" or "width".
+        on_bad_image: what to do about an image that is missing, damaged, cut short, or of another
+            size than its dataset dict says: ``error`` ends the run and names the file; ``skip`` logs it,
+            and another image of its orientation takes its place.  With ``skip`` loading processes
+            that die are replaced, too, up to 5 times.
+        max_bad_images: how many different images each training process may skip: a whole number,
+            or as a fraction the share of the data set, at least one.
 
     Raises:
-        ConfigError: the dataset is empty, the seed is negative, or the batch size is not a positive
-            multiple of the number of processes.
+        ConfigError: the dataset is empty, the seed or the number of workers is negative, or the batch
+            size is not a positive multiple of the number of processes.
     """
+    findings = Findings()
+    findings.step(check_number, f"{KEY}.num_workers", num_workers, least=0, whole=True)
+    findings.step(check_switch, f"{KEY}.aspect_ratio_grouping", aspect_ratio_grouping)
+    findings.step(check_number, f"{KEY}.seed", seed, least=0, whole=True)
+    findings.step(_check_batch_size, total_batch_size)
+    findings.step(check_choice, f"{KEY}.on_bad_image", on_bad_image, POLICIES)
+    findings.step(_check_limit, max_bad_images)
+    findings.raise_errors()
     if len(dataset) == 0:
         raise ConfigError(
-            "dataloader.train.dataset",
+            f"{KEY}.dataset",
             "[]",
             "there is no image to train on",
             "check the dataset's names, its annotation file and filter_empty",
         )
-    if seed < 0:
-        raise ConfigError("dataloader.train.seed", seed, "it is negative", "set it to 0 or more")
-    _check_batch_size(total_batch_size)
     groups = _orientations(dataset) if aspect_ratio_grouping else [0] * len(dataset)
-    samples = _SeededSamples(dataset, mapper, seed)
-    return TrainLoader(samples, groups, total_batch_size, num_workers, seed)
+    bad_images = BadImages(KEY, on_bad_image, max_bad_images, len(dataset))
+    most = bad_images.most if bad_images.skips else 0
+    samples = _SeededSamples(dataset, mapper, seed, groups, most)
+    return TrainLoader(samples, groups, total_batch_size, num_workers, seed, bad_images)
+
+
+def build_test_loader(
+    dataset: Sequence[Dict[str, Any]], *, mapper: Callable, num_workers: int = 0, **options
+) -> "TestLoader":
+    """Detectron2's test loader, with errors that name the image.
+
+    It passes over no image: the AP of fewer images would be another figure.
+
+    Args:
+        dataset, mapper, num_workers, options: of ``build_detection_test_loader``.
+    """
+    return TestLoader(
+        build_detection_test_loader(
+            dataset, mapper=_Loading(mapper), num_workers=num_workers, **options
+        )
+    )
+
+
+class TestLoader:
+    """The batches of a loader whose samples are :class:`Loaded`, as often as it is iterated."""
+
+    __test__ = False  # for pytest, which takes it for a test
+
+    def __init__(self, loader: DataLoader):
+        self._loader = loader
+        self._bad_images = BadImages(TEST_KEY, policy=None, most=0, size=len(loader))
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[List[Any]]:
+        """Raises:
+        DataError: a sample cannot be loaded, or a loading process died.
+        """
+        try:
+            for batch in batches_of(self._loader):
+                yield self._bad_images.samples_of(batch)
+        except WorkerDied as death:
+            raise worker_error(TEST_KEY, self._loader.num_workers, death) from None
+
+
+class _Loading:
+    """A mapper that returns :class:`Loaded` and never fails."""
+
+    def __init__(self, mapper: Callable):
+        self._mapper = mapper
+
+    def __call__(self, record: Dict[str, Any]) -> Loaded:
+        sample, fault = load(self._mapper, record)
+        return Loaded(sample, [fault] if fault else [])
 
 
 class TrainLoader:
@@ -76,6 +154,7 @@ class TrainLoader:
             before its checkpoint tells where to go on.  Batches before it are skipped without
             loading an image.
         pin_memory: put images where a GPU can copy them from without being waited for.
+        bad_images: counts the images that were passed over.
     """
 
     def __init__(
@@ -85,30 +164,67 @@ class TrainLoader:
         total_batch_size: int,
         num_workers: int,
         seed: int,
+        bad_images: BadImages,
     ):
         self.first_batch = 0
         self.pin_memory = False
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.bad_images = bad_images
         self._samples = samples
         self._groups = groups
+
+    def first_sample(self) -> Dict[str, Any]:
+        """A sample as training will get it, of the first images that can be loaded.
+
+        Raises:
+            ConfigError: none of them can be.
+        """
+        faults = []
+        for position, index in enumerate(range(min(TRIES, len(self._groups)))):
+            loaded = self._samples[index, position]
+            if loaded.sample is not None:
+                return loaded.sample
+            faults += loaded.faults
+        raise ConfigError(
+            f"{KEY}.mapper",
+            "",
+            f"cannot load {faults[0].file} ({faults[0].problem})",
+            "correct the mapper, its augmentations or the data",
+        )
 
     def __iter__(self) -> Iterator[List[Any]]:
         """Yield this process's batches from ``first_batch`` on.
 
         Raises:
             ConfigError: the batch size is not a multiple of the number of processes.
-            RuntimeError: a sample cannot be loaded; the message names its file.
+            DataError: a sample cannot be loaded, too many were passed over, or a process died.
         """
         _check_batch_size(self.total_batch_size)
-        batches = itertools.islice(
-            _batches(self._groups, self.total_batch_size, self.seed), self.first_batch, None
-        )
-        rank, processes = comm.get_rank(), comm.get_world_size()
-        yield from DataLoader(
+        start, deaths = self.first_batch, 0
+        while True:
+            try:
+                for batch in batches_of(self._loader(start)):
+                    yield self.bad_images.samples_of(batch)
+                    start += 1
+            except WorkerDied as death:
+                deaths += 1
+                # Torch has two batches on the way for each process.
+                keys = itertools.islice(self._keys(start), 2 * self.num_workers)
+                files = [self._samples.name(index) for batch in keys for index, _ in batch]
+                error = worker_error(KEY, self.num_workers, death, files)
+                if not self.bad_images.skips or deaths > _MOST_DEATHS:
+                    raise error from None
+                # Batch ``start`` is what it would have been, whoever loads it.
+                logger.warning(
+                    f"{error.problem}: new processes take over, {deaths} of {_MOST_DEATHS} times"
+                )
+
+    def _loader(self, start: int) -> DataLoader:
+        return DataLoader(
             self._samples,
-            batch_sampler=(batch[rank::processes] for batch in batches),
+            batch_sampler=self._keys(start),
             num_workers=self.num_workers,
             collate_fn=_as_list,
             pin_memory=self.pin_memory,
@@ -116,41 +232,78 @@ class TrainLoader:
             generator=torch.Generator(),
         )
 
+    def _keys(self, start: int) -> Iterator[List[Tuple[int, int]]]:
+        """This process's part of the batches, from ``start`` on."""
+        rank, processes = comm.get_rank(), comm.get_world_size()
+        batches = _batches(self._groups, self.total_batch_size, self.seed)
+        return (batch[rank::processes] for batch in itertools.islice(batches, start, None))
+
 
 class _SeededSamples(Dataset):
-    """Samples by (index in the dataset, position in the stream), which seeds the augmentation."""
+    """Samples by (index in the dataset, position in the stream), which seeds the augmentation.
 
-    def __init__(self, dataset: Sequence[Dict[str, Any]], mapper: Callable, seed: int):
+    Args:
+        groups: of each dataset dict; an image is replaced by one of its group.
+        most: how many bad images one position may pass over.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence[Dict[str, Any]],
+        mapper: Callable,
+        seed: int,
+        groups: Sequence[int],
+        most: int,
+    ):
         # One serialised buffer instead of many small objects: workers share it with their parent.
         self._dicts = DatasetFromList(list(dataset), copy=False, serialize=True)
         self._mapper = PicklableWrapper(mapper)
         self._seed = seed
+        self._groups = np.array(groups, dtype=np.int8)
+        self._most = most
 
-    def __getitem__(self, key: Tuple[int, int]) -> Any:
+    def __getitem__(self, key: Tuple[int, int]) -> Loaded:
         index, position = key
-        sample = self._dicts[index]
-        name = sample.get("file_name", f"number {index} of the dataset")
-        with _seeded(self._seed, position):
-            try:
-                mapped = self._mapper(sample)
-            except Exception as error:
-                raise RuntimeError(
-                    f"cannot load sample {name}: {type(error).__name__}: {error}"
-                ) from error
-        if mapped is None:
-            raise RuntimeError(f"cannot load sample {name}: the mapper returned None")
-        return mapped
+        faults = []
+        for candidate in self._candidates(index, position):
+            with _seeded(self._seed, position):
+                sample, fault = load(self._mapper, self._dicts[candidate])
+            if fault is None:
+                return Loaded(sample, faults)
+            faults.append(fault)
+            if not fault.in_image or len(faults) > self._most:
+                break
+        return Loaded(None, faults)
+
+    def _candidates(self, index: int, position: int) -> Iterator[int]:
+        """The image itself, then the others of its group in an order of this position alone."""
+        yield index
+        order = np.random.SeedSequence(self._seed, spawn_key=(_REPLACEMENT, position))
+        others = np.flatnonzero(self._groups == self._groups[index])
+        for other in np.random.default_rng(order).permutation(others).tolist():
+            if other != index:
+                yield other
+
+    def name(self, index: int) -> str:
+        """The image's file, for messages."""
+        return self._dicts[index].get("file_name", f"number {index} of the dataset")
 
 
 def _check_batch_size(total_batch_size: int) -> None:
-    processes = comm.get_world_size()
-    if total_batch_size <= 0 or total_batch_size % processes:
+    key, processes = f"{KEY}.total_batch_size", comm.get_world_size()
+    check_number(key, total_batch_size, least=1, whole=True)
+    if total_batch_size % processes:
         raise ConfigError(
-            "dataloader.train.total_batch_size",
+            key,
             total_batch_size,
             f"it cannot be split evenly over {processes} process(es)",
             f"set it to a positive multiple of {processes}",
         )
+
+
+def _check_limit(most: Union[int, float]) -> None:
+    share = {} if isinstance(most, int) else dict(most=1)
+    check_number(f"{KEY}.max_bad_images", most, least=0, **share)
 
 
 def _orientations(dataset: Sequence[Dict[str, Any]]) -> List[int]:
