@@ -22,7 +22,8 @@ from tiny import arguments
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer, engine
 from sharedkd.checkpoint import StudentCheckpointer
 from sharedkd.config import load_config, shared_kd_stages
-from sharedkd.engine import build, evaluate, run
+from sharedkd.engine import evaluate, run
+from sharedkd.parts import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

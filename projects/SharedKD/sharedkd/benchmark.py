@@ -29,11 +29,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from .config import construct
-from .engine import amp_dtype, ddp, rewire
+from .engine import ddp
 from .errors import ConfigError
 from .features import pyramid_shapes
 from .losses.base import Batch
 from .meta_arch import SharedKD
+from .parts import amp_dtype, rewire
 from .record import hardware, peak_memory_mb, versions
 from .teacher import FrozenTeacher
 from .trainer import SharedKDTrainer

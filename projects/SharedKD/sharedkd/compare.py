@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
@@ -29,12 +28,15 @@ from omegaconf import DictConfig, OmegaConf
 from .analysis.comparison import write
 from .analysis.pictures import read_curves
 from .config import construct, load_config
-from .engine import build, evaluate_teacher
+from .engine import evaluate_teacher
 from .errors import ConfigError
 from .files import replace
+from .lock import BusyError
 from .meta_arch import SharedKD
 from .methods import PLAIN, with_method
-from .runs import BusyError, Run, short
+from .parts import build
+from .resuming import differences
+from .runs import Run, short
 
 __all__ = ["Arm", "Comparison", "run_comparison"]
 
@@ -192,11 +194,13 @@ class Comparison:
         new = path.with_suffix(f"{WRITER}.yaml")
         LazyConfig.save(cfg, str(new))
         if path.exists() and path.read_text() != new.read_text():
+            changed = differences(str(path), str(new))
             new.unlink()
+            key, then, now = changed[0] if changed else ("the file", "older", "newer")
             raise ConfigError(
                 "--output",
                 short(self.output),
-                f"holds a comparison with other settings of {method}",
+                f"holds a comparison with other settings of {method}, {key}={then} instead of {now}",
                 "choose another folder, or the settings of " + short(path),
             )
         new.replace(path)
@@ -319,7 +323,9 @@ class Comparison:
                 process.wait()
         except BaseException:
             for process in processes:
-                process.send_signal(signal.SIGINT)  # each ends the run that it has started
+                process.terminate()  # each ends the run that it has started
+            for process in processes:
+                process.wait()
             raise
 
     def report(self) -> Dict[str, Any]:

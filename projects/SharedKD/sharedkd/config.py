@@ -12,10 +12,12 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from .data.coco import CocoSummary, check_coco, check_same_classes, register_coco
-from .errors import FAILED, ConfigError, Findings
+from .errors import FAILED, ConfigError, Findings, collecting
 from .losses import CrossLayer, IdenticalLayer
 from .meta_arch import SharedKD
-from .rules import check_choice, check_number, check_switch, check_text
+from .nonfinite import POLICIES
+from .overrides import check_override
+from .rules import check_choice, check_names, check_number, check_switch, check_text
 from .stages import Stage, stage_dict
 from .teacher import FrozenTeacher
 
@@ -32,28 +34,44 @@ __all__ = [
 
 #: What `train` may hold beyond Detectron2's own keys.  They apply to plain and distilled runs alike.
 TRAIN_DEFAULTS = dict(
-    output_dir="./output",
+    output_dir="./output",  # folder of the run: log, metrics, checkpoints, config.yaml, run.json
     init_checkpoint="",  # the student's initial weights: ImageNet backbone or detector
+    init_sha256="",  # of that file, verified; at least 8 hexadecimal digits
+    trust_checkpoint=False,  # let that file, or the one to resume from, run what it asks for
+    safetensors=False,  # write model_final.safetensors beside model_final.pth
     inherit=[],  # parts that the student copies from the teacher at the start: neck, head
     eval_teacher=False,  # evaluate the teacher before the first iteration
-    max_iter=90000,
+    max_iter=90000,  # length of the run in optimizer steps; the schedule scales with it
     amp=dict(
-        enabled=False, dtype=None
-    ),  # dtype: float16, bfloat16; None: float16 on CUDA, else bfloat16
+        enabled=False,  # mixed precision
+        dtype=None,  # float16 or bfloat16; None: float16 on CUDA, else bfloat16
+    ),
     channels_last=True,  # memory layout of student and teacher: faster convolutions, equal up to rounding
     fold_norms=True,  # the student's frozen norms, in each step: faster, equal up to rounding
     activation_checkpointing=False,  # keep no activations of the student's blocks: less memory, more time
     compile=False,  # torch.compile for the student's bottom-up network
-    clip_grad_norm=None,  # largest norm of the whole gradient
+    clip_grad_norm=None,  # largest norm of the whole gradient; None: it is not clipped
     accumulate=1,  # batches per optimizer step
-    cudnn_benchmark=False,
+    on_nonfinite="stop",  # what an infinite or NaN loss or gradient does: stop, skip_step
+    max_skipped_steps=10,  # in a row; one more stops the run
+    watch_period=1000,  # iterations between looks at each term's share of the gradient; 0: never
+    cudnn_benchmark=False,  # cuDNN tries its algorithms: faster for images of one size
     seed=0,  # negative: draw one, and write it into the saved config
     fast_dev_run=False,  # 20 iterations, one evaluation of 50 images, one checkpoint
-    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
-    checkpointer=dict(period=5000, max_to_keep=100),
-    eval_period=5000,
-    log_period=20,
-    device="cuda" if torch.cuda.is_available() else "cpu",
+    ddp=dict(
+        broadcast_buffers=False,  # the first process's BatchNorm statistics to all, in each step
+        find_unused_parameters=False,  # look for parameters that a step does not use
+        fp16_compression=False,  # gradients travel in float16
+    ),
+    checkpointer=dict(
+        period=5000,  # iterations between checkpoints
+        max_to_keep=100,  # older ones are removed; None: all are kept
+    ),
+    on_save_error="stop",  # what a full disk or read-only folder does: stop, continue
+    force_resume=False,  # resume although the model, its teacher or its stages have changed
+    eval_period=5000,  # iterations between evaluations; 0: at the end alone
+    log_period=20,  # iterations between log lines
+    device="cuda" if torch.cuda.is_available() else "cpu",  # cuda where there is one
 )
 
 #: What values of `train` may be, where their type does not say it.
@@ -64,6 +82,8 @@ TRAIN_RULES = {
     "amp.dtype": lambda key, x: x is None or check_choice(key, x, ("float16", "bfloat16")),
     "clip_grad_norm": partial(check_number, above=0, or_null=True),
     "accumulate": partial(check_number, least=1, whole=True),
+    "on_nonfinite": lambda key, x: check_choice(key, x, POLICIES),
+    "on_save_error": lambda key, x: check_choice(key, x, ("stop", "continue")),
     "seed": partial(check_number, most=2**32 - 1, whole=True),
     "checkpointer.period": partial(check_number, least=1, whole=True),
     "checkpointer.max_to_keep": partial(check_number, least=1, whole=True, or_null=True),
@@ -75,6 +95,7 @@ TYPE_RULES = {
     int: partial(check_number, least=0, whole=True),
     float: partial(check_number, least=0),
     str: check_text,
+    list: check_names,
 }
 
 
@@ -148,7 +169,13 @@ def distill(
             None
             if teacher is None
             else L(FrozenTeacher)(
-                config=teacher, weights=weights, fold=True, precision=None, compile=False
+                config=teacher,
+                weights=weights,
+                fold=True,
+                precision=None,
+                compile=False,
+                sha256=None,
+                trust_checkpoint=False,
             )
         ),
         stages=shared_kd_stages() if stages is None else stages,
@@ -156,12 +183,14 @@ def distill(
     )
 
 
+@collecting
 def load_config(
     path: str,
     overrides=(),
     keep_teacher: bool = False,
     without_data: bool = False,
-    findings: Optional[Findings] = None,
+    *,
+    findings: Findings,
 ) -> DictConfig:
     """Read a LazyConfig, apply ``key=value`` overrides, fill in defaults, settle own data.
 
@@ -169,21 +198,15 @@ def load_config(
         keep_teacher: also one that no stage learns from; else it is neither loaded nor run.
         without_data: nothing will be loaded; own data that is not named has COCO's 80 classes.
         findings: takes the errors that leave something to go on checking; its fact ``data`` becomes
-            the summaries of own data.  None: they are raised.
+            the summaries of own data, see :func:`settle_own_data`.
 
     Raises:
         ConfigError: no such file, an override that cannot be applied, an unknown key or impossible
             value of ``train``, or bad own data.
     """
-    if findings is None:
-        findings = Findings()
-        cfg = load_config(path, overrides, keep_teacher, without_data, findings)
-        findings.raise_errors()
-        return cfg
     cfg = _read(path)
     for override in overrides:
-        changed = findings.step(_override, cfg, override, path)
-        cfg = cfg if changed is FAILED else changed
+        findings.step(_override, cfg, override, path)
     for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
         if not isinstance(cfg.get(key), DictConfig):
             findings.add(
@@ -204,7 +227,7 @@ def load_config(
     elif "data" in cfg:
         settle_own_data(cfg, findings)
     if not (keep_teacher or cfg.train.inherit or cfg.train.eval_teacher):
-        _drop_idle_teacher(cfg.model)
+        _drop_idle_teacher(cfg.model, findings)
     return cfg
 
 
@@ -219,10 +242,11 @@ def _read(path: str) -> DictConfig:
         raise ConfigError("--config-file", path, f"cannot be read: {e}", "correct that file") from e
 
 
-def _override(cfg: DictConfig, override: str, path: str) -> DictConfig:
+def _override(cfg: DictConfig, override: str, path: str) -> None:
     known = {*cfg, "train"}
+    check_override(override)
     try:
-        changed = LazyConfig.apply_overrides(cfg.copy(), [override])
+        LazyConfig.apply_overrides(cfg, [override])
     except Exception as e:
         raise ConfigError(
             "override",
@@ -230,11 +254,11 @@ def _override(cfg: DictConfig, override: str, path: str) -> DictConfig:
             f"cannot be applied: {e}",
             "write key=value, and a value with special characters as key=\"'value'\"",
         ) from e
-    for key in sorted(set(changed) - known):
+    for key in sorted(set(cfg) - known):
+        del cfg[key]
         raise ConfigError(
             "override", override, f"{path} has no {key}", f"use one of {', '.join(sorted(known))}"
         )
-    return changed
 
 
 def _settle_train(given, findings: Findings) -> DictConfig:
@@ -243,7 +267,7 @@ def _settle_train(given, findings: Findings) -> DictConfig:
         findings.add(ConfigError("train", given, "is no group of keys", "use train.KEY=VALUE"))
         given = {}
     train = OmegaConf.create(TRAIN_DEFAULTS)
-    findings.step(_fill, train, given, TRAIN_DEFAULTS, "train", findings)
+    _fill(train, given, TRAIN_DEFAULTS, "train", findings)
     return train
 
 
@@ -258,14 +282,14 @@ def _fill(train: DictConfig, given, known, group: str, findings: Findings) -> No
             rule = TRAIN_RULES.get(key.partition(".")[2], TYPE_RULES.get(type(default)))
             if not rule or findings.step(rule, key, given[name]) is not FAILED:
                 train[name] = given[name]
-        elif name == "ddp":  # DistributedDataParallel's own options
-            train[name] = OmegaConf.merge(train[name], given[name] or {})
-        elif isinstance(given[name], Mapping):
-            _fill(train[name], given[name], default, key, findings)
-        else:
+        elif not isinstance(given[name], Mapping):
             findings.add(
                 ConfigError(key, given[name], "is no group of keys", f"use {key}.NAME=VALUE")
             )
+        elif name == "ddp":  # DistributedDataParallel's own options
+            train[name] = OmegaConf.merge(train[name], given[name])
+        else:
+            _fill(train[name], given[name], default, key, findings)
     for name in sorted(set(given) - set(known)):
         value = "???" if OmegaConf.is_missing(given, name) else given[name]
         findings.add(
@@ -278,7 +302,7 @@ def not_set(key: str) -> ConfigError:
     return ConfigError(key, "???", "is not set", f"add {key}=... to the command")
 
 
-def _drop_idle_teacher(model: DictConfig) -> None:
+def _drop_idle_teacher(model: DictConfig, findings: Findings) -> None:
     """Without a stage that learns from it, a teacher is neither loaded nor run."""
     if model.get("teacher") is None or not isinstance(model.get("stages"), DictConfig):
         return
@@ -294,6 +318,12 @@ def _drop_idle_teacher(model: DictConfig) -> None:
             return
         if stage.get("weight", 1.0) and "teacher" in getattr(loss, "needs", ("teacher",)):
             return
+    findings.warn(
+        "model.teacher",
+        model.teacher.get("config") if isinstance(model.teacher, DictConfig) else model.teacher,
+        "no stage learns from it, so it is neither loaded nor run",
+        "give a stage that needs a teacher a weight above 0",
+    )
     model.teacher = None
 
 
@@ -318,17 +348,12 @@ def construct(node: DictConfig, key: str) -> Any:
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigError(key, node, "is nothing that can be built", "use L(CLASS)(OPTION=...)")
     findings = Findings()
-    for name in sorted(OmegaConf.missing_keys(node)):
-        findings.add(not_set(f"{key}.{name}"))
-    findings.raise_errors()
-    name = None
+    findings.step(_check_target, node, key)
     parts: Dict[str, Any] = {}
-    try:
-        for name, child in node.items():  # in this order: they may draw random weights
-            recursive = isinstance(child, DictConfig) and "_target_" in child
-            parts[name] = findings.step(construct, child, f"{key}.{name}") if recursive else child
-    except Exception as e:  # a reference that leads nowhere
-        findings.add(ConfigError(f"{key}.{name}", "", f"cannot be read: {e}", "correct this key"))
+    for name in node:  # in this order: they may draw random weights
+        child = findings.step(_value, node, name, f"{key}.{name}")
+        recursive = isinstance(child, DictConfig) and "_target_" in child
+        parts[name] = findings.step(construct, child, f"{key}.{name}") if recursive else child
     findings.raise_errors()
     try:
         return instantiate(parts)
@@ -344,24 +369,54 @@ def construct(node: DictConfig, key: str) -> Any:
     findings.raise_errors()
 
 
+def _check_target(node: Mapping, key: str) -> None:
+    target = node["_target_"]
+    if not isinstance(target, str):
+        return
+    try:
+        found = locate(target)
+    except Exception:
+        found = None
+    if found is None:
+        raise ConfigError(f"{key}._target_", target, "there is no such class", "correct its name")
+
+
+def _value(node: Mapping, name: str, key: str) -> Any:
+    if isinstance(node, DictConfig) and OmegaConf.is_missing(node, name):
+        raise not_set(key)
+    try:
+        return node[name]
+    except Exception as e:  # a reference that leads nowhere
+        raise ConfigError(key, "", f"cannot be read: {e}", "correct this key") from e
+
+
 def settle_own_data(cfg: DictConfig, findings: Findings) -> None:
     """Check and register the COCO-format data of ``cfg.data``, and count its classes.
 
     Sets ``data.num_classes``, to which the model refers; 80 stands in for it where no file says it.
 
     Args:
-        findings: takes what is wrong with the data, and the summaries as its fact ``data``.
+        findings: takes what is wrong with the data, and as its fact ``data`` for ``train`` and
+            ``test`` a list of summaries, FAILED in place of one that there is not.
     """
     summaries = {
-        split: findings.step(_check_own_data, cfg.data, split, findings)
-        for split in ("train", "val")
+        loader: findings.step(_check_own_data, cfg.data, split, findings)
+        for loader, split in (("train", "train"), ("test", "val"))
     }
     findings.step(check_same_classes, *summaries.values())
-    found = {split: summary for split, summary in summaries.items() if summary is not FAILED}
-    findings.facts["data"] = found
-    if not found:
-        findings.facts["classes_unknown"] = True
-    cfg.data.num_classes = next((len(x.classes) for x in found.values()), 80)
+    findings.facts["data"] = {loader: [summary] for loader, summary in summaries.items()}
+    counts = [len(x.classes) for x in summaries.values() if x is not FAILED]
+    given = cfg.data.get("num_classes")
+    if counts and given not in (None, counts[0]):
+        findings.add(
+            ConfigError(
+                "data.num_classes",
+                given,
+                f"contradicts the {counts[0]} categories of {cfg.data.train_json}",
+                "leave it out: classes are counted",
+            )
+        )
+    cfg.data.num_classes = (counts or [80])[0]
 
 
 def _check_own_data(data: DictConfig, split: str, findings: Findings) -> CocoSummary:
@@ -391,7 +446,11 @@ def _check_own_data(data: DictConfig, split: str, findings: Findings) -> CocoSum
 def add_sharedkd_config(cfg: CfgNode) -> None:
     """Add ``MODEL.SHAREDKD`` to a classic config, whose META_ARCHITECTURE is then ``SharedKD``."""
     cfg.MODEL.SHAREDKD = CfgNode(
-        dict(STUDENT="GeneralizedRCNN", TEACHER=dict(CONFIG="", WEIGHTS=None), PUBLISHED=False)
+        dict(
+            STUDENT="GeneralizedRCNN",
+            TEACHER=dict(CONFIG="", WEIGHTS=None, SHA256=None, TRUST_CHECKPOINT=False),
+            PUBLISHED=False,
+        )
     )
 
 
@@ -404,7 +463,16 @@ def parts_from_cfg(cfg: CfgNode) -> Dict[str, Any]:
     stages = published_stages() if keys.PUBLISHED else shared_kd_stages()
     return dict(
         student=META_ARCH_REGISTRY.get(keys.STUDENT)(cfg),
-        teacher=FrozenTeacher(teacher.CONFIG, teacher.WEIGHTS) if teacher.CONFIG else None,
+        teacher=(
+            FrozenTeacher(
+                teacher.CONFIG,
+                teacher.WEIGHTS,
+                sha256=teacher.SHA256,
+                trust_checkpoint=teacher.TRUST_CHECKPOINT,
+            )
+            if teacher.CONFIG
+            else None
+        ),
         stages=instantiate(stages),
         input_format=cfg.INPUT.FORMAT,
     )

@@ -14,8 +14,8 @@ from torch import nn
 from .analysis.pictures import loss_curves, side_by_side
 from .analysis.tables import results_table
 from .config import student_only
-from .engine import build
 from .errors import ConfigError
+from .parts import build
 from .record import count_parameters
 from .runs import Run, short
 

@@ -8,17 +8,31 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, Findings
 from .features import FeatureTap, pyramid_shapes, same_pixels
 from .heads import RegionTap, anchor_labels, check_labels, check_regions
 from .losses.base import Batch, Regions
 from .stages import Stage
 from .teacher import FrozenTeacher
 
-__all__ = ["SharedKD"]
+__all__ = ["SharedKD", "check_image_format"]
 
 #: Maps that have to be taken to serve what a loss needs.
 NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
+
+
+def check_image_format(student: nn.Module, image_format: str) -> None:
+    """Raises:
+    ConfigError: the data loader delivers channels in an order that is not the student's.
+    """
+    expected = getattr(student, "input_format", None) or image_format
+    if expected != image_format:
+        raise ConfigError(
+            "dataloader.train.mapper.image_format",
+            image_format,
+            f"contradicts the student's input_format={expected}",
+            "set both to the same order",
+        )
 
 
 @META_ARCH_REGISTRY.register()
@@ -50,37 +64,35 @@ class SharedKD(nn.Module):
         input_format: str = "BGR",
     ):
         super().__init__()
-        expected = getattr(student, "input_format", None) or input_format
-        if expected != input_format:
-            raise ConfigError(
-                "dataloader.train.mapper.image_format",
-                input_format,
-                f"contradicts the student's input_format={expected}",
-                "set both to the same order",
-            )
+        check_image_format(student, input_format)
         self.student = student
         self.teacher = teacher
         self.stages: Dict[str, Stage] = {}
         self.input_format = input_format
         self._tap = FeatureTap(student)
 
-        shapes = pyramid_shapes(student)
+        findings = Findings()
         for name, stage in (stages or {}).items():
-            key = f"model.stages.{name}"
-            if not isinstance(stage, Stage):
-                raise ConfigError(
-                    key, stage, "is not a Stage", "use L(Stage)(loss=..., weight=...)"
-                )
-            stage.check(key)
-            if stage.weight > 0:  # what is switched off need not fit this pair
-                stage.loss.bind(shapes, teacher and teacher.shapes, f"{key}.loss")
-                if "regions" in stage.loss.needs:
-                    check_regions(student, teacher and teacher.model, f"{key}.loss")
-                if "labels" in stage.loss.needs:
-                    check_labels(student, f"{key}.loss")
-                self.stages[name] = stage
+            findings.step(self._add, name, stage)
+        findings.raise_errors()
         # Registered for DDP, the optimizer and device moves; most losses have no parameters.
         self.losses = nn.ModuleDict({name: stage.loss for name, stage in self.stages.items()})
+
+    def _add(self, name: str, stage: Stage) -> None:
+        """Check a stage, and make its loss fit this pair."""
+        key = f"model.stages.{name}"
+        if not isinstance(stage, Stage):
+            raise ConfigError(key, stage, "is not a Stage", "use L(Stage)(loss=..., weight=...)")
+        stage.check(key)
+        if stage.weight == 0:  # what is switched off need not fit
+            return
+        teacher = self.teacher
+        stage.loss.bind(pyramid_shapes(self.student), teacher and teacher.shapes, f"{key}.loss")
+        if "regions" in stage.loss.needs:
+            check_regions(self.student, teacher and teacher.model, f"{key}.loss")
+        if "labels" in stage.loss.needs:
+            check_labels(self.student, f"{key}.loss")
+        self.stages[name] = stage
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:

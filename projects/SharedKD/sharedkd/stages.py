@@ -1,10 +1,11 @@
 """When a distillation loss is on, and how much it weighs."""
 
 from dataclasses import dataclass
-from typing import Dict, Optional, Union
+from typing import Dict, Optional, Tuple, Union
 
-from .errors import ConfigError
+from .errors import ConfigError, Findings
 from .losses.base import DistillationLoss
+from .rules import check_number, check_switch
 
 __all__ = ["Stage", "stage_dict"]
 
@@ -36,14 +37,24 @@ class Stage:
 
     def check(self, key: str) -> None:
         """Raises:
-        ConfigError: a negative weight or time, or an end that is not after the start.
+        ConfigError: a loss that is none, a negative or infinite weight or time, or an end that is
+            not after the start.
         """
+        findings = Findings()
+        if not isinstance(self.loss, DistillationLoss):
+            findings.add(
+                ConfigError(
+                    f"{key}.loss",
+                    self.loss,
+                    "is no distillation loss",
+                    "use L(LOSS)(...) with a class of sharedkd.losses or a subclass of DistillationLoss",
+                )
+            )
         for name in ("weight", "start", "ramp", "end"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(
-                    f"{key}.{name}", value, "is negative or not a number", "use 0 or more"
-                )
+            findings.step(check_number, f"{key}.{name}", value, least=0, or_null=name == "end")
+        findings.step(check_switch, f"{key}.relative", self.relative)
+        findings.raise_errors()
         if self.end is not None and type(self.end) is type(self.start) and self.end <= self.start:
             raise ConfigError(
                 f"{key}.end",
@@ -52,11 +63,26 @@ class Stage:
                 "use end=null or a later end",
             )
 
+    def span(self, max_iter: int) -> Tuple[int, int]:
+        """The first iteration that uses it and the first that no longer does; equal if none does."""
+        start, end = (self._iteration(x, max_iter) for x in (self.start, self.end))
+        end = max_iter if end is None else min(end, max_iter)
+        return (start, end) if self.weight > 0 and start < end else (0, 0)
+
+    @staticmethod
+    def _iteration(time: Optional[Union[int, float]], max_iter: int) -> Optional[int]:
+        return round(time * max_iter) if isinstance(time, float) else time
+
     def weight_at(self, iteration: int, max_iter: int) -> float:
-        """The weight at an iteration counted from 0; zero when the stage is off."""
+        """The weight at an iteration counted from 0; zero when the stage is off.
+
+        >>> from sharedkd.losses import CrossLayer
+        >>> stage = Stage(CrossLayer(), weight=2.0, start=2, ramp=4, end=0.8)
+        >>> [stage.weight_at(i, max_iter=10) for i in range(10)]
+        [0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 0.0, 0.0]
+        """
         start, ramp, end = (
-            round(x * max_iter) if isinstance(x, float) else x
-            for x in (self.start, self.ramp, self.end)
+            self._iteration(x, max_iter) for x in (self.start, self.ramp, self.end)
         )
         if iteration < start or (end is not None and iteration >= end):
             return 0.0

@@ -22,6 +22,7 @@ from .features import FeatureTap, pyramid_shapes
 from .folding import fold_norms
 from .heads import region_logits
 from .losses.base import HEAD_TAPS, Maps, precise
+from .rules import check_switch
 
 __all__ = ["FrozenTeacher"]
 
@@ -49,18 +50,21 @@ class FrozenTeacher:
         config: a model-zoo name (``COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml``, or a LazyConfig
             ``.py``), a path to such a file (a run's saved ``config.yaml`` too), a config object, a
             LazyConfig model node, or a model.  Of a distillation config, the student is taken.
-        weights: ``detectron2://...``, URL, ``.pkl`` or ``.pth``.  None: the zoo's weights of a zoo
-            name.  An empty string leaves the model as built (to try things out; it is logged).
+        weights: ``detectron2://...``, URL, ``.pkl``, ``.pth`` or ``.safetensors``.  None: the zoo's
+            weights of a zoo name.  An empty string leaves the model as built (to try things out; it
+            is logged).
         input_format: channel order the teacher was trained with, ``BGR`` or ``RGB``.  None: as its
             config says.
         fold: :meth:`prepare` folds its batch norms into its convolutions; equal up to rounding.
         precision: what :meth:`prepare` makes it compute in: ``float32`` (exact), ``tf32`` (on CUDA),
             ``bfloat16`` or ``float16``.  None: as the training step does.
         compile: :meth:`prepare` compiles its bottom-up network with ``torch.compile``.
+        sha256: of the weights' file, verified; at least 8 hexadecimal digits.
+        trust_checkpoint: let a ``.pkl`` or ``.pth`` run what it asks for while it is read.
 
     Raises:
-        ConfigError: not in the zoo and no such file; no weights, unreadable weights, or weights that
-            do not fill every parameter of this model; no such precision.
+        ConfigError: not in the zoo and no such file; no weights, unreadable weights, weights that ask
+            for more than data, or that do not fill every parameter of this model; no such precision.
     """
 
     def __init__(
@@ -71,7 +75,10 @@ class FrozenTeacher:
         fold: bool = True,
         precision: Optional[str] = None,
         compile: bool = False,
+        sha256: Optional[str] = None,
+        trust_checkpoint: bool = False,
     ):
+        check_switch(f"{KEY}.trust_checkpoint", trust_checkpoint)
         if precision not in (None, *PRECISIONS):
             raise ConfigError(
                 f"{KEY}.precision", precision, "no such type", f"use one of {', '.join(PRECISIONS)}"
@@ -93,9 +100,10 @@ class FrozenTeacher:
             input_format or configured_format or getattr(self.model, "input_format", None) or "BGR"
         )
         if weights:
-            load_trained(self.model, weights, f"{KEY}.weights")
+            load_trained(self.model, weights, f"{KEY}.weights", trust_checkpoint, sha256)
         else:
             logger.warning(f"{KEY}.weights is empty: the teacher {self.name} is not trained")
+        self.tensors = len(self.model.state_dict())  # before any norm is folded
         self.model.requires_grad_(False).eval()
         self.shapes = pyramid_shapes(self.model)
         self.fold, self.precision, self.compile = fold, precision, compile

@@ -2,12 +2,13 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Set, Tuple
+from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..rules import check_choice, check_number
 
 __all__ = [
     "HEAD_TAPS",
@@ -91,7 +92,8 @@ class Batch:
         sizes = [(-(-h // stride), -(-w // stride)) for h, w in self.image_sizes]
         if all(h >= height and w >= width for h, w in sizes):
             return None
-        h, w = torch.tensor(sizes, device=x.device).view(-1, 2, 1, 1).unbind(1)
+        beside = torch.tensor(sizes).to(x.device, non_blocking=True)  # nothing waits for a GPU
+        h, w = beside.view(-1, 2, 1, 1).unbind(1)
         rows = torch.arange(height, device=x.device).view(1, -1, 1) < h
         columns = torch.arange(width, device=x.device).view(1, 1, -1) < w
         return (rows & columns).unsqueeze(1)
@@ -102,8 +104,29 @@ def check_weights(**weights: float) -> None:
     ConfigError: a weight between a loss's terms is negative or not a number.
     """
     for name, value in weights.items():
-        if not value >= 0:
-            raise ConfigError(name, value, "is negative or not a number", "use 0 or more")
+        check_number(name, value, least=0)
+
+
+def _has_level(module: nn.Module, stride: int) -> bool:
+    return isinstance(module, nn.ModuleDict) and str(stride) in module
+
+
+def check_strides(strides: Iterable[int]) -> List[int]:
+    """Strides in ascending order.
+
+    Raises:
+        ConfigError: not a list of different whole numbers above 0, or an empty one.
+    """
+    several = isinstance(strides, Iterable) and not isinstance(strides, str)
+    found = list(strides) if several else []
+    if not found or any(type(s) is not int or s < 1 for s in found) or len({*found}) < len(found):
+        raise ConfigError(
+            "strides",
+            found if several else repr(strides),
+            "is no list of levels by their strides",
+            "use a list such as [8,16,32], or null for all levels",
+        )
+    return sorted(found)
 
 
 def precise(x: Tensor) -> Tensor:
@@ -130,17 +153,16 @@ class DistillationLoss(nn.Module):
     def __init__(self, tap: str = "fpn", strides: Optional[List[int]] = None):
         """
         Args:
-            tap: one of :data:`TAPS`.
+            tap: where maps are taken: ``fpn``, ``backbone``, or another of :data:`TAPS`.
             strides: the levels to use, by stride; None uses every level there is.
 
         Raises:
-            ConfigError: unknown tap.
+            ConfigError: unknown tap, or no strides.
         """
         super().__init__()
-        if tap not in TAPS:
-            raise ConfigError("tap", tap, "no such tap", f"use one of {', '.join(TAPS)}")
+        check_choice("tap", tap, TAPS)
         self.tap = tap
-        self.strides = None if strides is None else sorted(int(s) for s in strides)
+        self.strides = None if strides is None else check_strides(strides)
 
     @property
     def taps(self) -> FrozenSet[str]:
@@ -206,6 +228,20 @@ class DistillationLoss(nn.Module):
                     "use another tap or another loss",
                 )
         return set.intersection(*(set(shapes[tap]) for tap in self.taps))
+
+    def aligned(self, stride: int, student: Optional[int], teacher: Optional[int]) -> str:
+        """How the maps of a level are made comparable, in words.
+
+        Args:
+            stride: one of this loss's.
+            student, teacher: channels of the level; None where there is no map.
+        """
+        for module in self.modules():
+            learned = module[str(stride)] if _has_level(module, stride) else None
+            if isinstance(learned, nn.Conv2d):
+                size, (i, o) = learned.kernel_size[0], (learned.in_channels, learned.out_channels)
+                return f"student's by a {size}x{size} convolution, {i} to {o} channels"
+        return "as they are" if student == teacher else "by the loss itself"
 
     def levels(
         self, batch: Batch, tap: Optional[str] = None

@@ -75,6 +75,11 @@ class CrossLayer(DistillationLoss):
             return list(combinations(self.strides, 2))
         return list(zip(self.strides, self.strides[1:]))
 
+    def aligned(self, stride: int, student: Optional[int], teacher: Optional[int]) -> str:
+        deeper = [str(deep) for shallow, deep in self.level_pairs() if shallow == stride]
+        how = f"pooled to strides {', '.join(deeper)}" if deeper else "at its own size"
+        return f"student's {how}, cropped to the narrower"
+
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         maps = batch.student[self.tap]
         learning = {stride: Pooled(precise(maps[stride])) for stride in self.strides}

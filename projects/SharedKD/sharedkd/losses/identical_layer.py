@@ -50,6 +50,14 @@ class IdenticalLayer(DistillationLoss):
         self.distance = Distance(distance, normalize)
         self.ignore_padding = ignore_padding
 
+    def aligned(self, stride: int, student: Optional[int], teacher: Optional[int]) -> str:
+        finer = {"dense": "all finer levels", "adjacent": "the next finer level"}.get(self.share)
+        words = [f"teacher's is its mean with {finer}, pooled"] if finer else []
+        if student != teacher:
+            who = "student's" if student > teacher else "teacher's"
+            words.append(f"{who} is cropped to {min(student, teacher)} channels")
+        return ", ".join(words) or "as they are"
+
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         targets = shared_targets(batch.teacher[self.tap], self.strides, self.share)
         terms = {}

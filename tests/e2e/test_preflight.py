@@ -1,0 +1,299 @@
+"""Whatever is wrong is said before a run starts: each mistake in a line of its own, all of them at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from detectron2.config import LazyConfig, instantiate
+from misconfigurations import PAIR, PLAIN, Bad
+
+from sharedkd import ConfigError
+from sharedkd.config import load_config
+from sharedkd.engine import run
+from sharedkd.preflight import preflight, report
+
+MISSING = "/no/such/file"
+
+
+@pytest.fixture(scope="session")
+def good(workspace):
+    """kind -> a config with which nothing is wrong."""
+    paths = {}
+    for kind, name, more in (
+        ("plain", "custom_coco_plain.py", []),
+        ("pair", "custom_coco_mask.py", workspace.pair),
+    ):
+        cfg = load_config(str(tiny.ROOT / "configs" / name), [*workspace.data, *more])
+        cfg.data.num_classes = None
+        paths[kind] = str(workspace.root / f"{kind}.yaml")
+        LazyConfig.save(cfg, paths[kind])
+    return paths
+
+
+@pytest.mark.parametrize(
+    "kind,case", [*(("plain", name) for name in PLAIN), *(("pair", name) for name in PAIR)]
+)
+def test_one_line_that_names_key_and_fix(good, workspace, tmp_path, kind, case):
+    overrides, key, words = {"plain": PLAIN, "pair": PAIR}[kind][case]
+    if callable(overrides):
+        folder = tmp_path / "bad"
+        folder.mkdir()
+        overrides = overrides(Bad(workspace.shapes, workspace.weights, folder))
+    output = tmp_path / "run"
+    found = preflight(good[kind], [f"train.output_dir={output}", *overrides], measure=False)
+    assert not found["ok"]
+    (error,) = found["errors"]
+    message = error["message"]
+    assert error["key"] == key, message
+    assert error["fix"] and message.endswith(" ".join(error["fix"].split()))
+    assert "\n" not in message and len(message) < 1000
+    for word in words:
+        assert word in message
+    assert not output.exists()
+    assert message in report(found)
+
+
+def test_there_are_many_cases():
+    assert len({*PLAIN, *PAIR}) == len(PLAIN) + len(PAIR) >= 60
+
+
+@pytest.mark.parametrize("kind", ["plain", "pair"])
+def test_a_good_run_is_ready(good, tmp_path, kind):
+    found = preflight(good[kind], [f"train.output_dir={tmp_path}/run"], measure=False)
+    assert found["ok"] and found["errors"] == []
+    assert not (tmp_path / "run").exists()
+
+
+ALL = {
+    "train.max_itr": "train.max_itr=9",
+    "train.accumulate": "train.accumulate=0",
+    "train.device": "train.device=gpu",
+    "train.inherit": "train.inherit=[tail]",
+    "data.val_json": f"data.val_json={MISSING}",
+    "model.stages.identical.loss.share": "model.stages.identical.loss.share=all",
+    "model.stages.cross.ramp": "model.stages.cross.ramp=-1",
+    "train.init_checkpoint": f"train.init_checkpoint={MISSING}",
+    "optimizer.lr": "optimizer.lr=nan",
+    "dataloader.train.num_workers": "dataloader.train.num_workers=-1",
+    "dataloader.train.total_batch_size": "dataloader.train.total_batch_size=0",
+}
+
+
+def test_all_mistakes_at_once(good, tmp_path):
+    found = preflight(good["pair"], [f"train.output_dir={tmp_path}/run", *ALL.values()])
+    assert sorted(e["key"] for e in found["errors"]) == sorted(ALL)
+    assert "measured" not in found
+    assert f"not ready: {len(ALL)} errors" in report(found)
+
+
+def test_a_failed_part_blocks_only_what_needs_it(good, tmp_path):
+    """Without the teacher nobody can bind its stage; the student's own stage is still checked."""
+    wrong = [
+        f"model.teacher.weights={MISSING}",
+        "model.stages.cross.loss.strides=[3,4]",
+        "model.stages.identical.loss.strides=[3,4]",
+        f"data.train_json={MISSING}",
+        f"data.val_json={MISSING}",
+    ]
+    found = preflight(good["pair"], [f"train.output_dir={tmp_path}/run", *wrong], measure=False)
+    assert [e["key"] for e in found["errors"]] == [
+        "data.train_json",
+        "data.val_json",
+        "model.teacher.weights",
+        "model.stages.cross.loss.strides",
+    ]
+
+
+def test_training_says_the_same(good, workspace, tmp_path):
+    args = tiny.arguments("custom_coco_mask.py", f"train.output_dir={tmp_path}/run", *ALL.values())
+    args.config_file = good["pair"]
+    with pytest.raises(ConfigError) as error:
+        run(args)
+    found = preflight(good["pair"], [f"train.output_dir={tmp_path}/run", *ALL.values()])
+    assert [str(e) for e in error.value.errors] == [e["message"] for e in found["errors"]]
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_will_be(good, tmp_path):
+    overrides = [
+        f"train.output_dir={tmp_path}/run",
+        "train.max_iter=10",
+        "train.checkpointer.period=4",
+        "train.checkpointer.max_to_keep=1",
+        "model.stages.identical.start=0.5",
+        "model.stages.cross.start=20",
+    ]
+    found = preflight(good["pair"], overrides)
+    assert found["ok"]
+    for who in ("student", "teacher"):
+        assert (found[who]["family"], found[who]["backbone"]) == ("Mask R-CNN", "ResNet-18")
+    state = tiny.detector("mask_rcnn", 18, num_classes=6).state_dict()
+    assert f"all {len(state)} tensors" in found["teacher"]["weights"]
+
+    fpn = {x["stride"]: x for x in found["levels"] if x["tap"] == "fpn"}
+    assert sorted(fpn) == [4, 8, 16, 32, 64]
+    assert {x["student_channels"] for x in fpn.values()} == {128}
+    height, width = fpn[4]["map_size"]
+    assert min(height, width) >= 64 / 4 and fpn[32]["map_size"] == (height // 8, width // 8)
+    assert "identical" in fpn[8]["aligned"] and "cross" not in fpn[8]["aligned"]
+
+    spans = {x["stage"]: (x["start"], x["end"]) for x in found["stages"]}
+    assert spans == {"identical": (5, 10), "cross": (0, 0)}
+    assert any(w["key"] == "model.stages.cross.start" for w in found["warnings"])
+
+    assert (found["data"]["train"]["images"], found["data"]["test"]["images"]) == (12, 4)
+    assert found["data"]["train"]["classes"] == 6 and found["data"]["train"]["objects"] > 0
+
+    measured = found["measured"]
+    assert measured["total_seconds"] == pytest.approx(10 * measured["seconds_per_step"])
+    assert measured["seconds_per_step"] > 0 and measured["peak_memory_mb"] > 50
+    assert found["disk"]["kept"] == 2  # one of the two periodic ones, and the final one
+    assert not (tmp_path / "run").exists()
+    json.dumps(found)
+    text = report(found)
+    assert "ready" in text and "never" in text and "ResNet-18" in text
+
+
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(train, good, tmp_path):
+    found = preflight(good["plain"], [f"train.output_dir={tmp_path}/run"], measure=False)
+    output, _ = train("custom_coco_plain.py", "train.max_iter=1", output=tmp_path / "run")
+    written = (output / "model_final.pth").stat().st_size / 2**20
+    assert found["disk"]["checkpoint_mb"] == pytest.approx(written, rel=0.02)
+
+
+def test_a_disk_that_is_too_small(good, tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    overrides = [f"train.output_dir={tmp_path}/run", "train.max_iter=300"]
+    for free_mb, says in ((100, "errors"), (400, "warnings"), (10**6, None)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free_mb * 2**20))
+        found = preflight(good["plain"], overrides, measure=False)
+        for kind in ("errors", "warnings"):
+            keys = [x["key"] for x in found[kind]]
+            assert ("train.output_dir" in keys) == (kind == says), (free_mb, kind)
+
+
+def test_measuring_changes_neither_weights_nor_draws(good, tmp_path):
+    from sharedkd.errors import Findings
+    from sharedkd.parts import assemble
+    from sharedkd.preflight import _measure
+
+    findings = Findings()
+    cfg = load_config(good["pair"], [f"train.output_dir={tmp_path}/run"])
+    parts = assemble(cfg, findings=findings)
+    before = {k: v.clone() for k, v in parts.model.state_dict().items()}
+    draws = torch.random.get_rng_state()
+    _measure(cfg, parts)
+    for name, x in parts.model.state_dict().items():
+        assert torch.equal(x, before[name]), name
+    assert torch.equal(draws, torch.random.get_rng_state())
+    assert not parts.optimizer.state
+    assert all(p.grad is None for p in parts.model.parameters())
+
+
+WARNINGS = {
+    "train.eval_period": ["train.eval_period=0"],
+    "optimizer.lr": ["optimizer.lr=0"],
+    "model.teacher": ["model.stages.identical.weight=0"],
+    "model.teacher.weights": ["model.teacher.weights=''"],
+    "model.stages.cross.ramp": ["model.stages.cross.ramp=9"],
+    "train.checkpointer.period": ["train.checkpointer.period=5"],
+    "dataloader.evaluator": ["dataloader.evaluator=null"],
+}
+
+
+@pytest.mark.parametrize("key", WARNINGS)
+def test_warnings_do_not_stop_a_run(good, tmp_path, key):
+    quiet = ["train.eval_period=2", "train.checkpointer.period=2"]
+    overrides = [f"train.output_dir={tmp_path}/run", *quiet, *WARNINGS[key]]
+    found = preflight(good["pair"], overrides, measure=False)
+    assert found["ok"]
+    assert key in [w["key"] for w in found["warnings"]]
+
+
+def test_no_warning_without_a_reason(good, workspace, tmp_path):
+    quiet = ["train.eval_period=2", "train.checkpointer.period=2"]
+    start = [f"train.output_dir={tmp_path}/run", f"train.init_checkpoint={workspace.weights}"]
+    found = preflight(good["pair"], [*start, *quiet], measure=False)
+    assert found["ok"] and found["warnings"] == []
+    assert "verified: 158 of 158 tensors" in found["student"]["weights"]
+
+
+def test_validation_on_the_training_data_is_warned_of(good, workspace, tmp_path):
+    same = [
+        f"data.val_{x}={workspace.shapes}/train{end}"
+        for x, end in (("json", ".json"), ("images", ""))
+    ]
+    found = preflight(good["plain"], [f"train.output_dir={tmp_path}/run", *same], measure=False)
+    assert found["ok"] and "data.val_json" in [w["key"] for w in found["warnings"]]
+
+
+def test_no_stride_in_common(good, tmp_path):
+    """A teacher with one level, of stride 4, and a RetinaNet, whose levels begin at stride 8."""
+    config = tmp_path / "teacher.py"
+    config.write_text(
+        f"import sys; sys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\n"
+        "import tiny\nmodel = tiny.node('faster_rcnn')\n"
+        "model.backbone.update(in_features=['res2'], top_block=None)\n"
+    )
+    weights = tmp_path / "teacher.pth"
+    torch.save({"model": instantiate(LazyConfig.load(str(config)).model).state_dict()}, weights)
+    cfg = LazyConfig.load(good["pair"])
+    cfg.model.student = tiny.node("retinanet", 18, "${data.num_classes}")
+    path = tmp_path / "retinanet.yaml"
+    LazyConfig.save(cfg, str(path))
+    pair = [f"model.teacher.config={config}", f"model.teacher.weights={weights}"]
+    found = preflight(str(path), [f"train.output_dir={tmp_path}/run", *pair], measure=False)
+    (error,) = found["errors"]
+    assert (
+        error["key"] == "model.stages.identical.loss" and "no stride in common" in error["problem"]
+    )
+    assert "[8, 16, 32, 64, 128]" in error["problem"] and "[4]" in error["problem"]
+
+
+# --- in processes of their own --------------------------------------------------------------------
+
+
+def _tool(name, *args):
+    command = [sys.executable, "-W", "ignore", str(tiny.ROOT / "tools" / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_line_says_it_to_machines(good, tmp_path):
+    wrong = [f"train.output_dir={tmp_path}/run", "train.accumulate=0", "optimizer.lr=nan"]
+    done = _tool("preflight.py", "--config-file", good["plain"], "--json", "-", *wrong)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    found = json.loads(done.stdout)
+    assert [e["key"] for e in found["errors"]] == ["train.accumulate", "optimizer.lr"]
+
+    file = tmp_path / "report.json"
+    done = _tool("preflight.py", "--config-file", good["plain"], "--json", file, wrong[0])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ready: nothing is in the way" in done.stdout
+    found = json.loads(file.read_text())
+    assert found["ok"] and found["measured"]["seconds_per_step"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_prints_all_errors_and_leaves_another_run_alone(good, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    (output / "config.yaml").write_text("another run's")
+    before = {p.name: p.read_bytes() for p in output.iterdir()}
+    wrong = [f"train.output_dir={output}", "train.accumulate=0", f"data.val_json={MISSING}"]
+    done = _tool("lazyconfig_train_net.py", "--config-file", good["plain"], *wrong)
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert [x.partition("=")[0] for x in errors] == [
+        "error: train.accumulate",
+        "error: data.val_json",
+        "error: train.output_dir",
+    ]
+    assert "--resume" in errors[2]
+    assert {p.name: p.read_bytes() for p in output.iterdir()} == before

@@ -1,0 +1,457 @@
+"""Ways to misconfigure a run or to feed it badly, each with the one error that it has to give.
+
+A case is (overrides, key, words): what the command line adds to a run that is fine, the key that the
+error has to name, and what else its line has to contain.  Overrides may be a function of a
+:class:`Bad`, which makes bad files.
+"""
+
+import json
+
+import tiny
+import torch
+
+MISSING = "/no/such/file"
+
+
+class Bad:
+    """Makes bad files out of good ones.
+
+    Args:
+        shapes: the folder of a good data set.
+        weights: good weights of the teacher.
+        folder: where bad files go.
+    """
+
+    def __init__(self, shapes, weights, folder):
+        self.shapes, self.weights, self.folder = shapes, weights, folder
+
+    def json(self, change=None, text=None, split="train", key=None):
+        """An override that names a changed copy of a json, or a file with that text or those bytes."""
+        path = self.folder / f"{split}.json"
+        if text is None:
+            data = json.loads((self.shapes / f"{split}.json").read_text())
+            change(data)
+            text = json.dumps(data)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return [f"data.{split}_json={path}"]
+
+    def file(self, key, content, name="weights.pth"):
+        """An override that names a file with these bytes, or this object saved by torch."""
+        path = self.folder / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        return [f"{key}={path}"]
+
+    def state(self):
+        return torch.load(self.weights, weights_only=True)["model"]
+
+    def wide_teacher(self):
+        """An untrained teacher whose backbone's stages are four times as wide."""
+        path = self.folder / "wide.py"
+        path.write_text(
+            f"import sys; sys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\n"
+            "import tiny\nmodel = tiny.node('faster_rcnn', 50)\n"
+        )
+        return [f"model.teacher.config={path}", "model.teacher.weights=''"]
+
+    def other_shape(self):
+        state = self.state()
+        state["backbone.fpn_lateral2.weight"] = torch.zeros(7, 7, 1, 1)
+        return {"model": state}
+
+    def one_less(self):
+        state = self.state()
+        del state["backbone.bottom_up.res3.0.conv1.weight"]
+        return {"model": state}
+
+
+def first(part, **change):
+    """Changes the first item of a part of a json."""
+    return lambda bad: bad.json(lambda data: data[part][0].update(change))
+
+
+def annotation(*words, **change):
+    return (first("annotations", **change), "data.train_json", ["annotation", *words])
+
+
+def train(key, value, *words):
+    return ([f"train.{key}={value}"], f"train.{key}", [str(value), *words])
+
+
+def fitnets(options):
+    """A stage of the command line's."""
+    loss = f"{{_target_:sharedkd.losses.FitNets,{options}}}"
+    return f"{{_target_:sharedkd.stages.Stage,loss:{loss}}}"
+
+
+TEACHER, INIT, JSON = "model.teacher.weights", "train.init_checkpoint", "data.train_json"
+LOADER, CROSS, SAME = "dataloader.train", "model.stages.cross", "model.stages.identical"
+
+#: Of a plain Faster R-CNN.
+PLAIN = {
+    # the command
+    "unknown part of the config": (["optimzer.lr=1"], "override", ["optimzer", "optimizer"]),
+    "override without value": (["train.max_iter"], "override", ["train.max_iter", "key=value"]),
+    "override below a number": (["train.max_iter.x=1"], "override", ["train.max_iter.x"]),
+    "a value to be quoted": (["data.train_json=a(1).json"], "override", ["a(1).json", "'value'"]),
+    "train is no group": (["train=5"], "train", ["5", "train.KEY=VALUE"]),
+    # keys and values of train
+    "unknown key of train": (["train.max_itr=9"], "train.max_itr", ["no such key", "max_iter"]),
+    "unknown key of train.amp": (["train.amp.enabld=True"], "train.amp.enabld", ["enabled"]),
+    "unknown key of the checkpointer": (
+        ["train.checkpointer.keep=1"],
+        "train.checkpointer.keep",
+        ["no such key", "max_to_keep"],
+    ),
+    "amp is a switch": (["train.amp=True"], "train.amp", ["True", "train.amp.NAME"]),
+    "no iterations": train("max_iter", 0, "1 or more"),
+    "iterations below zero": train("max_iter", -5, "negative"),
+    "iterations in parts": train("max_iter", 1.5, "whole"),
+    "iterations in words": train("max_iter", "many", "whole number"),
+    "iterations forever": train("max_iter", "inf", "whole"),
+    "evaluation period": train("eval_period", -1, "0 or more"),
+    "evaluation period in words": train("eval_period", "never", "whole"),
+    "log period": train("log_period", 0, "1 or more"),
+    "checkpoint period": train("checkpointer.period", 0, "1 or more"),
+    "checkpoints to keep": train("checkpointer.max_to_keep", 0, "or null"),
+    "clipping at zero": train("clip_grad_norm", 0, "above 0"),
+    "clipping below zero": train("clip_grad_norm", -1, "above 0"),
+    "clipping at nan": train("clip_grad_norm", "nan", "not finite"),
+    "clipping at infinity": train("clip_grad_norm", "inf", "or null"),
+    "clipping in words": train("clip_grad_norm", "hard", "no number"),
+    "accumulate nothing": train("accumulate", 0, "1 or more"),
+    "accumulate in parts": train("accumulate", 0.5, "whole"),
+    "seed in words": train("seed", "lucky", "whole"),
+    "seed too large": train("seed", 2**40, "at most"),
+    "amp in words": train("amp.enabled", "perhaps", "True or False"),
+    "amp type": (
+        ["train.amp.enabled=True", "train.amp.dtype=int8"],
+        "train.amp.dtype",
+        ["int8", "float16"],
+    ),
+    "float16 on the CPU": (
+        ["train.amp.enabled=True", "train.amp.dtype=float16"],
+        "train.amp.dtype",
+        ["float16", "bfloat16"],
+    ),
+    "norms folded perhaps": train("fold_norms", 2, "True or False"),
+    "development run": train("fast_dev_run", "please", "True or False"),
+    "device not there": train("device", "cuda:77", "train.device=cpu"),
+    "device name": train("device", "gpu", "train.device=cpu"),
+    "device is a number": train("device", 0, "as text"),
+    "compiling and recomputing": (
+        ["train.compile=True", "train.activation_checkpointing=True"],
+        "train.compile",
+        ["train.activation_checkpointing", "use one of them"],
+    ),
+    "inheriting without a teacher": (["train.inherit=[neck]"], "train.inherit", ["no teacher"]),
+    "no output folder": (["train.output_dir=''"], "train.output_dir", ["as text"]),
+    "something to inherit": train("inherit", "neck", "no list"),
+    "ddp is no number": train("ddp", 5, "train.ddp.NAME"),
+    # the output folder
+    "output folder is a file": (
+        lambda bad: bad.file("train.output_dir", b"something", "notes.txt"),
+        "train.output_dir",
+        ["is a file", "choose a folder"],
+    ),
+    "output folder below a file": (
+        lambda bad: [x + "/run" for x in bad.file("train.output_dir", b"something", "notes.txt")],
+        "train.output_dir",
+        ["is a file"],
+    ),
+    "output folder not writable": (
+        ["train.output_dir=/proc/run"],
+        "train.output_dir",
+        ["cannot be written to", "another folder"],
+    ),
+    "output folder with another run": (
+        lambda bad: bad.file("train.output_dir", b"model_0000001.pth", "last_checkpoint")
+        and [f"train.output_dir={bad.folder}"],
+        "train.output_dir",
+        ["another run's checkpoint", "--resume"],
+    ),
+    "output folder with weights": (
+        lambda bad: bad.file("train.output_dir", b"precious", "model_final.pth")
+        and [f"train.output_dir={bad.folder}"],
+        "train.output_dir",
+        ["model_final.pth", "choose another folder"],
+    ),
+    # optimizer and schedule
+    "learning rate below zero": (["optimizer.lr=-1"], "optimizer.lr", ["-1", "negative"]),
+    "learning rate nan": (["optimizer.lr=nan"], "optimizer.lr", ["nan", "not finite"]),
+    "learning rate infinite": (["optimizer.lr=inf"], "optimizer.lr", ["not finite"]),
+    "learning rate in words": (["optimizer.lr=fast"], "optimizer.lr", ["fast", "no number"]),
+    "weight decay": (["optimizer.weight_decay=-0.1"], "optimizer.weight_decay", ["-0.1"]),
+    "unknown optimizer": (
+        ["optimizer._target_=torch.optim.Adam7"],
+        "optimizer._target_",
+        ["torch.optim.Adam7"],
+    ),
+    "option of another optimizer": (["optimizer.nesterov=True"], "optimizer", ["nesterov"]),
+    "optimizer without parameters": (["optimizer.params=null"], "optimizer.params", ["train"]),
+    "a class that is no optimizer": (
+        ["optimizer={_target_:torch.nn.Identity,params:{_target_:torch.nn.Identity}}"],
+        "optimizer",
+        ["Identity", "no optimizer"],
+    ),
+    "schedule below zero": (
+        ["lr_multiplier.scheduler.start_value=-1", "lr_multiplier.warmup_factor=1"],
+        "lr_multiplier at 0 of the run",
+        ["-1", "negative"],
+    ),
+    "warm-up in words": (["lr_multiplier.warmup_length=long"], "lr_multiplier", ["ParamScheduler"]),
+    "option of the schedule": (["lr_multiplier.warmup=3"], "lr_multiplier", ["warmup"]),
+    "no schedule": (["lr_multiplier=null"], "--config-file", ["lr_multiplier", "configs/"]),
+    "schedule to nan": (
+        ["lr_multiplier.scheduler.end_value=nan"],
+        "lr_multiplier at 0 of the run",
+        ["nan", "not finite"],
+    ),
+    # loading
+    "empty batch": ([f"{LOADER}.total_batch_size=0"], f"{LOADER}.total_batch_size", ["1 or more"]),
+    "batch below zero": ([f"{LOADER}.total_batch_size=-4"], f"{LOADER}.total_batch_size", ["-4"]),
+    "batch in words": ([f"{LOADER}.total_batch_size=all"], f"{LOADER}.total_batch_size", ["all"]),
+    "batch in parts": ([f"{LOADER}.total_batch_size=2.5"], f"{LOADER}.total_batch_size", ["2.5"]),
+    "workers": ([f"{LOADER}.num_workers=-1"], f"{LOADER}.num_workers", ["-1", "0 or more"]),
+    "loader's seed": ([f"{LOADER}.seed=-1"], f"{LOADER}.seed", ["-1", "negative"]),
+    "option of the loader": ([f"{LOADER}.shuffle=True"], LOADER, ["shuffle"]),
+    "image format of another model": (
+        [f"{LOADER}.mapper.image_format=BGR"],
+        f"{LOADER}.mapper.image_format",
+        ["BGR", "RGB"],
+    ),
+    "image size in words": (["data.short_edge=[large]"], f"{LOADER}.mapper", ["cannot load"]),
+    "another data set": (
+        [f"{LOADER}.dataset.names=nothing"],
+        f"{LOADER}.dataset.names",
+        ["nothing", "not registered"],
+    ),
+    "evaluator of another data set": (
+        ["dataloader.evaluator.dataset_name=nothing"],
+        "dataloader.evaluator.dataset_name",
+        ["nothing", "not registered"],
+    ),
+    "unknown evaluator": (
+        ["dataloader.evaluator._target_=detectron2.evaluation.CocoEvaluator"],
+        "dataloader.evaluator._target_",
+        ["detectron2.evaluation.CocoEvaluator", "no such class"],
+    ),
+    "a class that is no evaluator": (
+        ["dataloader.evaluator={_target_:torch.nn.Identity}"],
+        "dataloader.evaluator",
+        ["Identity", "DatasetEvaluator"],
+    ),
+    "option of the evaluator": (["dataloader.evaluator.fast=1"], "dataloader.evaluator", ["fast"]),
+    # data
+    "json not named": (["data.val_json=null"], "data.val_json", ["not set", "data.val_json=PATH"]),
+    "images not named": (["data.train_images=null"], "data.train_images", ["not set"]),
+    "json missing": ([f"data.train_json={MISSING}"], JSON, [MISSING, "name an existing"]),
+    "images missing": ([f"data.train_images={MISSING}"], "data.train_images", [MISSING]),
+    "json is a folder": (["data.train_json=/tmp"], JSON, ["/tmp"]),
+    "json empty": (lambda bad: bad.json(text=""), JSON, ["not a JSON file"]),
+    "json truncated": (lambda bad: bad.json(text='{"images": ['), JSON, ["not a JSON file"]),
+    "json is a web page": (lambda bad: bad.json(text="<html></html>"), JSON, ["not a JSON file"]),
+    "json in another encoding": (lambda bad: bad.json(text=b"\xff\xfe{\x00}\x00"), JSON, ["UTF-8"]),
+    "json is a list": (lambda bad: bad.json(text="[]"), JSON, ["list", "images, annotations"]),
+    "json without annotations": (
+        lambda bad: bad.json(lambda data: data.pop("annotations")),
+        JSON,
+        ["annotations"],
+    ),
+    "json without categories": (
+        lambda bad: bad.json(lambda data: data.update(categories=[])),
+        JSON,
+        ["categories"],
+    ),
+    "no images": (
+        lambda bad: bad.json(lambda data: data.update(images=[], annotations=[])),
+        JSON,
+        ["images"],
+    ),
+    "no objects": (
+        lambda bad: bad.json(lambda data: data.update(annotations=[])),
+        JSON,
+        ["no image has an object"],
+    ),
+    "image file missing": (
+        first("images", file_name="gone.png"),
+        "data.train_images",
+        ["gone.png"],
+    ),
+    "image of another size": (first("images", width=999), "data.train_images", ["999"]),
+    "image twice": (
+        lambda bad: bad.json(lambda data: data["images"].append(data["images"][0])),
+        JSON,
+        ["twice"],
+    ),
+    "box outside its image": annotation(bbox=[500, 500, 9, 9]),
+    "box without area": annotation(bbox=[5, 5, 0, 9]),
+    "box of three numbers": annotation(bbox=[5, 5, 9]),
+    "box of nan": annotation("finite", bbox=[5, 5, float("nan"), 9]),
+    "object of no category": annotation("category", category_id=99),
+    "object of no image": annotation("image", image_id=99999),
+    "classes of two files differ": (
+        lambda bad: bad.json(lambda data: data["categories"][0].update(name="blob")),
+        "data.val_json",
+        ["blob", "same list of categories"],
+    ),
+    "validation without areas": (
+        lambda bad: bad.json(lambda data: data["annotations"][0].pop("area"), split="val"),
+        "data.val_json",
+        ["area"],
+    ),
+    "number of classes": (["data.num_classes=4"], "data.num_classes", ["4", "leave it out"]),
+    "student's number of classes": (
+        ["model.roi_heads.num_classes=80", "model.roi_heads.box_predictor.num_classes=80"],
+        "model.roi_heads.num_classes",
+        ["80", "data.num_classes"],
+    ),
+    # the student and its weights
+    "unknown model": (
+        ["model._target_=detectron2.modeling.RCNN"],
+        "model._target_",
+        ["modeling.RCNN"],
+    ),
+    "option of the model": (["model.backbone.colour=1"], "model.backbone", ["colour"]),
+    "depth of no network": (
+        ["model.backbone.bottom_up.stages.depth=19"],
+        "model.backbone.bottom_up.stages",
+        ["19"],
+    ),
+    "student weights missing": ([f"{INIT}={MISSING}.pkl"], INIT, [MISSING, "no such file"]),
+    "student weights of another backbone": (
+        lambda bad: bad.file(
+            INIT, {"model": {"backbone.bottom_up.res2.9.conv1.weight": torch.ones(1)}}
+        ),
+        INIT,
+        ["another backbone", "from scratch"],
+    ),
+    "student weights are text": (lambda bad: bad.file(INIT, b"hello"), INIT, ["cannot be read"]),
+}
+
+#: Of a pair of Mask R-CNNs with Shared-KD.
+PAIR = {
+    "teacher not in the zoo": (
+        ["model.teacher.config=COCO-Detection/nothing.yaml"],
+        "model.teacher.config",
+        ["COCO-Detection/nothing.yaml", "model zoo"],
+    ),
+    "teacher not named": (["model.teacher.config=???"], "model.teacher.config", ["not set"]),
+    "teacher's config broken": (
+        lambda bad: bad.file("model.teacher.config", b"model = (", "broken.py"),
+        "model.teacher.config",
+        ["cannot be read", "correct that file"],
+    ),
+    "teacher without weights": (["model.teacher.weights=null"], TEACHER, ["set it to"]),
+    "teacher weights missing": ([f"{TEACHER}={MISSING}.pth"], TEACHER, [MISSING, "no such file"]),
+    "teacher weights empty": (lambda bad: bad.file(TEACHER, b""), TEACHER, ["cannot be read"]),
+    "teacher weights cut short": (
+        lambda bad: bad.file(TEACHER, bad.weights.read_bytes()[:100000]),
+        TEACHER,
+        ["cannot be read"],
+    ),
+    "teacher weights are a web page": (
+        lambda bad: bad.file(TEACHER, b"<!DOCTYPE html><html>404 Not Found</html>"),
+        TEACHER,
+        ["cannot be read"],
+    ),
+    "teacher weights of another shape": (
+        lambda bad: bad.file(TEACHER, bad.other_shape()),
+        TEACHER,
+        ["fpn_lateral2", "another shape"],
+    ),
+    "teacher weights with one less": (
+        lambda bad: bad.file(TEACHER, bad.one_less()),
+        TEACHER,
+        ["res3.0.conv1", "missing"],
+    ),
+    "precision of the teacher": (
+        ["model.teacher.precision=int8"],
+        "model.teacher.precision",
+        ["int8", "bfloat16"],
+    ),
+    "teacher in half precision on the CPU": (
+        ["model.teacher.precision=float16"],
+        "model.teacher.precision",
+        ["float16", "bfloat16"],
+    ),
+    "option of the teacher": (["model.teacher.speed=9"], "model.teacher", ["speed"]),
+    "part to inherit": (["train.inherit=[tail]"], "train.inherit", ["tail", "neck"]),
+    "no teacher for a stage": (["model.teacher=null"], f"{SAME}.loss", ["needs a teacher"]),
+    "unknown stage": (["model.stages.crosss.weight=1"], "model.stages.crosss", ["is not a Stage"]),
+    "stage without loss": ([f"{SAME}.loss=null"], f"{SAME}.loss", ["None", "L(LOSS)"]),
+    "unknown loss": (
+        [f"{CROSS}.loss._target_=sharedkd.losses.Nothing"],
+        f"{CROSS}.loss._target_",
+        ["sharedkd.losses.Nothing", "no such class"],
+    ),
+    "a class that is no loss": (
+        [f"{CROSS}.loss={{_target_:torch.nn.Identity}}"],
+        f"{CROSS}.loss",
+        ["no distillation loss"],
+    ),
+    "option of a stage": ([f"{CROSS}.wait=1"], CROSS, ["wait"]),
+    "option of a loss": ([f"{CROSS}.loss.nothing=1"], f"{CROSS}.loss", ["nothing"]),
+    "tap": ([f"{SAME}.loss.tap=neck"], f"{SAME}.loss.tap", ["neck", "fpn"]),
+    "share": ([f"{SAME}.loss.share=all"], f"{SAME}.loss.share", ["all", "dense"]),
+    "distance": ([f"{CROSS}.loss.distance=mes"], f"{CROSS}.loss.distance", ["mes", "mse, l1"]),
+    "normalize": (
+        [f"{SAME}.loss.normalize=batch"],
+        f"{SAME}.loss.normalize",
+        ["batch", "instance"],
+    ),
+    "direction": ([f"{CROSS}.loss.direction=up"], f"{CROSS}.loss.direction", ["up", "mutual"]),
+    "pairs": ([f"{CROSS}.loss.pairs=some"], f"{CROSS}.loss.pairs", ["some", "dense"]),
+    "stride not there": (
+        [f"{SAME}.loss.strides=[4,128]"],
+        f"{SAME}.loss.strides",
+        ["[4, 128]", "[128]"],
+    ),
+    "no strides": ([f"{SAME}.loss.strides=[]"], f"{SAME}.loss.strides", ["[]", "null"]),
+    "a single stride": ([f"{CROSS}.loss.strides=[8]"], f"{CROSS}.loss.strides", ["two strides"]),
+    "strides in words": ([f"{SAME}.loss.strides=all"], f"{SAME}.loss.strides", ["all", "null"]),
+    "strides in parts": ([f"{SAME}.loss.strides=[4.5]"], f"{SAME}.loss.strides", ["4.5"]),
+    "a stride twice": ([f"{SAME}.loss.strides=[8,8]"], f"{SAME}.loss.strides", ["[8, 8]"]),
+    "weight below zero": ([f"{SAME}.weight=-1"], f"{SAME}.weight", ["-1", "negative"]),
+    "weight nan": ([f"{SAME}.weight=nan"], f"{SAME}.weight", ["nan", "0 or more"]),
+    "weight infinite": ([f"{SAME}.weight=inf"], f"{SAME}.weight", ["inf", "not finite"]),
+    "weight in words": ([f"{SAME}.weight=heavy"], f"{SAME}.weight", ["heavy", "no number"]),
+    "start below zero": ([f"{CROSS}.start=-3"], f"{CROSS}.start", ["-3", "negative"]),
+    "ramp below zero": ([f"{CROSS}.ramp=-3"], f"{CROSS}.ramp", ["-3", "negative"]),
+    "ramp in words": ([f"{CROSS}.ramp=slow"], f"{CROSS}.ramp", ["slow", "no number"]),
+    "end before start": (
+        [f"{SAME}.start=9", f"{SAME}.end=3"],
+        f"{SAME}.end",
+        ["start=9", "end=null"],
+    ),
+    "relative by how much": (
+        [f"{SAME}.relative=0.5"],
+        f"{SAME}.relative",
+        ["0.5", "True or False"],
+    ),
+    "adapter": (
+        [f"model.stages.fit={fitnets('tap:fpn,adapter:2')}"],
+        "model.stages.fit.loss.adapter",
+        ["2", "odd"],
+    ),
+    "no adapter where widths differ": (
+        lambda bad: [*bad.wide_teacher(), f"model.stages.fit={fitnets('tap:backbone,adapter:0')}"],
+        "model.stages.fit.loss.adapter",
+        ["64 channels", "256", "use null"],
+    ),
+    "masks without segmentations": (
+        lambda bad: bad.json(lambda data: [a.pop("segmentation") for a in data["annotations"]]),
+        JSON,
+        ["no segmentation", "configs/custom_coco.py"],
+    ),
+    "mask head without masks": (
+        ["data.masks=False"],
+        f"{LOADER}.mapper.use_instance_mask",
+        ["mask head", "data.masks=True"],
+    ),
+    "polygon outside its image": annotation(
+        "polygon", "outside", segmentation=[[500, 500, 510, 500, 510, 510]]
+    ),
+}

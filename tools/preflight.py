@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Check a training run before it starts: all errors and warnings at once, what it is, what it costs.
+
+    tools/preflight.py --config-file configs/custom_coco.py data.train_json=train.json ...
+
+Takes what the training command takes and writes nothing. Exit status 0: ready; 1: there are errors.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import safe_imports  # noqa: F401
+
+# isort: split
+import argparse
+import json
+import warnings
+
+# Before PyTorch is loaded, see lazyconfig_train_net.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
+
+from sharedkd.files import replace  # noqa: E402
+from sharedkd.preflight import preflight, report  # noqa: E402
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of the run")
+    parser.add_argument("--resume", action="store_true", help="the run is to be continued")
+    parser.add_argument("--no-steps", action="store_true", help="do not measure two steps")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the report there; - prints it instead"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    found = preflight(args.config_file, args.overrides, args.resume, measure=not args.no_steps)
+    text = json.dumps(found, indent=1)
+    if args.json and args.json != "-":
+        replace(args.json, lambda f: f.write(text.encode()))
+    print(text if args.json == "-" else report(found))
+    sys.exit(not found["ok"])
