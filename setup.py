@@ -9,5 +9,19 @@ setup(
     package_dir={"": "projects/SharedKD"},
     packages=find_packages("projects/SharedKD"),
     # detectron2 is not on PyPI under its own name: `make setup` installs it, see README.md.
-    install_requires=["torch>=2.3", "torchvision", "omegaconf", "scipy", "tabulate", "matplotlib", "pillow", "fvcore", "pycocotools", "opencv-python-headless", "numpy"],
+    install_requires=[
+        "torch>=2.3",
+        "torchvision",
+        "omegaconf",
+        "scipy",
+        "tabulate",
+        "matplotlib",
+        "pillow",
+        "fvcore",
+        "pycocotools",
+        "opencv-python-headless",
+        "numpy",
+        "safetensors",
+        "hydra-core",
+    ],
 )

@@ -5,10 +5,10 @@ import os
 import pickle
 
 import pytest
+import tiny
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-import tiny
 from sharedkd import ConfigError, CrossLayer, SharedKD, Stage
 from sharedkd.checkpoint import StudentCheckpointer, inherit, initialise, load_trained
 

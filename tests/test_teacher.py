@@ -4,14 +4,14 @@ import copy
 import pickle
 
 import pytest
+import tiny
 import torch
 from detectron2 import model_zoo
-from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.config import LazyConfig, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from torch import nn
 
-import tiny
 from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, SharedKD, Stage
 from sharedkd import teacher as teacher_module
 from sharedkd.config import distill
@@ -160,7 +160,7 @@ def test_a_zoo_name_brings_its_own_weights(monkeypatch, name):
     asked = []
     monkeypatch.setattr(teacher_module, "load_trained", lambda model, *args: asked.append(args))
     teacher = FrozenTeacher(name)
-    assert asked == [(ZOO_URL, "model.teacher.weights")]
+    assert asked == [(ZOO_URL, "model.teacher.weights", False, None)]
     assert teacher.weights == ZOO_URL
 
 

@@ -8,12 +8,17 @@
 Detectron2 runs them, as the median over the rounds. Memory is measured in one process per arm.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import safe_imports  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import logging
-import os
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 

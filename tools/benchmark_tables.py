@@ -4,8 +4,14 @@
 tools/benchmark_tables.py output/benchmark docs/performance.md
 """
 
-import argparse
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import safe_imports  # noqa: F401
+
+# isort: split
+import argparse
 from pathlib import Path
 
 from sharedkd.analysis.performance import document

@@ -15,9 +15,14 @@ CUDA_VISIBLE_DEVICES, splits the work; run it once more for arms such as none@fg
 others. --jobs 2 trains two arms side by side: each needs the memory of one, and takes longer.
 """
 
-import argparse
 import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import safe_imports  # noqa: F401
+
+# isort: split
+import argparse
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -28,6 +33,7 @@ warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own c
 
 from sharedkd.compare import run_comparison  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
+from sharedkd.interrupt import interruptible  # noqa: E402
 from sharedkd.methods import known_methods  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,18 +85,17 @@ if __name__ == "__main__":
     if not args.config_file:
         parser.error("--config-file is missing")
     try:
-        run_comparison(
-            ROOT,
-            args.config_file,
-            args.methods,
-            args.seeds,
-            args.output,
-            args.overrides,
-            args.shard,
-            args.jobs,
-        )
+        with interruptible("the same command continues"):
+            run_comparison(
+                ROOT,
+                args.config_file,
+                args.methods,
+                args.seeds,
+                args.output,
+                args.overrides,
+                args.shard,
+                args.jobs,
+            )
         print(f"\n{(args.output / 'report.md').read_text()}")
     except ConfigError as e:
         sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command continues")

@@ -7,9 +7,14 @@ to all three runs, for example:
     tools/demo.py --output output/demo_short train.max_iter=20
 """
 
-import argparse
 import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import safe_imports  # noqa: F401
+
+# isort: split
+import argparse
 import warnings
 from pathlib import Path
 
@@ -20,6 +25,7 @@ warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own c
 
 from sharedkd.demo import run_demo  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
+from sharedkd.interrupt import interruptible  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,8 +37,7 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     try:
-        run_demo(ROOT, args.output, args.overrides)
+        with interruptible("the same command continues"):
+            run_demo(ROOT, args.output, args.overrides)
     except ConfigError as e:
         sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command continues")

@@ -10,6 +10,10 @@ The flags are those of Detectron2's own script; `torchrun` may start it too.  Ex
 """
 
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import safe_imports  # noqa: F401
 
 # Before PyTorch is loaded: idle OpenMP threads that spin slow a CPU run down several times as soon as
 # anything else wants a core.
