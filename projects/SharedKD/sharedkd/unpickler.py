@@ -236,10 +236,12 @@ class ArrayUnpickler(Unpickler):
             instance.dtype = instance.dtype.newbyteorder(order)
         elif id(instance) in self._blank:
             _, shape, kind, in_columns, raw = state
-            order: Any = "F" if in_columns else "C"
-            array = self._array(_only(kind, _DType).dtype, raw, shape, order)
+            layout: Any = "F" if in_columns else "C"
+            array = self._array(_only(kind, _DType).dtype, raw, shape, layout)
             # In place, because the file may refer to it before its state is known.
-            instance.__setstate__((1, array.shape, array.dtype, order == "F", array.tobytes(order)))
+            instance.__setstate__(
+                (1, array.shape, array.dtype, layout == "F", array.tobytes(layout))
+            )
             del self._blank[id(instance)]
         else:
             super().build(instance, state)
