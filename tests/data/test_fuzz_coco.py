@@ -356,7 +356,7 @@ def test_refused_or_used(folder, use):
     @given(files())
     def every_file(text):
         outcomes[tried(folder, as_bytes(text), use)[0]] += 1
-        if TORTURE and sum(outcomes.values()) % 100 == 0:
+        if TORTURE and sum(outcomes.values()) % 50 == 0:
             print(f"{use.__name__}: {dict(outcomes)}", file=sys.stderr, flush=True)
 
     every_file()
