@@ -1,7 +1,7 @@
 # Any Python from 3.11 on. A Detectron2 that it can import already is used as it is.
 PYTHON ?= $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
-.PHONY: setup demo test benchmark clean
+.PHONY: setup demo test lint docs benchmark clean
 
 setup: .venv/.ready
 
@@ -14,6 +14,16 @@ test: export OMP_WAIT_POLICY := PASSIVE
 test: export OMP_NUM_THREADS := 1
 test: .venv/.ready
 	.venv/bin/python -m pytest tests
+
+lint: .venv/.ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# A broken link or reference is an error.
+docs: .venv/.ready
+	.venv/bin/python -W ignore -m sphinx -b html -q -W --keep-going -c docs . output/site
+	@echo output/site/index.html
 
 # Fills docs/performance.md: make benchmark DEVICE=cuda SIZE=800 BATCH=8
 DEVICE ?= cpu
@@ -47,5 +57,5 @@ benchmark: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache build projects/SharedKD/*.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build projects/SharedKD/*.egg-info
 	find packaging projects tests tools -name __pycache__ -prune -exec rm -rf {} +

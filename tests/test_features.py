@@ -1,10 +1,10 @@
 """Taking feature maps from real detectors, also from ones that write into them."""
 
 import pytest
+import tiny
 import torch
 from detectron2.utils.events import EventStorage
 
-import tiny
 from sharedkd.errors import ConfigError
 from sharedkd.features import FeatureTap, pyramid_shapes, same_pixels
 

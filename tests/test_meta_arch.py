@@ -4,13 +4,13 @@ import copy
 from functools import lru_cache
 
 import pytest
+import tiny
 import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import EventStorage
 
-import tiny
 from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, SharedKD, Stage
 from sharedkd.config import add_sharedkd_config
 

@@ -32,7 +32,8 @@ Summary: Detectron2 0.6 without its compiled extension
 License: Apache-2.0
 Requires-Python: >=3.9
 """ + "".join(
-    f"Requires-Dist: {requirement}\n" for requirement in """
+    f"Requires-Dist: {requirement}\n"
+    for requirement in """
         torch>=2.0 torchvision numpy Pillow>=7.1 matplotlib pycocotools>=2.0.6 termcolor>=1.1
         yacs>=0.1.8 tabulate cloudpickle tqdm>4.29.0 tensorboard fvcore>=0.1.5,<0.1.6 iopath>=0.1.7
         omegaconf>=2.1,<2.4 hydra-core>=1.1 black packaging

@@ -50,13 +50,13 @@ class DenseHead:
         ):
             head = getattr(owner, module, None)
             if hasattr(head, logits) and hasattr(owner, "anchor_generator"):
-                specs, names = detector.backbone.output_shape(), list(getattr(owner, names))
-                if not set(names) <= set(specs):  # a backbone put in later, without this head
+                specs, levels = detector.backbone.output_shape(), list(getattr(owner, names))
+                if not set(levels) <= set(specs):  # a backbone put in later, without this head
                     return None
                 width = {"logits": getattr(head, logits), "deltas": getattr(head, deltas)}
                 width = {tap: layer.out_channels for tap, layer in width.items()}
                 width["boxes"] = width["anchors"] = width["deltas"]
-                return cls(head, names, [specs[name].stride for name in names], width, owner)
+                return cls(head, levels, [specs[name].stride for name in levels], width, owner)
         return None
 
     def run(self, features: Dict[str, Tensor]):

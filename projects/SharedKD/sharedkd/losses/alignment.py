@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["Pooled", "align", "pool_to"]
 
 
-def pool_to(x: Tensor, size: Tuple[int, int]) -> Tensor:
+def pool_to(x: Tensor, size: Tuple[int, ...]) -> Tensor:
     """Average-pool ``x`` (N, C, H, W) to ``size`` = (h, w) with h <= H and w <= W."""
     if x.shape[-2:] == size:
         return x
@@ -31,9 +31,9 @@ class Pooled:
 
     def __init__(self, x: Tensor):
         self.x = x
-        self._even: Dict[Tuple[int, int], Tensor] = {tuple(x.shape[-2:]): x}
+        self._even: Dict[Tuple[int, ...], Tensor] = {tuple(x.shape[-2:]): x}
 
-    def to(self, size: Tuple[int, int]) -> Tensor:
+    def to(self, size: Tuple[int, ...]) -> Tensor:
         """The map average-pooled to ``size`` = (h, w)."""
         size = tuple(size)
         if not _divides(size, self.x.shape[-2:]):
@@ -44,7 +44,7 @@ class Pooled:
         return self._even[size]
 
 
-def _divides(size: Tuple[int, int], larger: Tuple[int, int]) -> bool:
+def _divides(size: Tuple[int, ...], larger: Tuple[int, ...]) -> bool:
     return larger[0] % size[0] == 0 and larger[1] % size[1] == 0
 
 
@@ -61,13 +61,21 @@ def align(x: Union[Tensor, Pooled], y: Union[Tensor, Pooled]) -> Tuple[Tensor, T
     Returns:
         both maps as (N, min(C1, C2), min(H1, H2), min(W1, W2)); a map that already has that shape is
         returned as it is, and channels of a tensor are cropped before anything is pooled.
+
+    >>> import torch
+    >>> large, wide = torch.arange(16.0).view(1, 1, 4, 4), torch.zeros(1, 8, 2, 2)
+    >>> x, y = align(large, wide)
+    >>> x.shape == y.shape == (1, 1, 2, 2)
+    True
+    >>> x.flatten().tolist()
+    [2.5, 4.5, 10.5, 12.5]
     """
     shapes = [each.x.shape if isinstance(each, Pooled) else each.shape for each in (x, y)]
     _, channels, *size = map(min, zip(*shapes))
     return _fit(x, channels, tuple(size)), _fit(y, channels, tuple(size))
 
 
-def _fit(x: Union[Tensor, Pooled], channels: int, size: Tuple[int, int]) -> Tensor:
+def _fit(x: Union[Tensor, Pooled], channels: int, size: Tuple[int, ...]) -> Tensor:
     if isinstance(x, Pooled):
         return x.to(size)[:, :channels]
     return pool_to(x[:, :channels], size)

@@ -126,6 +126,12 @@ class Distance:
 
     Raises:
         ConfigError: unknown name.
+
+    A raw distance grows with its maps; a scale-free one is that of their patterns:
+
+    >>> x = torch.arange(8.0).view(1, 2, 2, 2)
+    >>> [round(Distance("mse", how)(x, 10 * x + 3).item(), 3) for how in ("none", "instance")]
+    [1615.5, 0.0]
     """
 
     kind: str = "mse"

@@ -125,7 +125,7 @@ class DenseDKD(DistillationLoss):
     batch on all levels and at least 1, is what focal loss divides by.
 
     There are thousands of background anchors for each foreground one, and nearly all have nothing
-    to tell.  The factor |p^T - p^S|^gamma, as in quality focal loss (NeurIPS 2020), keeps them from
+    to tell.  The factor ``|p^T - p^S|^gamma``, as in quality focal loss (NeurIPS 2020), keeps them from
     drowning the rest and leaves those where teacher and student disagree; gradients go through it.
     Without it (gamma = 0) a batch with few objects has values in the hundreds.
 

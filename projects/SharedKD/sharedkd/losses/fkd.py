@@ -73,7 +73,7 @@ class FKD(DistillationLoss):
     Evidence: formulas, masks and blocks were read in mmrazor's port (``fbkd_loss.py``,
     ``fbkd_connector.py``) and in third-party copies of the authors' code; the authors' repository
     holds none.  The two-stage code does not use the channel mask
-    M^c(F) = C softmax_c(mean_hw |F| / T) that it computes, the copies of the one-stage code do:
+    ``M^c(F) = C softmax_c(mean_hw |F| / T)`` that it computes, the copies of the one-stage code do:
     ``channel_mask``.  Ours: the order of the products in NL (the same number, less memory), pooling
     on maps smaller than the pool, and no running statistics.
 

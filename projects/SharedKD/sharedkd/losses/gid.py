@@ -103,9 +103,9 @@ class GID(DistillationLoss):
         for key, value in (("instances", instances), ("candidates", candidates), ("crop", crop)):
             if value < 1:
                 raise ConfigError(key, value, "is less than one", "use 1 or more")
-        for key, value in (("nms", nms), ("match", match)):
-            if not 0 < value <= 1:
-                raise ConfigError(key, value, "is no IoU", "use a number above 0, 1 at most")
+        for key, overlap in (("nms", nms), ("match", match)):
+            if not 0 < overlap <= 1:
+                raise ConfigError(key, overlap, "is no IoU", "use a number above 0, 1 at most")
         if positions not in ("anchors", "boxes"):
             raise ConfigError("positions", positions, "cannot be matched", "use anchors or boxes")
         check_weights(

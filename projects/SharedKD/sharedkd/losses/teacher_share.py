@@ -32,6 +32,11 @@ def shared_targets(
     Returns:
         stride -> (N, C_l, H_l, W_l), in float32 at least; a level without lower ones, or with
         ``none`` every level, is the map itself.
+
+    >>> import torch
+    >>> maps = {8: torch.full((1, 1, 4, 4), 2.0), 16: torch.full((1, 2, 2, 2), 4.0)}
+    >>> shared_targets(maps, [8, 16])[16].mean((0, 2, 3)).tolist()  # no second channel at stride 8
+    [3.0, 4.0]
     """
     pools = {stride: Pooled(precise(x)) for stride, x in maps.items()}
     return {stride: _target(pools, stride, share) for stride in strides}

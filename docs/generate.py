@@ -1,0 +1,270 @@
+"""What the documentation says about keys, options and methods, read from the code that has them.
+
+Run as a program, it fills the tables of MODEL_ZOO.md and README.md from docs/results/*.json.
+"""
+
+import ast
+import inspect
+import io
+import json
+import re
+import tokenize
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
+
+from sharedkd import config, losses
+from sharedkd.analysis.comparison import difference, interval
+from sharedkd.data.loader import build_train_loader
+from sharedkd.losses import DistillationLoss
+from sharedkd.methods import known_methods
+from sharedkd.stages import Stage
+from sharedkd.teacher import FrozenTeacher
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: A file of docs/results -> what was trained in it.
+PAIRS = {
+    "two": "Faster R-CNN R50 -> R18, BCCD, 120 iterations",
+    "one": "RetinaNet R50 -> R18, BCCD, 240 iterations",
+    "mask": "Mask R-CNN R50 -> R18, nuclei, 300 iterations",
+}
+
+__all__ = ["arguments", "data_keys", "fill", "measured", "options", "tables", "train_keys"]
+
+
+def tables() -> Dict[str, str]:
+    """Name of a substitution in a page -> its Markdown."""
+    return {
+        "train_keys": _table("key | default | meaning", train_keys()),
+        "data_keys": _table("key | default | meaning", data_keys()),
+        "loader_keys": _table(
+            "key | default | meaning", options(build_train_loader, "dataloader.train")
+        ),
+        "teacher_keys": _table("key | default | meaning", options(FrozenTeacher, "model.teacher")),
+        "stage_keys": _table("key | default | meaning", options(Stage, "model.stages.NAME")),
+        "loss_options": "\n\n".join(_loss(name, cls) for name, cls in loss_classes().items()),
+        "methods": _table("recipe | publication | families | parameters of the losses", methods()),
+    }
+
+
+def train_keys() -> List[Tuple[str, str, str]]:
+    """Key, default and meaning of everything in ``sharedkd.config.TRAIN_DEFAULTS``."""
+    source = Path(config.__file__).read_text()
+    call = next(
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "TRAIN_DEFAULTS"
+    )
+    return list(_commented(call, source, "train."))
+
+
+def data_keys() -> List[Tuple[str, str, str]]:
+    """The same of own data's keys."""
+    source = (ROOT / "configs/common/own_data.py").read_text()
+    call = next(
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "data"
+    )
+    return list(_commented(call, source, "data."))
+
+
+def _commented(call: ast.Call, source: str, prefix: str) -> Iterator[Tuple[str, str, str]]:
+    """The keywords of a ``dict(...)`` with their values as written and the comments beside them."""
+    comments = {
+        token.start[0]: token.string.lstrip("#: ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    for keyword in call.keywords:
+        value, key = keyword.value, f"{prefix}{keyword.arg}"
+        if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "dict":
+            yield from _commented(value, source, f"{key}.")
+            continue
+        lines = range(keyword.lineno, (value.end_lineno or keyword.lineno) + 1)
+        meaning = " ".join(comments[line] for line in lines if line in comments)
+        yield key, " ".join(ast.get_source_segment(source, value).split()), meaning
+
+
+def options(cls: Callable, prefix: str) -> List[Tuple[str, str, str]]:
+    """Name, default and meaning of a class's or function's arguments, from signature and docstring."""
+    meanings = arguments(_documentation(cls))
+    return [
+        (
+            f"{prefix}.{name}" if prefix else name,
+            "required" if parameter.default is parameter.empty else repr(parameter.default),
+            meanings.get(name, ""),
+        )
+        for name, parameter in inspect.signature(cls).parameters.items()
+    ]
+
+
+def arguments(docstring: str) -> Dict[str, str]:
+    """Argument -> meaning, of a docstring's "Args:" section; several may share one line."""
+    section = re.search(r"^( *)Args:\n(.*?)(?=^\1\S|\Z)", docstring, re.M | re.S)
+    found: Dict[str, str] = {}
+    names: List[str] = []
+    if not section:
+        return found
+    indent = len(section[1]) + 4
+    for line in section[2].splitlines():
+        entry = re.match(rf" {{{indent}}}([*\w][\w, *]*?)(?: \(.*?\))?:\s*(.*)", line)
+        if entry:
+            names = [name.strip("* ") for name in entry[1].split(",")]
+        text = entry[2] if entry else line.strip()
+        for name in names:
+            found[name] = f"{found.get(name, '')} {text}".strip()
+    return found
+
+
+def _documentation(cls: Callable) -> str:
+    """The class's docstring and its constructor's."""
+    return "\n".join(inspect.cleandoc(each.__doc__ or "") for each in (cls, cls.__init__))
+
+
+def loss_classes() -> Dict[str, type]:
+    """Every distillation loss of the package by name."""
+    found = {name: getattr(losses, name) for name in losses.__all__}
+    return {
+        name: cls
+        for name, cls in found.items()
+        if isinstance(cls, type)
+        and issubclass(cls, DistillationLoss)
+        and cls is not DistillationLoss
+    }
+
+
+def _loss(name: str, cls: type) -> str:
+    base = {key: meaning for key, _, meaning in options(DistillationLoss, "")}
+    rows = []
+    for key, default, meaning in options(cls, ""):
+        if meaning.startswith("see :class:`DistillationLoss`") or not meaning:
+            meaning = base.get(key, meaning)
+        elif meaning.startswith("see :class:"):
+            other = re.match(r"see :class:`(\w+)`", meaning)[1]
+            meaning = dict((k, m) for k, _, m in options(getattr(losses, other), ""))[key]
+        rows.append((key, default, meaning))
+    first = inspect.cleandoc(cls.__doc__).split("\n\n")[0]
+    return f"### {name}\n\n{_plain(first)}\n\n" + _table("option | default | meaning", rows)
+
+
+def methods() -> List[Tuple[str, str, str, str]]:
+    """Name, publication, families, and parameters for the published pairs, of every recipe."""
+    rows = []
+    for method in known_methods(ROOT / "configs/common/methods"):
+        counts: Dict[str, None] = {}
+        for family in method.stages:
+            counts[f"{method.parameters(family) / 1e6:.2f} M"] = None
+        families = ", ".join(method.stages)
+        rows.append((method.name, method.paper, families, " / ".join(counts)))
+    return rows
+
+
+def _table(header: str, rows: List[Tuple[str, ...]]) -> str:
+    """Markdown; names and defaults are code, what begins with "the" is not."""
+    titles = header.split(" | ")
+    code = {0} | {i for i, title in enumerate(titles) if title == "default"}
+    lines = [f"| {header} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        cells = [
+            f"`{x}`" if i in code and not x.startswith("the ") else _plain(x)
+            for i, x in enumerate(row)
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """A docstring's markup as Markdown."""
+    text = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", text).replace("``", "`")
+    return " ".join(text.split())
+
+
+def measured() -> Dict[Tuple[str, str], str]:
+    """(page, name of its markers) -> the table between them, from the records of docs/results."""
+    records = {name: json.loads((ROOT / f"docs/results/{name}.json").read_text()) for name in PAIRS}
+    found = {("MODEL_ZOO.md", name): _zoo(record) for name, record in records.items()}
+    found["README.md", "choice"] = _choice(records)
+    return found
+
+
+def _zoo(record: Mapping[str, Any]) -> str:
+    """Every finished method of a comparison: AP, what it gains, what it costs."""
+    tasks = {"bbox": "box AP", "segm": "mask AP"}
+    tasks = {task: title for task, title in tasks.items() if record["teacher"].get(task)}
+    titles = ["recipe"]
+    for title in tasks.values():
+        titles += [title, f"gain in {title} [95 % interval]"]
+    titles += ["training memory MB", "parameters of the losses", "seeds"]
+    rows = []
+    for method in record["methods"]:
+        arms = _finished(record, method)
+        row = [Path(method).name]
+        for task in tasks:
+            mean, _ = interval([arm["results"][task]["AP"] for arm in arms])
+            gain = "-" if method == record["baseline"] else _gain(record, method, task)
+            row += [f"{mean:.1f}", gain]
+        memory = fmean(arm["peak_memory_mb"] for arm in arms)
+        row += [f"{memory:,.0f}", f"{arms[0]['parameters']['losses']:,}", str(len(arms))]
+        rows.append(tuple(row))
+    teacher = ["the teacher"]
+    for task in tasks:
+        teacher += [f"{record['teacher'][task]['AP']:.1f}", "-"]
+    rows.append((*teacher, "-", "-", "1"))
+    return _table(" | ".join(titles), rows)
+
+
+def _choice(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Methods that every comparison has: gain in box AP per family, and the greatest costs."""
+    common = [
+        m for m in records["two"]["methods"] if all(m in r["methods"] for r in records.values())
+    ]
+    baseline = records["two"]["baseline"]
+    rows = []
+    for method in common:
+        if method == baseline:
+            continue
+        gains = [_gain(record, method, "bbox") for record in records.values()]
+        memory = max(
+            fmean(arm["peak_memory_mb"] for arm in _finished(record, method))
+            / fmean(arm["peak_memory_mb"] for arm in _finished(record, baseline))
+            for record in records.values()
+        )
+        parameters = max(
+            arm["parameters"]["losses"]
+            for record in records.values()
+            for arm in _finished(record, method)
+        )
+        rows.append((method, *gains, f"{memory:.2f}", f"{parameters / 1e6:.2f} M"))
+    titles = "method | two-stage | one-stage | with masks | memory ratio | extra parameters"
+    return _table(titles, rows)
+
+
+def _finished(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]:
+    arms = record["arms"]
+    return [arm for arm in arms if arm["method"] == method and arm["status"] == "finished"]
+
+
+def _gain(record: Mapping[str, Any], method: str, task: str) -> str:
+    gain = difference(record, method, record["baseline"], task)
+    return f"{gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]"
+
+
+def fill(page: str, name: str, table: str) -> str:
+    """A page's text with another table between ``<!-- name -->`` and ``<!-- end of name -->``.
+
+    Raises:
+        ValueError: the page does not have these markers once.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"no single {begin} and {end}")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+
+
+if __name__ == "__main__":
+    for (page, name), table in measured().items():
+        path = ROOT / page
+        path.write_text(fill(path.read_text(), name, table))

@@ -1,0 +1,32 @@
+"""The notebook runs from its first cell to its last."""
+
+import json
+
+import nbformat
+import tiny
+from nbclient import NotebookClient
+
+PATH = tiny.ROOT / "docs/tutorial.ipynb"
+
+
+def test_every_cell_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUTORIAL_SHORT", "1")
+    monkeypatch.setenv("TUTORIAL_OUTPUT", str(tmp_path / "tutorial"))
+    notebook = nbformat.read(PATH, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": PATH.parent}}
+    )
+    client.execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("teacher" in str(x.get("data", {}).get("text/markdown")) for x in shown)
+    for name in ("losses.png", "detections.png", "sharedkd/model_final.pth"):
+        assert (tmp_path / "tutorial" / name).stat().st_size > 0
+    student = json.loads((tmp_path / "tutorial/sharedkd/run.json").read_text())
+    assert student["iterations"] == 4
+
+
+def test_it_is_committed_without_outputs():
+    notebook = nbformat.read(PATH, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
