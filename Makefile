@@ -1,7 +1,7 @@
 # Any Python from 3.11 on. A Detectron2 that it can import already is used as it is.
 PYTHON ?= $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
-.PHONY: setup demo test lint docs benchmark clean
+.PHONY: setup demo test torture lint docs benchmark clean
 
 setup: .venv/.ready
 
@@ -24,6 +24,13 @@ lint: .venv/.ready
 docs: .venv/.ready
 	.venv/bin/python -W ignore -m sphinx -b html -q -W --keep-going -c docs . output/site
 	@echo output/site/index.html
+
+# Kills runs, trains for long and trains many at once, for about an hour: docs/reliability.md.
+KILLS ?= 50
+STEPS ?= 10000
+ARMS ?= 20
+torture: .venv/.ready
+	.venv/bin/python tools/torture.py --kills $(KILLS) --steps $(STEPS) --arms $(ARMS)
 
 # Fills docs/performance.md: make benchmark DEVICE=cuda SIZE=800 BATCH=8
 DEVICE ?= cpu

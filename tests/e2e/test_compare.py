@@ -18,7 +18,7 @@ from detectron2.config import LazyConfig
 from sharedkd import ConfigError
 from sharedkd.analysis.pictures import read_curves
 from sharedkd.compare import Comparison, run_comparison
-from sharedkd.runs import BusyError
+from sharedkd.lock import BusyError
 
 ROOT = tiny.ROOT
 CONFIG = str(ROOT / "configs/custom_coco.py")

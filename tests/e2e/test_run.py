@@ -320,7 +320,7 @@ def test_without_a_teacher(train):
     assert row["loss_distill_cross"] > 0 and "loss_distill_identical" not in row
 
 
-def test_resume_refuses_another_teacher_and_a_torn_checkpoint(train, workspace, tmp_path):
+def test_resume_refuses_another_teacher(train, workspace, tmp_path):
     output, _ = train("custom_coco_mask.py", "train.max_iter=2", "train.checkpointer.period=1")
     before = {p.name: p.read_bytes() for p in output.iterdir() if p.suffix in (".yaml", ".pth")}
     other = tmp_path / "other.pth"
@@ -329,9 +329,6 @@ def test_resume_refuses_another_teacher_and_a_torn_checkpoint(train, workspace, 
         ConfigError, match="model.teacher.weights.*not the teacher of the run to resume"
     ):
         train("custom_coco_mask.py", f"model.teacher.weights={other}", flags=["--resume"])
-    (output / "last_checkpoint").write_text("gone.pth")
-    with pytest.raises(ConfigError, match="train.output_dir=.*gone.pth: no such file"):
-        train("custom_coco_mask.py", flags=["--resume"])
     assert before == {p.name: p.read_bytes() for p in output.iterdir() if p.name in before}
 
 

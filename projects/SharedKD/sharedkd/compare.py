@@ -207,7 +207,12 @@ class Comparison:
 
     def _saved_config(self, method: str) -> Optional[Dict[str, Any]]:
         path = self._config_path(method)
-        return OmegaConf.to_container(LazyConfig.load(str(path))) if path.exists() else None
+        if not path.exists():
+            return None
+        # A config may hold a class, such as a kind of block, which JSON has no word for.
+        return json.loads(
+            json.dumps(OmegaConf.to_container(LazyConfig.load(str(path))), default=str)
+        )
 
     def _config_path(self, method: str) -> Path:
         return self.output / "configs" / f"{_folder(method)}.yaml"
@@ -346,7 +351,7 @@ class Comparison:
             "arms": [arm.record() for arm in self.arms],
         }
         _count_collapsed(record)
-        write(record, self.output, WRITER)
+        write(record, str(self.output), WRITER)
         return record
 
     def command(self) -> List[str]:

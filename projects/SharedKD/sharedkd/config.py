@@ -2,7 +2,7 @@
 
 import os
 from functools import partial
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -75,7 +75,7 @@ TRAIN_DEFAULTS = dict(
 )
 
 #: What values of `train` may be, where their type does not say it.
-TRAIN_RULES = {
+TRAIN_RULES: Dict[str, Callable[..., Any]] = {
     "output_dir": lambda key, x: check_text(key, x, empty=False),
     "init_checkpoint": lambda key, x: x is None or check_text(key, x),
     "max_iter": partial(check_number, least=1, whole=True),
@@ -90,7 +90,7 @@ TRAIN_RULES = {
     "log_period": partial(check_number, least=1, whole=True),
 }
 #: What they may be otherwise, by the type of their default.
-TYPE_RULES = {
+TYPE_RULES: Dict[type, Callable[..., Any]] = {
     bool: check_switch,
     int: partial(check_number, least=0, whole=True),
     float: partial(check_number, least=0),

@@ -8,7 +8,7 @@ import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import torch
 from detectron2.engine import hooks
@@ -17,6 +17,7 @@ from torch import nn
 
 from .checkpoint import fingerprint
 from .files import replace
+from .saving import SaveErrors
 
 __all__ = [
     "RunRecord",
@@ -45,6 +46,7 @@ class RunRecord(hooks.HookBase):
         losses: the distillation losses; an empty module for a plain detector.
         results: a dict that holds the last evaluation's results when the run ends.
         resuming: keep what the run's own record says of its start.
+        errors: what to do if it cannot be written.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class RunRecord(hooks.HookBase):
         losses: nn.Module,
         results: Dict[str, Any],
         resuming: bool,
+        errors: SaveErrors,
     ):
         self.path = os.path.join(folder, FILE)
+        self.errors = errors
         self.results = results
         before = read_record(folder) if resuming else {}
         self.record = {
@@ -68,7 +72,7 @@ class RunRecord(hooks.HookBase):
             "processes": comm.get_world_size(),
             "versions": versions(),
         }
-        self.memory = None
+        self.memory: Optional[float] = None
 
     def before_train(self) -> None:
         self._write()
@@ -86,7 +90,8 @@ class RunRecord(hooks.HookBase):
         self._write()
 
     def _write(self) -> None:
-        replace(self.path, lambda f: f.write(json.dumps(self.record, indent=1).encode()))
+        with self.errors.handled(FILE):
+            replace(self.path, lambda f: f.write(json.dumps(self.record, indent=1).encode()))
 
 
 def read_record(folder) -> Dict[str, Any]:
@@ -99,6 +104,7 @@ def read_record(folder) -> Dict[str, Any]:
 
 
 def count_parameters(module: nn.Module) -> int:
+    """How many numbers a module's parameters hold, trained or not."""
     return sum(p.numel() for p in module.parameters())
 
 

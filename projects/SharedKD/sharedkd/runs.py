@@ -1,35 +1,31 @@
 """Training runs as child processes: started, followed, continued, and kept once they are finished."""
 
-import fcntl
 import os
 import re
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Dict, Sequence
+from typing import IO, Any, Callable, Dict, Sequence
 
-from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
 from .checkpoint import has_run
 from .config import load_config
 from .errors import ConfigError
+from .lock import BusyError, for_child, locked
 from .record import read_record
+from .resuming import changes
 
 __all__ = ["BusyError", "Run", "short"]
 
 # What of a run's log is worth a line on the console.
 _TRAINING = re.compile(r"(?:eta: (?P<eta>.+?)\s+)?iter: (?P<iter>\d+)\s.*total_loss: (?P<loss>\S+)")
 _TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
-
-
-class BusyError(ConfigError):
-    """A run that another process is training already."""
 
 
 @dataclass
@@ -74,13 +70,7 @@ class Run:
 
     def has_these_settings(self) -> bool:
         """Whether what its folder holds, if anything, was started with this very config."""
-        saved = self.folder / "config.yaml"
-        if not self.started or not saved.exists():
-            return True
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "config.yaml"
-            LazyConfig.save(self.cfg, str(path))
-            return path.read_text() == saved.read_text()
+        return not (self.started and changes(self.folder, self.cfg))
 
     def command(self, root: Path) -> Sequence[str]:
         return [
@@ -104,16 +94,8 @@ class Run:
             BusyError: another process trains it.
             ConfigError: it failed; the message has the last line that it said.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         last = deque(maxlen=20)
-        with open(self.folder / "lock", "w") as lock, open(self.log, "a") as file:
-            try:
-                # The child holds it, too: it may outlive this process.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BusyError(
-                    short(self.folder), "locked", "another process trains this run", "wait for it"
-                ) from None
+        with locked(self.folder) as lock, open(self.log, "a") as file:
             command = self.command(root)
             with subprocess.Popen(
                 command,
@@ -122,17 +104,21 @@ class Run:
                 text=True,
                 errors="replace",
                 bufsize=1,
+                # The child holds the lock, too: it may outlive this process.
                 pass_fds=[lock.fileno()],
+                env=for_child(lock),
             ) as process:
                 try:
                     for line in process.stdout:
-                        file.write(line)
+                        _write(file, line)
                         last.append(line)
                         progress = _progress(line, iterations)
                         if progress:
                             say(progress)
                 except BaseException:
-                    process.terminate()
+                    process.terminate()  # it saves what it has
+                    for line in process.stdout:
+                        _write(file, line)
                     raise
         if process.returncode:
             reason = next((x.strip() for x in reversed(last) if x.strip()), "")
@@ -142,6 +128,11 @@ class Run:
                 f"is how this run ended: {reason}",
                 f"see {short(self.log)}; the command was: {shlex.join(command)}",
             )
+
+
+def _write(file: IO[str], line: str) -> None:
+    with suppress(OSError):  # a full disk, about which the run itself decides
+        file.write(line)
 
 
 def _progress(line: str, iterations: int) -> str:

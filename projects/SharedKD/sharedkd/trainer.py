@@ -83,6 +83,8 @@ class SharedKDTrainer(SimpleTrainer):
         ConfigError: float16 on the CPU, accumulate below 1, or see BadSteps.
     """
 
+    iter: int  # Detectron2's: the iteration that runs
+
     def __init__(
         self,
         model: nn.Module,

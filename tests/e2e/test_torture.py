@@ -1,0 +1,101 @@
+"""Real processes: killed and resumed, stopped by a signal, refused; see docs/reliability.md."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+
+from sharedkd import ConfigError
+from sharedkd.checkpoint import check_complete
+from sharedkd.lock import BusyError, locked
+
+
+def test_a_short_torture(tmp_path):
+    """`make torture` in small: one death of each kind, and a run of some length."""
+    command = [sys.executable, str(tiny.ROOT / "tools/torture.py"), "--output", str(tmp_path)]
+    command += ["--kills", "5", "--comparison-kills", "0", "--arms", "0", "--steps", "200"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "torture.json").read_text())
+    assert result["kills"]["kills"] == 5 and set(result["kills"]["moments"].values()) == {1}
+    assert result["kills"]["checkpoints read after a kill"] > 2
+    assert result["long run"]["run: growth"] < 0.1 and result["long run"]["worker: growth"] < 0.1
+    assert result["long run"]["bytes logged a step"] < 1000
+
+
+def started(output, *command):
+    """A training process of a group of its own, with three steps behind it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics, deadline = output / "metrics.json", time.time() + 300
+    while process.poll() is None and time.time() < deadline:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") > 2:
+            return process
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(process.communicate()[0])
+
+
+def assert_stopped(process, output, status):
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == status, said
+    assert "Traceback" not in said and "DataLoader worker" not in said
+    (line,) = (x for x in said.splitlines() if "Stopped after iteration" in x)
+    last = output / (output / "last_checkpoint").read_text()
+    check_complete(last)
+    saved = torch.load(last, weights_only=True)["iteration"]
+    assert f"Stopped after iteration {saved}; {last.name} is intact" in line
+    assert "lazyconfig_train_net.py --resume --config-file" in line
+    return said
+
+
+def endless(workspace, output):
+    return [
+        *workspace.data,
+        f"train.output_dir={output}",
+        "train.max_iter=100000",
+        "train.checkpointer.period=100000",
+    ]
+
+
+def test_ctrl_c_reaches_run_and_workers(workspace, tmp_path):
+    """As from a terminal, which signals the whole group; meanwhile, nobody else may train there."""
+    output = tmp_path / "run"
+    opts = [*endless(workspace, output), "dataloader.train.num_workers=2"]
+    process = started(output, *tiny.command("custom_coco_plain.py", *opts))
+    from sharedkd.engine import run
+
+    before = {p.name for p in output.iterdir()}
+    for flags in ([], ["--resume"]):
+        with pytest.raises(ConfigError, match=f"process {process.pid} on .* trains in this folder"):
+            run(tiny.arguments("custom_coco_plain.py", *opts, flags=flags))
+    with pytest.raises(BusyError), locked(output):
+        pass
+    assert {p.name for p in output.iterdir()} == before
+    os.killpg(process.pid, signal.SIGINT)
+    assert_stopped(process, output, 130)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches CPU processes")
+def test_several_processes_stop_at_the_same_step(workspace, tmp_path):
+    """The signal goes to the process that has started them, as a scheduler's does."""
+    output = tmp_path / "run"
+    flags = ["--num-gpus", "2", "--dist-url", "auto"]
+    opts = endless(workspace, output)
+    process = started(output, *tiny.command("custom_coco_plain.py", *opts, flags=flags))
+    process.terminate()
+    said = assert_stopped(process, output, 143)
+    assert said.count("stops after this step") == 1
