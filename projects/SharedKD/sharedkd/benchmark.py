@@ -215,7 +215,7 @@ class Benchmark:
                 with torch.autocast(self.device.type, self.dtype, enabled=mixed):
                     trainer.run_step()
 
-        run.trainer = trainer
+        run.trainer = trainer  # type: ignore[attr-defined]
         return run
 
     def _losses_arm(self, method: str) -> Callable[[], None]:
@@ -270,7 +270,7 @@ class Benchmark:
     def parts(self, rounds: int) -> Dict[str, float]:
         """Median seconds of the parts of a distillation step, and of the ``whole``."""
         run = self.arm("distill")
-        trainer: SharedKDTrainer = run.trainer
+        trainer: SharedKDTrainer = run.trainer  # type: ignore[attr-defined]
         for _ in range(WARM_UP):
             run()
         found: Dict[str, List[float]] = defaultdict(list)

@@ -87,7 +87,8 @@ class SharedKD(nn.Module):
         if stage.weight == 0:  # what is switched off need not fit
             return
         teacher = self.teacher
-        stage.loss.bind(pyramid_shapes(self.student), teacher and teacher.shapes, f"{key}.loss")
+        shapes = teacher.shapes if teacher else None
+        stage.loss.bind(pyramid_shapes(self.student), shapes, f"{key}.loss")
         if "regions" in stage.loss.needs:
             check_regions(self.student, teacher and teacher.model, f"{key}.loss")
         if "labels" in stage.loss.needs:

@@ -238,9 +238,9 @@ class FrozenTeacher:
     def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
         """Its class logits of the student's regions, (R, K + 1), from its own maps of the FPN."""
         # Detectron2's RoIAlign rounds boxes to the type of the maps.
-        maps = {stride: precise(x) for stride, x in maps["fpn"].items()}
+        pyramid = {stride: precise(x) for stride, x in maps["fpn"].items()}
         with self._arithmetic():
-            return region_logits(self.model, maps, boxes)
+            return region_logits(self.model, pyramid, boxes)
 
     @torch.no_grad()
     def predict(self, batched_inputs: List[Dict[str, Any]], input_format: str = "BGR"):

@@ -302,8 +302,8 @@ def _check_batch_size(total_batch_size: int) -> None:
 
 
 def _check_limit(most: Union[int, float]) -> None:
-    share = {} if isinstance(most, int) else dict(most=1)
-    check_number(f"{KEY}.max_bad_images", most, least=0, **share)
+    limit = float("inf") if isinstance(most, int) else 1
+    check_number(f"{KEY}.max_bad_images", most, least=0, most=limit)
 
 
 def _orientations(dataset: Sequence[Dict[str, Any]]) -> List[int]:

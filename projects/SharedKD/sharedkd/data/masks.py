@@ -75,7 +75,7 @@ def _polygon_fault(polygon: Any, height: int, width: int) -> str:
 
 def _outline(xs: List[float], ys: List[float]) -> float:
     """Length in pixels as pycocotools walks it: each step counts its longer side."""
-    steps = (abs(np.diff(c, append=c[0])) for c in (xs, ys))
+    steps = (np.abs(np.diff(c, append=c[0])) for c in (xs, ys))
     return float(np.maximum(*steps).sum())
 
 
