@@ -167,14 +167,18 @@ PLAIN = {
         ["cannot be written to", "another folder"],
     ),
     "output folder with another run": (
-        lambda bad: bad.file("train.output_dir", b"model_0000001.pth", "last_checkpoint")
-        and [f"train.output_dir={bad.folder}"],
+        lambda bad: (
+            bad.file("train.output_dir", b"model_0000001.pth", "last_checkpoint")
+            and [f"train.output_dir={bad.folder}"]
+        ),
         "train.output_dir",
         ["another run's checkpoint", "--resume"],
     ),
     "output folder with weights": (
-        lambda bad: bad.file("train.output_dir", b"precious", "model_final.pth")
-        and [f"train.output_dir={bad.folder}"],
+        lambda bad: (
+            bad.file("train.output_dir", b"precious", "model_final.pth")
+            and [f"train.output_dir={bad.folder}"]
+        ),
         "train.output_dir",
         ["model_final.pth", "choose another folder"],
     ),

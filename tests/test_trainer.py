@@ -13,8 +13,8 @@ from sharedkd import (
     IdenticalLayer,
     SharedKD,
     SharedKDTrainer,
+    Stage,
 )
-from sharedkd import Stage
 
 RECORDS = tiny.batch()
 

@@ -164,8 +164,9 @@ def moments(folder: Path, typical: float):
     somewhere = random.uniform(0, typical)
     return {
         "anywhere": lambda: time.monotonic() - begin > somewhere,
-        "starting": lambda: (folder / "config.before.yaml").exists()
-        or _grown(console, b"Environment info", said),
+        "starting": lambda: (
+            (folder / "config.before.yaml").exists() or _grown(console, b"Environment info", said)
+        ),
         "writing a checkpoint": lambda: any(folder.glob("*.pth.tmp")),
         "before it is pointed to": lambda: set(folder.glob("*.pth")) - known,
         "evaluation": lambda: _grown(log, b"Start inference", size),

@@ -210,7 +210,9 @@ def load_config(
     for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
         if not isinstance(cfg.get(key), DictConfig):
             findings.add(
-                ConfigError("--config-file", path, f"has no `{key}`", "start from a file of configs/")
+                ConfigError(
+                    "--config-file", path, f"has no `{key}`", "start from a file of configs/"
+                )
             )
             findings.raise_errors()  # there is nothing else to check
     cfg.train = _settle_train(cfg.get("train", {}), findings)
@@ -424,9 +426,7 @@ def _check_own_data(data: DictConfig, split: str, findings: Findings) -> CocoSum
     for name in (key, f"data.{split}_images"):
         value = data.get(name.partition(".")[2])
         if not value or not isinstance(value, str):
-            findings.add(
-                ConfigError(name, value, "is not set", f"add {name}=PATH to the command")
-            )
+            findings.add(ConfigError(name, value, "is not set", f"add {name}=PATH to the command"))
     json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
     if not (json_file and images and isinstance(json_file, str) and isinstance(images, str)):
         return FAILED

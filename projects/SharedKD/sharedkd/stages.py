@@ -81,9 +81,7 @@ class Stage:
         >>> [stage.weight_at(i, max_iter=10) for i in range(10)]
         [0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 0.0, 0.0]
         """
-        start, ramp, end = (
-            self._iteration(x, max_iter) for x in (self.start, self.ramp, self.end)
-        )
+        start, ramp, end = (self._iteration(x, max_iter) for x in (self.start, self.ramp, self.end))
         if iteration < start or (end is not None and iteration >= end):
             return 0.0
         return self.weight * min(1.0, (iteration - start + 1) / max(ramp, 1))

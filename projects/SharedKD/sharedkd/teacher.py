@@ -192,8 +192,9 @@ class FrozenTeacher:
         exact = self.dtype is torch.float32
         device = self.model.pixel_mean.device
         allowed = {"float32": False, "tf32": True}.get(self.precision)
-        with _tf32(device, allowed), torch.autocast(
-            device.type, None if exact else self.dtype, enabled=not exact
+        with (
+            _tf32(device, allowed),
+            torch.autocast(device.type, None if exact else self.dtype, enabled=not exact),
         ):
             yield
 

@@ -220,9 +220,12 @@ class SharedKDTrainer(SimpleTrainer):
         """The model's losses, with the random draws of that iteration and part."""
         batch = self._on_device(batch)
         self._reseed(part, iteration)
-        with torch.autocast(
-            self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
-        ), torch.jit.optimized_execution(self.device_type == "cuda"):
+        with (
+            torch.autocast(
+                self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+            ),
+            torch.jit.optimized_execution(self.device_type == "cuda"),
+        ):
             # fvcore's scripted focal loss rounds in another way once the JIT has warmed up,
             # which a resumed run does again; on the CPU a resumed run is to be exact.
             return model(batch, weights) if self.stages else model(batch)
