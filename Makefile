@@ -20,9 +20,9 @@ lint: .venv/.ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# A broken link or reference is an error.
+# A broken link or reference is an error. Always whole: tables are made from the code.
 docs: .venv/.ready
-	.venv/bin/python -W ignore -m sphinx -b html -q -W --keep-going -c docs . output/site
+	.venv/bin/python -W ignore -m sphinx -b html -q -aE -W --keep-going -c docs . output/site
 	@echo output/site/index.html
 
 # Kills runs, trains for long and trains many at once, for about an hour: docs/reliability.md.
