@@ -15,7 +15,6 @@ All functions read one record, a plain dict as ``results.json`` holds it:
 A value that is NaN or None counts as one that is not there.
 """
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -29,11 +28,15 @@ from scipy.stats import t
 from tabulate import tabulate
 
 from ..files import replace
+from .strict_json import strict_json
 
 __all__ = [
     "Difference",
+    "Row",
     "difference",
     "interval",
+    "measured",
+    "notes",
     "plot_ap",
     "plot_cost",
     "plot_sizes",
@@ -57,6 +60,9 @@ def interval(values: Sequence[float], confidence: float = _CONFIDENCE) -> Tuple[
     Returns:
         The mean and the half width of the interval, in the unit of ``values``.  Of one value the
         half width is NaN, of none both are.
+
+    >>> "%.3f +- %.3f" % interval([1.0, 2.0, 3.0])
+    '2.000 +- 2.484'
     """
     if len(values) == 0:
         return math.nan, math.nan
@@ -113,6 +119,62 @@ def difference(
     ours, theirs = (_scores(record, name, task, metric) for name in (method, reference))
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return Difference(*interval(pairs), seeds=len(pairs))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one method on one task; NaN where nothing was.
+
+    Args:
+        method: its name.
+        scores: seed to AP.
+        mean, half_width: of AP over seeds, see :func:`interval`.
+        metrics: AP50, AP75, APs, APm and APl to their means.
+        gain: against the baseline; None for the baseline itself.
+        iterations, seconds_per_step, minutes, peak_memory_mb, loss_parameters: means over seeds.
+    """
+
+    method: str
+    scores: Mapping[int, float]
+    mean: float
+    half_width: float
+    metrics: Mapping[str, float]
+    gain: Optional[Difference]
+    iterations: float
+    seconds_per_step: float
+    minutes: float
+    peak_memory_mb: float
+    loss_parameters: float
+
+
+def measured(record: Mapping[str, Any]) -> Dict[str, List[Row]]:
+    """Of each task that was evaluated ("bbox", "segm"), a row per method."""
+    return {task: [_row(record, m, task) for m in record["methods"]] for task in _tasks(record)}
+
+
+def _row(record: Mapping[str, Any], method: str, task: str) -> Row:
+    scores, baseline = _scores(record, method, task), record["baseline"]
+    mean, half_width = interval(list(scores.values()))
+    return Row(
+        method,
+        scores,
+        mean,
+        half_width,
+        {m: _mean(list(_scores(record, method, task, m).values())) for m in _MORE_METRICS},
+        None if method == baseline else difference(record, method, baseline, task),
+        _mean(_costs(record, method, "iterations")),
+        _mean(_costs(record, method, "seconds_per_step")),
+        _minutes(record, method),
+        _mean(_costs(record, method, "peak_memory_mb")),
+        _mean(_loss_parameters(record, method)),
+    )
+
+
+def notes(record: Mapping[str, Any]) -> List[str]:
+    """What a reader of the numbers must know, as Markdown paragraphs and lists."""
+    found = [*_warnings(record), *_equal_time_notes(record)]
+    gaps = _gaps(record)
+    return [*found, *(["\n".join(gaps)] if gaps else []), _caveats(record)]
 
 
 def report(record: Mapping[str, Any]) -> str:
@@ -236,8 +298,7 @@ def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
         replace(str(target / name), fill, writer)
 
     # The measurements first: all else can be made from them again.
-    strict = json.dumps(_strict(record), indent=2, allow_nan=False) + "\n"
-    put("results.json", lambda f: f.write(strict.encode()))
+    put("results.json", lambda f: f.write(strict_json(record)))
     plots = {"ap": plot_ap, "cost": plot_cost, "sizes": plot_sizes}
     titles = {"ap": "AP", "cost": "AP against training time", "sizes": "AP by size of the objects"}
     for name, plot in plots.items():
@@ -630,15 +691,3 @@ def _overlap(spots: np.ndarray, other: np.ndarray) -> np.ndarray:
 def _save(figure: Figure, path: Union[str, IO[bytes]]) -> Figure:
     figure.savefig(path, format="png")  # whatever the path ends in
     return figure
-
-
-# Writing
-
-
-def _strict(value: Any) -> Any:
-    """``value`` with None for the floats that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,26 +4,22 @@ Figures are built through Matplotlib's object-oriented API, so no display, backe
 state is involved.
 """
 
-import colorsys
-import itertools
 import json
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils.visualizer import GenericMask, Visualizer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from .drawing import DrawnObject, draw_objects, picture_grid
 
 __all__ = ["detector_loss", "loss_curves", "read_curves", "side_by_side"]
 
 _DISTILLATION = "distill/"
-_CELL = 3.6  # inches, the width of one picture of the grid
-_DRAWN_WIDTH = 640  # pixels, at least: lines and letters drawn on a tiny image would be blocks
-_LABEL = 0.022  # points of a label's font per pixel of the image's width
 
 
 def side_by_side(
@@ -61,16 +57,7 @@ def side_by_side(
             row.append(_draw_detections(image, found[found.scores >= score_threshold], classes))
         grid.append(row)
 
-    heights = [_CELL * row[0].shape[0] / row[0].shape[1] for row in grid]
-    figure = Figure(figsize=(_CELL * (1 + len(models)), sum(heights) + 0.4), layout="constrained")
-    cells = figure.subplots(len(grid), 1 + len(models), squeeze=False, height_ratios=heights)
-    for axes, picture in zip(cells.flat, itertools.chain(*grid)):
-        axes.imshow(picture)
-        axes.set_axis_off()
-    for axes, title in zip(cells[0], ["ground truth", *models]):
-        axes.set_title(title)
-    figure.savefig(path, dpi=120)
-    return figure
+    return picture_grid(grid, ["ground truth", *models], path)
 
 
 def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]] = None) -> Figure:
@@ -174,59 +161,28 @@ def _object_count(sample: Mapping[str, Any]) -> int:
 def _draw_annotations(
     image: np.ndarray, notes: Sequence[Mapping[str, Any]], classes: Sequence[str]
 ) -> np.ndarray:
-    boxes = [BoxMode.convert(note["bbox"], note["bbox_mode"], BoxMode.XYXY_ABS) for note in notes]
     with_masks = all("segmentation" in note for note in notes)
-    categories = [note["category_id"] for note in notes]
-    return _draw(
+    return draw_objects(
         image,
-        np.array(boxes, dtype=float).reshape(-1, 4),
-        [note["segmentation"] for note in notes] if with_masks else None,
-        categories,
-        [classes[category] for category in categories],
+        [
+            DrawnObject(
+                BoxMode.convert(list(note["bbox"]), note["bbox_mode"], BoxMode.XYXY_ABS),
+                note["category_id"],
+                note["segmentation"] if with_masks else None,
+                classes[note["category_id"]],
+            )
+            for note in notes
+        ],
     )
 
 
 def _draw_detections(image: np.ndarray, found: Instances, classes: Sequence[str]) -> np.ndarray:
-    categories = found.pred_classes.tolist()
-    return _draw(
+    masks = found.pred_masks.numpy() if found.has("pred_masks") else [None] * len(found)
+    boxes, categories = found.pred_boxes.tensor.tolist(), found.pred_classes.tolist()
+    return draw_objects(
         image,
-        found.pred_boxes.tensor.numpy(),
-        list(found.pred_masks.numpy()) if found.has("pred_masks") else None,
-        categories,
-        [f"{classes[c]} {score:.0%}" for c, score in zip(categories, found.scores.tolist())],
+        [
+            DrawnObject(box, category, mask, f"{classes[category]} {score:.0%}")
+            for box, category, mask, score in zip(boxes, categories, masks, found.scores.tolist())
+        ],
     )
-
-
-def _draw(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    masks: Optional[Sequence[Any]],
-    categories: Sequence[int],
-    labels: Sequence[str],
-) -> np.ndarray:
-    """``image`` (H, W, 3) of RGB bytes, enlarged if it is small, with the objects drawn over it."""
-    visualizer = Visualizer(image, scale=max(1.0, _DRAWN_WIDTH / image.shape[1]))
-    # By pixels: overlay_instances fills the holes of a mask.
-    for mask, category in zip(masks or (), categories):
-        pixels = GenericMask(mask, *image.shape[:2]).mask
-        visualizer.draw_binary_mask(pixels, color=_color(category), alpha=0.4)
-    visualizer.overlay_instances(
-        boxes=boxes,
-        # Visualizer's own class colours vary at random from object to object.
-        assigned_colors=[_color(category) for category in categories],
-    )
-    # Visualizer sizes its labels for a picture that fills the screen.
-    for box, label, category in zip(boxes.tolist(), labels, categories):
-        visualizer.draw_text(
-            label,
-            (box[0], box[1]),
-            font_size=_LABEL * image.shape[1],
-            color=_color(category, lightness=0.8),
-            horizontal_alignment="left",
-        )
-    return visualizer.output.get_image()
-
-
-def _color(category: int, lightness: float = 0.5) -> Tuple[float, float, float]:
-    """The RGB colour of a class: golden-ratio steps keep the hues of neighbours far apart."""
-    return colorsys.hls_to_rgb(category * 0.618034 % 1, lightness, 0.9)

@@ -1,0 +1,167 @@
+"""The sections that embed what other tools measured: feature gaps and detections."""
+
+import json
+from pathlib import Path
+from typing import Any, List, Mapping, Optional
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_hex
+
+from ..gap_report import NAMES, TAPS, first_and_last, words
+from ..similarity import MEASURES
+from .markup import Markup, join, markdown, missing, picture, section, tag
+from .source import Source, is_distilled
+
+__all__ = ["detections", "features"]
+
+_TRUTH = "ground truth"
+
+
+def features(source: Source, folder: Path) -> Markup:
+    """Heat maps of the gaps before and after training, and the verdict in words.
+
+    Args:
+        folder: the --output of tools/analyze_features.py.
+    """
+    record = _read(folder / "features.json")
+    if record is None:
+        run = next((r for r in source.runs if is_distilled(r.config)), None)
+        config = run.folder / "config.yaml" if run else "CONFIG"
+        command = f"tools/analyze_features.py --config-file {config} --output {folder}"
+        return section(
+            "features", "Feature gaps", missing("Not measured here. Measure them with", command)
+        )
+    verdict = markdown(words(record).split("## The gaps")[0].partition("\n")[2])
+    parts: List[Any] = [verdict]
+    for tap in record["checkpoints"][0]["taps"]:
+        parts.append(tag("h3", f"Heat maps: {TAPS[tap]}"))
+        for measure in MEASURES:
+            parts.append(_heat_maps(record, tap, measure))
+    names = [name for name in record["pictures"] if not name.startswith("heat")]
+    pictures = _pictures(folder, names)
+    if pictures:
+        parts.append(
+            tag("details", tag("summary", "Maps over images, and over training"), *pictures)
+        )
+    parts.append(tag("p", "Measured by ", tag("code", record.get("command") or "–")))
+    return section("features", "Feature gaps", *parts)
+
+
+def _heat_maps(record: Mapping[str, Any], tap: str, measure: str) -> Markup:
+    """The teacher's own levels, then the pairs of the student before and after: one scale of colours."""
+    steps = first_and_last(record)
+    shown = [("teacher - teacher", steps[0], "teacher-teacher")]
+    for kind in ("student-teacher", "student-student"):
+        for step in steps:
+            shown.append((f"{kind.replace('-', ' - ')}, {step['name']}", step, kind))
+    found = [(title, step["taps"][tap]["matrices"][kind][measure]) for title, step, kind in shown]
+    known = np.concatenate([np.ravel(np.array(m["mean"], float)) for _, m in found])
+    low, high = float(np.nanmin(known)), float(np.nanmax(known))
+    tables = [_heat_map(title, matrix, low, high) for title, matrix in found]
+    return join([tag("h4", NAMES[measure]), tag("div", *tables, class_="heats")])
+
+
+def _heat_map(title: str, matrix: Mapping[str, Any], low: float, high: float) -> Markup:
+    head = tag("tr", tag("td"), *(tag("th", f"{s}", scope="col") for s in matrix["columns"]))
+    rows = []
+    for stride, means, spreads in zip(matrix["rows"], matrix["mean"], matrix["sd"]):
+        cells = [_heat(mean, sd, low, high) for mean, sd in zip(means, spreads)]
+        rows.append(tag("tr", tag("th", f"{stride}", scope="row"), *cells))
+    return tag("table", tag("caption", title), head, *rows, class_="heat")
+
+
+def _heat(mean: Optional[float], spread: Optional[float], low: float, high: float) -> Markup:
+    if mean is None or np.isnan(mean):
+        return tag("td", "–")
+    share = (mean - low) / (high - low) if high > low else 0.5
+    color = to_hex(matplotlib.colormaps["cividis"](share))
+    style = f"background:{color};color:{'#fff' if share < 0.5 else '#000'}"
+    title = None if spread is None or np.isnan(spread) else f"± {spread:.3f} over images"
+    return tag("td", f"{mean:.2f}", style=style, title=title)
+
+
+def detections(source: Source, folder: Path) -> Markup:
+    """Pictures with a slider between two models, AP bars, and kinds of mistakes.
+
+    Args:
+        folder: the --output of tools/visualize_pair.py.
+    """
+    record = _read(folder / "detections.json")
+    if record is None:
+        command = f"tools/visualize_pair.py {source.folder} --output {folder}"
+        return section(
+            "detections", "Detections", missing("Not drawn here. Draw them with", command)
+        )
+    parts: List[Any] = []
+    if record["between"][0] != record["between"][1]:
+        x, (first, second) = record["difference"], record["between"]
+        parts.append(
+            tag(
+                "p",
+                f"Quality per image (from 0 to 1), {second} minus {first}: {_signed(x['mean'])} "
+                f"[{_signed(x['low'])}, {_signed(x['high'])}] over {x['images']} images: {x['verdict']}. "
+                "The interval is over images, for these very weights.",
+            )
+        )
+    parts.append(
+        tag(
+            "p",
+            "The images where these two differ most: the exceptions, not the rule. Solid boxes are right, "
+            "dashed and crossed ones are false alarms, black and white dashes are objects not found; "
+            f"scores of at least {record['score_threshold']:g}.",
+        )
+    )
+    shots = [_shot(folder, shot) for shot in record["gallery"]]
+    if any(shots):
+        left, right = record["between"]
+        opened = tag("summary", "All pictures")
+        shown = tag("details", opened, *shots, open=True, class_="shots")
+        parts.append(tag("div", shown, class_="gallery", data_left=left, data_right=right))
+    parts += _pictures(folder, ["ap_bars.png", "mistakes.png"])
+    parts.append(tag("p", "Drawn by ", tag("code", record.get("command") or "–")))
+    return section("detections", "Detections", *parts)
+
+
+def _shot(folder: Path, shot: Mapping[str, Any]) -> Markup:
+    title = f"{shot['file_name']}, {shot['objects']} object{'s' * (shot['objects'] != 1)}"
+    pictures = []
+    for model, name in shot["pictures"].items():
+        path = _inside(folder, name)
+        if path:
+            score = shot["scores"].get(model)
+            quality = f", quality {score:.2f}" if score is not None else ""
+            image = picture(path, f"{model} on {shot['file_name']}", loading="lazy")
+            caption = tag("figcaption", f"{model}{quality}")
+            pictures.append(tag("figure", image, caption, data_model=model))
+    if not pictures:
+        return Markup("")
+    return tag("div", tag("h4", title), tag("div", *pictures, class_="row"), class_="shot")
+
+
+def _pictures(folder: Path, names) -> List[Markup]:
+    paths = [(name, _inside(folder, name)) for name in names]
+    return [
+        tag(
+            "figure",
+            picture(path, f"{name}: see the caption there", loading="lazy"),
+            class_="paper",
+        )
+        for name, path in paths
+        if path
+    ]
+
+
+def _inside(folder: Path, name: str) -> Optional[Path]:
+    """A picture of a folder; what is named outside of it is not embedded."""
+    path = (folder / name).resolve()
+    ok = path.is_file() and path.is_relative_to(folder.resolve())
+    return path if ok and path.suffix.lower() in (".jpg", ".jpeg", ".png") else None
+
+
+def _read(path: Path) -> Optional[Mapping[str, Any]]:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _signed(value: Optional[float]) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:+.3f}"

@@ -1,0 +1,89 @@
+"""The page: its sections in order, in the template, with style and script inside."""
+
+import base64
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Optional
+
+from ...files import replace
+from . import evidence, overview, training
+from .markup import Markup, join, tag
+from .source import read_source
+
+__all__ = ["as_html", "write_report"]
+
+_SECTIONS = {
+    "summary": "Summary",
+    "results": "Results",
+    "cost": "Cost",
+    "curves": "Loss curves",
+    "gradients": "Gradient shares",
+    "features": "Feature gaps",
+    "detections": "Detections",
+    "configs": "Settings",
+    "about": "Versions",
+}
+_KINDS = {"comparison": "Comparison", "runs": "Runs", "run": "Run"}
+
+
+def write_report(
+    folder: Path,
+    output: Optional[Path] = None,
+    features: Optional[Path] = None,
+    detections: Optional[Path] = None,
+) -> Path:
+    """Write the report of a run, a comparison, or a folder of runs.
+
+    Args:
+        folder: its output folder.
+        output: the HTML file; default: report.html in that folder.
+        features, detections: where tools/analyze_features.py and tools/visualize_pair.py wrote;
+            default: ``features`` and ``detections`` in that folder.
+
+    Returns:
+        the HTML file.
+
+    Raises:
+        ConfigError: there is nothing to report in the folder.
+    """
+    text = as_html(folder, features, detections)
+    output = output or folder / "report.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replace(str(output), lambda f: f.write(text.encode()))
+    return output
+
+
+def as_html(
+    folder: Path, features: Optional[Path] = None, detections: Optional[Path] = None
+) -> str:
+    """The report as one HTML document, the same bytes for the same files; see :func:`write_report`."""
+    source = read_source(folder)
+    sections = [
+        overview.summary(source),
+        overview.results(source),
+        overview.cost(source),
+        training.curves(source),
+        training.gradients(source),
+        evidence.features(source, features or folder / "features"),
+        evidence.detections(source, detections or folder / "detections"),
+        overview.configs(source),
+        overview.about(source),
+    ]
+    links = [tag("a", title, href=f"#{key}") for key, title in _SECTIONS.items()]
+    here = files(__package__)
+    style, script, template = (
+        here.joinpath(name).read_text("utf-8")
+        for name in ("style.css", "script.js", "template.html")
+    )
+    title = f"{_KINDS[source.kind]} {folder.resolve().name}"
+    return Template(template).substitute(
+        title=join([title]),
+        style=Markup(style),
+        script=Markup(script),
+        # The browser runs this script and no other, and loads nothing from anywhere.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        links=join(links),
+        sections=join(sections),
+    )

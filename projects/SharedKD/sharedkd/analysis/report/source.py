@@ -1,0 +1,219 @@
+"""What a report is made from: the files of a run, of a comparison, or of a folder of runs."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional
+
+import numpy as np
+import yaml
+
+from ...compare import folder_name
+from ...errors import ConfigError
+from ...record import read_record
+from ..pictures import read_curves
+
+__all__ = ["RunData", "Source", "is_distilled", "read_source"]
+
+_TASKS = ("bbox", "segm")
+
+
+@dataclass
+class RunData:
+    """One training run.
+
+    Attributes:
+        method, seed: which arm it is.
+        folder: its output folder.
+        record: its run.json; empty if there is none.
+        curves: its metrics.json, see :func:`~.pictures.read_curves`; empty if there is none.
+        config: its config.yaml as plain values, references unresolved; None if there is none.
+    """
+
+    method: str
+    seed: int
+    folder: Path
+    record: Mapping[str, Any]
+    curves: Mapping[str, np.ndarray]
+    config: Optional[Mapping[str, Any]]
+
+    @property
+    def iterations_done(self) -> int:
+        """How many its metrics tell of."""
+        steps = self.curves.get("iteration", np.array([]))
+        losses = self.curves.get("total_loss", np.full(len(steps), np.nan))
+        done = steps[~np.isnan(losses)]
+        return int(done[-1]) + 1 if len(done) else 0
+
+    @property
+    def max_iter(self) -> Optional[int]:
+        """Of its config, without which its record has it once it is finished."""
+        train = (self.config or {}).get("train") or {}
+        return train.get("max_iter") or self.record.get("iterations")
+
+
+@dataclass
+class Source:
+    """All that a report tells of.
+
+    Attributes:
+        folder: the one that was named.
+        kind: "comparison", "runs" (a folder of them, one seed each) or "run".
+        record: as :mod:`sharedkd.analysis.comparison` describes it.
+        runs: of the arms that have a folder.
+        configs: method to its config; methods without one are not there.
+    """
+
+    folder: Path
+    kind: str
+    record: Mapping[str, Any]
+    runs: List[RunData]
+    configs: Dict[str, Mapping[str, Any]]
+
+    def runs_of(self, method: str) -> List[RunData]:
+        """Those whose curves can be averaged: the finished ones, or all while none is."""
+        runs = [run for run in self.runs if run.method == method and len(run.curves)]
+        return [run for run in runs if _results(run)] or runs
+
+
+def read_source(folder: Path) -> Source:
+    """Read a folder.
+
+    Raises:
+        ConfigError: there is nothing to report in it, or its results.json is torn.
+    """
+    if (folder / "results.json").is_file():
+        return _comparison(folder)
+    if _is_run(folder):
+        name = folder.resolve().name
+        return _of_runs(folder, "run", [_run(folder, name, None)])
+    runs = [_run(path, path.name, None) for path in sorted(folder.glob("*/")) if _is_run(path)]
+    if not runs:
+        raise ConfigError(
+            "DIR",
+            folder,
+            "holds neither a run nor a comparison",
+            "name the train.output_dir of a run, or the --output of tools/compare_methods.py",
+        )
+    return _of_runs(folder, "runs", runs)
+
+
+def is_distilled(config: Optional[Mapping[str, Any]]) -> bool:
+    """Whether a config is of a pair, and not of a plain detector."""
+    model = (config or {}).get("model")
+    return isinstance(model, Mapping) and "student" in model and "stages" in model
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("metrics.json", "run.json", "config.yaml"))
+
+
+def _comparison(folder: Path) -> Source:
+    try:
+        record = json.loads((folder / "results.json").read_text())
+    except ValueError as e:
+        raise ConfigError(
+            "DIR", folder, f"has a results.json that cannot be read: {e}", "compare once more"
+        ) from e
+    # Recipes are known by their names here, whatever folder they are from.
+    record["methods"] = [folder_name(method) for method in record["methods"]]
+    record["configs"] = {folder_name(m): c for m, c in (record.get("configs") or {}).items()}
+    runs = []
+    for arm in record["arms"]:
+        arm["method"] = folder_name(arm["method"])
+        path = folder / arm["method"] / f"seed{arm['seed']}"
+        if _is_run(path):
+            runs.append(_run(path, arm["method"], arm["seed"]))
+    configs = {m: c for m, c in record["configs"].items() if c}
+    for run in runs:
+        if run.config:
+            configs.setdefault(run.method, run.config)
+    return Source(folder, "comparison", record, runs, configs)
+
+
+def _of_runs(folder: Path, kind: str, runs: List[RunData]) -> Source:
+    """A run, or several, told as a comparison with one seed each; their teacher is none of them."""
+    teachers = {_teacher_of(run) for run in runs}
+    teacher = next((r for r in runs if r.folder.resolve() in teachers and len(runs) > 1), None)
+    arms = [run for run in runs if run is not teacher]
+    plain = [run.method for run in arms if not is_distilled(run.config)]
+    record = {
+        "methods": [run.method for run in arms],
+        "baseline": (plain or [arms[0].method])[0],
+        "teacher": _results(teacher) if teacher else None,
+        "arms": [_arm(run) for run in arms],
+    }
+    configs = {run.method: run.config for run in arms if run.config}
+    return Source(folder, kind, record, arms, configs)
+
+
+def _teacher_of(run: RunData) -> Optional[Path]:
+    teacher = ((run.config or {}).get("model") or {}).get("teacher")
+    weights = teacher.get("weights") if isinstance(teacher, Mapping) else None
+    return Path(weights).resolve().parent if isinstance(weights, str) else None
+
+
+def _arm(run: RunData) -> Dict[str, Any]:
+    results = _results(run)
+    times = run.curves.get("time", np.array([]))
+    times = times[~np.isnan(times)]
+    return {
+        "method": run.method,
+        "seed": run.seed,
+        "iterations": run.iterations_done or None,
+        **run.record,
+        "status": "finished" if results else "missing",
+        "results": results,
+        "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
+    }
+
+
+def _results(run: RunData) -> Dict[str, Dict[str, float]]:
+    """Of its last evaluation, which metrics.json has, too; empty before one."""
+    if run.record.get("results"):
+        return run.record["results"]
+    found: Dict[str, Dict[str, float]] = {}
+    for key, values in run.curves.items():
+        task, _, metric = key.partition("/")
+        known = values[~np.isnan(values)]
+        if task in _TASKS and len(known):
+            found.setdefault(task, {})[metric] = float(known[-1])
+    return found
+
+
+def _run(folder: Path, method: str, seed: Optional[int]) -> RunData:
+    curves = read_curves(str(folder / "metrics.json")) if _has(folder, "metrics.json") else {}
+    config = _read_config(folder / "config.yaml") if _has(folder, "config.yaml") else None
+    if seed is None:
+        seed = ((config or {}).get("train") or {}).get("seed") or 0
+    return RunData(method, seed, folder, read_record(folder), curves, config)
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads what LazyConfig.save writes, and makes text of the Python objects in it."""
+
+
+def _object_as_text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> str:
+    if isinstance(node, yaml.SequenceNode):
+        value: Any = loader.construct_sequence(node, deep=True)
+    elif isinstance(node, yaml.MappingNode):
+        value = loader.construct_mapping(node, deep=True)
+    else:
+        value = loader.construct_scalar(node)
+    return f"{suffix.rpartition('.')[2]}{value}"
+
+
+_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _object_as_text)
+
+
+def _read_config(path: Path) -> Optional[Mapping[str, Any]]:
+    try:
+        found = yaml.load(path.read_text(), _PlainLoader)  # a safe loader, see above
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    return found if isinstance(found, Mapping) else None
