@@ -38,7 +38,7 @@ from .parts import build
 from .resuming import differences
 from .runs import Run, short
 
-__all__ = ["Arm", "Comparison", "run_comparison"]
+__all__ = ["Arm", "Comparison", "folder_name", "run_comparison"]
 
 WRITER = f".{uuid4().hex[:8]}"  # several machines may write into the folder of a comparison
 FOR_THE_TIME_OF = "@"  # none@fgd: the plain student, trained for as long as fgd takes
@@ -151,7 +151,7 @@ class Comparison:
                     raise ConfigError(
                         "--methods", method, f"needs {part}, which is not listed", f"add {part}"
                     )
-            other = folders.setdefault(_folder(method), method)
+            other = folders.setdefault(folder_name(method), method)
             if other != method:
                 raise ConfigError(
                     "--methods", method, f"has the name of {other}", "rename one of the files"
@@ -215,7 +215,7 @@ class Comparison:
         )
 
     def _config_path(self, method: str) -> Path:
-        return self.output / "configs" / f"{_folder(method)}.yaml"
+        return self.output / "configs" / f"{folder_name(method)}.yaml"
 
     @cached_property
     def arms(self) -> List[Arm]:
@@ -226,7 +226,7 @@ class Comparison:
                 for method in self.methods:
                     if (FOR_THE_TIME_OF in method) == timed:
                         config = self._config_path(method)
-                        folder = self.output / _folder(method) / f"seed{seed}"
+                        folder = self.output / folder_name(method) / f"seed{seed}"
                         settings = [f"train.output_dir={folder}", f"train.seed={seed}"]
                         arms.append(Arm(method, seed, Run(config, settings, folder)))
         return arms
@@ -367,7 +367,7 @@ class Comparison:
         ]
 
 
-def _folder(method: str) -> str:
+def folder_name(method: str) -> str:
     """A method's name without the directories of recipes."""
     return re.sub(r"[^@+:]*/([^@+:/]+?)(\.py)?(?=[@+:]|$)", r"\1", method)
 

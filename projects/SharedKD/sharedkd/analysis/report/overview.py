@@ -130,10 +130,14 @@ def spans(config: Optional[Mapping[str, Any]]) -> Iterator[Tuple[str, Stage]]:
 
 def results(source: Source) -> Markup:
     """A sortable table per task, and what to know of the numbers."""
-    parts: List[Any] = []
+    hint = (
+        "Intervals: 95 %, over seeds. Minutes, memory and extra parameters are those of training. "
+        "A heading sorts."
+    )
+    parts: List[Any] = [tag("p", hint)]
     for task, rows in measured(source.record).items():
         parts += [tag("h3", TASKS[task]), _sortable(source.record, task, rows)]
-    if not parts:
+    if len(parts) == 1:
         parts = [tag("p", "No run has been evaluated yet.")]
     if source.kind == "comparison":
         parts += [tag("h3", "How to read this"), markdown("\n\n".join(notes(source.record)))]
@@ -172,14 +176,7 @@ def _sortable(record: Mapping[str, Any], task: str, rows: Sequence[Row]) -> Mark
         cells += [_cell(_number(teacher.get(m)), teacher.get(m)) for m in metrics]
         cells += [_cell("–", math.nan)] * 4
         body.append(tag("tr", tag("th", "teacher", scope="row"), *cells, class_="teacher"))
-    caption = tag(
-        "caption",
-        "Intervals: 95 %, over seeds. Minutes, memory and extra parameters are those of training. "
-        "A heading sorts.",
-    )
-    inner = tag(
-        "table", caption, tag("thead", tag("tr", *head)), tag("tbody", *body), class_="sortable"
-    )
+    inner = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body), class_="sortable")
     return scrolling(f"{TASKS[task]} of the methods", inner)
 
 

@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Write one HTML file that shows what happened in a training run or a comparison.
+
+    tools/report.py output/comparison
+    tools/report.py output/student --output student.html
+
+The folder is a comparison's, a run's, or one that holds runs (such as that of the demo). The file has
+all in it, needs no network, and is DIR/report.html by default. What tools/analyze_features.py wrote
+to DIR/features and tools/visualize_pair.py to DIR/detections becomes part of it; without them the
+report says how to make them. docs/report.md tells what is in it.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import safe_imports  # noqa: F401
+
+# isort: split
+import argparse
+import warnings
+from pathlib import Path
+
+# Before PyTorch is loaded, see lazyconfig_train_net.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
+
+from sharedkd.analysis.report import write_report  # noqa: E402
+from sharedkd.errors import ConfigError  # noqa: E402
+from sharedkd.runs import short  # noqa: E402
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: DIR/report.html")
+    parser.add_argument("--features", type=Path, metavar="DIR", help="default: DIR/features")
+    parser.add_argument("--detections", type=Path, metavar="DIR", help="default: DIR/detections")
+    args = parser.parse_args()
+    try:
+        path = write_report(args.folder, args.output, args.features, args.detections)
+    except ConfigError as e:
+        sys.exit(f"error: {e}")
+    print(f"{short(path)} ({path.stat().st_size / 1024:,.0f} kB)")
