@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Write a trained student into a file that runs without this package, and check that file.
+
+    tools/export_student.py --config-file output/student/config.yaml --format torchscript,onnx \\
+        --output output/deployed
+    tools/export_student.py --config-file configs/custom_coco.py --weights model_final.pth \\
+        --images street.jpg --format onnx --output output/deployed data.num_classes=3
+
+Formats: torchscript (traced), script (scripted), onnx, torch_export (images of one size). Beside each
+file lies a .json with classes, input, resizing and outputs. docs/deployment.md has an example.
+
+The weights are --weights, else train.init_checkpoint of this command, else, with the config.yaml of a
+run, what that run saved last.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import safe_imports  # noqa: F401
+
+# isort: split
+import argparse
+import json
+import logging
+import warnings
+from pathlib import Path
+
+# Before PyTorch is loaded, see lazyconfig_train_net.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
+
+from omegaconf import OmegaConf  # noqa: E402
+
+from sharedkd.checkpoint import has_run  # noqa: E402
+from sharedkd.config import load_config  # noqa: E402
+from sharedkd.errors import ConfigError  # noqa: E402
+from sharedkd.export import FORMATS, export_student  # noqa: E402
+from sharedkd.export.table import table  # noqa: E402
+from sharedkd.files import replace  # noqa: E402
+
+
+def names(text: str):
+    return [name for name in text.split(",") if name]
+
+
+def size(text: str):
+    height, width = map(int, text.lower().split("x"))
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not HxW")
+    return height, width
+
+
+def config(args):
+    """The config with the weights to export; without data where images are named and data are not."""
+    cfg = load_config(args.config_file, args.overrides, keep_teacher=True, without_data=True)
+    annotations = OmegaConf.select(cfg, "data.val_json")
+    if "data" in cfg and (not args.images or (annotations and os.path.isfile(annotations))):
+        cfg = load_config(args.config_file, args.overrides, keep_teacher=True)
+    if args.weights:
+        cfg.train.init_checkpoint = args.weights
+    elif not any(x.startswith("train.init_checkpoint=") for x in args.overrides):
+        run = Path(args.config_file).parent
+        if Path(args.config_file).name == "config.yaml" and has_run(run):
+            cfg.train.init_checkpoint = str(run / (run / "last_checkpoint").read_text().strip())
+    return cfg
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--weights", metavar="FILE", help="the student's checkpoint")
+    parser.add_argument(
+        "--format", type=names, default=["torchscript"], metavar="A,B", help=", ".join(FORMATS)
+    )
+    parser.add_argument("--output", default="output/deployed", metavar="DIR")
+    parser.add_argument(
+        "--images", action="append", default=[], metavar="FILE", help="instead of validation images"
+    )
+    parser.add_argument(
+        "--size", type=size, metavar="HxW", help="of torch_export's images, else of the largest"
+    )
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="0: no latencies")
+    parser.add_argument("--json", metavar="FILE", help="write everything there")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    for name in ("detectron2", "fvcore"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        cfg = config(args)
+        result = export_student(
+            cfg, args.format, args.output, args.images, args.size, max(args.rounds, 0)
+        )
+    except ConfigError as e:
+        sys.exit(f"error: {e}")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        found = {"command": sys.argv, **result.as_json()}
+        replace(args.json, lambda f: f.write(json.dumps(found, indent=1).encode()))
+    print(table(result))
+    for error in result.refused.errors:
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(1 if result.refused.errors else 0)
