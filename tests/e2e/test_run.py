@@ -21,7 +21,7 @@ from tiny import arguments
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer, engine
 from sharedkd.checkpoint import StudentCheckpointer
-from sharedkd.config import load_config, shared_kd_stages
+from sharedkd.config import load_config, shared_kd_stages, student_only
 from sharedkd.engine import evaluate, run
 from sharedkd.parts import build
 
@@ -369,7 +369,10 @@ def test_a_coco_config_through_the_command_line(workspace, tmp_path):
     assert (tmp_path / "run/model_final.pth").exists()
     missing = subprocess.run(
         tiny.command(
-            "faster_rcnn_plain.py", f"train.output_dir={tmp_path}/other", "train.device=cpu"
+            "faster_rcnn_plain.py",
+            f"train.output_dir={tmp_path}/other",
+            "train.device=cpu",
+            "train.init_checkpoint=''",
         ),
         env={**env, "DETECTRON2_DATASETS": "/nowhere"},
         capture_output=True,
@@ -379,3 +382,12 @@ def test_a_coco_config_through_the_command_line(workspace, tmp_path):
     assert (
         missing.stderr.strip().splitlines()[-1].startswith("error: dataloader.train.dataset.names=")
     )
+
+
+def test_a_trained_student_is_loaded_for_evaluation(workspace):
+    """On own data, too, whose classes another caller may have counted."""
+    opts = [f"train.init_checkpoint={workspace.weights}", "train.device=cpu", *workspace.data]
+    cfg = student_only(load_config(str(tiny.ROOT / "configs/custom_coco_mask_plain.py"), opts))
+    saved = torch.load(workspace.weights, weights_only=True)["model"]
+    loaded = build(cfg, trained=True).state_dict()
+    assert all(torch.equal(loaded[name], x) for name, x in saved.items())

@@ -306,7 +306,7 @@ def _summaries(findings: Findings, split: str) -> List[Any]:
 def _classes_unknown(cfg: DictConfig, findings: Findings) -> bool:
     """Whether classes should have been counted, and no file can be read."""
     found = [x for split in ("train", "test") for x in _summaries(findings, split)]
-    return "data" in cfg and all(x is FAILED for x in found)
+    return "data" in cfg and bool(found) and all(x is FAILED for x in found)
 
 
 def _check_classes(cfg: DictConfig, student: nn.Module, summary: CocoSummary) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["Agreement", "TOLERANCES", "UNMATCHED", "compare"]
 
 #: How far detections may differ.  Both sides compute in float32, but sum in another order: measured
-#: differences are below 1e-6 of the image and 1e-6 in scores, and these bounds leave room for deeper
+#: differences are about 1e-6 of the image and in scores, and these bounds leave room for deeper
 #: networks. COCO's strictest threshold, IoU 0.95, moves a 32-pixel box's edge by more than a pixel.
 TOLERANCES = {
     "boxes": 1e-4,  # times the longer edge of the image
