@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
 
 from sharedkd.analysis.report import write_report  # noqa: E402
+from sharedkd.analysis.tensorboard import comparison_record, write_events  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
 from sharedkd.runs import short  # noqa: E402
 
@@ -37,8 +38,15 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: DIR/report.html")
     parser.add_argument("--features", type=Path, metavar="DIR", help="default: DIR/features")
     parser.add_argument("--detections", type=Path, metavar="DIR", help="default: DIR/detections")
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="of a comparison: its settings, results and pictures to DIR/tensorboard, too",
+    )
     args = parser.parse_args()
     try:
+        if args.tensorboard:
+            write_events(args.folder, comparison_record(args.folder))
         path = write_report(args.folder, args.output, args.features, args.detections)
     except ConfigError as e:
         sys.exit(f"error: {e}")

@@ -272,6 +272,8 @@ def test_a_run_in_training(tmp_path):
     assert "has not been evaluated yet" in words(part(html, "summary"))
     assert "No run has been evaluated yet." in words(part(html, "results"))
     assert plots(part(html, "curves"), "Stage identical")
+    command = f"tools/analyze_features.py --config-file {tmp_path}/run/config.yaml --output "
+    assert command in words(part(html, "features"))
 
 
 def test_a_folder_with_nothing_but_a_config(tmp_path):
@@ -308,8 +310,11 @@ def test_results_of_runs_without_a_record_are_those_of_the_last_evaluation(tmp_p
 
 def test_what_is_missing_comes_with_the_command_that_makes_it(compared):
     html = as_html(compared)
-    config = compared / "wide/seed0/config.yaml"
-    command = f"tools/analyze_features.py --config-file {config} --output {compared / 'features'}"
+    weights = compared / "wide/seed0/model_final.pth"
+    command = (
+        f"tools/analyze_features.py --config-file configs/x.py 'data.name={folders.NASTY}' "
+        f"train.seed=0 --checkpoint wide={weights} --output {compared / 'features'}"
+    )
     assert command in words(part(html, "features"))
     command = f"tools/visualize_pair.py {compared} --output {compared / 'detections'}"
     assert command in words(part(html, "detections"))

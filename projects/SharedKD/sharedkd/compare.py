@@ -7,6 +7,7 @@ student weights and see the same images in the same order with the same augmenta
 
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -35,6 +36,7 @@ from .lock import BusyError
 from .meta_arch import SharedKD
 from .methods import PLAIN, with_method
 from .parts import build
+from .progress import LiveLine, Progress, Remaining
 from .resuming import differences
 from .runs import Run, short
 
@@ -285,6 +287,8 @@ class Comparison:
             for arm in self.arms
             if (self.methods.index(arm.method) + self.seeds.index(arm.seed)) % shard[1] == shard[0]
         ]
+        live, kept = LiveLine(), sum(arm.run.finished for arm in mine)
+        remaining, tried = Remaining(len(mine) - kept), 0
         for number, arm in enumerate(mine, start=1):
             title = f"[{number}/{len(mine)}] {arm.method}, seed {arm.seed}"
             if arm.run.finished:
@@ -292,27 +296,32 @@ class Comparison:
                 continue
             if self.jobs > 1 and arm.status == "failed":
                 continue  # just now
-            print(title, flush=True)
+            live.keep(title)
+
+            def say(progress: Progress) -> None:
+                left = remaining.text(tried + progress.fraction)
+                arms = f"{number - 1} of {len(mine)} arms done, 1 running, all: {left}"
+                live.update(f"      {progress}   ({arms})", progress.is_last)
+
             try:
                 iterations = self.iterations(arm.method)
                 if iterations is None:
-                    print("      waits for other arms; run the command again", flush=True)
+                    live.keep("      waits for other arms; run the command again")
                     continue
                 arm.failure.unlink(missing_ok=True)
-                arm.run.train(
-                    self.root, iterations, lambda line: print(f"      {line}", flush=True)
-                )
+                arm.run.train(self.root, iterations, say)
             except BusyError as e:
-                print(f"      {e}", flush=True)
+                live.keep(f"      {e}")
             except Exception as e:  # whatever it is, the other arms go on
-                print(f"      failed: {e}", flush=True)
+                live.keep(f"      failed: {e}")
                 with suppress(OSError):
                     arm.run.folder.mkdir(parents=True, exist_ok=True)
                     arm.failure.write_text(f"{e}\n")
+            tried += 1
             try:
                 self.report()
             except Exception as e:  # as the last thing of the comparison it is tried again
-                print(f"      no report: {e}", flush=True)
+                live.keep(f"      no report: {e}")
 
     def _train_in_processes(self, shard: Tuple[int, int]) -> None:
         """Split a shard into smaller ones, each trained by a process of its own, and wait for them."""
@@ -320,7 +329,11 @@ class Comparison:
         tool, *arguments = self.command()
         command = [sys.executable, str(self.root / tool), *arguments, "--jobs", "1"]
         processes = [
-            subprocess.Popen([*command, "--shard", f"{i + n * job}/{n * self.jobs}"])
+            # They share a terminal, on which none may rewrite what another wrote.
+            subprocess.Popen(
+                [*command, "--shard", f"{i + n * job}/{n * self.jobs}"],
+                env={**os.environ, "TERM": "dumb"},
+            )
             for job in range(self.jobs)
         ]
         try:
@@ -353,6 +366,15 @@ class Comparison:
         _count_collapsed(record)
         write(record, str(self.output), WRITER)
         return record
+
+    def write_events(self, record: Dict[str, Any]) -> None:
+        """The same for TensorBoard, see :mod:`sharedkd.analysis.tensorboard`; without it, nothing."""
+        try:
+            from .analysis.tensorboard import write_events  # which needs folder_name
+
+            write_events(self.output, record)
+        except (ImportError, OSError) as e:
+            print(f"nothing for TensorBoard: {e}", flush=True)
 
     def command(self) -> List[str]:
         """The command line of this comparison."""
@@ -405,4 +427,6 @@ def run_comparison(
     """Train what is missing, then report; see :class:`Comparison`."""
     comparison = Comparison(root, config_file, methods, seeds, output, overrides, jobs)
     comparison.train(shard)
-    return comparison.report()
+    record = comparison.report()
+    comparison.write_events(record)
+    return record

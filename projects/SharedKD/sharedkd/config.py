@@ -20,6 +20,7 @@ from .overrides import check_override
 from .rules import check_choice, check_names, check_number, check_switch, check_text
 from .stages import Stage, stage_dict
 from .teacher import FrozenTeacher
+from .writers import check_writers
 
 __all__ = [
     "ONE_STAGE_WEIGHT",
@@ -71,6 +72,7 @@ TRAIN_DEFAULTS = dict(
     force_resume=False,  # resume although the model, its teacher or its stages have changed
     eval_period=5000,  # iterations between evaluations; 0: at the end alone
     log_period=20,  # iterations between log lines
+    writers=[],  # what else gets the logged values, if it is installed: wandb, mlflow
     device="cuda" if torch.cuda.is_available() else "cpu",  # cuda where there is one
 )
 
@@ -88,6 +90,7 @@ TRAIN_RULES: Dict[str, Callable[..., Any]] = {
     "checkpointer.period": partial(check_number, least=1, whole=True),
     "checkpointer.max_to_keep": partial(check_number, least=1, whole=True, or_null=True),
     "log_period": partial(check_number, least=1, whole=True),
+    "writers": check_writers,
 }
 #: What they may be otherwise, by the type of their default.
 TYPE_RULES: Dict[type, Callable[..., Any]] = {

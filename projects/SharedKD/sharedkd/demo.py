@@ -16,6 +16,7 @@ from .analysis.tables import results_table
 from .config import student_only
 from .errors import ConfigError
 from .parts import build
+from .progress import LiveLine
 from .record import count_parameters
 from .runs import Run, short
 
@@ -131,8 +132,10 @@ def _train(run: Run, root: Path) -> None:
         return
     print(f"      {shlex.join(run.command(root))}", flush=True)
     start = time.perf_counter()
-    run.train(root, run.cfg.train.max_iter, lambda line: print(f"      {line}", flush=True))
-    print(f"      {time.perf_counter() - start:.0f} s", flush=True)
+    live = LiveLine()
+    iterations = run.cfg.train.max_iter
+    run.train(root, iterations, lambda now: live.update(f"      {now}", now.is_last))
+    live.keep(f"      {time.perf_counter() - start:.0f} s")
 
 
 def _model(run: Run) -> nn.Module:

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from logging.handlers import MemoryHandler
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -34,6 +35,7 @@ from .saving import Checkpoints, SaveErrors
 from .trainer import SharedKDTrainer
 from .watchdog import Watchdog
 from .weights import write_safetensors
+from .writers import open_writers
 
 __all__ = ["run", "build_trainer", "ddp", "train", "evaluate"]
 
@@ -164,7 +166,13 @@ def train(
     # Those whose work for an iteration comes after its checkpoint.
     late = [
         hooks.EvalHook(cfg.train.eval_period, test),
-        Metrics(folder, cfg.train.max_iter, cfg.train.log_period, errors),
+        Metrics(
+            folder,
+            cfg.train.max_iter,
+            cfg.train.log_period,
+            errors,
+            partial(open_writers, cfg.train.writers, folder),
+        ),
     ]
     trainer.register_hooks(
         [

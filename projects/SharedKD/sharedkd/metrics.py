@@ -2,7 +2,7 @@
 
 import os
 from functools import partial
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 from detectron2.engine import hooks
 from detectron2.utils import comm
@@ -37,10 +37,20 @@ class Metrics(hooks.PeriodicWriter):
         max_iter: length of the run, for the time that is left.
         period: iterations between two lines.
         errors: what to do if they cannot be written.
+        more: opens further writers, see :func:`~sharedkd.writers.open_writers`; they have the
+            attribute ``_last_write``, as Detectron2's own.
     """
 
-    def __init__(self, folder: str, max_iter: int, period: int, errors: SaveErrors):
+    def __init__(
+        self,
+        folder: str,
+        max_iter: int,
+        period: int,
+        errors: SaveErrors,
+        more: Callable[[int, int], List[EventWriter]] = lambda first, window: [],
+    ):
         super().__init__([], period)
+        self.more = more
         self.path = os.path.join(folder, FILE)
         self.max_iter, self.errors = max_iter, errors
         self.loaded: Dict[str, Any] = {}
@@ -50,6 +60,7 @@ class Metrics(hooks.PeriodicWriter):
             CommonMetricPrinter(self.max_iter, WINDOW),
             JSONWriter(self.path, WINDOW),
             TensorboardXWriter(os.path.dirname(self.path), WINDOW, purge_step=first or None),
+            *self.more(first, WINDOW),
         ]
 
     def before_train(self) -> None:
@@ -86,7 +97,7 @@ class Metrics(hooks.PeriodicWriter):
 
     @property
     def _files(self) -> List[EventWriter]:
-        return [w for w in self._writers if isinstance(w, (JSONWriter, TensorboardXWriter))]
+        return [w for w in self._writers if not isinstance(w, CommonMetricPrinter)]
 
     def state_dict(self) -> Dict[str, Any]:
         """Plain numbers, strings and lists."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Sequence
+from typing import IO, Any, Callable, Dict, Optional, Sequence
 
 from omegaconf import DictConfig
 
@@ -18,6 +18,7 @@ from .checkpoint import has_run
 from .config import load_config
 from .errors import ConfigError
 from .lock import BusyError, for_child, locked
+from .progress import Progress
 from .record import read_record
 from .resuming import changes
 
@@ -82,7 +83,7 @@ class Run:
             *self.overrides,
         ]
 
-    def train(self, root: Path, iterations: int, say: Callable[[str], None]) -> None:
+    def train(self, root: Path, iterations: int, say: Callable[[Progress], None]) -> None:
         """Run the training command, or what is left of it.
 
         Args:
@@ -135,14 +136,16 @@ def _write(file: IO[str], line: str) -> None:
         file.write(line)
 
 
-def _progress(line: str, iterations: int) -> str:
+def _progress(line: str, iterations: int) -> Optional[Progress]:
     """What a line of Detectron2's log says of the progress; mostly nothing."""
     found = _TRAINING.search(line)
     if found:
+        done = int(found["iter"]) + 1
         eta = f"   {found['eta']} left" if found["eta"] else ""
-        return f"iteration {int(found['iter']) + 1}/{iterations}   loss {found['loss']}{eta}"
+        text = f"iteration {done}/{iterations}   loss {found['loss']}{eta}"
+        return Progress(text, done / iterations, is_last=done == iterations)
     found = _TESTING.search(line)
-    return f"evaluation {found['done']}   {found['eta']} left" if found else ""
+    return Progress(f"evaluation {found['done']}   {found['eta']} left", 1.0) if found else None
 
 
 def short(path) -> str:

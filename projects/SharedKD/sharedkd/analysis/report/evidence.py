@@ -1,6 +1,7 @@
 """The sections that embed what other tools measured: feature gaps and detections."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any, List, Mapping, Optional
 
@@ -26,11 +27,10 @@ def features(source: Source, folder: Path) -> Markup:
     """
     record = _read(folder / "features.json")
     if record is None:
-        run = next((r for r in source.runs if is_distilled(r.config)), None)
-        config = run.folder / "config.yaml" if run else "CONFIG"
-        command = f"tools/analyze_features.py --config-file {config} --output {folder}"
         return section(
-            "features", "Feature gaps", missing("Not measured here. Measure them with", command)
+            "features",
+            "Feature gaps",
+            missing("Not measured here. Measure them with", _command(source, folder)),
         )
     verdict = markdown(words(record).split("## The gaps")[0].partition("\n")[2])
     parts: List[Any] = [verdict]
@@ -46,6 +46,22 @@ def features(source: Source, folder: Path) -> Markup:
         )
     parts.append(tag("p", "Measured by ", tag("code", record.get("command") or "–")))
     return section("features", "Feature gaps", *parts)
+
+
+def _command(source: Source, folder: Path) -> str:
+    """What measures the feature gaps of the first distilled run."""
+    run = next((r for r in source.runs if is_distilled(r.config)), None)
+    if run is None:
+        return f"tools/analyze_features.py --config-file CONFIG --output {folder}"
+    words = ["tools/analyze_features.py", "--config-file"]
+    if source.record.get("config_file"):
+        # The initial weights are those of the arm if the config is built as it was then.
+        words += [source.record["config_file"], *source.record.get("overrides", [])]
+        words += [f"train.seed={run.seed}"]
+        words += ["--checkpoint", f"{run.method}={run.folder / 'model_final.pth'}"]
+    else:
+        words += [str(run.folder / "config.yaml")]
+    return shlex.join([*words, "--output", str(folder)])
 
 
 def _heat_maps(record: Mapping[str, Any], tap: str, measure: str) -> Markup:
@@ -89,7 +105,9 @@ def detections(source: Source, folder: Path) -> Markup:
     """
     record = _read(folder / "detections.json")
     if record is None:
-        command = f"tools/visualize_pair.py {source.folder} --output {folder}"
+        command = shlex.join(
+            ["tools/visualize_pair.py", str(source.folder), "--output", str(folder)]
+        )
         return section(
             "detections", "Detections", missing("Not drawn here. Draw them with", command)
         )

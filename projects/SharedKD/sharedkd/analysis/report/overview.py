@@ -1,8 +1,10 @@
 """The first sections of a report: what came out, what it cost, in which settings, on what."""
 
 import math
+import shlex
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
+from ...plain_config import leaves
 from ...stages import Stage
 from ..comparison import Difference, Row, difference, measured, notes
 from .markup import Markup, markdown, missing, scrolling, section, table, tag
@@ -39,7 +41,8 @@ def _of_methods(source: Source, task: str, rows: Sequence[Row]) -> List[str]:
     baseline = next(row for row in rows if row.method == record["baseline"])
     teacher = ((record.get("teacher") or {}).get(task) or {}).get("AP")
     first = (
-        f"{done} of {len(record['arms'])} arms are finished (seeds {', '.join(map(str, seeds))}); "
+        f"{done} of {len(record['arms'])} arms are finished "
+        f"(seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}); "
         f"the plain student {baseline.method} has {_score(baseline)} {title}"
         + (f", the teacher {teacher:.2f}." if _known(teacher) else ".")
     )
@@ -221,7 +224,7 @@ def cost(source: Source) -> Markup:
 
 def configs(source: Source) -> Markup:
     """What differs between the arms' configs and the baseline's."""
-    found = {method: dict(_leaves(_aligned(c))) for method, c in source.configs.items()}
+    found = {method: dict(leaves(_aligned(c))) for method, c in source.configs.items()}
     base = source.record["baseline"]
     if source.kind == "run" and base in found:
         method, (config, name) = base, (found[base], "plain config")
@@ -268,14 +271,6 @@ def _aligned(config: Mapping[str, Any]) -> Dict[str, Any]:
     return {**config, "model": {"student": model}}
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[Tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, str(value)
-
-
 # Origin
 
 
@@ -298,7 +293,7 @@ def about(source: Source) -> Markup:
         commands = [
             tag("p", f"{run.method}: ", tag("code", _arguments(run))) for run in source.runs
         ]
-    again = missing("This report is made by", f"tools/report.py {source.folder}")
+    again = missing("This report is made by", shlex.join(["tools/report.py", str(source.folder)]))
     known = [(name, text) for name, text in rows if text.strip("–")]
     return section(
         "about",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
 import numpy as np
-import yaml
 
 from ...compare import folder_name
 from ...errors import ConfigError
+from ...plain_config import read_plain
 from ...record import read_record
 from ..pictures import read_curves
 
@@ -183,37 +183,9 @@ def _results(run: RunData) -> Dict[str, Dict[str, float]]:
 
 
 def _run(folder: Path, method: str, seed: Optional[int]) -> RunData:
-    curves = read_curves(str(folder / "metrics.json")) if _has(folder, "metrics.json") else {}
-    config = _read_config(folder / "config.yaml") if _has(folder, "config.yaml") else None
+    metrics = folder / "metrics.json"
+    curves = read_curves(str(metrics)) if metrics.is_file() else {}
+    config = read_plain(folder / "config.yaml")
     if seed is None:
         seed = ((config or {}).get("train") or {}).get("seed") or 0
     return RunData(method, seed, folder, read_record(folder), curves, config)
-
-
-def _has(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Reads what LazyConfig.save writes, and makes text of the Python objects in it."""
-
-
-def _object_as_text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> str:
-    if isinstance(node, yaml.SequenceNode):
-        value: Any = loader.construct_sequence(node, deep=True)
-    elif isinstance(node, yaml.MappingNode):
-        value = loader.construct_mapping(node, deep=True)
-    else:
-        value = loader.construct_scalar(node)
-    return f"{suffix.rpartition('.')[2]}{value}"
-
-
-_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _object_as_text)
-
-
-def _read_config(path: Path) -> Optional[Mapping[str, Any]]:
-    try:
-        found = yaml.load(path.read_text(), _PlainLoader)  # a safe loader, see above
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return None
-    return found if isinstance(found, Mapping) else None

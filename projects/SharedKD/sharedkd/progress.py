@@ -1,0 +1,93 @@
+"""One line that says how far long work is: rewritten on a terminal, now and then in a log."""
+
+import math
+import os
+import shutil
+import sys
+import time
+from datetime import timedelta
+from typing import Callable, Optional, TextIO
+
+__all__ = ["LiveLine", "Progress", "Remaining"]
+
+PERIOD = 60  # seconds between two lines in a log
+CLEAR = "\r\x1b[K"  # the terminal's line
+
+
+class Progress(str):
+    """A line about a run.
+
+    Attributes:
+        fraction: how much of its training is done, from 0 to 1.
+        is_last: whether it tells of the last iteration, which a log has in any case.
+    """
+
+    fraction: float
+    is_last: bool
+
+    def __new__(cls, text: str, fraction: float, is_last: bool = False) -> "Progress":
+        self = super().__new__(cls, text)
+        self.fraction, self.is_last = fraction, is_last
+        return self
+
+
+class LiveLine:
+    """Progress on a stream.
+
+    On a terminal each line takes the place of the one before; in a file, a pipe or a terminal that can
+    do nothing (``TERM=dumb``) it is written at most once in ``period`` seconds, the first one at once.
+
+    Args:
+        stream: default: what is standard output at the time.
+        period: seconds.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        stream: Optional[TextIO] = None,
+        period: float = PERIOD,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.stream, self.period, self.clock = stream or sys.stdout, period, clock
+        self._live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._next = -math.inf
+        self._open = False
+
+    def update(self, text: str, always: bool = False) -> None:
+        """What is going on now; ``always``: in a log, too."""
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            self._write(f"{CLEAR}{text[:width]}", end="")
+            self._open = True
+        elif always or self.clock() >= self._next:
+            self._next = self.clock() + self.period
+            self._write(text)
+
+    def keep(self, text: str) -> None:
+        """A line that stays; the next update is shown at once."""
+        self._write(f"{CLEAR if self._open else ''}{text}")
+        self._open, self._next = False, -math.inf
+
+    def _write(self, text: str, end: str = "\n") -> None:
+        print(text, end=end, file=self.stream, flush=True)
+
+
+class Remaining:
+    """How long parts of work will take that take about as long as those that were seen.
+
+    Args:
+        total: how many parts there are.
+        clock: seconds.
+    """
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic):
+        self.total, self.clock = total, clock
+        self.start = clock()
+
+    def text(self, done: float) -> str:
+        """What is left once ``done`` parts are, the fraction of the current one included."""
+        if done <= 0:
+            return "time left not known yet"
+        seconds = (self.clock() - self.start) / done * (self.total - done)
+        return f"{timedelta(seconds=round(max(0, seconds)))} left"
