@@ -102,8 +102,14 @@ def features(folder):
         found = {
             "matrices": {kind: {m: value for m in each} for kind, value in kinds.items()},
             "quantities": {m: {q: quantity for q in names} for m in each},
-            "inner_minus_cross": {m: {**difference, "pairs": {"8-16": difference}} for m in each},
+            "inner_minus_cross": {
+                m: {**difference, "pairs": {"8-16": difference}} for m in each[:2]
+            },
         }
+        # One minibatch has no interval, and JSON no NaN.
+        single = {**difference, "low": None, "high": None, "count": 1}
+        single.update(verdict="too few for an interval")
+        found["inner_minus_cross"]["cka"] = {**single, "pairs": {"8-16": single}}
         steps.append({"name": name, "file": None, "iteration": iteration, "taps": {"fpn": found}})
     record = {
         "config": "x.py", "command": "tools/analyze_features.py x", "images": 4, "image_ids": [1],

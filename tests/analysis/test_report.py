@@ -122,6 +122,13 @@ def test_against_the_plain_student_of_equal_time(tmp_path):
     assert "a has the largest" in text
 
 
+def test_a_student_of_equal_time_is_no_method(tmp_path):
+    scores = {"none": [30.0, 31.0], "a": [34.0, 35.1], "none@a": [36.0, 37.0]}
+    text = words(part(as_html(folders.comparison(tmp_path / "cmp", scores)), "summary"))
+    assert "Of the others a has the largest" in text
+    assert "trained for as long it has -1.95 [-2.59, -1.31]: worse" in text
+
+
 def test_missing_arms(tmp_path):
     folder = folders.comparison(tmp_path / "cmp", {"none": [30.0, None], "a": [None, None]})
     html = as_html(folder)
@@ -192,6 +199,14 @@ def test_curves_are_means_over_seeds_at_their_iterations(compared):
     slope, offset = np.polyfit(pixels - 4, values, 1)
     assert slope * low[:, 1] + offset == pytest.approx(2, abs=0.02)
     assert slope * high[:, 1] + offset == pytest.approx(4, abs=0.02)
+
+
+def test_iterations_that_only_some_seeds_logged_are_left_out_of_the_mean(compared):
+    """Else a curve would jump where a seed ends."""
+    path = compared / "wide/seed0/metrics.json"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    plot = plots(part(as_html(compared), "curves"), "Stage identical")[0]
+    assert len(curve(plot, "s8")) == 4
 
 
 def test_gradient_shares(compared):
@@ -324,6 +339,7 @@ def test_heat_maps_before_and_after(compared):
     folders.features(compared / "features")
     html = part(as_html(compared), "features")
     assert "the inner gaps are smaller" in words(html)
+    assert "there are too few for an interval" in words(html)
     for state, value in (("initial", "0.90"), ("final", "0.10")):
         table = re.search(f"<caption>student - student, {state}</caption>.*?</table>", html).group()
         assert re.findall("<td[^>]*>([^<]+)</td>", table) == ["0.00", value, value, "–"]

@@ -32,8 +32,14 @@ def features(source: Source, folder: Path) -> Markup:
             "Feature gaps",
             missing("Not measured here. Measure them with", _command(source, folder)),
         )
+    measured = {"checkpoints": record["checkpoints"], "change": record["change"]}
+    record = {**record, **_with_nan(measured)}
     verdict = markdown(words(record).split("## The gaps")[0].partition("\n")[2])
-    parts: List[Any] = [verdict]
+    hint = (
+        "In the maps rows and columns are strides, rows those of the first of the two; maps beside each "
+        "other have one scale of colours."
+    )
+    parts: List[Any] = [verdict, tag("p", hint)]
     for tap in record["checkpoints"][0]["taps"]:
         parts.append(tag("h3", f"Heat maps: {TAPS[tap]}"))
         for measure in MEASURES:
@@ -87,13 +93,13 @@ def _heat_map(title: str, matrix: Mapping[str, Any], low: float, high: float) ->
     return tag("table", tag("caption", title), head, *rows, class_="heat")
 
 
-def _heat(mean: Optional[float], spread: Optional[float], low: float, high: float) -> Markup:
-    if mean is None or np.isnan(mean):
+def _heat(mean: float, spread: float, low: float, high: float) -> Markup:
+    if np.isnan(mean):
         return tag("td", "–")
     share = (mean - low) / (high - low) if high > low else 0.5
     color = to_hex(matplotlib.colormaps["cividis"](share))
     style = f"background:{color};color:{'#fff' if share < 0.5 else '#000'}"
-    title = None if spread is None or np.isnan(spread) else f"± {spread:.3f} over images"
+    title = None if np.isnan(spread) else f"± {spread:.3f} over images"
     return tag("td", f"{mean:.2f}", style=style, title=title)
 
 
@@ -179,6 +185,15 @@ def _inside(folder: Path, name: str) -> Optional[Path]:
 
 def _read(path: Path) -> Optional[Mapping[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _with_nan(value: Any) -> Any:
+    """What JSON has as null was no number when it was measured."""
+    if isinstance(value, Mapping):
+        return {key: _with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return np.nan if value is None else value
 
 
 def _signed(value: Optional[float]) -> str:
