@@ -10,10 +10,10 @@ demo: .venv/.ready
 
 # Idle OpenMP threads that spin would slow down tests that train in several processes.
 test: export OMP_WAIT_POLICY := PASSIVE
-# Tiny models gain nothing from a second thread.
+# Tiny models gain nothing from a second thread; files of tests run side by side instead.
 test: export OMP_NUM_THREADS := 1
 test: .venv/.ready
-	.venv/bin/python -m pytest tests
+	.venv/bin/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
@@ -25,12 +25,14 @@ docs: .venv/.ready
 	.venv/bin/python -W ignore -m sphinx -b html -q -aE -W --keep-going -c docs . output/site
 	@echo output/site/index.html
 
-# Kills runs, trains for long and trains many at once, for about an hour: docs/reliability.md.
+# Kills runs, trains for long, trains many at once, and reads broken annotations: docs/reliability.md.
 KILLS ?= 50
 STEPS ?= 10000
 ARMS ?= 20
+FUZZ ?= 2000
 torture: .venv/.ready
 	.venv/bin/python tools/torture.py --kills $(KILLS) --steps $(STEPS) --arms $(ARMS)
+	HYPOTHESIS_PROFILE=torture FUZZ_EXAMPLES=$(FUZZ) .venv/bin/python -m pytest -q -s tests/data/test_fuzz_coco.py
 
 # Fills docs/performance.md: make benchmark DEVICE=cuda SIZE=800 BATCH=8
 DEVICE ?= cpu

@@ -4,14 +4,13 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
-import tiny
 from sharedkd.config import load_config
 from sharedkd.errors import ConfigError
-from sharedkd.export import FORMATS, NotExportable, compare, export_student
-from sharedkd.export import deploy, formats
+from sharedkd.export import FORMATS, NotExportable, compare, deploy, export_student, formats
 from sharedkd.export.formats import detect, outputs_of
 from sharedkd.export.images import fit, read_images
 

@@ -38,7 +38,10 @@ def mostly(good, bad=WRONG):
     return st.integers(0, 9).flatmap(lambda n: bad if n == 0 else good)
 
 
-names = lambda known: mostly(st.sampled_from(sorted(known)), st.sampled_from(["", "nothing"]))
+def names(known):
+    return mostly(st.sampled_from(sorted(known)), st.sampled_from(["", "nothing"]))
+
+
 weights = mostly(st.sampled_from([0.0, 0.5, 2.0]))
 temperatures = mostly(st.sampled_from([0.1, 1.0, 10.0]), st.sampled_from([0.0, -1.0, float("nan")]))
 adapter = st.sampled_from([None, 0, 1, 3, 2, -1])

@@ -23,7 +23,7 @@ from sharedkd import (
 )
 from sharedkd.backbones import recompute_blocks
 from sharedkd.losses.base import DistillationLoss
-from sharedkd.watchdog import WINDOW, Watchdog, gradient_norms
+from sharedkd.watchdog import Watchdog, gradient_norms
 
 
 def records(seed=1):

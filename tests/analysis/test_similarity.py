@@ -11,13 +11,13 @@ from sharedkd.losses.alignment import Pooled
 def song(x, y):
     """The unbiased estimator, term by term as Song et al. (2012) write it."""
     n = len(x)
-    k, l = x @ x.T, y @ y.T
+    k, m = x @ x.T, y @ y.T
     for i in range(n):
-        k[i, i] = l[i, i] = 0
+        k[i, i] = m[i, i] = 0
     one = np.ones(n)
-    total = np.trace(k @ l)
-    total += (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2))
-    total -= 2 / (n - 2) * (one @ k @ l @ one)
+    total = np.trace(k @ m)
+    total += (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+    total -= 2 / (n - 2) * (one @ k @ m @ one)
     return total / (n * (n - 3))
 
 

@@ -10,7 +10,7 @@ from ..features import pyramid_shapes
 from ..files import replace
 from ..record import hardware, versions
 from .feature_maps import draw_maps, position_maps
-from .gap_report import draw_heat_maps, draw_training, first_and_last, words
+from .gap_report import draw_heat_maps, draw_training, words
 from .gaps import GapMeter, Gaps, paired
 from .pair import INITIAL, TAPS, Checkpoint, Pair, saved_checkpoints, validation_records
 from .similarity import MEASURES

@@ -180,11 +180,15 @@ class Gaps:
         """
         pairs = pairs or self.level_pairs()
         ends = {
-            "identical": [(("student", l), ("teacher", l)) for l in sorted({*sum(pairs, ())})],
-            "inner": [(("student", l), ("student", k)) for l, k in pairs],
-            "teacher": [(("teacher", l), ("teacher", k)) for l, k in pairs],
+            "identical": [
+                (("student", fine), ("teacher", fine)) for fine in sorted({*sum(pairs, ())})
+            ],
+            "inner": [(("student", fine), ("student", deep)) for fine, deep in pairs],
+            "teacher": [(("teacher", fine), ("teacher", deep)) for fine, deep in pairs],
             "cross": [
-                (("student", a), ("teacher", b)) for l, k in pairs for a, b in ((l, k), (k, l))
+                (("student", a), ("teacher", b))
+                for fine, deep in pairs
+                for a, b in ((fine, deep), (deep, fine))
             ],
         }[name]
         at = self.nodes.index
@@ -205,7 +209,7 @@ class Gaps:
         difference = lambda *pairs: paired(  # noqa: E731
             self.quantity("inner", measure, pairs), self.quantity("cross", measure, pairs)
         )
-        by_pair = {f"{l}-{k}": difference((l, k)) for l, k in self.level_pairs()}
+        by_pair = {f"{fine}-{deep}": difference((fine, deep)) for fine, deep in self.level_pairs()}
         return {**difference(), "pairs": by_pair}
 
 

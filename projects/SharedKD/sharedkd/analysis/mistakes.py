@@ -6,7 +6,7 @@ had its last release in 2020 and needs pandas and seaborn, so these are our own 
 """
 
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 
