@@ -50,12 +50,12 @@ RETINANET_R50_R18 = custom_coco_retinanet.py model.teacher.config=COCO-Detection
 R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
 
 benchmark: .venv/.ready
-	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py) $(RIVALS) $(VARIANTS)
+	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
 	$(call MEASURE,faster_rcnn_r101_r50_bf16,faster_rcnn_sharedkd.py) $(BF16)
-	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) $(RIVALS)
+	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py)
 	$(call MEASURE,retinanet_r101_r50_bf16,retinanet_sharedkd.py) $(BF16)
 	$(call MEASURE,mask_rcnn_r101_r50_bf16,$(MASK)) $(BF16)
-	$(call MEASURE,faster_rcnn_r50_r18,$(R50_R18)) $(RIVALS) --growth --processes 2
+	$(call MEASURE,faster_rcnn_r50_r18,$(R50_R18)) $(RIVALS) $(VARIANTS) --growth --processes 2
 	$(call MEASURE,faster_rcnn_r50_r18_bf16,$(R50_R18)) $(BF16)
 	$(call MEASURE,retinanet_r50_r18_bf16,$(RETINANET_R50_R18)) $(BF16)
 	.venv/bin/python tools/benchmark_tables.py output/benchmark docs/performance.md

@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -361,9 +362,11 @@ def test_what_passes_can_be_parsed_and_copied_from_deep_in_the_stack(own):
     def further_down(frames, function, *args):
         return further_down(frames - 1, function, *args) if frames else function(*args)
 
-    refused = 0
+    refused, limit = 0, sys.getrecursionlimit()
     for depth in range(50, 1000, 50):
+        sys.setrecursionlimit(10 * limit)  # to write it
         arguments = own(info(depth))
+        sys.setrecursionlimit(limit)
         try:
             check_coco(*arguments)
         except ConfigError as e:

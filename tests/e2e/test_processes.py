@@ -137,7 +137,13 @@ def test_the_command_line_with_two_processes(workspace, tmp_path):
     saved = torch.load(tmp_path / "run/model_final.pth", weights_only=False)
     assert saved["iteration"] == 1
     wrong = subprocess.run(
-        command("custom_coco_mask.py", *opts, "model.teacher.config=none", flags=flags),
+        command(
+            "custom_coco_mask.py",
+            *opts,
+            f"train.output_dir={tmp_path}/other",
+            "model.teacher.config=none",
+            flags=flags,
+        ),
         capture_output=True,
         text=True,
     )

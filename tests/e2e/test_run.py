@@ -379,9 +379,10 @@ def test_a_coco_config_through_the_command_line(workspace, tmp_path):
         text=True,
     )
     assert missing.returncode == 1
-    assert (
-        missing.stderr.strip().splitlines()[-1].startswith("error: dataloader.train.dataset.names=")
-    )
+    errors = [x for x in missing.stderr.splitlines() if x.startswith("error: ")]
+    keys = ("dataloader.train.dataset.names=", "dataloader.test.dataset.names=")
+    assert [x.startswith(f"error: {key}") for x, key in zip(errors, keys)] == [True, True], errors
+    assert len(errors) == 2
 
 
 def test_a_trained_student_is_loaded_for_evaluation(workspace):
