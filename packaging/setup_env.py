@@ -15,7 +15,12 @@ VENV = ROOT / ".venv"
 OWN_BUILD = "+purepy"  # in the version that packaging/detectron2 gives its wheel
 
 # Modules that are not named like the package they come with.
-MODULES = {"hydra-core": "hydra", "opencv-python-headless": "cv2", "pillow": "PIL"}
+MODULES = {
+    "hydra-core": "hydra",
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "pytest-xdist": "xdist",
+}
 
 # Runs in the Python in question. Importing the layers shows that the installation works at all.
 PROBE = """

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cached_property
 from statistics import median
 from types import MappingProxyType
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,10 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from .config import construct
+from .disk import tensor_bytes
 from .engine import ddp
 from .errors import ConfigError
 from .features import pyramid_shapes
@@ -308,8 +309,9 @@ class Benchmark:
             self.cfg.model.get("input_format", "BGR"),
         )
         return {
-            "teacher_weights_mb": _megabytes(self._eager.model.state_dict().values()),
-            "teacher_maps_mb": _megabytes(x for levels in maps.values() for x in levels.values()),
+            "teacher_weights_mb": tensor_bytes(self._eager.model.state_dict().values()) / 2**20,
+            "teacher_maps_mb": tensor_bytes(x for levels in maps.values() for x in levels.values())
+            / 2**20,
         }
 
     def describe(self) -> Dict[str, Any]:
@@ -481,10 +483,6 @@ def _marks(trainer: SharedKDTrainer, now: Callable[[], float]) -> Iterator[Dict[
         del model.teacher.features
         for handle in handles:
             handle.remove()
-
-
-def _megabytes(tensors: Iterable[Tensor]) -> float:
-    return sum(x.numel() * x.element_size() for x in tensors) / 2**20
 
 
 def _as_leaves(batch: Batch) -> Batch:

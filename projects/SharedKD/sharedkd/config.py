@@ -16,7 +16,7 @@ from .errors import FAILED, ConfigError, Findings, collecting
 from .losses import CrossLayer, IdenticalLayer
 from .meta_arch import SharedKD
 from .nonfinite import POLICIES
-from .overrides import check_override
+from .overrides import check_override, not_applicable
 from .rules import check_choice, check_names, check_number, check_switch, check_text
 from .stages import Stage, stage_dict
 from .teacher import FrozenTeacher
@@ -253,12 +253,7 @@ def _override(cfg: DictConfig, override: str, path: str) -> None:
     try:
         LazyConfig.apply_overrides(cfg, [override])
     except Exception as e:
-        raise ConfigError(
-            "override",
-            override,
-            f"cannot be applied: {e}",
-            "write key=value, and a value with special characters as key=\"'value'\"",
-        ) from e
+        raise not_applicable(override, e) from e
     for key in sorted(set(cfg) - known):
         del cfg[key]
         raise ConfigError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 
-__all__ = ["check_disk", "checkpoint_bytes", "existing_folder"]
+__all__ = ["check_disk", "checkpoint_bytes", "existing_folder", "tensor_bytes"]
 
 
 def existing_folder(path: str) -> str:
@@ -27,13 +27,14 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     losses = getattr(model, "losses", None)
     owned = losses.state_dict().values() if isinstance(losses, nn.Module) else ()
     return int(
-        _bytes(model.state_dict().values())
-        + _bytes(owned)
-        + _state_per_parameter(optimizer) * _bytes(trained)
+        tensor_bytes(model.state_dict().values())
+        + tensor_bytes(owned)
+        + _state_per_parameter(optimizer) * tensor_bytes(trained)
     )
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """What tensors take, in memory as on the disk; whatever else is among them does not count."""
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
 
@@ -48,7 +49,7 @@ def _state_per_parameter(optimizer: torch.optim.Optimizer) -> float:
     except Exception:  # one that needs more than its options: as much as Adam keeps
         return 2.0
     kept = [x for x in twin.state[few].values() if isinstance(x, Tensor) and x.dim()]
-    return _bytes(kept) / _bytes([few])
+    return tensor_bytes(kept) / tensor_bytes([few])
 
 
 def check_disk(

@@ -73,9 +73,8 @@ def run(args) -> Dict[str, Any]:
             trainer = build_trainer(cfg, parts)
         checkpoint = latest_checkpoint(cfg.train.output_dir) if resuming else None
         if resuming:
-            student = getattr(model, "student", model)
             entries = load_trained(
-                student, checkpoint, "train.output_dir", cfg.train.trust_checkpoint
+                trainer.detector, checkpoint, "train.output_dir", cfg.train.trust_checkpoint
             )
             trainer.check_resumable(entries["trainer"])
         if args.eval_only or not comm.is_main_process():
@@ -145,9 +144,7 @@ def train(
         Stopped: by a signal; the state is saved.
         SaveError: the output folder cannot be written to, see ``train.on_save_error``.
     """
-    model = trainer.model
-    module = getattr(model, "module", model)
-    student = getattr(module, "student", module)
+    model, module = trainer.model, trainer.module
     extra = {"distillation": module.losses} if isinstance(module, SharedKD) else {}
     checkpointer = StudentCheckpointer(model, cfg.train.output_dir, trainer=trainer, **extra)
     results: Dict[str, Any] = {}
@@ -183,7 +180,12 @@ def train(
             *late,
             (
                 RunRecord(
-                    folder, student, losses_of(module), results, checkpoint is not None, errors
+                    folder,
+                    trainer.detector,
+                    losses_of(module),
+                    results,
+                    checkpoint is not None,
+                    errors,
                 )
                 if comm.is_main_process()
                 else None

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from .errors import ConfigError
 
-__all__ = ["check_override"]
+__all__ = ["check_override", "not_applicable"]
 
 TARGET = "_target_"
 #: Where an override may choose another class from.
@@ -35,12 +35,7 @@ def check_override(override: str) -> None:
         parsed = OverridesParser.create().parse_override(override)
         value = parsed.value()
     except Exception as e:
-        raise ConfigError(
-            "override",
-            override,
-            f"cannot be applied: {e}",
-            "write key=value, and a value with special characters as key=\"'value'\"",
-        ) from e
+        raise not_applicable(override, e) from e
     if re.search(r"\$\{[^{}]*:", override):
         raise ConfigError("override", override, "calls a resolver", "write the value itself")
     for target in _targets(parsed.key_or_group.rpartition(".")[2], value):
@@ -52,6 +47,16 @@ def check_override(override: str) -> None:
                 "overrides may name classes of sharedkd, detectron2, torch.nn and torch.optim; write "
                 "anything else into a config file",
             )
+
+
+def not_applicable(override: str, reason: Exception) -> ConfigError:
+    """What to say of an override that cannot be parsed, or that a config does not take."""
+    return ConfigError(
+        "override",
+        override,
+        f"cannot be applied: {reason}",
+        "write key=value, and a value with special characters as key=\"'value'\"",
+    )
 
 
 def _targets(key: Any, value: Any) -> Iterator[str]:
