@@ -106,11 +106,17 @@ class Browser:
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=phone,
         )  # fmt: skip
+        self.frame()
 
     def prefer(self, scheme):
         """What the system prefers: light or dark."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
+        self.frame()
+
+    def frame(self):
+        """Wait until the page is drawn again: only then is it told what changed around it."""
+        self.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def js(self, expression):
         """The value of an expression in the page."""
