@@ -24,6 +24,7 @@ from .errors import Findings
 from .files import remove_unfinished
 from .interrupt import StopRequest
 from .lock import locked
+from .malloc import keep_freed_memory
 from .meta_arch import SharedKD
 from .metrics import Metrics
 from .overview import advise, as_text, describe
@@ -144,6 +145,8 @@ def train(
         Stopped: by a signal; the state is saved.
         SaveError: the output folder cannot be written to, see ``train.on_save_error``.
     """
+    if cfg.train.keep_memory and trainer.device_type == "cpu":
+        keep_freed_memory()
     model, module = trainer.model, trainer.module
     extra = {"distillation": module.losses} if isinstance(module, SharedKD) else {}
     checkpointer = StudentCheckpointer(model, cfg.train.output_dir, trainer=trainer, **extra)
