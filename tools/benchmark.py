@@ -27,11 +27,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
 
 from sharedkd.analysis.performance import table  # noqa: E402
-from sharedkd.benchmark import Benchmark, efficiency, growth, measure  # noqa: E402
+from sharedkd.checkpoints.files import replace  # noqa: E402
 from sharedkd.config import load_config  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
-from sharedkd.files import replace  # noqa: E402
 from sharedkd.methods import with_method  # noqa: E402
+from sharedkd.speed.benchmark import Benchmark, efficiency, growth, measure  # noqa: E402
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs/common/methods"
 logging.getLogger("detectron2.sharedkd").setLevel(logging.ERROR)  # teachers are not trained here

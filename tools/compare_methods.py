@@ -33,8 +33,8 @@ warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own c
 
 from sharedkd.compare import run_comparison  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
-from sharedkd.interrupt import interruptible  # noqa: E402
 from sharedkd.methods import known_methods  # noqa: E402
+from sharedkd.running.interrupt import interruptible  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

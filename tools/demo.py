@@ -25,7 +25,7 @@ warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own c
 
 from sharedkd.demo import run_demo  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
-from sharedkd.interrupt import interruptible  # noqa: E402
+from sharedkd.running.interrupt import interruptible  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

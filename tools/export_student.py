@@ -32,12 +32,12 @@ warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own c
 
 from omegaconf import OmegaConf  # noqa: E402
 
-from sharedkd.checkpoint import has_run  # noqa: E402
+from sharedkd.checkpoints.checkpointer import has_run  # noqa: E402
+from sharedkd.checkpoints.files import replace  # noqa: E402
 from sharedkd.config import load_config  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
 from sharedkd.export import FORMATS, export_student  # noqa: E402
 from sharedkd.export.table import table  # noqa: E402
-from sharedkd.files import replace  # noqa: E402
 
 
 def names(text: str):

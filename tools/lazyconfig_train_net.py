@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from detectron2.engine import default_argument_parser  # noqa: E402
 
 from sharedkd.engine import run  # noqa: E402
-from sharedkd.launch import launch  # noqa: E402
+from sharedkd.running.launch import launch  # noqa: E402
 
 if __name__ == "__main__":
     launch(run, default_argument_parser(epilog=__doc__).parse_args())

@@ -21,8 +21,8 @@ import warnings
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
 
-from sharedkd.files import replace  # noqa: E402
-from sharedkd.preflight import preflight, report  # noqa: E402
+from sharedkd.checkpoints.files import replace  # noqa: E402
+from sharedkd.checks.preflight import preflight, report  # noqa: E402
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

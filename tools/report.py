@@ -28,7 +28,7 @@ warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own c
 from sharedkd.analysis.report import write_report  # noqa: E402
 from sharedkd.analysis.tensorboard import comparison_record, write_events  # noqa: E402
 from sharedkd.errors import ConfigError  # noqa: E402
-from sharedkd.runs import short  # noqa: E402
+from sharedkd.running.runs import short  # noqa: E402
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -39,12 +39,12 @@ import torch  # noqa: E402
 from detectron2.config import LazyConfig, instantiate  # noqa: E402
 from detectron2.engine import default_argument_parser  # noqa: E402
 
-from sharedkd.checkpoint import check_complete  # noqa: E402
+from sharedkd.checkpoints.checkpointer import check_complete  # noqa: E402
+from sharedkd.checkpoints.files import replace  # noqa: E402
 from sharedkd.data.shapes import CLASSES, make_shapes  # noqa: E402
 from sharedkd.engine import run  # noqa: E402
-from sharedkd.files import replace  # noqa: E402
-from sharedkd.launch import launch  # noqa: E402
-from sharedkd.metrics import CLOCKS  # noqa: E402
+from sharedkd.running.launch import launch  # noqa: E402
+from sharedkd.running.metrics import CLOCKS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("fork")  # PyTorch is imported once for all runs

@@ -22,7 +22,7 @@ from sharedkd.data.loader import build_test_loader, build_train_loader
 from sharedkd.data.shapes import make_shapes
 from sharedkd.engine import run
 from sharedkd.errors import ConfigError, DataError
-from sharedkd.launch import launch
+from sharedkd.running.launch import launch
 
 COUNT, HEIGHT, WIDTH = 12, 24, 40
 

@@ -18,7 +18,7 @@ from detectron2.config import LazyConfig
 from sharedkd import ConfigError
 from sharedkd.analysis.pictures import read_curves
 from sharedkd.compare import Comparison, run_comparison
-from sharedkd.lock import BusyError
+from sharedkd.running.lock import BusyError
 
 ROOT = tiny.ROOT
 CONFIG = str(ROOT / "configs/custom_coco.py")
@@ -272,7 +272,7 @@ def test_methods_have_their_seeds_in_several_shards(overrides, tmp_path, monkeyp
     trained = {0: set(), 1: set()}
     for i, found in trained.items():
         monkeypatch.setattr(
-            "sharedkd.runs.Run.train",
+            "sharedkd.running.runs.Run.train",
             lambda run, root, iterations, say, found=found: found.add(
                 (run.folder.parent.name, run.folder.name)
             ),

@@ -11,9 +11,9 @@ from detectron2.config import LazyConfig, instantiate
 from misconfigurations import PAIR, PLAIN, Bad
 
 from sharedkd import ConfigError
+from sharedkd.checks.preflight import preflight, report
 from sharedkd.config import load_config
 from sharedkd.engine import run
-from sharedkd.preflight import preflight, report
 
 MISSING = "/no/such/file"
 
@@ -179,9 +179,9 @@ def test_a_disk_that_is_too_small(good, tmp_path, monkeypatch):
 
 
 def test_measuring_changes_neither_weights_nor_draws(good, tmp_path):
+    from sharedkd.checks.preflight import _measure
     from sharedkd.errors import Findings
     from sharedkd.parts import assemble
-    from sharedkd.preflight import _measure
 
     findings = Findings()
     cfg = load_config(good["pair"], [f"train.output_dir={tmp_path}/run"])

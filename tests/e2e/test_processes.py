@@ -9,7 +9,7 @@ import tiny
 import torch
 from tiny import command
 
-from sharedkd.launch import _free_port
+from sharedkd.running.launch import _free_port
 
 STEP = """
 import os
@@ -25,7 +25,7 @@ from detectron2.modeling.meta_arch import ProposalNetwork
 from detectron2.utils import comm
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.config import shared_kd_stages
-from sharedkd.launch import launch
+from sharedkd.running.launch import launch
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.stages import Stage
 
@@ -163,7 +163,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
-from sharedkd.launch import launch
+from sharedkd.running.launch import launch
 from sharedkd.methods import known_methods
 
 METHODS = known_methods(tiny.ROOT / "configs/common/methods")

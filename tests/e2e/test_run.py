@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from tiny import arguments
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer, engine
-from sharedkd.checkpoint import StudentCheckpointer
+from sharedkd.checkpoints.checkpointer import StudentCheckpointer
 from sharedkd.config import load_config, shared_kd_stages, student_only
 from sharedkd.engine import evaluate, run
 from sharedkd.parts import build

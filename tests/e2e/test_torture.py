@@ -12,8 +12,8 @@ import tiny
 import torch
 
 from sharedkd import ConfigError
-from sharedkd.checkpoint import check_complete
-from sharedkd.lock import BusyError, locked
+from sharedkd.checkpoints.checkpointer import check_complete
+from sharedkd.running.lock import BusyError, locked
 
 
 def test_a_short_torture(tmp_path):

@@ -28,17 +28,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from .analysis.comparison import write
 from .analysis.pictures import read_curves
+from .checkpoints.files import replace
+from .checkpoints.resuming import differences
 from .config import construct, load_config
 from .engine import evaluate_teacher
 from .errors import ConfigError
-from .files import replace
-from .lock import BusyError
 from .meta_arch import SharedKD
 from .methods import PLAIN, with_method
 from .parts import build
-from .progress import LiveLine, Progress, Remaining
-from .resuming import differences
-from .runs import Run, short
+from .running.lock import BusyError
+from .running.progress import LiveLine, Progress, Remaining
+from .running.runs import Run, short
 
 __all__ = ["Arm", "Comparison", "folder_name", "run_comparison"]
 

@@ -11,16 +11,16 @@ from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
+from .checks.overrides import check_override, not_applicable
+from .checks.rules import check_choice, check_names, check_number, check_switch, check_text
 from .data.coco import CocoSummary, check_coco, check_same_classes, register_coco
 from .errors import FAILED, ConfigError, Findings, collecting
 from .losses import CrossLayer, IdenticalLayer
 from .meta_arch import SharedKD
-from .nonfinite import POLICIES
-from .overrides import check_override, not_applicable
-from .rules import check_choice, check_names, check_number, check_switch, check_text
+from .running.nonfinite import POLICIES
+from .running.writers import check_writers
 from .stages import Stage, stage_dict
 from .teacher import FrozenTeacher
-from .writers import check_writers
 
 __all__ = [
     "ONE_STAGE_WEIGHT",

@@ -16,9 +16,9 @@ from .analysis.tables import results_table
 from .config import student_only
 from .errors import ConfigError
 from .parts import build
-from .progress import LiveLine
-from .record import count_parameters
-from .runs import Run, short
+from .running.progress import LiveLine
+from .running.record import count_parameters
+from .running.runs import Run, short
 
 __all__ = ["run_demo", "seconds_per_image"]
 

@@ -18,25 +18,25 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from .checkpoint import StudentCheckpointer, has_run, load_trained
+from .checkpoints.checkpointer import StudentCheckpointer, has_run, load_trained
+from .checkpoints.files import remove_unfinished
+from .checkpoints.resuming import FinishStep, config_kept, latest_checkpoint
+from .checkpoints.saving import Checkpoints, SaveErrors
+from .checkpoints.weights import write_safetensors
+from .checks.overview import advise, as_text, describe
 from .config import load_config, student_only
 from .errors import Findings
-from .files import remove_unfinished
-from .interrupt import StopRequest
-from .lock import locked
-from .malloc import keep_freed_memory
 from .meta_arch import SharedKD
-from .metrics import Metrics
-from .overview import advise, as_text, describe
 from .parts import Parts, amp_dtype, assemble, check_output, losses_of, num_classes
-from .record import FILE as RECORD
-from .record import RunRecord
-from .resuming import FinishStep, config_kept, latest_checkpoint
-from .saving import Checkpoints, SaveErrors
+from .running.interrupt import StopRequest
+from .running.lock import locked
+from .running.metrics import Metrics
+from .running.record import FILE as RECORD
+from .running.record import RunRecord
+from .running.watchdog import Watchdog
+from .running.writers import open_writers
+from .speed.malloc import keep_freed_memory
 from .trainer import SharedKDTrainer
-from .watchdog import Watchdog
-from .weights import write_safetensors
-from .writers import open_writers
 
 __all__ = ["run", "build_trainer", "ddp", "train", "evaluate"]
 

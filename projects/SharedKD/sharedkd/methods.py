@@ -17,7 +17,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from .errors import ConfigError
-from .record import count_parameters
+from .running.record import count_parameters
 from .stages import stage_dict
 
 __all__ = ["FAMILIES", "PLAIN", "OWN", "Method", "family", "known_methods", "with_method"]

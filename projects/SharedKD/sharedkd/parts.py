@@ -15,19 +15,19 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from .backbones import compile_backbone, recompute_blocks
-from .checkpoint import has_run, inherit, initialise, load_trained
+from .checkpoints.checkpointer import has_run, inherit, initialise, load_trained
+from .checkpoints.resuming import check_settings, saved_seed
+from .checks.disk import check_disk, existing_folder
+from .checks.rules import check_number
 from .config import construct, not_set
 from .data.coco import CocoSummary, check_coco
 from .data.loader import TrainLoader
-from .disk import check_disk, existing_folder
 from .errors import FAILED, ConfigError, Findings, collecting
-from .folding import fold_in_training
-from .lock import check_free
 from .meta_arch import SharedKD, check_image_format
-from .record import count_parameters
-from .resuming import check_settings, saved_seed
-from .rules import check_number
+from .running.lock import check_free
+from .running.record import count_parameters
+from .speed.backbones import compile_backbone, recompute_blocks
+from .speed.folding import fold_in_training
 from .stages import Stage
 from .trainer import check_amp
 

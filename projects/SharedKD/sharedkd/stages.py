@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Dict, Optional, Tuple, Union
 
+from .checks.rules import check_number, check_switch
 from .errors import ConfigError, Findings
 from .losses.base import DistillationLoss
-from .rules import check_number, check_switch
 
 __all__ = ["Stage", "stage_dict"]
 

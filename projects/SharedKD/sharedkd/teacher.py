@@ -15,14 +15,14 @@ from detectron2.structures import Boxes, ImageList
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from .backbones import compile_backbone
-from .checkpoint import fingerprint, load_trained
+from .checkpoints.checkpointer import fingerprint, load_trained
+from .checks.rules import check_switch
 from .errors import ConfigError
 from .features import FeatureTap, pyramid_shapes
-from .folding import fold_norms
 from .heads import region_logits
 from .losses.base import HEAD_TAPS, Maps, precise
-from .rules import check_switch
+from .speed.backbones import compile_backbone
+from .speed.folding import fold_norms
 
 __all__ = ["FrozenTeacher"]
 

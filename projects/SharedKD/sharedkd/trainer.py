@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ConfigError
-from .nonfinite import BadSteps, find_culprits, not_finite
-from .snapshot import Snapshot
+from .running.nonfinite import BadSteps, find_culprits, not_finite
+from .running.snapshot import Snapshot
 
 __all__ = ["SharedKDTrainer", "check_amp"]
 

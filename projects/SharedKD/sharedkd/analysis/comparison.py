@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 from tabulate import tabulate
 
-from ..files import replace
+from ..checkpoints.files import replace
 from .strict_json import strict_json
 
 __all__ = [
@@ -289,7 +289,7 @@ def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
 
     Args:
         folder: created if it does not exist.
-        writer: see :func:`~sharedkd.files.replace`.
+        writer: see :func:`~sharedkd.checkpoints.files.replace`.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

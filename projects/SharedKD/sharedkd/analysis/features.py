@@ -5,10 +5,10 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from detectron2.config import instantiate
 
+from ..checkpoints.files import replace
 from ..errors import ConfigError
 from ..features import pyramid_shapes
-from ..files import replace
-from ..record import hardware, versions
+from ..running.record import hardware, versions
 from .feature_maps import draw_maps, position_maps
 from .gap_report import draw_heat_maps, draw_training, words
 from .gaps import GapMeter, Gaps, paired

@@ -9,7 +9,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..checkpoint import load_trained
+from ..checkpoints.checkpointer import load_trained
 from ..config import construct, load_config, student_only
 from ..errors import ConfigError
 from ..parts import num_classes

@@ -11,14 +11,14 @@ from detectron2.config import instantiate
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 
-from ..checkpoint import fingerprint, has_run, load_trained
+from ..checkpoints.checkpointer import fingerprint, has_run, load_trained
 from ..config import load_config
 from ..errors import ConfigError
 from ..features import FeatureTap, same_pixels
 from ..losses.base import Maps
 from ..losses.distance import Distance
 from ..parts import build
-from ..record import read_record
+from ..running.record import read_record
 
 __all__ = ["Checkpoint", "Pair", "saved_checkpoints", "validation_records"]
 

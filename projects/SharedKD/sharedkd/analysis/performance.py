@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ..files import replace
+from ..checkpoints.files import replace
 
 __all__ = ["document", "growth", "plot_parts", "rivals", "summary", "table", "variants"]
 

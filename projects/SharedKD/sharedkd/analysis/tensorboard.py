@@ -11,9 +11,9 @@ from typing import Any, Dict, Mapping
 import numpy as np
 from PIL import Image
 
+from ..checks.plain_config import leaves
 from ..compare import folder_name
 from ..errors import ConfigError
-from ..plain_config import leaves
 
 __all__ = ["comparison_record", "write_events"]
 

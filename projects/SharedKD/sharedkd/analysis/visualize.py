@@ -7,8 +7,8 @@ import numpy as np
 from omegaconf import OmegaConf
 from tabulate import tabulate
 
+from ..checkpoints.files import replace
 from ..errors import ConfigError
-from ..files import replace
 from .comparison import interval
 from .detection_plots import draw_ap, draw_mistakes
 from .detections import Found, Truth, average_precision, detect, mistakes

@@ -21,8 +21,8 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset
 
+from sharedkd.checks.rules import check_choice, check_number, check_switch
 from sharedkd.errors import ConfigError, Findings
-from sharedkd.rules import check_choice, check_number, check_switch
 
 from .faults import POLICIES, BadImages, Loaded, WorkerDied, batches_of, load, worker_error
 

@@ -14,12 +14,12 @@ from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ..checkpoint import fingerprint, load_trained
+from ..checkpoints.checkpointer import fingerprint, load_trained
+from ..checkpoints.files import replace
 from ..config import construct, student_only
 from ..engine import num_classes
 from ..errors import ConfigError, Findings
-from ..files import replace
-from ..record import hardware, versions
+from ..running.record import hardware, versions
 from .agreement import TOLERANCES, UNMATCHED, Agreement, compare
 from .formats import FORMATS, Format, NotExportable, Runner, detect, outputs_of
 from .images import Images, fit, read_images

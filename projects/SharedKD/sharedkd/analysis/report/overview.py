@@ -4,7 +4,7 @@ import math
 import shlex
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from ...plain_config import leaves
+from ...checks.plain_config import leaves
 from ...stages import Stage
 from ..comparison import Difference, Row, difference, measured, notes
 from .markup import Markup, markdown, missing, scrolling, section, table, tag

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Optional
 
-from ...files import replace
+from ...checkpoints.files import replace
 from . import evidence, overview, training
 from .markup import Markup, join, tag
 from .source import read_source

@@ -8,10 +8,10 @@ from typing import Any, Dict, List, Mapping, Optional
 
 import numpy as np
 
+from ...checks.plain_config import read_plain
 from ...compare import folder_name
 from ...errors import ConfigError
-from ...plain_config import read_plain
-from ...record import read_record
+from ...running.record import read_record
 from ..pictures import read_curves
 
 __all__ = ["RunData", "Source", "is_distilled", "read_source"]

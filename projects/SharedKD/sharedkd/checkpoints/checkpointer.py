@@ -1,0 +1,305 @@
+"""Weights in and out: verified loading, student initialisation, student-native checkpoints."""
+
+import glob
+import hashlib
+import logging
+import os
+import zipfile
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from ..errors import ConfigError
+from .download import fetch
+from .files import replace
+from .unpickler import Refused
+from .weights import read_weights
+
+__all__ = [
+    "StudentCheckpointer",
+    "check_complete",
+    "fingerprint",
+    "has_run",
+    "inherit",
+    "initialise",
+    "load_trained",
+]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+#: Names that a file may lack or have beyond the model: constants from the config, and counters.
+HARMLESS = ("pixel_mean", "pixel_std", "cell_anchors", "num_batches_tracked")
+
+
+class _DataCheckpointer(DetectionCheckpointer):
+    """Reads files as data, and finds the names of a bare backbone in the detector.
+
+    Attributes:
+        trusted: run what files ask for.
+    """
+
+    trusted = False
+
+    def _load_file(self, filename):
+        data = read_weights(filename, self.trusted)
+        names = {name.removeprefix("module.") for name in data["model"]}
+        if names.isdisjoint(self.model.state_dict()):
+            data["matching_heuristics"] = True
+        return data
+
+
+class StudentCheckpointer(_DataCheckpointer):
+    """Saves so that a run killed while saving leaves the previous checkpoint as it was.
+
+    The ``model`` entry of a file is the plain student's state, whatever model is saved (see
+    :meth:`SharedKD.state_dict`); trainer state and parameters owned by losses are other entries.
+    """
+
+    def save(self, name: str, **kwargs) -> None:
+        """Write ``name``.pth under a temporary name, read it again, rename it, then point to it.
+
+        Raises:
+            OSError: it cannot be written; the checkpoints that were there still are.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **states, **kwargs}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        replace(path, lambda f: torch.save(data, f), verify=check_complete)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        replace(path, lambda f: f.write(last_filename_basename.encode()))
+
+
+def check_complete(path: str) -> None:
+    """Compare a checkpoint of ours with the checksums in it; cheap beside writing it.
+
+    Raises:
+        OSError, zipfile.BadZipFile: a byte is wrong or missing.
+    """
+    with zipfile.ZipFile(path) as f:
+        broken = f.testzip()
+    if broken:
+        raise OSError(f"{path}: {broken} has another checksum than when it was written")
+
+
+def has_run(folder) -> bool:
+    """Whether a folder holds a run's checkpoint."""
+    if os.path.isfile(os.path.join(folder, "last_checkpoint")):
+        return True
+    # A run that was killed between its first checkpoint and the file that points to it.
+    ours = glob.glob(os.path.join(glob.escape(str(folder)), "model_*.pth"))
+    recorded = os.path.isfile(os.path.join(folder, "run.json"))
+    return recorded and any(zipfile.is_zipfile(path) for path in ours)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of a model's weights: two equal models have the same."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class _RecordingCheckpointer(_DataCheckpointer):
+    """Keeps what did not match, which Detectron2 only logs."""
+
+    def _load_model(self, checkpoint):
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+
+def _load(model: nn.Module, path: str, key: str, trusted: bool, sha256: Optional[str]):
+    """Load what matches; arguments as those of :func:`load_trained`.
+
+    Returns:
+        what did not match (missing and unexpected keys, incorrect shapes), and the file's other
+        entries.
+    """
+    checkpointer = _RecordingCheckpointer(model, save_to_disk=False)
+    checkpointer.trusted = trusted
+    group = key.rpartition(".")[0]
+    sha256_key = f"{group}.init_sha256" if group == "train" else f"{group}.sha256"
+    try:
+        rest = checkpointer.load(fetch(path, sha256, sha256_key))
+    except ConfigError:
+        raise
+    except Refused as e:
+        raise ConfigError(
+            key,
+            path,
+            f"asks for {e.asked}, and not for weights alone: reading it could run any program here",
+            f"get it as .safetensors, or add {group}.trust_checkpoint=True to let it run, if you trust "
+            "its maker as you trust those whose programs you install",
+        ) from e
+    except Exception as e:
+        # Whatever a reader of an unknown file raises, to the user it is one thing.
+        reason = (
+            "no such file" if not _exists(path) else f"cannot be read ({type(e).__name__}: {e})"
+        )
+        raise ConfigError(
+            key, path, reason, "point it at a Detectron2 .pth, .pkl or .safetensors checkpoint"
+        ) from e
+    return checkpointer.incompatible, rest
+
+
+def _exists(path: str) -> bool:
+    return "://" in path or os.path.isfile(path)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _mistakes(found) -> List[str]:
+    """What a load left over: missing, unknown and misshapen tensors, in words."""
+
+    def relevant(name):
+        return not any(x in name for x in HARMLESS)
+
+    reshaped = {k for k, _, _ in found.incorrect_shapes}  # fvcore reports these as missing as well
+    wrong = {
+        "missing in the file": [k for k in found.missing_keys if relevant(k) and k not in reshaped],
+        "unknown to the model": [k for k in found.unexpected_keys if relevant(k)],
+        "of another shape": [
+            f"{k} {a} against {b}" for k, a, b in found.incorrect_shapes if relevant(k)
+        ],
+    }
+    return [f"{len(names)} {what}: {_shortened(names)}" for what, names in wrong.items() if names]
+
+
+def load_trained(
+    model: nn.Module, path: str, key: str, trusted: bool = False, sha256: Optional[str] = None
+) -> Dict[str, Any]:
+    """Load a trained detector completely, or not at all.
+
+    Args:
+        model: plain Detectron2 model.
+        path: ``detectron2://``, URL, ``.pkl``, ``.pth`` or ``.safetensors``.
+        key: the config key that holds the path, for messages.
+        trusted: read the file with loaders that run what it asks for, see :mod:`.weights`.
+        sha256: of the file, see :func:`.download.fetch`.
+
+    Returns:
+        the file's other entries, such as the trainer's state.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, not the one of that SHA-256, or asks for more
+            than data; or it does not fill the model exactly.
+    """
+    found, rest = _load(model, path, key, trusted, sha256)
+    mistakes = _mistakes(found)
+    if mistakes:
+        raise ConfigError(
+            key,
+            path,
+            f"does not fit this {type(model).__name__} ({'; '.join(mistakes)})",
+            "use the weights of this very model, or the config of these weights",
+        )
+    logger.info(f"{key}={path}: all {len(model.state_dict())} tensors loaded")
+    return rest
+
+
+def initialise(
+    model: nn.Module,
+    path: str,
+    key: str = "train.init_checkpoint",
+    trusted: bool = False,
+    sha256: Optional[str] = None,
+) -> int:
+    """Load a student's initial weights: an ImageNet backbone, or a detector, perhaps of other classes.
+
+    What lies outside the bottom-up network may be missing or differ in shape and is then left at its
+    own initialisation; the log names it.
+
+    Args:
+        model, path, key, trusted, sha256: see :func:`load_trained`; an empty path does nothing.
+
+    Returns:
+        the number of the model's tensors that the file filled.
+
+    Raises:
+        ConfigError: see :func:`load_trained`; or it was made for another bottom-up network.
+    """
+    if not path:
+        return 0
+    found, _ = _load(model, path, key, trusted, sha256)
+    backbone = getattr(model, "backbone", model)
+    bottom_up = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
+    # An ImageNet file has no prefix; what it holds beyond the model keeps its own name.
+    stages = tuple(f"{n}." for n, _ in getattr(backbone, "bottom_up", backbone).named_children())
+
+    def is_convolution(name):
+        return name.endswith(".weight") and not any(x in name for x in (".norm", "fc", "offset"))
+
+    missing = [k for k in found.missing_keys if k.startswith(bottom_up) and is_convolution(k)]
+    reshaped = [x[0] for x in found.incorrect_shapes if x[0].startswith(bottom_up)]
+    surplus = [
+        k for k in found.unexpected_keys if k.startswith((bottom_up, *stages)) and is_convolution(k)
+    ]
+    if missing or reshaped or surplus:
+        raise ConfigError(
+            key,
+            path,
+            f"was made for another backbone ({len(missing)} of its convolutions missing, "
+            f"{len(reshaped)} of another shape, {len(surplus)} too many: "
+            f"{_shortened([*missing, *reshaped, *surplus])})",
+            "use weights of the student's backbone, or an empty string to start from scratch",
+        )
+    unfilled = {*found.missing_keys, *(x[0] for x in found.incorrect_shapes)}
+    return len(model.state_dict().keys() - unfilled)
+
+
+#: What can be inherited: part -> the beginnings of its parameters' names.
+PARTS: Dict[str, Sequence[str]] = {
+    "neck": ("backbone.",),
+    "head": ("head.", "proposal_generator.", "roi_heads."),
+}
+
+
+def inherit(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> List[str]:
+    """Copy the teacher's neck and head into the student where names and shapes agree.
+
+    Args:
+        student, teacher: plain detectors.
+        parts: any of ``neck`` (the FPN's own convolutions) and ``head``.
+
+    Returns:
+        the names of the tensors copied, which are also logged.
+
+    Raises:
+        ConfigError: an unknown part, or nothing that agrees.
+    """
+    unknown = [p for p in parts if p not in PARTS]
+    if unknown:
+        raise ConfigError("train.inherit", unknown, "no such part", f"use any of {list(PARTS)}")
+    beginnings = tuple(b for part in parts for b in PARTS[part])
+    source, target = teacher.state_dict(), student.state_dict()
+    copied = [
+        name
+        for name, x in target.items()
+        if name.startswith(beginnings)
+        and not name.startswith("backbone.bottom_up.")
+        and name in source
+        and source[name].shape == x.shape
+    ]
+    if parts and not copied:
+        raise ConfigError(
+            "train.inherit",
+            list(parts),
+            f"no tensor of {type(teacher).__name__} fits {type(student).__name__}",
+            "use train.inherit=[]",
+        )
+    with torch.no_grad():
+        for name in copied:
+            target[name].copy_(source[name])
+    logger.info(f"The student inherits {len(copied)} tensors from the teacher: {', '.join(copied)}")
+    return copied

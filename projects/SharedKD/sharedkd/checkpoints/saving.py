@@ -1,0 +1,175 @@
+"""When a run saves its checkpoints, which of them it keeps, and what it does if it cannot."""
+
+import logging
+import os
+import re
+from contextlib import contextmanager
+from typing import Iterator, List, Set
+
+from detectron2.engine import hooks
+from detectron2.utils import comm
+from torch import nn
+
+from ..errors import ConfigError
+from ..running.interrupt import Stopped, StopRequest, resume_command
+from .checkpointer import StudentCheckpointer
+
+__all__ = ["Checkpoints", "SaveError", "SaveErrors"]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+NUMBERED = re.compile(r"model_\d{7}\.pth")
+
+
+class SaveError(ConfigError):
+    """The output folder cannot be written any more."""
+
+
+class SaveErrors:
+    """What becomes of a run whose disk is full, or whose folder has become read-only.
+
+    Args:
+        folder: the run's output folder.
+        policy: ``stop``; or ``continue``: it is said once per kind of file, and training goes on.
+    """
+
+    def __init__(self, folder: str, policy: str):
+        if policy not in ("stop", "continue"):
+            raise ConfigError("train.on_save_error", policy, "is no policy", "use stop or continue")
+        self.folder, self.stops = folder, policy == "stop"
+        self._said: Set[str] = set()
+
+    @contextmanager
+    def handled(self, what: str) -> Iterator[None]:
+        """Raises:
+        SaveError: the disk refused what the block wrote, and the policy is to stop.
+        """
+        try:
+            yield
+        except OSError as e:
+            if self.stops:
+                raise self.error(what, e) from None
+            if what not in self._said:
+                logger.error(f"{self.folder}: cannot write {what} ({e}); training goes on")
+            self._said.add(what)
+        else:
+            self._said.discard(what)
+
+    def error(self, what: str, error: OSError) -> SaveError:
+        return SaveError(
+            "train.output_dir",
+            self.folder,
+            f"cannot write {what} ({error}); {_newest(self.folder)}",
+            f"make room, then: {resume_command()} (train.on_save_error=continue would train on)",
+        )
+
+    def quiet(self) -> None:
+        """Keep Python's logging from printing a traceback for every line that the disk refuses."""
+        for name in ("detectron2", "fvcore"):
+            for handler in logging.getLogger(name).handlers:
+                handler.handleError = self._log_failed
+
+    def _log_failed(self, record: logging.LogRecord) -> None:
+        """The console has the message; the metrics and checkpoints decide about the run."""
+
+
+def _newest(folder: str) -> str:
+    try:
+        with open(os.path.join(folder, "last_checkpoint")) as f:
+            return f"{f.read()} is intact"
+    except OSError:
+        return "there is no checkpoint yet"
+
+
+class Checkpoints(hooks.HookBase):
+    """Saves every so many steps, after the last one, and when the run is asked to stop.
+
+    A file is deleted only after a newer one is on the disk and has been read again.  In a run of
+    several processes each has this hook; the first one writes.
+
+    Args:
+        checkpointer: of the model and the trainer.
+        stop: tells whether the run is asked to stop.
+        errors: what to do if a file cannot be written.
+        period: iterations between two checkpoints.
+        max_to_keep: how many numbered checkpoints the folder holds at most; None: all.
+    """
+
+    def __init__(
+        self,
+        checkpointer: StudentCheckpointer,
+        stop: StopRequest,
+        errors: SaveErrors,
+        period: int,
+        max_to_keep: int = None,
+    ):
+        self.checkpointer, self.stop, self.errors = checkpointer, stop, errors
+        self.period, self.max_to_keep = period, max_to_keep
+
+    def before_train(self) -> None:
+        self.saved = self.trainer.start_iter - 1  # the last iteration that is on the disk
+
+    def after_step(self) -> None:
+        now, ends = self.trainer.iter + 1, self.trainer.iter + 1 == self.trainer.max_iter
+        if now % self.period == 0:
+            self._save(f"model_{self.trainer.iter:07d}")
+        if ends:
+            self._save("model_final")
+        elif now % self.trainer.read_period == 0:
+            number = self.stop.agreed(next(self.trainer.module.parameters()).device)
+            if number:
+                self.leave(number)
+
+    def leave(self, number: int) -> None:
+        """Save what is not saved yet, say how to go on, and end the program."""
+        done = min(self.trainer.iter, self.trainer.max_iter - 1)
+        if self.saved < done:
+            self._save(f"model_{done:07d}")
+        logger.warning(
+            f"Stopped after iteration {done}; {_newest(self.checkpointer.save_dir)}.  To go on: "
+            f"{resume_command()}"
+        )
+        raise Stopped(128 + number)
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """An evaluation, which a signal ends at the next image; with several processes, at its end."""
+        if comm.get_world_size() > 1:
+            yield
+            return
+
+        def leave(*unused):
+            if self.stop.signal:
+                self.leave(self.stop.signal)
+
+        handle = model.register_forward_pre_hook(leave)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def finish(self) -> None:
+        """Raises:
+        SaveError: the last state could not be saved, not even now that training is over.
+        """
+        if self.saved < self.trainer.max_iter - 1:
+            self.errors.stops = True
+            self._save("model_final")
+
+    def _save(self, name: str) -> None:
+        with self.errors.handled(f"{name}.pth"):
+            self.checkpointer.save(name, iteration=self.trainer.iter)
+            self.saved = self.trainer.iter
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        if self.max_to_keep is None or not self.checkpointer.save_to_disk:
+            return
+        folder = self.checkpointer.save_dir
+        for name in _numbered(folder)[: -self.max_to_keep]:
+            os.remove(os.path.join(folder, name))
+
+
+def _numbered(folder: str) -> List[str]:
+    """The numbered checkpoints of a folder, oldest first."""
+    return sorted(name for name in os.listdir(folder) if NUMBERED.fullmatch(name))

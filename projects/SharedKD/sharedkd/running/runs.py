@@ -1,0 +1,153 @@
+"""Training runs as child processes: started, followed, continued, and kept once they are finished."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Callable, Dict, Optional, Sequence
+
+from omegaconf import DictConfig
+
+from ..checkpoints.checkpointer import has_run
+from ..checkpoints.resuming import changes
+from ..config import load_config
+from ..errors import ConfigError
+from .lock import BusyError, for_child, locked
+from .progress import Progress
+from .record import read_record
+
+__all__ = ["BusyError", "Run", "short"]
+
+# What of a run's log is worth a line on the console.
+_TRAINING = re.compile(r"(?:eta: (?P<eta>.+?)\s+)?iter: (?P<iter>\d+)\s.*total_loss: (?P<loss>\S+)")
+_TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
+
+
+@dataclass
+class Run:
+    """One training run of tools/lazyconfig_train_net.py.
+
+    Attributes:
+        config: the file.
+        overrides: what the command line adds to the config, its output folder too.
+        folder: that output folder.
+    """
+
+    config: Path
+    overrides: Sequence[str]
+    folder: Path
+
+    @cached_property
+    def cfg(self) -> DictConfig:
+        return load_config(str(self.config), self.overrides)
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model_final.pth"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "console.txt"
+
+    @property
+    def started(self) -> bool:
+        return has_run(self.folder)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is trained and evaluated."""
+        return "results" in self.record
+
+    @property
+    def record(self) -> Dict[str, Any]:
+        """See :mod:`sharedkd.running.record`."""
+        return read_record(self.folder)
+
+    def has_these_settings(self) -> bool:
+        """Whether what its folder holds, if anything, was started with this very config."""
+        return not (self.started and changes(self.folder, self.cfg))
+
+    def command(self, root: Path) -> Sequence[str]:
+        return [
+            short(sys.executable),
+            short(root / "tools/lazyconfig_train_net.py"),
+            "--config-file",
+            short(self.config),
+            *(["--resume"] if self.started else []),
+            *self.overrides,
+        ]
+
+    def train(self, root: Path, iterations: int, say: Callable[[Progress], None]) -> None:
+        """Run the training command, or what is left of it.
+
+        Args:
+            root: the repository.
+            iterations: how many there are in all.
+            say: takes one line of progress at a time; the whole output goes to :attr:`log`.
+
+        Raises:
+            BusyError: another process trains it.
+            ConfigError: it failed; the message has the last line that it said.
+        """
+        last = deque(maxlen=20)
+        with locked(self.folder) as lock, open(self.log, "a") as file:
+            command = self.command(root)
+            with subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                bufsize=1,
+                # The child holds the lock, too: it may outlive this process.
+                pass_fds=[lock.fileno()],
+                env=for_child(lock),
+            ) as process:
+                try:
+                    for line in process.stdout:
+                        _write(file, line)
+                        last.append(line)
+                        progress = _progress(line, iterations)
+                        if progress:
+                            say(progress)
+                except BaseException:
+                    process.terminate()  # it saves what it has
+                    for line in process.stdout:
+                        _write(file, line)
+                    raise
+        if process.returncode:
+            reason = next((x.strip() for x in reversed(last) if x.strip()), "")
+            raise ConfigError(
+                short(self.folder),
+                f"status {process.returncode}",
+                f"is how this run ended: {reason}",
+                f"see {short(self.log)}; the command was: {shlex.join(command)}",
+            )
+
+
+def _write(file: IO[str], line: str) -> None:
+    with suppress(OSError):  # a full disk, about which the run itself decides
+        file.write(line)
+
+
+def _progress(line: str, iterations: int) -> Optional[Progress]:
+    """What a line of Detectron2's log says of the progress; mostly nothing."""
+    found = _TRAINING.search(line)
+    if found:
+        done = int(found["iter"]) + 1
+        eta = f"   {found['eta']} left" if found["eta"] else ""
+        text = f"iteration {done}/{iterations}   loss {found['loss']}{eta}"
+        return Progress(text, done / iterations, is_last=done == iterations)
+    found = _TESTING.search(line)
+    return Progress(f"evaluation {found['done']}   {found['eta']} left", 1.0) if found else None
+
+
+def short(path) -> str:
+    """A path as seen from here, if that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)

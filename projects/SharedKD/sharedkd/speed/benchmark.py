@@ -1,0 +1,581 @@
+"""What a distillation step costs, measured beside its lower bound: the student's step plus the teacher.
+
+All arms of a benchmark run in one process, turn by turn, so that what slows the machine down for a
+while slows all of them down.  Ratios are taken within a round.  Weights are random: times depend on
+shapes.
+"""
+
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import cached_property
+from statistics import median
+from types import MappingProxyType
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
+from torch import nn
+
+from ..checks.disk import tensor_bytes
+from ..config import construct
+from ..engine import ddp
+from ..errors import ConfigError
+from ..features import pyramid_shapes
+from ..losses.base import Batch
+from ..meta_arch import SharedKD
+from ..parts import amp_dtype, rewire
+from ..running.record import hardware, peak_memory_mb, versions
+from ..teacher import FrozenTeacher
+from ..trainer import SharedKDTrainer
+from .malloc import keep_freed_memory
+
+__all__ = ["Benchmark", "efficiency", "growth", "measure"]
+
+OBJECTS = 8  # an image, of random places and sizes
+WARM_UP = 2  # rounds that are not counted
+DETECTRON2 = ("student", "teacher_eager")  # arms that run as they do without this project
+
+
+class Benchmark:
+    """One pair at one input size.
+
+    Arms, each a call that does the work once:
+
+    * ``student``: a training step of the plain student, as Detectron2 runs it;
+    * ``student_sharedkd``: the same by this project's trainer and settings;
+    * ``teacher_eager``: backbone and FPN of the teacher, as Detectron2 runs them;
+    * ``teacher``: the same as a distillation step runs them;
+    * ``distill``: a distillation step with the config's own stages;
+    * a method's name: a distillation step with that method;
+    * a variant's name: a distillation step of that config, with models of its own;
+    * ``losses/distill``, ``losses/<method>``: forward and backward of the losses alone.
+
+    Args:
+        cfg: of a pair, see :func:`~sharedkd.config.load_config`.
+        methods: name -> config of the same pair with another method.
+        image_size: shorter side of the images in pixels; the longer one is 4/3 of it.
+        batch_size: images a step.
+        variants: name -> config of the same pair that computes in another way.
+
+    Raises:
+        ConfigError: not a pair.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        methods: Mapping[str, DictConfig],
+        image_size: int,
+        batch_size: int,
+        variants: Mapping[str, DictConfig] = MappingProxyType({}),
+    ):
+        if cfg.model.get("student") is None or cfg.model.get("teacher") is None:
+            raise ConfigError(
+                "--config-file", "model", "has no student and teacher", "use a pair's config"
+            )
+        self.cfg, self.methods, self.variants = cfg, {"distill": cfg, **methods}, variants
+        self.device = torch.device(cfg.train.device)
+        self.dtype = amp_dtype(cfg)
+        torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
+        self.image_size = image_size
+        size = (image_size, 32 * round(image_size * 4 / 96))
+        self.records = [_record(size, seed) for seed in range(batch_size)]
+        self._iteration = 0
+
+    # --- what arms share, built when it is needed ---------------------------------------------
+
+    @cached_property
+    def student(self) -> nn.Module:
+        student = self._build_student().to(memory_format=self._layout)
+        rewire(self.cfg, student)
+        return student
+
+    def _build_student(self) -> nn.Module:
+        torch.manual_seed(0)
+        return _tame(construct(self.cfg.model.student, "model.student")).to(self.device).train()
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.cfg.train.channels_last else torch.preserve_format
+
+    @cached_property
+    def _eager(self) -> FrozenTeacher:
+        """As Detectron2 runs it."""
+        return self._build_teacher().to(self.device)
+
+    @cached_property
+    def teacher(self) -> FrozenTeacher:
+        """The same network as a distillation step runs it."""
+        teacher = self._build_teacher().to(self.device)
+        teacher.model.to(memory_format=self._layout)
+        self.deviation = teacher.prepare(self.dtype)
+        return teacher
+
+    def _build_teacher(self) -> FrozenTeacher:
+        node = self.cfg.model.teacher.copy()
+        node.weights = ""
+        torch.manual_seed(1)
+        teacher = construct(node, "model.teacher")
+        _tame(teacher.model)
+        return teacher
+
+    def _pair(self, method: str) -> SharedKD:
+        pair = SharedKD(
+            student=self.student,
+            teacher=self.teacher,
+            stages=construct(self.methods[method].model.stages, "model.stages"),
+            input_format=self.cfg.model.input_format,
+        )
+        return pair.to(self.device).train()
+
+    # --- arms -----------------------------------------------------------------------------------
+
+    def arms(self) -> List[str]:
+        steps = [*DETECTRON2, "student_sharedkd", "teacher", *self.methods]
+        return [*steps, *(f"losses/{method}" for method in self.methods), *self.variants]
+
+    def arm(self, name: str) -> Callable[[], None]:
+        """What an arm does, ready to be called in this process."""
+        if self.device.type == "cpu" and self._settings(name).train.keep_memory:
+            keep_freed_memory()
+        if name in ("teacher_eager", "teacher"):
+            return self._teacher_arm(name)
+        if name == "student":
+            return self._step_of(self._detectron2_trainer())
+        if name == "student_sharedkd":
+            return self._step_of(self._trainer(self.student))
+        if name in self.variants:
+            return Benchmark(self.variants[name], {}, self.image_size, len(self.records)).arm(
+                "distill"
+            )
+        if name.startswith("losses/"):
+            return self._losses_arm(name.partition("/")[2])
+        return self._step_of(self._trainer(self._pair(name)))
+
+    def _teacher_arm(self, name: str) -> Callable[[], None]:
+        if name == "teacher":
+            return lambda: self.teacher.features(
+                self.records, frozenset({"fpn"}), self._eager.input_format
+            )
+        eager = self._eager
+        images = eager.preprocess(self.records, eager.input_format, 0).tensor
+
+        @torch.no_grad()
+        def run():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                eager.model.backbone(images)
+
+        return run
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        node = self.cfg.optimizer.copy()
+        node.params.model = model
+        optimizer = construct(node, "optimizer")
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # as much work, and random weights stay where they are
+        return optimizer
+
+    def _trainer(self, model: nn.Module) -> SharedKDTrainer:
+        train = self.cfg.train
+        trainer = SharedKDTrainer(
+            ddp(self.cfg, model),
+            itertools.repeat(self.records),
+            self._optimizer(model),
+            max_iter=10**9,
+            amp_dtype=self.dtype,
+            clip_grad_norm=train.clip_grad_norm,
+            accumulate=1,
+            log_period=train.log_period,
+        )
+        # Whatever their schedules, all stages are on.
+        weights = {name: stage.weight for name, stage in trainer.stages.items()}
+        trainer.stage_weights = lambda: weights
+        return trainer
+
+    def _detectron2_trainer(self) -> SimpleTrainer:
+        student = self._build_student()
+        trainer = AMPTrainer if self.dtype is torch.float16 else SimpleTrainer
+        return trainer(student, itertools.repeat(self.records), self._optimizer(student))
+
+    def _step_of(self, trainer: SimpleTrainer) -> Callable[[], None]:
+        trainer.max_iter = 10**9
+        # Detectron2's AMPTrainer is for float16 on CUDA only.
+        mixed = type(trainer) is SimpleTrainer and self.dtype is not None
+
+        def run():
+            with EventStorage(self._iteration) as trainer.storage:
+                trainer.iter = self._iteration = self._iteration + 1
+                with torch.autocast(self.device.type, self.dtype, enabled=mixed):
+                    trainer.run_step()
+
+        run.trainer = trainer  # type: ignore[attr-defined]
+        return run
+
+    def _losses_arm(self, method: str) -> Callable[[], None]:
+        pair = self._pair(method)
+        taken: Dict[str, Batch] = {}
+        handles = [
+            loss.register_forward_pre_hook(
+                lambda module, args, name=name: taken.update({name: args[0]})
+            )
+            for name, loss in pair.losses.items()
+        ]
+        self._step_of(self._trainer(pair))()
+        for handle in handles:
+            handle.remove()
+        leaves = {name: _as_leaves(batch) for name, batch in taken.items()}
+
+        def run():
+            total = 0.0
+            for name, batch in leaves.items():
+                terms = pair.losses[name](batch)
+                total = total + pair.stages[name].weight * sum(terms.values())
+            if total.requires_grad:
+                total.backward()
+            for batch in leaves.values():
+                for levels in batch.student.values():
+                    for x in levels.values():
+                        x.grad = None
+
+        return run
+
+    # --- measuring ------------------------------------------------------------------------------
+
+    def times(self, names: Sequence[str], rounds: int) -> Dict[str, List[float]]:
+        """Seconds of each arm in each of some rounds, arms in turn."""
+        seconds: Dict[str, List[float]] = {name: [] for name in names}
+        with ExitStack() as children:
+            arms = {name: self._placed(name, children) for name in names}
+            for turn in range(-WARM_UP, rounds):
+                order = list(arms)[turn % len(arms) :] + list(arms)[: turn % len(arms)]
+                for name in order:
+                    start = self._now()
+                    arms[name]()
+                    elapsed = self._now() - start
+                    if turn >= 0:
+                        seconds[name].append(elapsed)
+        return seconds
+
+    def _placed(self, name: str, children: ExitStack) -> Callable[[], None]:
+        """An arm in this process, or in a child if it treats freed memory in another way."""
+        cfg = self._settings(name)
+        if self.device.type != "cpu" or cfg.train.keep_memory == self.cfg.train.keep_memory:
+            return self.arm(name)
+        work = (
+            cfg,
+            self.image_size,
+            len(self.records),
+            "distill" if name in self.variants else name,
+        )
+        return children.enter_context(_in_child(*work))
+
+    def _settings(self, name: str) -> DictConfig:
+        """An arm's config.  Those of Detectron2 leave memory to the C library."""
+        cfg = self.variants.get(name, self.cfg)
+        if name in DETECTRON2:
+            cfg = cfg.copy()
+            cfg.train.keep_memory = False
+        return cfg
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def parts(self, rounds: int) -> Dict[str, float]:
+        """Median seconds of the parts of a distillation step, and of the ``whole``."""
+        run = self.arm("distill")
+        trainer: SharedKDTrainer = run.trainer  # type: ignore[attr-defined]
+        for _ in range(WARM_UP):
+            run()
+        found: Dict[str, List[float]] = defaultdict(list)
+        for _ in range(rounds):
+            with _marks(trainer, self._now) as marks:
+                start = self._now()
+                run()
+                whole = self._now() - start
+            spent = dict(
+                teacher=marks["teacher"],
+                student_forward=marks["student"],
+                losses=marks["losses"],
+                backward=marks["optimizer_start"] - marks["forward_end"],
+                optimizer=whole + start - marks["optimizer_start"],
+                data=marks["forward_start"] - start,
+            )
+            spent["rest"] = whole - sum(spent.values())  # joins terms, takes maps
+            for name, value in {**spent, "whole": whole}.items():
+                found[name].append(value)
+        return {name: median(values) for name, values in found.items()}
+
+    def memory(self, name: str) -> float:
+        """Peak memory of an arm in this process, MB, which should have run nothing before."""
+        run = self.arm(name)
+        for _ in range(3):
+            run()
+        return peak_memory_mb()
+
+    def kept_mb(self) -> Dict[str, float]:
+        """What distillation has to hold in memory: the teacher's weights, and its maps of a batch."""
+        pair = self._pair("distill")
+        maps = self.teacher.features(
+            self.records,
+            pair._taps([n for n in pair.stages if "teacher" in pair.losses[n].needs]),
+            self.cfg.model.get("input_format", "BGR"),
+        )
+        return {
+            "teacher_weights_mb": tensor_bytes(self._eager.model.state_dict().values()) / 2**20,
+            "teacher_maps_mb": tensor_bytes(x for levels in maps.values() for x in levels.values())
+            / 2**20,
+        }
+
+    def describe(self) -> Dict[str, Any]:
+        """What was measured, on what."""
+        return {
+            "device": str(self.device),
+            "hardware": hardware(self.device),
+            "versions": versions(),
+            "images": [list(x["image"].shape[-2:]) for x in self.records],
+            "precision": str(self.dtype or torch.float32)[6:],
+            "teacher_precision": str(self.teacher.dtype)[6:],
+            "teacher_deviation": self.deviation,
+        }
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], over: str, *under: str) -> Dict[str, float]:
+    """Median, least and greatest ratio within a round of an arm to the sum of others."""
+    each = [a / sum(b) for a, *b in zip(seconds[over], *(seconds[name] for name in under))]
+    return {"median": median(each), "low": min(each), "high": max(each)}
+
+
+def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Dict[str, Any]:
+    """Everything of one input size, as tools/benchmark.py writes it.
+
+    Args:
+        memory: gives an arm's :meth:`Benchmark.memory`, measured in a process of its own.
+
+    Returns:
+        ``overhead``, the median of distill / (student + teacher_eager); ``ratios``, among them
+        ``floor``, what a teacher and losses that cost nothing would leave of it; ``seconds`` (arm to
+        median, low, high); ``parts``; ``memory`` in MB, over the student's step with the same
+        settings.
+    """
+    seconds = bench.times(bench.arms(), rounds)
+    rivals = [name for name in bench.methods if name != "distill"]
+    ratios = {
+        "overhead": ratio(seconds, "distill", "student", "teacher_eager"),
+        "floor": ratio(seconds, "student_sharedkd", "student", "teacher_eager"),
+        "over_plain": ratio(seconds, "distill", "student_sharedkd"),
+        "teacher": ratio(seconds, "teacher", "teacher_eager"),
+        "losses": ratio(seconds, "losses/distill", "distill"),
+        **{f"distill/{name}": ratio(seconds, "distill", name) for name in rivals},
+        **{name: ratio(seconds, name, "distill") for name in bench.variants},
+    }
+    steps = ("student", "student_sharedkd", *bench.methods, *bench.variants)
+    peaks = {name: memory(name) for name in steps}
+    return {
+        "overhead": ratios["overhead"]["median"],
+        **bench.describe(),
+        "ratios": ratios,
+        "seconds": {
+            name: {"median": median(x), "low": min(x), "high": max(x), "all": x}
+            for name, x in seconds.items()
+        },
+        "parts": bench.parts(rounds),
+        "memory": {
+            **bench.kept_mb(),
+            "peak_mb": peaks,
+            "over_student_mb": {
+                name: peaks[name] - peaks["student_sharedkd"] for name in steps[2:]
+            },
+        },
+    }
+
+
+def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
+    """What distillation adds with twice the images, twice the pixels, and with fewer levels.
+
+    Returns:
+        ``batch_size``, ``image_size``, ``levels`` of each case, and the median ``seconds`` of the
+        arms student_sharedkd, distill and losses/distill.
+    """
+    size, count = bench.image_size, len(bench.records)
+    cases = [(size, count), (size, 2 * count), (round(size * 2**0.5 / 32) * 32, count)]
+    strides = sorted(pyramid_shapes(bench.student)["fpn"])
+    found = []
+    for size, count in cases:
+        found.append(_case(Benchmark(bench.cfg, {}, size, count), strides, rounds))
+    for levels in range(2, len(strides)):
+        cfg = bench.cfg.copy()
+        for stage in cfg.model.stages.values():
+            if isinstance(stage, DictConfig) and "strides" in stage.loss:
+                stage.loss.strides = strides[:levels]
+        found.append(_case(Benchmark(cfg, {}, *cases[0]), strides[:levels], rounds))
+    return found
+
+
+def _case(bench: Benchmark, strides: Sequence[int], rounds: int) -> Dict[str, Any]:
+    seconds = bench.times(["student_sharedkd", "distill", "losses/distill"], rounds)
+    return dict(
+        batch_size=len(bench.records),
+        image_size=bench.image_size,
+        levels=len(strides),
+        seconds={name: median(x) for name, x in seconds.items()},
+    )
+
+
+def efficiency(
+    cfg: DictConfig, image_size: int, batch_size: int, processes: int, rounds: int
+) -> Dict[str, float]:
+    """A step of one process over a step of several, which each have as many images.
+
+    CPU processes over gloo, with one thread each.  1: a gradient's reduction costs nothing.
+
+    Returns:
+        arm (student_sharedkd, distill) to the ratio of the medians.
+    """
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for world in (1, processes):
+            path = os.path.join(folder, f"{world}.json")
+            arguments = (world, f"{path}.store", path, cfg, image_size, batch_size, rounds)
+            mp.start_processes(_in_group, arguments, nprocs=world, start_method="spawn")
+            with open(path) as f:
+                seconds.append({name: median(x) for name, x in json.load(f).items()})
+    return {name: seconds[0][name] / seconds[1][name] for name in seconds[0]}
+
+
+def _in_group(rank, world, store, path, cfg, image_size, batch_size, rounds) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", world_size=world, rank=rank)
+    seconds = {
+        name: Benchmark(cfg, {}, image_size, batch_size).times([name], rounds)[name]
+        for name in ("student_sharedkd", "distill")
+    }
+    if rank == 0:
+        with open(path, "w") as f:
+            json.dump(seconds, f)
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _in_child(*work) -> Iterator[Callable[[], None]]:
+    """An arm in a process of its own, which works only while this one waits for it."""
+    ours, theirs = mp.get_context("spawn").Pipe()
+    child = mp.get_context("spawn").Process(
+        target=_serve, args=(theirs, torch.get_num_threads(), *work), daemon=True
+    )
+    child.start()
+    theirs.close()
+
+    def run():
+        ours.send(True)
+        ours.recv()
+
+    try:
+        ours.recv()  # it is ready
+        yield run
+    finally:
+        ours.close()
+        child.join()
+
+
+def _serve(pipe, threads, cfg, image_size, batch_size, name) -> None:
+    torch.set_num_threads(threads)
+    run = Benchmark(cfg, {}, image_size, batch_size).arm(name)
+    with suppress(EOFError):  # nobody asks any more
+        while True:
+            pipe.send(None)
+            pipe.recv()
+            run()
+
+
+@contextmanager
+def _marks(trainer: SharedKDTrainer, now: Callable[[], float]) -> Iterator[Dict[str, float]]:
+    """Seconds within teacher, student and losses, and when the forward and the backward end."""
+    model: SharedKD = trainer.model
+    marks: Dict[str, float] = defaultdict(float)
+    features = model.teacher.features
+
+    def timed_features(*args, **kwargs):
+        start = now()
+        try:
+            return features(*args, **kwargs)
+        finally:
+            marks["teacher"] += now() - start
+
+    def before(name):
+        return lambda *_: marks.__setitem__(f"{name}_start", now())
+
+    def after(name):
+        return lambda *_: marks.__setitem__(name, marks[name] + now() - marks[f"{name}_start"])
+
+    def end_forward(*_):
+        marks["forward_end"] = now()
+
+    handles = [
+        model.register_forward_pre_hook(before("forward")),
+        model.register_forward_hook(end_forward),
+        model.student.register_forward_pre_hook(before("student")),
+        model.student.register_forward_hook(after("student")),
+        trainer.optimizer.register_step_pre_hook(before("optimizer")),
+    ]
+    for loss in model.losses.values():
+        handles.append(loss.register_forward_pre_hook(before("losses")))
+        handles.append(loss.register_forward_hook(after("losses")))
+    model.teacher.features = timed_features
+    try:
+        yield marks
+    finally:
+        del model.teacher.features
+        for handle in handles:
+            handle.remove()
+
+
+def _as_leaves(batch: Batch) -> Batch:
+    """The batch with the student's maps cut off from its graph, so that a gradient ends in them."""
+    student = {
+        tap: {s: x.detach().clone().requires_grad_(x.requires_grad) for s, x in levels.items()}
+        for tap, levels in batch.student.items()
+    }
+    regions = batch.regions
+    if regions is not None:
+        regions = replace(regions, student=regions.student.detach().requires_grad_())
+    return replace(batch, student=student, regions=regions)
+
+
+def _record(size: Sequence[int], seed: int) -> Dict[str, Any]:
+    """A training record of random pixels and objects, as Detectron2's mappers give it."""
+    draw = torch.Generator().manual_seed(seed)
+    height, width = size
+    sides = torch.tensor([width, height, width, height])
+    corner = torch.rand(OBJECTS, 2, generator=draw) * 0.7
+    extent = 0.05 + torch.rand(OBJECTS, 2, generator=draw) * 0.25
+    boxes = torch.cat([corner, corner + extent], 1) * sides
+    masks = torch.zeros(OBJECTS, height, width, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist()):
+        mask[y0:y1, x0:x1] = True
+    truth = Instances((height, width))
+    truth.gt_boxes, truth.gt_masks = Boxes(boxes), BitMasks(masks)
+    truth.gt_classes = torch.zeros(OBJECTS, dtype=torch.int64)
+    image = torch.randint(0, 256, (3, height, width), generator=draw, dtype=torch.uint8)
+    return {"image": image, "height": height, "width": width, "instances": truth}
+
+
+def _tame(model: nn.Module) -> nn.Module:
+    """Random weights without statistics would let maps grow from block to block beyond all bounds."""
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.fill_(0.5)
+    return model
