@@ -3,6 +3,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -276,6 +277,39 @@ def test_many_faults_give_their_number_and_the_first(own):
     message = message_of(check_coco, *own(change))
     assert "annotation id 1 of" in message and "(and 2 more)" in message
     assert "more)" not in message_of(check_coco, *own(setter("annotations", 2, bbox=[1, 1, 0, 1])))
+
+
+def test_every_kind_of_fault_is_said_at_once(own, tmp_path):
+    """What depends on something that is at fault itself is left out, and nothing else."""
+
+    def change(data):
+        data["images"].append({"id": 11, "file_name": "gone.png", "width": 0, "height": 9})
+        data["annotations"].append(annotation(12, 11, 5, [90, 90, 5, 5]))  # no size to be in
+        data["annotations"].append(annotation(13, 44, 6, [1, 1, 0, 0], iscrowd=7))
+        data["annotations"][0]["bbox"] = [1, 2, "3"]
+        data["annotations"][1]["bbox"] = [1, 2, 0, 0]
+        data["annotations"][2].update(bbox=[1, 2, -3, 0], segmentation=[[1, 2]])
+
+    arguments = own(change)
+    (tmp_path / "images/a.png").unlink()
+    with pytest.raises(ConfigError) as caught:
+        check_coco(*arguments)
+    assert [e.problem.replace("'", "") for e in caught.value.errors] == [
+        "image gone.png has width 0",
+        "annotation id 1 of image a.png has bbox [1, 2, 3]",
+        "annotation id 2 of image a.png has an empty box [1, 2, 0, 0] (and 1 more)",
+        mock.ANY,
+        "annotation id 13 is of image 44, which does not exist",
+        "annotation id 13 is of category 6, which does not exist",
+        "annotation id 13 has iscrowd 7",
+        "no image file a.png",
+    ]
+    assert "2 numbers" in caught.value.errors[3].problem
+
+
+def test_a_file_without_any_sound_image(own):
+    message = message_of(check_coco, *own(lambda d: [i.pop("width") for i in d["images"]] and d))
+    assert "has width none (and 2 more)" in message
 
 
 def test_line_breaks_in_values_do_not_break_the_line(own):

@@ -376,12 +376,19 @@ class SharedKDTrainer(SimpleTrainer):
         state["grad_scaler"] = self.scaler.state_dict()
         # Dense detectors keep a running mean outside of their state dict.
         state["bad_steps"] = self.bad_steps.state_dict()
+        state["bad_images"] = dict(self.bad_images)
         state["loss_normalizer"] = getattr(self.detector, "loss_normalizer", None)
         return state
 
     def _teacher_fingerprint(self) -> Optional[str]:
         teacher = getattr(self.module, "teacher", None)
         return teacher and teacher.fingerprint
+
+    @property
+    def bad_images(self) -> Dict[str, str]:
+        """Images that the data loader passed over, name -> why."""
+        loader = getattr(self.data_loader, "bad_images", None)
+        return {} if loader is None else loader.files
 
     def check_resumable(self, state_dict) -> None:
         """Raises:
@@ -403,6 +410,7 @@ class SharedKDTrainer(SimpleTrainer):
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         if "bad_steps" in state_dict:
             self.bad_steps.load_state_dict(state_dict["bad_steps"])
+        self.bad_images.update(state_dict.get("bad_images", {}))
         if state_dict["loss_normalizer"] is not None:
             self.detector.loss_normalizer = state_dict["loss_normalizer"]
 

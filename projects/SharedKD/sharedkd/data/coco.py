@@ -7,13 +7,13 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Set, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 from PIL import Image
 
-from sharedkd.errors import ConfigError
+from sharedkd.errors import FAILED, ConfigError, Findings
 
 from .masks import MOST_PIXELS, fault, is_int, is_number, shown
 
@@ -94,39 +94,31 @@ def check_coco(
         verify_sizes: also compare width and height with the headers of up to 1000 images.
 
     Raises:
-        ConfigError: with the first fault, how many there are like it, and the fix.
+        ConfigError: for each kind of fault the first one, how many there are like it, and the fix.
     """
     json_file, image_root = os.fspath(json_file), os.fspath(image_root)
-    refuse = partial(_refuse, key, json_file)
     data = _read(json_file, key)
     images, annotations = data["images"], data["annotations"]
-    categories = _categories_of[_stamp(json_file)] = _categories(data, refuse)
-    _check_images(images, refuse)
-    _check_annotations(annotations, images, categories, refuse)
-    if not train:
-        _check_evaluable(annotations, refuse)
-
+    findings, faults = Findings(), _Faults()
+    categories = findings.step(_categories, data, partial(_refuse, key, json_file))
+    if categories is not FAILED:
+        _categories_of[_stamp(json_file)] = categories
+    sound = [image for image in images if faults.note(_of_image(image))]
+    known = {i["id"] for i in images}, {i["id"]: i for i in sound}, categories
+    for annotation in annotations:
+        faults.note(_of_annotation(annotation, *known))
+        if not train:
+            faults.note(_of_evaluated(annotation))
     objects = [a for a in annotations if not a.get("iscrowd")]
-    occupied = {a["image_id"] for a in objects}
     if train and not objects:
-        refuse(["no image has an object"], "annotate some objects that are not crowd regions")
+        fix = "annotate some objects that are not crowd regions"
+        faults.note([("no image has an object", fix)])
+    for error in faults.errors(key, json_file):
+        findings.add(error)
+    findings.step(_check_files, sound, image_root, images_key, key, json_file, verify_sizes)
+    findings.raise_errors()
 
-    if not os.path.isdir(image_root):
-        _refuse(images_key, image_root, ["no such folder"], f"name the folder of {key}'s images")
-    refuse_images = partial(_refuse, images_key, image_root)
-    refuse_images(
-        _strangers(images, image_root),
-        f"name a folder that holds all images, / for absolute names, or correct the file_name in {json_file}",
-    )
-    refuse_images(
-        _missing_files(images, image_root),
-        f"put the file there, or correct {images_key} or the file_name in {json_file}",
-    )
-    if verify_sizes:
-        refuse_images(
-            _wrong_headers(images, image_root),
-            f"correct the image, or its width and height in {json_file}",
-        )
+    occupied = {a["image_id"] for a in objects}
     return CocoSummary(
         key=key,
         json_file=json_file,
@@ -191,14 +183,37 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
     MetadataCatalog.get(name).set(**metadata)
 
 
-def _refuse(key: str, value: str, faults: Iterable[str], fix: str) -> None:
-    """Raise ConfigError for the first of ``faults``, with the number of the others, if any."""
-    faults = iter(faults)
-    first = next(faults, None)
-    if first is not None:
-        first = first[:_LONGEST_MESSAGE]
-        others = sum(1 for _ in faults)
-        raise ConfigError(key, value, first + (f" (and {others} more)" if others else ""), fix)
+class _Faults:
+    """What is wrong with items of a file: of each kind the first, and how many there are.
+
+    A fault is a problem and its fix; what is mended in the same way is of one kind.
+    """
+
+    def __init__(self):
+        self._first: Dict[str, str] = {}
+        self._count: Counter = Counter()
+
+    def note(self, faults: Iterable[Tuple[str, str]]) -> bool:
+        """Count an item's faults.  Returns whether there are none."""
+        sound = True
+        for problem, fix in faults:
+            self._first.setdefault(fix, problem[:_LONGEST_MESSAGE])
+            self._count[fix] += 1
+            sound = False
+        return sound
+
+    def errors(self, key: str, value: str) -> Iterator[ConfigError]:
+        for fix, first in self._first.items():
+            others = self._count[fix] - 1
+            yield ConfigError(key, value, first + f" (and {others} more)" * bool(others), fix)
+
+
+def _refuse(key: str, value: str, problems: Iterable[str], fix: str) -> None:
+    """Raise ConfigError if there are any problems, which are of one kind."""
+    faults = _Faults()
+    faults.note((problem, fix) for problem in problems)
+    for error in faults.errors(key, value):
+        raise error
 
 
 def _read(json_file: str, key: str) -> Dict[str, Any]:
@@ -301,111 +316,133 @@ def _stamp(json_file: str) -> Tuple[str, int, int]:
     return os.path.abspath(json_file), stat.st_mtime_ns, stat.st_size
 
 
-def _check_images(images: List[Dict[str, Any]], refuse) -> None:
-    refuse(
-        (
-            f"image id {i['id']} has file_name {shown(i.get('file_name'))}"
-            for i in images
-            if not isinstance(i.get("file_name"), str) or not i["file_name"]
-        ),
-        "give each image its file_name",
-    )
-    refuse(
-        (
-            f"image {i['file_name']!r} has {side} {shown(i.get(side))}"
-            for i in images
-            for side in ("width", "height")
-            if not is_int(i.get(side)) or i[side] <= 0
-        ),
-        "write the image's size in whole pixels",
-    )
-    refuse(
-        (
-            f"image {i['file_name']!r} is said to have {shown(i['width'])}x{shown(i['height'])} pixels"
-            for i in images
-            if i["width"] * i["height"] > MOST_PIXELS
-        ),
-        f"correct its width and height; an image cannot be read beyond {MOST_PIXELS} pixels",
-    )
-
-
-def _check_annotations(
-    annotations: List[Dict[str, Any]],
-    images: List[Dict[str, Any]],
-    categories: Dict[int, str],
-    refuse,
-) -> None:
-    image_of = {i["id"]: i for i in images}
-    for field, known, what in (
-        ("image_id", image_of, "image"),
-        ("category_id", categories, "category"),
-    ):
-        refuse(
-            (
-                f"annotation id {a['id']} is of {what} {shown(a.get(field))}, which does not exist"
-                for a in annotations
-                if not is_int(a.get(field)) or a[field] not in known
-            ),
-            f"correct its {field}, or add the {what}",
+def _of_image(image: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
+    """An image's faults; without any, its name and size can be relied on."""
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name:
+        yield f"image id {image['id']} has file_name {shown(name)}", "give each image its file_name"
+        return
+    sides = [image.get(side) for side in ("width", "height")]
+    for side, value in zip(("width", "height"), sides):
+        if not is_int(value) or value <= 0:
+            problem = f"image {name!r} has {side} {shown(value)}"
+            yield problem, "write the image's size in whole pixels"
+            return
+    if sides[0] * sides[1] > MOST_PIXELS:
+        yield (
+            f"image {name!r} is said to have {shown(sides[0])}x{shown(sides[1])} pixels",
+            f"correct its width and height; an image cannot be read beyond {MOST_PIXELS} pixels",
         )
 
-    def faults(problem):
-        for a in annotations:
-            image = image_of[a["image_id"]]
-            found = problem(a, image)
-            if found:
-                yield f"annotation id {a['id']} of image {image['file_name']!r} {found}"
 
-    refuse(
-        faults(lambda a, _: not _is_box(a.get("bbox")) and f"has bbox {shown(a.get('bbox'))}"),
-        "write bbox as four finite numbers [x, y, width, height] in pixels",
-    )
-    refuse(
-        faults(lambda a, image: _is_flat(a, image) and f"has an empty box {shown(a['bbox'])}"),
-        "width and height must be above 0: correct or remove it",
-    )
-    refuse(
-        faults(_outside),
-        "bbox is [x, y, width, height] in pixels, not corners: correct, clip or remove it",
-    )
-    refuse(
-        faults(
-            lambda a, _: a.get("iscrowd", 0) not in (0, 1) and f"has iscrowd {shown(a['iscrowd'])}"
-        ),
-        "write 0 for an object, 1 for a crowd region",
-    )
-    refuse(
-        faults(lambda a, _: a.get("ignore", 0) != 0 and f"has ignore {shown(a['ignore'])}"),
-        "remove 'ignore': Detectron2 does not support it; mark crowd regions by iscrowd 1",
-    )
-    refuse(
-        faults(lambda a, i: fault(a.get("segmentation"), i["height"], i["width"])),
-        "write polygons [[x1, y1, x2, y2, x3, y3, ...]] in pixels or RLE of the image's size, "
-        "or remove the object",
-    )
-    refuse(
-        faults(lambda a, _: not _are_keypoints(a) and f"has keypoints {shown(a['keypoints'])}"),
-        "write keypoints as finite numbers [x1, y1, visibility1, ...], or remove them",
-    )
+def _of_annotation(
+    annotation: Dict[str, Any],
+    image_ids: Set[int],
+    sound: Dict[int, Dict[str, Any]],
+    categories: Union[Dict[int, str], Any],
+) -> Iterator[Tuple[str, str]]:
+    """An annotation's faults.
+
+    Args:
+        image_ids: of all images.
+        sound: id -> image, of those without faults.
+        categories: FAILED if they are at fault themselves.
+    """
+    a, whole = annotation, True
+    for field, known, what in (
+        ("image_id", image_ids, "image"),
+        ("category_id", categories, "category"),
+    ):
+        if known is not FAILED and not (is_int(a.get(field)) and a[field] in known):
+            whole = whole and what != "image"
+            yield (
+                f"annotation id {a['id']} is of {what} {shown(a.get(field))}, which does not exist",
+                f"correct its {field}, or add the {what}",
+            )
+    image = sound.get(a["image_id"]) if whole else None
+    where = f"annotation id {a['id']}" + (f" of image {image['file_name']!r}" if image else "")
+    if not _is_box(a.get("bbox")):
+        yield (
+            f"{where} has bbox {shown(a.get('bbox'))}",
+            "write bbox as four finite numbers [x, y, width, height] in pixels",
+        )
+    elif image and _is_flat(a, image):
+        yield (
+            f"{where} has an empty box {shown(a['bbox'])}",
+            "width and height must be above 0: correct or remove it",
+        )
+    elif image and _outside(a, image):
+        yield (
+            f"{where} {_outside(a, image)}",
+            "bbox is [x, y, width, height] in pixels, not corners: correct, clip or remove it",
+        )
+    if a.get("iscrowd", 0) not in (0, 1):
+        problem = f"{where} has iscrowd {shown(a['iscrowd'])}"
+        yield problem, "write 0 for an object, 1 for a crowd region"
+    if a.get("ignore", 0) != 0:
+        yield (
+            f"{where} has ignore {shown(a['ignore'])}",
+            "remove 'ignore': Detectron2 does not support it; mark crowd regions by iscrowd 1",
+        )
+    mask = image and fault(a.get("segmentation"), image["height"], image["width"])
+    if mask:
+        yield (
+            f"{where} {mask}",
+            "write polygons [[x1, y1, x2, y2, x3, y3, ...]] in pixels or RLE of the image's size, "
+            "or remove the object",
+        )
+    if not _are_keypoints(a):
+        yield (
+            f"{where} has keypoints {shown(a['keypoints'])}",
+            "write keypoints as finite numbers [x1, y1, visibility1, ...], or remove them",
+        )
 
 
-def _check_evaluable(annotations: List[Dict[str, Any]], refuse) -> None:
+def _of_evaluated(annotation: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
+    """What COCO evaluation cannot work with."""
+    area = annotation.get("area")
+    if not is_number(area) or area < 0:
+        yield (
+            f"annotation id {annotation['id']} has area {shown(area)}",
+            "COCO evaluation needs it: write the mask's area, or width * height of the box",
+        )
+    if "iscrowd" not in annotation:
+        yield (
+            f"annotation id {annotation['id']} has no iscrowd",
+            "COCO evaluation needs it: write 0 for an object, 1 for a crowd region",
+        )
+    if annotation["id"] <= 0:
+        yield (
+            f"annotation id {annotation['id']} is not above 0",
+            "COCO evaluation counts what matches such an object as a miss: number from 1",
+        )
+
+
+def _check_files(
+    images: List[Dict[str, Any]],
+    image_root: str,
+    images_key: str,
+    key: str,
+    json_file: str,
+    verify_sizes: bool,
+) -> None:
+    """Check that images lie in their folder, are there, and are what the json file says, in turn."""
+    refuse = partial(_refuse, images_key, image_root)
+    if not os.path.isdir(image_root):
+        refuse(["no such folder"], f"name the folder of {key}'s images")
     refuse(
-        (
-            f"annotation id {a['id']} has area {shown(a.get('area'))}"
-            for a in annotations
-            if not is_number(a.get("area")) or a["area"] < 0
-        ),
-        "COCO evaluation needs it: write the mask's area, or width * height of the box",
+        _strangers(images, image_root),
+        f"name a folder that holds all images, / for absolute names, or correct the file_name in {json_file}",
     )
     refuse(
-        (f"annotation id {a['id']} has no iscrowd" for a in annotations if "iscrowd" not in a),
-        "COCO evaluation needs it: write 0 for an object, 1 for a crowd region",
+        _missing_files(images, image_root),
+        f"put the file there, or correct {images_key} or the file_name in {json_file}",
     )
-    refuse(
-        (f"annotation id {a['id']} is not above 0" for a in annotations if a["id"] <= 0),
-        "COCO evaluation counts what matches such an object as a miss: number from 1",
-    )
+    if verify_sizes:
+        refuse(
+            _wrong_headers(images, image_root),
+            f"correct the image, or its width and height in {json_file}",
+        )
 
 
 def _is_box(value: Any) -> bool:
@@ -463,7 +500,7 @@ def _missing_files(images: List[Dict[str, Any]], image_root: str) -> Iterator[st
 
 
 def _wrong_headers(images: List[Dict[str, Any]], image_root: str) -> Iterator[str]:
-    for image in images[:: math.ceil(len(images) / _MOST_HEADERS)]:
+    for image in images[:: max(1, math.ceil(len(images) / _MOST_HEADERS))]:
         name, expected = image["file_name"], (image["width"], image["height"])
         try:
             with Image.open(os.path.join(image_root, name)) as picture:

@@ -38,7 +38,9 @@ class RunRecord(hooks.HookBase):
     Keys: ``initial_weights`` (fingerprint of the student before its first step), ``parameters``
     (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
     ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on a CPU the resident memory of the
-    training process) and ``results`` (of the last evaluation).
+    training process), ``skipped`` (numbers of ``steps`` and ``images`` that were left out, see
+    ``train.on_nonfinite`` and ``on_bad_image``; of images, the main process's) and ``results`` (of
+    the last evaluation).
 
     Args:
         folder: the run's output folder.
@@ -86,6 +88,10 @@ class RunRecord(hooks.HookBase):
             return  # it failed or was stopped, perhaps in its last step
         self.record["iterations"] = self.trainer.max_iter
         self.record["peak_memory_mb"] = self.memory  # null if nothing was left to train
+        self.record["skipped"] = {
+            "steps": self.trainer.bad_steps.total,
+            "images": len(self.trainer.bad_images),
+        }
         self.record["results"] = self.results
         self._write()
 
