@@ -11,7 +11,7 @@ setup(
     package_data={"sharedkd.analysis.report": ["template.html", "style.css", "script.js"]},
     # detectron2 is not on PyPI under its own name: `make setup` installs it, see README.md.
     install_requires=[
-        "torch>=2.3",
+        "torch>=2.6",  # older ones run code of a file that they load as data
         "torchvision",
         "omegaconf",
         "scipy",

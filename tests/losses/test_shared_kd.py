@@ -436,7 +436,7 @@ def test_one_way_gradients(direction, learns, distance, normalize):
 
 @pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("distance, normalize", zip(DISTANCES, NORMALIZATIONS))
+@pytest.mark.parametrize("distance, normalize", list(zip(DISTANCES, NORMALIZATIONS)))
 def test_cross_layer_gradient_is_that_of_the_loops_with_fixed_targets(
     distance, normalize, direction, pairs
 ):

@@ -199,6 +199,14 @@ def test_what_a_term_gives_the_student(kind, share):
         assert (norms["mine/s8"] == 0) == (kind in ("zero", "constant"))
 
 
+@pytest.mark.parametrize(
+    "period, length, expected",
+    [(1000, 90_000, 1000), (1000, 450, 112), (1000, 60, 20), (7, 450, 7), (1000, 4000, 1000)],
+)
+def test_a_short_run_is_looked_at_as_well(period, length, expected):
+    assert Watchdog(period, length).period == expected
+
+
 def test_a_period_that_is_none():
     with pytest.raises(ConfigError, match="train.watch_period=-1"):
         Watchdog(-1)

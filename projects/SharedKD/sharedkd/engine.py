@@ -178,7 +178,11 @@ def train(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            Watchdog(cfg.train.watch_period) if trainer.stages and cfg.train.watch_period else None,
+            (
+                Watchdog(cfg.train.watch_period, cfg.train.max_iter)
+                if trainer.stages and cfg.train.watch_period
+                else None
+            ),
             checkpoints,
             *late,
             (

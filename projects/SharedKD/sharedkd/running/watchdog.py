@@ -1,6 +1,7 @@
 """A look at who trains the student: its detector's own losses, or one term that drowns the others?"""
 
 import logging
+import math
 from collections import deque
 from typing import Any, Deque, Dict, List, Mapping, Optional, Tuple
 
@@ -19,6 +20,8 @@ logger = logging.getLogger("detectron2.sharedkd")
 DETECTOR = "detector"
 DOMINANT = 0.9  # share of the gradient norm from which a term is reported
 WINDOW = 3  # measurements from which a report is made
+LEAST = 4  # measurements in a run, however short
+SHORTEST = 20  # iterations between them
 
 
 class Watchdog(hooks.HookBase):
@@ -36,17 +39,19 @@ class Watchdog(hooks.HookBase):
 
     Args:
         period: a measurement every so many iterations.
+        max_iter: length of the run; one that is too short for :data:`LEAST` of them has a shorter
+            period, of :data:`SHORTEST` iterations or more.
 
     Raises:
         ConfigError: a period below 1.
     """
 
-    def __init__(self, period: int):
+    def __init__(self, period: int, max_iter: float = math.inf):
         if period < 1:
             raise ConfigError(
                 "train.watch_period", period, "is not a number of iterations", "use 0 to switch off"
             )
-        self.period = period
+        self.period = min(period, max(SHORTEST, max_iter // LEAST))
         self._windows: Dict[str, Deque[Tuple[int, float]]] = {}  # (iteration, share)
 
     def after_step(self) -> None:

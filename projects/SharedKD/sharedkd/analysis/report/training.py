@@ -127,7 +127,7 @@ def gradients(source: Source) -> Markup:
         parts = [
             missing(
                 "No run was long enough for a measurement. For one every so many iterations, train with",
-                "train.watch_period=100",
+                "train.watch_period=10",
             )
         ]
     hint = (
