@@ -45,11 +45,13 @@ RIVALS = --methods semckd,fgd,mgd,reviewkd
 VARIANTS = $(addprefix --variant ,train.keep_memory=False train.channels_last=False train.fold_norms=False model.teacher.fold=False \
 	$(BF16) train.amp.enabled=True train.activation_checkpointing=True model.teacher.compile=True train.compile=True)
 BF16 = model.teacher.precision=bfloat16
+NO_MEANS = train.keep_memory=False train.channels_last=False train.fold_norms=False model.teacher.fold=False
 MASK = mask_rcnn_sharedkd.py model.teacher.config=COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml
 RETINANET_R50_R18 = custom_coco_retinanet.py model.teacher.config=COCO-Detection/retinanet_R_50_FPN_3x.yaml
 R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
 
 benchmark: .venv/.ready
+	$(call MEASURE,faster_rcnn_r101_r50_no_means,faster_rcnn_sharedkd.py) $(NO_MEANS)
 	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
 	$(call MEASURE,faster_rcnn_r101_r50_bf16,faster_rcnn_sharedkd.py) $(BF16)
 	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py)
