@@ -15,20 +15,15 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import safe_imports  # noqa: F401
+import prologue  # noqa: F401
 
 # isort: split
 import argparse
 import shlex
-import warnings
 from pathlib import Path
 
-# Before PyTorch is loaded, see lazyconfig_train_net.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
-
-from sharedkd.analysis.features import analyze_features, named_checkpoints  # noqa: E402
-from sharedkd.errors import ConfigError  # noqa: E402
+from sharedkd.analysis.features import analyze_features, named_checkpoints
+from sharedkd.errors import ConfigError
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -12,26 +12,21 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import safe_imports  # noqa: F401
+import prologue  # noqa: F401
 
 # isort: split
 import argparse
 import json
 import logging
 import subprocess
-import warnings
 from pathlib import Path
 
-# Before PyTorch is loaded, see lazyconfig_train_net.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
-
-from sharedkd.analysis.performance import table  # noqa: E402
-from sharedkd.checkpoints.files import replace  # noqa: E402
-from sharedkd.config import load_config  # noqa: E402
-from sharedkd.errors import ConfigError  # noqa: E402
-from sharedkd.methods import with_method  # noqa: E402
-from sharedkd.speed.benchmark import Benchmark, efficiency, growth, measure  # noqa: E402
+from sharedkd.analysis.performance import table
+from sharedkd.checkpoints.files import replace
+from sharedkd.config import load_config
+from sharedkd.errors import ConfigError
+from sharedkd.methods import with_method
+from sharedkd.speed.benchmark import Benchmark, efficiency, growth, measure
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs/common/methods"
 logging.getLogger("detectron2.sharedkd").setLevel(logging.ERROR)  # teachers are not trained here

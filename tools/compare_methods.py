@@ -19,22 +19,17 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import safe_imports  # noqa: F401
+import prologue  # noqa: F401
 
 # isort: split
 import argparse
-import warnings
 from collections import defaultdict
 from pathlib import Path
 
-# Before PyTorch is loaded, see lazyconfig_train_net.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
-
-from sharedkd.compare import run_comparison  # noqa: E402
-from sharedkd.errors import ConfigError  # noqa: E402
-from sharedkd.methods import known_methods  # noqa: E402
-from sharedkd.running.interrupt import interruptible  # noqa: E402
+from sharedkd.compare import run_comparison
+from sharedkd.errors import ConfigError
+from sharedkd.methods import known_methods
+from sharedkd.running.interrupt import interruptible
 
 ROOT = Path(__file__).resolve().parent.parent
 

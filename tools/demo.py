@@ -11,21 +11,15 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import safe_imports  # noqa: F401
+import prologue  # noqa: F401
 
 # isort: split
 import argparse
-import warnings
 from pathlib import Path
 
-# Idle OpenMP threads that spin would slow down training several times wherever another program,
-# be it a data loader's worker, wants the same core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
-
-from sharedkd.demo import run_demo  # noqa: E402
-from sharedkd.errors import ConfigError  # noqa: E402
-from sharedkd.running.interrupt import interruptible  # noqa: E402
+from sharedkd.demo import run_demo
+from sharedkd.errors import ConfigError
+from sharedkd.running.interrupt import interruptible
 
 ROOT = Path(__file__).resolve().parent.parent
 

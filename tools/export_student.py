@@ -17,27 +17,22 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import safe_imports  # noqa: F401
+import prologue  # noqa: F401
 
 # isort: split
 import argparse
 import json
 import logging
-import warnings
 from pathlib import Path
 
-# Before PyTorch is loaded, see lazyconfig_train_net.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
+from omegaconf import OmegaConf
 
-from omegaconf import OmegaConf  # noqa: E402
-
-from sharedkd.checkpoints.checkpointer import has_run  # noqa: E402
-from sharedkd.checkpoints.files import replace  # noqa: E402
-from sharedkd.config import load_config  # noqa: E402
-from sharedkd.errors import ConfigError  # noqa: E402
-from sharedkd.export import FORMATS, export_student  # noqa: E402
-from sharedkd.export.table import table  # noqa: E402
+from sharedkd.checkpoints.checkpointer import has_run
+from sharedkd.checkpoints.files import replace
+from sharedkd.config import load_config
+from sharedkd.errors import ConfigError
+from sharedkd.export import FORMATS, export_student
+from sharedkd.export.table import table
 
 
 def names(text: str):

@@ -13,16 +13,13 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import safe_imports  # noqa: F401
+import prologue  # noqa: F401
 
-# Before PyTorch is loaded: idle OpenMP threads that spin slow a CPU run down several times as soon as
-# anything else wants a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# isort: split
+from detectron2.engine import default_argument_parser
 
-from detectron2.engine import default_argument_parser  # noqa: E402
-
-from sharedkd.engine import run  # noqa: E402
-from sharedkd.running.launch import launch  # noqa: E402
+from sharedkd.engine import run
+from sharedkd.running.launch import launch
 
 if __name__ == "__main__":
     launch(run, default_argument_parser(epilog=__doc__).parse_args())

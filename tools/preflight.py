@@ -10,19 +10,14 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import safe_imports  # noqa: F401
+import prologue  # noqa: F401
 
 # isort: split
 import argparse
 import json
-import warnings
 
-# Before PyTorch is loaded, see lazyconfig_train_net.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
-
-from sharedkd.checkpoints.files import replace  # noqa: E402
-from sharedkd.checks.preflight import preflight, report  # noqa: E402
+from sharedkd.checkpoints.files import replace
+from sharedkd.checks.preflight import preflight, report
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -14,21 +14,16 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import safe_imports  # noqa: F401
+import prologue  # noqa: F401
 
 # isort: split
 import argparse
-import warnings
 from pathlib import Path
 
-# Before PyTorch is loaded, see lazyconfig_train_net.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
-
-from sharedkd.analysis.report import write_report  # noqa: E402
-from sharedkd.analysis.tensorboard import comparison_record, write_events  # noqa: E402
-from sharedkd.errors import ConfigError  # noqa: E402
-from sharedkd.running.runs import short  # noqa: E402
+from sharedkd.analysis.report import write_report
+from sharedkd.analysis.tensorboard import comparison_record, write_events
+from sharedkd.errors import ConfigError
+from sharedkd.running.runs import short
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -13,7 +13,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import safe_imports  # noqa: F401
+import prologue  # noqa: F401
 
 # isort: split
 import argparse
@@ -26,25 +26,21 @@ import statistics
 import subprocess
 import time
 import traceback
-import warnings
 from collections import Counter
 from pathlib import Path
 
-# Before PyTorch is loaded, see lazyconfig_train_net.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
 
-import torch  # noqa: E402
-from detectron2.config import LazyConfig, instantiate  # noqa: E402
-from detectron2.engine import default_argument_parser  # noqa: E402
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_argument_parser
 
-from sharedkd.checkpoints.checkpointer import check_complete  # noqa: E402
-from sharedkd.checkpoints.files import replace  # noqa: E402
-from sharedkd.data.shapes import CLASSES, make_shapes  # noqa: E402
-from sharedkd.engine import run  # noqa: E402
-from sharedkd.running.launch import launch  # noqa: E402
-from sharedkd.running.metrics import CLOCKS  # noqa: E402
+from sharedkd.checkpoints.checkpointer import check_complete
+from sharedkd.checkpoints.files import replace
+from sharedkd.data.shapes import CLASSES, make_shapes
+from sharedkd.engine import run
+from sharedkd.running.launch import launch
+from sharedkd.running.metrics import CLOCKS
 
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("fork")  # PyTorch is imported once for all runs

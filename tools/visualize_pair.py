@@ -16,21 +16,16 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import safe_imports  # noqa: F401
+import prologue  # noqa: F401
 
 # isort: split
 import argparse
 import shlex
-import warnings
 from pathlib import Path
 
-# Before PyTorch is loaded, see lazyconfig_train_net.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-warnings.simplefilter("ignore")  # Detectron2's and PyTorch's, about their own code
-
-from sharedkd.analysis.models import sources  # noqa: E402
-from sharedkd.analysis.visualize import visualize  # noqa: E402
-from sharedkd.errors import ConfigError  # noqa: E402
+from sharedkd.analysis.models import sources
+from sharedkd.analysis.visualize import visualize
+from sharedkd.errors import ConfigError
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny
 
-TOOLS = sorted(p for p in (tiny.ROOT / "tools").glob("*.py") if p.stem != "safe_imports")
+TOOLS = sorted(p for p in (tiny.ROOT / "tools").glob("*.py") if p.stem != "prologue")
 #: Of the standard library, installed, and such as are not there: none may come from that directory.
 MODULES = ["argparse", "json", "random", "struct", "tokenize", "numpy", "yaml", "not_there"]
 
@@ -16,7 +16,7 @@ START = """
 import os
 import sys
 sys.path.insert(0, TOOLS)
-import safe_imports
+import prologue
 import argparse, importlib, multiprocessing
 
 def child():
@@ -52,7 +52,7 @@ def start(trap, *flags, path=None, safe=True):
     program = trap.parent / "program.py"
     names = MODULES if path is None else ["not_there"]
     text = START.replace("TOOLS", repr(str(tiny.ROOT / "tools"))).replace("NAMES", repr(names))
-    program.write_text(text if safe else text.replace("import safe_imports", ""))
+    program.write_text(text if safe else text.replace("import prologue", ""))
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     if path is not None:
         env["PYTHONPATH"] = path
@@ -100,4 +100,22 @@ def test_every_tool_begins_with_it(tool):
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     ]
-    assert imports[:3] == ["os", "sys", "safe_imports"]
+    assert imports[:3] == ["os", "sys", "prologue"]
+
+
+def test_threads_sleep_and_only_warnings_of_the_users_code_are_shown(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(tiny.ROOT / 'tools')!r})\nimport prologue\n"
+        "import os, warnings\n"
+        "for module in ('torch', 'detectron2.layers', 'torchmine', 'mine.torch'):\n"
+        "    warnings.warn_explicit(f'of {module}', UserWarning, 'file', 1, module=module)\n"
+        "print(os.environ['OMP_WAIT_POLICY'])\n"
+    )
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        env.update({"OMP_WAIT_POLICY": given} if given else {})
+        done = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == expected
+        said = [line.split(": ")[-1] for line in done.stderr.splitlines() if "UserWarning" in line]
+        assert said == ["of torchmine", "of mine.torch"]
