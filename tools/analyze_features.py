@@ -40,7 +40,7 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", type=int, default=2, metavar="N", help="images with maps")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         report = analyze_features(
             args.config_file,

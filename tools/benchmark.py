@@ -86,7 +86,7 @@ if __name__ == "__main__":
         "--memory-of", metavar="ARM", help="print the MB of one arm alone, and stop"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         bench = benchmark(args)
         if args.memory_of:

@@ -73,7 +73,7 @@ if __name__ == "__main__":
         "--jobs", type=int, default=1, metavar="N", help="arms trained side by side"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.list:
         list_methods()
         sys.exit()

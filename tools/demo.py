@@ -29,7 +29,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--output", type=Path, default=ROOT / "output/demo", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         with interruptible("the same command continues"):
             run_demo(ROOT, args.output, args.overrides)

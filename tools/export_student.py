@@ -80,7 +80,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="0: no latencies")
     parser.add_argument("--json", metavar="FILE", help="write everything there")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     for name in ("detectron2", "fvcore"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -22,4 +22,7 @@ from sharedkd.engine import run
 from sharedkd.running.launch import launch
 
 if __name__ == "__main__":
-    launch(run, default_argument_parser(epilog=__doc__).parse_args())
+    parser = default_argument_parser(epilog=__doc__)
+    overrides = next(action for action in parser._actions if action.dest == "opts")
+    overrides.nargs = "*"  # Detectron2's take flags that come after them for overrides, too
+    launch(run, parser.parse_intermixed_args())

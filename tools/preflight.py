@@ -30,7 +30,7 @@ if __name__ == "__main__":
         "--json", metavar="FILE", help="write the report there; - prints it instead"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     found = preflight(args.config_file, args.overrides, args.resume, measure=not args.no_steps)
     text = json.dumps(found, indent=1)
     if args.json and args.json != "-":

@@ -43,7 +43,7 @@ if __name__ == "__main__":
         help="the models whose difference chooses the images (the first two)",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     folders = [x for x in args.given if "=" not in x]
     if len(folders) > 1:
         parser.error(f"several folders: {' '.join(folders)}")

@@ -6,7 +6,9 @@ from omegaconf import OmegaConf
 
 from sharedkd import ConfigError
 from sharedkd.checks.overrides import check_override
+from sharedkd.checks.preflight import preflight
 from sharedkd.config import load_config
+from sharedkd.demo import run_demo
 
 CONFIG = str(tiny.ROOT / "configs/faster_rcnn_sharedkd.py")
 
@@ -23,6 +25,9 @@ REFUSED = [
     "model.teacher._target_=torch.nn.functional.relu",
     "model.teacher._target_=evil.Module",
     "model.teacher._target_=torch.nn.modules.module.torch.load",
+    "model.teacher._target_=torch.nn.modules.module.functools.partial",
+    "lr_multiplier.x={_target_: detectron2.utils.collect_env.subprocess.Popen, args: [touch, CANARY]}",
+    "optimizer={_target_: sharedkd.compare.subprocess.Popen, args: [touch, CANARY]}",
     "model.teacher._target_=${data.name}",
     "data.name=${oc.env:HOME}",
     "data.name=\"${oc.decode:'{_target_: os.system}'}\"",
@@ -35,6 +40,10 @@ REFUSED = [
 ]
 
 FINE = {
+    "dataloader.train.mapper._target_=detectron2.data.transforms.HFlipTransform": (
+        "dataloader.train.mapper._target_",
+        "detectron2.data.transforms.HFlipTransform",
+    ),
     "train.max_iter=7": ("train.max_iter", 7),
     "optimizer._target_=torch.optim.SGD": ("optimizer._target_", "torch.optim.SGD"),
     "train.output_dir=a/b": ("train.output_dir", "a/b"),
@@ -69,6 +78,15 @@ def test_code_is_refused(override):
 def test_values_are_set(override):
     key, value = FINE[override]
     assert OmegaConf.select(load_config(CONFIG, [override], without_data=True), key) == value
+
+
+def test_the_demo_and_preflight_run_none_either(tmp_path):
+    code = "shapes.x={_target_: subprocess.getoutput, cmd: touch CANARY}"
+    with pytest.raises(ConfigError, match="^override=.*names code"):
+        run_demo(tiny.ROOT, tmp_path / "demo", [code])
+    code = "lr_multiplier.x={_target_: sharedkd.compare.subprocess.Popen, args: [touch, CANARY]}"
+    found = preflight(CONFIG, [code], measure=False)
+    assert "names code" in found["errors"][0]["message"]
 
 
 def test_a_class_that_there_is_not_is_said_later():

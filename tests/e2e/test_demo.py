@@ -77,6 +77,15 @@ def test_pictures(demo):
         assert (demo[0] / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_report(demo, overrides):
+    """A folder of runs; the teacher is not taken for a method."""
+    output, console = demo
+    html = (output / "report.html").read_text()
+    assert "Gradient shares" in html and "sharedkd" in html
+    assert os.path.relpath(output / "report.html") in console or str(output) in console
+    assert "tools/export_student.py --config-file" in console
+
+
 def test_distilled_checkpoint_is_a_plain_one(demo):
     plain, distilled = (
         torch.load(demo[0] / arm / "model_final.pth", weights_only=False)["model"]

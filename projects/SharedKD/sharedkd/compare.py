@@ -38,7 +38,7 @@ from .methods import PLAIN, with_method
 from .parts import build
 from .running.lock import BusyError
 from .running.progress import LiveLine, Progress, Remaining
-from .running.runs import Run, short
+from .running.runs import Run, short, tool
 
 __all__ = ["Arm", "Comparison", "folder_name", "run_comparison"]
 
@@ -379,7 +379,7 @@ class Comparison:
     def command(self) -> List[str]:
         """The command line of this comparison."""
         return [
-            "tools/compare_methods.py",
+            *tool("compare_methods.py"),
             *("--config-file", short(self.config_file)),
             *("--methods", ",".join(self.methods)),
             *("--seeds", ",".join(map(str, self.seeds))),

@@ -1,4 +1,4 @@
-"""The embedded example of tools/demo.py: three training commands, a table and two pictures."""
+"""The embedded example of tools/demo.py: three training commands, a table, two pictures, a report."""
 
 import shlex
 import time
@@ -12,13 +12,15 @@ from detectron2.data import DatasetCatalog
 from torch import nn
 
 from .analysis.pictures import loss_curves, side_by_side
+from .analysis.report import write_report
 from .analysis.tables import results_table
+from .checks.overrides import check_override
 from .config import student_only
 from .errors import ConfigError
 from .parts import build
 from .running.progress import LiveLine
 from .running.record import count_parameters
-from .running.runs import Run, short
+from .running.runs import Run, short, tool
 
 __all__ = ["run_demo", "seconds_per_image"]
 
@@ -30,7 +32,7 @@ TITLES = {
 
 
 def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
-    """Draw data, train what is not trained yet, compare, and say where the pictures are.
+    """Draw data, train what is not trained yet, compare, and say where pictures and report are.
 
     Args:
         root: the repository.
@@ -45,6 +47,8 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
             a run that failed.
     """
     begin = time.perf_counter()
+    for override in overrides:
+        check_override(override)
     configs = root / "configs/quickstart"
     _announce(1, "draw the data set")
     shapes = LazyConfig.apply_overrides(
@@ -95,8 +99,13 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
         f"initial weights, and one seed.\n{shapes.val} validation images and one seed cannot tell "
         "small differences from chance; docs/results.md has measurements.\n"
     )
-    for path in files:
+    for path in [*files, write_report(output)]:
         print(short(path))
+    export = [*tool("export_student.py"), "--config-file", short(student.folder / "config.yaml")]
+    export += ["--format", "torchscript,onnx", "--output", short(output / "deployed")]
+    print(
+        f"\nThe student as a file that needs neither this package nor Detectron2:\n{shlex.join(export)}\n"
+    )
     print(f"{(time.perf_counter() - begin) / 60:.1f} minutes")
     return table
 

@@ -112,7 +112,7 @@ class FrozenTeacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells its weights, as loaded, from other weights; see :func:`~.checkpoint.fingerprint`."""
+        """Tells its weights, as loaded, from other weights; see :func:`~.checkpoints.checkpointer.fingerprint`."""
         return fingerprint(self.model)
 
     def prepare(self, step_dtype: Optional[torch.dtype] = None) -> Dict[int, float]:

@@ -14,10 +14,11 @@ from ..errors import ConfigError
 __all__ = ["check_override", "not_applicable"]
 
 TARGET = "_target_"
-#: Where an override may choose another class from.
+#: Where a class has to be defined that an override may choose.
 PACKAGES = (
     "detectron2.",
     "fvcore.common.param_scheduler.",
+    "fvcore.transforms.",
     "sharedkd.",
     "torch.nn.",
     "torch.optim.",
@@ -74,6 +75,8 @@ def _is_class(target: str) -> bool:
     if not target.startswith(PACKAGES):  # before it is imported
         return False
     try:
-        return inspect.isclass(locate(target))
+        found = locate(target)
     except Exception:
         return True  # there is none: said where it is built
+    # A module of ours that imports another one leads to all that this one has, as to a shell.
+    return inspect.isclass(found) and f"{found.__module__}.".startswith(PACKAGES)

@@ -277,8 +277,14 @@ def _measure(
     except ConfigError as e:
         result.about["no_teacher"] = f"{e.key}={e.value}: {e.problem.partition(' (')[0]}"
     else:
-        arms["teacher"] = lambda: teacher.predict([{"image": image}], input_format)
+        seen = image if teacher.input_format == input_format else image.flip(0)
         result.megabytes["teacher"] = _megabytes(teacher.model)
+        try:
+            detect(teacher.model, seen)
+        except NotExportable as e:
+            result.about["no_teacher"] = str(e)
+        else:
+            arms["teacher"] = lambda: detect(teacher.model, seen)
     seconds: Dict[str, List[float]] = {name: [] for name in arms}
     for turn in range(-WARM_UP, rounds):
         for name, arm in arms.items():

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Optional, Sequence
+from typing import IO, Any, Callable, Dict, List, Optional, Sequence
 
 from omegaconf import DictConfig
 
@@ -146,6 +146,11 @@ def _progress(line: str, iterations: int) -> Optional[Progress]:
         return Progress(text, done / iterations, is_last=done == iterations)
     found = _TESTING.search(line)
     return Progress(f"evaluation {found['done']}   {found['eta']} left", 1.0) if found else None
+
+
+def tool(name: str) -> List[str]:
+    """The words that start a program of tools/ in this environment."""
+    return [short(sys.executable), f"tools/{name}"]
 
 
 def short(path) -> str:

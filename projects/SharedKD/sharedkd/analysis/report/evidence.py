@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 
+from ...running.runs import tool
 from ..gap_report import NAMES, TAPS, first_and_last, words
 from ..similarity import MEASURES
 from .markup import Markup, join, markdown, missing, picture, section, tag
@@ -58,8 +59,9 @@ def _command(source: Source, folder: Path) -> str:
     """What measures the feature gaps of the first distilled run."""
     run = next((r for r in source.runs if is_distilled(r.config)), None)
     if run is None:
-        return f"tools/analyze_features.py --config-file CONFIG --output {folder}"
-    words = ["tools/analyze_features.py", "--config-file"]
+        words = [*tool("analyze_features.py"), "--config-file", "CONFIG"]
+        return shlex.join([*words, "--output", str(folder)])
+    words = [*tool("analyze_features.py"), "--config-file"]
     if source.record.get("config_file"):
         # The initial weights are those of the arm if the config is built as it was then.
         words += [source.record["config_file"], *source.record.get("overrides", [])]
@@ -112,7 +114,7 @@ def detections(source: Source, folder: Path) -> Markup:
     record = _read(folder / "detections.json")
     if record is None:
         command = shlex.join(
-            ["tools/visualize_pair.py", str(source.folder), "--output", str(folder)]
+            [*tool("visualize_pair.py"), str(source.folder), "--output", str(folder)]
         )
         return section(
             "detections", "Detections", missing("Not drawn here. Draw them with", command)

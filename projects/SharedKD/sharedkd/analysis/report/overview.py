@@ -5,6 +5,7 @@ import shlex
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ...checks.plain_config import leaves
+from ...running.runs import tool
 from ...stages import Stage
 from ..comparison import Difference, Row, difference, measured, notes
 from .markup import Markup, markdown, missing, scrolling, section, table, tag
@@ -293,7 +294,7 @@ def about(source: Source) -> Markup:
         commands = [
             tag("p", f"{run.method}: ", tag("code", _arguments(run))) for run in source.runs
         ]
-    again = missing("This report is made by", shlex.join(["tools/report.py", str(source.folder)]))
+    again = missing("This report is made by", shlex.join([*tool("report.py"), str(source.folder)]))
     known = [(name, text) for name, text in rows if text.strip("–")]
     return section(
         "about",
