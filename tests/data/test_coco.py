@@ -13,7 +13,7 @@ from PIL import Image
 
 from sharedkd.data import coco as coco_module
 from sharedkd.data.coco import check_coco, check_same_classes, register_coco
-from sharedkd.errors import ConfigError
+from sharedkd.errors import FAILED, ConfigError, Findings
 
 HEIGHT, WIDTH = 40, 60
 
@@ -305,6 +305,11 @@ def test_every_kind_of_fault_is_said_at_once(own, tmp_path):
         "no image file a.png",
     ]
     assert "2 numbers" in caught.value.errors[3].problem
+    findings = Findings()
+    assert check_coco(*arguments, findings=findings) is FAILED
+    (summary,) = findings.facts["files"]["train"]
+    assert (summary.images, summary.objects, summary.broken_annotations) == (4, 4, 4)
+    assert len(findings.errors) == len(caught.value.errors)
 
 
 def test_a_file_without_any_sound_image(own):

@@ -429,7 +429,10 @@ def _check_own_data(data: DictConfig, split: str, findings: Findings) -> CocoSum
     json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
     if not (json_file and images and isinstance(json_file, str) and isinstance(images, str)):
         return FAILED
-    summary = check_coco(json_file, images, key, f"data.{split}_images", train=split == "train")
+    where = (key, f"data.{split}_images")
+    summary = check_coco(json_file, images, *where, train=split == "train", findings=findings)
+    if summary is FAILED:
+        return FAILED
     register_coco(f"{data.name}_{split}", json_file, images)
     if data.masks and not summary.has_masks:
         raise ConfigError(

@@ -286,17 +286,18 @@ def check_datasets(cfg: DictConfig, eval_only: bool, findings: Findings) -> None
         for name in [names] if isinstance(names, str) else names or []:
             if name in own:  # checked already
                 continue
-            summary = findings.step(_check_dataset, name, key, split == "train")
+            summary = findings.step(_check_dataset, name, key, split == "train", findings)
             data[split] = [*data.get(split, ()), *([] if summary is None else [summary])]
 
 
-def _check_dataset(name: str, key: str, train: bool) -> Optional[CocoSummary]:
+def _check_dataset(name: str, key: str, train: bool, findings: Findings) -> Optional[CocoSummary]:
     if name not in DatasetCatalog.list():
         raise ConfigError(key, name, "is not registered", "use configs/custom_coco.py")
     metadata = MetadataCatalog.get(name)
     if not metadata.get("json_file"):
         return None
-    return check_coco(metadata.json_file, metadata.image_root, key, key, train=train)
+    files = metadata.json_file, metadata.image_root
+    return check_coco(*files, key, key, train=train, findings=findings)
 
 
 def _summaries(findings: Findings, split: str) -> List[Any]:

@@ -41,8 +41,8 @@ def describe(cfg: DictConfig, parts: Parts, findings: Findings) -> Dict[str, Any
         "processes": comm.get_world_size(),
         "data": {
             split: _numbers(summaries)
-            for split, summaries in findings.facts.get("data", {}).items()
-            if summaries and FAILED not in summaries
+            for split, summaries in findings.facts.get("files", {}).items()
+            if summaries
         },
     }
     if findings.facts.get("disk"):
@@ -117,7 +117,6 @@ def _numbers(summaries) -> Dict[str, Any]:
         "files": [x.json_file for x in summaries],
         **counts,
         "classes": len(summaries[0].classes),
-        "broken_annotations": 0,  # or there would be no summary
     }
 
 

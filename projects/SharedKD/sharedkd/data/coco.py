@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 from PIL import Image
 
-from sharedkd.errors import FAILED, ConfigError, Findings
+from sharedkd.errors import FAILED, ConfigError, Findings, collecting
 
 from .masks import MOST_PIXELS, fault, is_int, is_number, shown
 
@@ -47,6 +47,7 @@ class CocoSummary:
         objects: number of objects to learn or find, crowd regions not counted.
         crowds: number of crowd regions (``iscrowd`` 1).
         empty_images: number of images without an object.
+        broken_annotations: number of those for which the file is refused.
         unmasked: number of objects without a segmentation; for evaluation also of crowd regions.
         has_rle: whether some object's segmentation is RLE, which Detectron2's mapper takes with
             ``instance_mask_format="bitmask"`` only.
@@ -59,6 +60,7 @@ class CocoSummary:
     objects: int
     crowds: int
     empty_images: int
+    broken_annotations: int
     unmasked: int
     has_rle: bool
     categories: Dict[int, str]
@@ -74,6 +76,7 @@ class CocoSummary:
         return self.unmasked == 0
 
 
+@collecting
 def check_coco(
     json_file: str,
     image_root: str,
@@ -82,6 +85,7 @@ def check_coco(
     *,
     train: bool = True,
     verify_sizes: bool = True,
+    findings: Findings,
 ) -> CocoSummary:
     """Check a COCO json file and its images; images without objects are fine.
 
@@ -92,6 +96,11 @@ def check_coco(
         train: True asks for at least one object.  False asks for what COCO evaluation reads:
             ``area`` and ``iscrowd`` of each annotation, and annotation ids above 0.
         verify_sizes: also compare width and height with the headers of up to 1000 images.
+        findings: takes what is wrong, and as its fact ``files`` for ``train`` and ``test`` a list of
+            summaries, also of files that are refused.
+
+    Returns:
+        what the file holds; FAILED if it is refused.
 
     Raises:
         ConfigError: for each kind of fault the first one, how many there are like it, and the fix.
@@ -99,38 +108,45 @@ def check_coco(
     json_file, image_root = os.fspath(json_file), os.fspath(image_root)
     data = _read(json_file, key)
     images, annotations = data["images"], data["annotations"]
-    findings, faults = Findings(), _Faults()
-    categories = findings.step(_categories, data, partial(_refuse, key, json_file))
+    own, faults = Findings(), _Faults()
+    categories = own.step(_categories, data, partial(_refuse, key, json_file))
     if categories is not FAILED:
         _categories_of[_stamp(json_file)] = categories
     sound = [image for image in images if faults.note(_of_image(image))]
     known = {i["id"] for i in images}, {i["id"]: i for i in sound}, categories
+    broken = 0
     for annotation in annotations:
-        faults.note(_of_annotation(annotation, *known))
-        if not train:
-            faults.note(_of_evaluated(annotation))
+        also = () if train else _of_evaluated(annotation)
+        broken += not faults.note([*_of_annotation(annotation, *known), *also])
     objects = [a for a in annotations if not a.get("iscrowd")]
     if train and not objects:
         fix = "annotate some objects that are not crowd regions"
         faults.note([("no image has an object", fix)])
     for error in faults.errors(key, json_file):
-        findings.add(error)
-    findings.step(_check_files, sound, image_root, images_key, key, json_file, verify_sizes)
-    findings.raise_errors()
+        own.add(error)
+    own.step(_check_files, sound, image_root, images_key, key, json_file, verify_sizes)
 
-    occupied = {a["image_id"] for a in objects}
-    return CocoSummary(
+    occupied = {a["image_id"] for a in objects if is_int(a.get("image_id"))} & known[0]
+    summary = CocoSummary(
         key=key,
         json_file=json_file,
         images=len(images),
         objects=len(objects),
         crowds=len(annotations) - len(objects),
         empty_images=len(images) - len(occupied),
+        broken_annotations=broken,
         # Mask evaluation reads those of crowd regions, too; training leaves the regions out.
         unmasked=sum(not a.get("segmentation") for a in (objects if train else annotations)),
         has_rle=any(isinstance(a.get("segmentation"), dict) for a in objects),
-        categories=categories,
+        categories={} if categories is FAILED else categories,
     )
+    files = findings.facts.setdefault("files", {"train": [], "test": []})
+    files["train" if train else "test"].append(summary)
+    if not own.errors:
+        return summary
+    for error in own.errors:
+        findings.add(error)
+    return FAILED
 
 
 def check_same_classes(train: CocoSummary, val: CocoSummary) -> None:
