@@ -559,7 +559,7 @@ def _with_bounds(gain: Difference) -> str:
     return _number(gain.mean, "+.2f") + bounds
 
 
-def _range(values: Sequence[int]) -> str:
+def _range(values: Sequence[float]) -> str:
     """Counts that should be the same for all seeds: the one, or the least and the greatest."""
     if not values:
         return "-"
@@ -594,7 +594,7 @@ def _method_panels(
     return figure, panels
 
 
-def _style(record: Mapping[str, Any], method: str) -> Dict[str, str]:
+def _style(record: Mapping[str, Any], method: str) -> Dict[str, Any]:
     """The baseline, methods, and students trained for another method's time look different."""
     if method == record["baseline"]:
         return {"color": _BASELINE, "fmt": "s"}
@@ -621,7 +621,9 @@ def _legend(axes: Axes) -> None:
     """Below the panel, where it covers nothing."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.65 / axes.figure.get_figheight()), ncols=3
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.65 / axes.get_figure(root=True).get_figheight()),
+            ncols=3,
         )
 
 
@@ -663,7 +665,9 @@ def _place_names(
         centres = axes.transData.transform((x, mean)) + offsets
         spots = np.hstack([centres - half - 2, centres + half + 2])
         covered = sum(_overlap(spots, other) for other in taken)
-        covered = covered - _overlap(spots, axes.bbox.extents)  # outside is as bad as on a mark
+        covered = covered - _overlap(
+            spots, np.array(axes.bbox.extents)
+        )  # outside is as bad as on a mark
         best = np.argmin(covered.round())  # of equals the first, which is the nearest
         label.set_position(offsets[best])
         taken.append(spots[best])

@@ -83,7 +83,7 @@ def _bars(axes: Axes, groups: Mapping[str, Dict[str, Optional[float]]]) -> None:
         if len(labels) * len(groups) <= 40:
             texts = ["-" if np.isnan(h) else f"{h:.0f}" for h in heights]
             axes.bar_label(bars, texts, fontsize=6.5, padding=1)
-    turned = dict(rotation=35, ha="right") if len(labels) > 5 else {}
+    turned: Dict[str, Any] = dict(rotation=35, ha="right") if len(labels) > 5 else {}
     axes.set_xticks(at, labels, fontsize="small", **turned)
     axes.margins(y=0.12)
     axes.grid(axis="y", alpha=0.3)

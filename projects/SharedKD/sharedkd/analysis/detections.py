@@ -80,7 +80,7 @@ def detect(detector: Detector, records: Sequence[Mapping[str, Any]], truth: Trut
     """Run a detector over the images; categories are those of the dataset."""
     found: Found = {}
     for record in records:
-        mapped = detector.mapper(copy.deepcopy(record))
+        mapped = detector.mapper(copy.deepcopy(dict(record)))
         instances = detector.model([mapped])[0]["instances"].to("cpu")
         results = instances_to_coco_json(instances, record["image_id"])
         for result in results:
@@ -148,16 +148,16 @@ def match_image(
     truth: Truth, found: Found, image_id: int, task: str, score_threshold: float
 ) -> Match:
     """One image of :func:`matches`."""
-    found = [x for x in found[image_id] if x["score"] >= score_threshold]
+    sure = [x for x in found[image_id] if x["score"] >= score_threshold]
     objects = truth.objects(image_id)
     crowd = [note.get("iscrowd", 0) for note in objects]
-    iou = np.zeros((len(found), len(objects)))
+    iou = np.zeros((len(sure), len(objects)))
     if iou.size:
-        ours = [x["bbox"] if task == "bbox" else x["segmentation"] for x in found]
+        ours = [x["bbox"] if task == "bbox" else x["segmentation"] for x in sure]
         iou = mask_util.iou(ours, [truth.geometry(note, task) for note in objects], crowd)
     return match(
-        [x["score"] for x in found],
-        [x["category_id"] for x in found],
+        [x["score"] for x in sure],
+        [x["category_id"] for x in sure],
         iou,
         [note["category_id"] for note in objects],
         crowd,

@@ -35,7 +35,7 @@ def position_maps(
         "difference" (the squared difference of the normalised maps, mean over the channels that both
         have; its mean over positions is the MSE), each (h, w) without padding.
     """
-    batch = Batch({"": dict(student)}, None, [tuple(image_size)])
+    batch = Batch({"": dict(student)}, None, [image_size])
     found = {}
     for stride in sorted(student.keys() & teacher.keys()):
         s, t = precise(student[stride]), precise(teacher[stride])

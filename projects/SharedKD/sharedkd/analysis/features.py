@@ -1,7 +1,7 @@
 """The feature gaps of a pair at several points of its training: measured, drawn, and said in words."""
 
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.config import instantiate
 
@@ -63,18 +63,18 @@ def analyze_features(
     inputs = [mapper(record) for record in records]
     taps = [t for t in TAPS if all(t in maps for maps in pair.maps(inputs[0]))]
     measured: List[Dict[str, Gaps]] = []
-    drawn: Dict[str, Any] = {}
+    drawn: Dict[Tuple[str, int], List[Any]] = {}
     for state in states:
         pair.load(state)
         meters = {tap: GapMeter(pair.normalize, MINIBATCH, POSITIONS) for tap in taps}
         draws = state in (states[0], states[-1])
         for number, mapped in enumerate(inputs):
             ours, theirs = pair.maps(mapped)
-            size = tuple(mapped["image"].shape[-2:])
+            height, width = mapped["image"].shape[-2:]
             for tap, meter in meters.items():
-                meter.add(ours[tap], theirs[tap], size)
+                meter.add(ours[tap], theirs[tap], (height, width))
                 if draws and number < pictures:
-                    maps = position_maps(ours[tap], theirs[tap], size, pair.normalize)
+                    maps = position_maps(ours[tap], theirs[tap], (height, width), pair.normalize)
                     drawn.setdefault((tap, number), []).append((state.name, maps))
         measured.append({tap: meter.result() for tap, meter in meters.items()})
         say(f"{state.name}: {len(inputs)} images")

@@ -76,7 +76,7 @@ class GapMeter:
         maps = {("student", s): Pooled(precise(x)) for s, x in sorted(student.items())}
         maps.update({("teacher", s): Pooled(precise(x)) for s, x in sorted(teacher.items())})
         self.nodes = list(maps)
-        batch = Batch({"": dict(student)}, None, [tuple(image_size)])
+        batch = Batch({"": dict(student)}, None, [image_size])
         sizes, masks, picks = {}, {}, {}
         for (_, stride), pool in maps.items():
             if stride not in sizes:

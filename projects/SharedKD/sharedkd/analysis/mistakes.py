@@ -90,25 +90,26 @@ def match(
         truth, crowd: class of each of G objects, and whether it is a crowd region.
     """
     order = np.argsort(-np.asarray(scores, float), kind="stable")
-    scores, classes = np.asarray(scores, float)[order], np.asarray(classes, int)[order]
-    truth, crowd = np.asarray(truth, int), np.asarray(crowd, bool)
-    iou = np.asarray(iou, float).reshape(len(scores), len(truth))[order]
-    found = np.zeros(len(truth), bool)
-    kinds, targets = [], np.full(len(scores), -1)
-    for i, label in enumerate(classes):
-        same = (truth == label) & ~crowd
+    labels = np.asarray(classes, int)[order]
+    objects, crowds = np.asarray(truth, int), np.asarray(crowd, bool)
+    iou = np.asarray(iou, float).reshape(len(labels), len(objects))[order]
+    found = np.zeros(len(objects), bool)
+    kinds, targets = [], np.full(len(labels), -1)
+    for i, label in enumerate(labels):
+        same = (objects == label) & ~crowds
         free = np.where(same & ~found, iou[i], -1)
         if free.size and free.max() >= FOREGROUND:
             targets[i] = free.argmax()
             found[targets[i]] = True
             kinds.append(CORRECT)
-        elif (iou[i][(truth == label) & crowd] >= FOREGROUND).any():
+        elif (iou[i][(objects == label) & crowds] >= FOREGROUND).any():
             kinds.append(IGNORED)
         else:
-            kind, targets[i] = _mistake(iou[i], same, ~same & ~crowd)
+            kind, targets[i] = _mistake(iou[i], same, ~same & ~crowds)
             kinds.append(kind)
     of_target = np.array([iou[i, t] if t >= 0 else 0.0 for i, t in enumerate(targets)])
-    return Match(scores, classes, kinds, targets, of_target, truth, crowd)
+    surest_first = np.asarray(scores, float)[order]
+    return Match(surest_first, labels, kinds, targets, of_target, objects, crowds)
 
 
 def _mistake(iou: np.ndarray, same: np.ndarray, other: np.ndarray) -> Tuple[str, int]:

@@ -67,7 +67,8 @@ def visualize(
     tasks = _tasks(truth, results)
     task = tasks[-1]
     scores = {n: qualities(truth, x, task, score_threshold) for n, x in results.items()}
-    chosen = most_different(*(scores[name] for name in between), pictures)
+    ours, theirs = (scores[name] for name in between)
+    chosen = most_different(ours, theirs, pictures)
     record = {
         "command": command,
         "dataset": truth.coco.dataset.get("info", {}).get("description") or dataset,

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -271,7 +272,7 @@ def _measure(
 ) -> None:
     """Latency of student, files and teacher in turn, so that what slows one slows all of them."""
     arms: Dict[str, Callable[[], Any]] = {"student": lambda: detect(student, image)}
-    arms.update((name, lambda run=run: run(image)) for name, run in runners.items())
+    arms.update((name, partial(run, image)) for name, run in runners.items())
     try:
         teacher = _teacher(cfg)
     except ConfigError as e:
