@@ -18,6 +18,7 @@ def result(**changes):
         "teacher_precision": "bfloat16",
         "teacher_deviation": {"4": 0.002, "8": 0.004},
         "hardware": "some CPU",
+        "overhead": 0.8,
         "versions": {"torch": "2"},
         "ratios": {
             "overhead": ratio(0.8),
@@ -36,6 +37,7 @@ def result(**changes):
             "teacher_weights_mb": 200.4,
             "teacher_maps_mb": 20.0,
             "over_student_mb": {"distill": 230.0, "fgd": 1300.0},
+            "peak_mb": {"student": 1800.0, "student_sharedkd": 1730.0, "distill": 1960.0},
         },
         **changes,
     }
@@ -55,6 +57,7 @@ def test_summary():
         "0.600 (0.500 to 0.700)",
         "0.300 (0.200 to 0.400)",
         "230",
+        "160",
         "200, 20",
     ]
 
