@@ -1,0 +1,52 @@
+"""The commands that pages print can be typed: tool, flags and configs are there."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import tiny
+from detectron2.engine import default_argument_parser
+
+PAGES = ["README.md", "CONTRIBUTING.md", "MODEL_ZOO.md", "projects/SharedKD/README.md"]
+PAGES += sorted(str(p.relative_to(tiny.ROOT)) for p in (tiny.ROOT / "docs").glob("*.md"))
+RUN = ".venv/bin/python tools/lazyconfig_train_net.py"
+
+
+def commands(page):
+    text = (tiny.ROOT / page).read_text()
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").replace("$RUN", RUN).splitlines():
+            if "tools/" in line and not re.match(r"\w+=", line.strip()):
+                yield shlex.split(line, comments=True)
+
+
+def flags(tool):
+    if tool == "lazyconfig_train_net.py":
+        return set(default_argument_parser()._option_string_actions)
+    return set(re.findall(r'"(--[a-z-]+)"', (tiny.ROOT / "tools" / tool).read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tools_flags_and_configs_are_there(page):
+    for words in commands(page):
+        at = next(i for i, word in enumerate(words) if word.startswith("tools/"))
+        given = {word.partition("=")[0] for word in words[at + 1 :] if word.startswith("--")}
+        assert given <= flags(words[at].removeprefix("tools/")), words
+        for word in words:
+            if re.match(r"configs/[\w/]+\.py$", word):
+                assert (tiny.ROOT / word).is_file(), words
+
+
+def test_there_are_commands():
+    assert sum(len(list(commands(page))) for page in PAGES) > 20
+
+
+def test_flags_may_come_after_overrides():
+    command = [sys.executable, "tools/lazyconfig_train_net.py", "--config-file", "nowhere.py"]
+    command += ["train.max_iter=1", "--eval-only"]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("error: --config-file") and "nowhere.py" in said
