@@ -4,9 +4,10 @@
     tools/torture.py --kills 50 --steps 10000 --arms 20 --output output/torture
 
 A run of a tiny pair on drawn images is killed (SIGKILL) and resumed again and again; what it leaves is
-compared with an uninterrupted run's.  Another one is long, and its memory, files and logs are
-measured.  Then several commands train the same comparison at the same time.  Prints a table; the exit
-status is 1 if anything was lost.  `make torture` runs all of it; 0 leaves a part out.
+compared with an uninterrupted run's.  So is a comparison, with the run that it has started.  Another
+run is long, and its memory, files and logs are measured.  Then several commands train at the same time,
+some of them the same comparison, all with one teacher that has to be downloaded first.  Prints a table;
+the exit status is 1 if anything was lost.  `make torture` runs all of it; 0 leaves a part out.
 """
 
 import os
@@ -17,33 +18,38 @@ import prologue  # noqa: F401
 
 # isort: split
 import argparse
+import hashlib
 import json
 import multiprocessing
 import random
+import runpy
 import shutil
 import signal
 import statistics
-import subprocess
+import threading
 import time
 import traceback
 from collections import Counter
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import default_argument_parser
 
+import sharedkd.engine  # noqa: F401  once for all runs
 from sharedkd.checkpoints.checkpointer import check_complete
 from sharedkd.checkpoints.files import replace
 from sharedkd.data.shapes import CLASSES, make_shapes
-from sharedkd.engine import run
-from sharedkd.running.launch import launch
 from sharedkd.running.metrics import CLOCKS
 
 ROOT = Path(__file__).resolve().parent.parent
-FORK = multiprocessing.get_context("fork")  # PyTorch is imported once for all runs
+# What is imported here is there for all commands.  sharedkd.compare must not be: it names its
+# temporary files once per process.
+FORK = multiprocessing.get_context("fork")
+METHODS = ("none", "shared_kd")  # of every comparison
 
 PAIR = """
 from detectron2.config import LazyCall as L
@@ -109,21 +115,32 @@ def prepare(folder: Path):
 
 def start(config: Path, overrides, folder: Path, *flags: str):
     """A training run in a process of its own."""
-    sys.stdout.flush()
     command = ["--config-file", str(config), *flags, *overrides, f"train.output_dir={folder}"]
-    process = FORK.Process(target=_train, args=(command, f"{folder}.txt"))
+    return _start("lazyconfig_train_net.py", command, folder)
+
+
+def comparison(config: Path, overrides, folder: Path, seeds=(0,)):
+    """The same for a comparison, which starts one process more for each of its arms."""
+    command = ["--config-file", str(config), "--methods", ",".join(METHODS)]
+    command += ["--seeds", ",".join(map(str, seeds)), "--output", str(folder), *overrides]
+    return _start("compare_methods.py", command, folder)
+
+
+def _start(tool: str, command, folder: Path):
+    sys.stdout.flush()
+    process = FORK.Process(target=_run, args=(ROOT / "tools" / tool, command, f"{folder}.txt"))
     process.start()
     return process
 
 
-def _train(command, console: str) -> None:
+def _run(tool: Path, command, console: str) -> None:
     os.setpgrp()
     with open(console, "a") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
-    sys.argv = [str(ROOT / "tools/lazyconfig_train_net.py"), *command]
+    sys.argv = [str(tool), *command]
     try:
-        launch(run, default_argument_parser().parse_args(command))
+        runpy.run_path(str(tool), run_name="__main__")
     except SystemExit as e:
         if isinstance(e.code, str):
             print(e.code, flush=True)
@@ -133,13 +150,19 @@ def _train(command, console: str) -> None:
         os._exit(1)
 
 
+def wait(process, folder: Path) -> None:
+    """Until it has ended, as it should."""
+    process.join()
+    if process.exitcode:
+        raise Lost(f"{folder} ended with status {process.exitcode}, see {folder}.txt")
+
+
 def kill(process) -> bool:
-    """SIGKILL for a process and its workers; whether it was still running."""
+    """SIGKILL for a process and all that it has started; whether it was still running."""
     alive = process.is_alive()
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    if alive:  # else its number may be another's
+        with suppress(ProcessLookupError):  # it has no group of its own yet
+            os.killpg(process.pid, signal.SIGKILL)
     process.join()
     return alive and process.exitcode == -signal.SIGKILL
 
@@ -179,9 +202,7 @@ def torment(process, kind: str, folder: Path, typical: float) -> bool:
                 time.sleep(random.uniform(0, 0.02 * count))
             return kill(process)
         time.sleep(0.0005)
-    process.join()
-    if process.exitcode:
-        raise Lost(f"{folder} ended with status {process.exitcode}, see {folder}.txt")
+    wait(process, folder)
     return False
 
 
@@ -249,7 +270,7 @@ def compare(whole: Path, killed: Path) -> None:
             raise Lost(f"{read.__name__} of {killed} differs from that of {whole}")
 
 
-# --- the three parts ------------------------------------------------------------------------------
+# --- the four parts -------------------------------------------------------------------------------
 
 
 def kills(config: Path, overrides, folder: Path, count: int):
@@ -263,10 +284,7 @@ def kills(config: Path, overrides, folder: Path, count: int):
     ]
     begin = time.monotonic()
     whole = folder / "whole"
-    process = start(config, overrides, whole)
-    process.join()
-    if process.exitcode:
-        raise Lost(f"the uninterrupted run failed, see {whole}.txt")
+    wait(start(config, overrides, whole), whole)
     typical = time.monotonic() - begin
     kinds = list(moments(whole, 1))
     died: Counter = Counter()
@@ -277,9 +295,7 @@ def kills(config: Path, overrides, folder: Path, count: int):
         while True:
             process = start(config, overrides, killed, "--resume")
             if sum(died.values()) >= count:
-                process.join()
-                if process.exitcode:
-                    raise Lost(f"{killed} ended with status {process.exitcode}, see {killed}.txt")
+                wait(process, killed)
                 break
             kind = kinds[sum(died.values()) % len(kinds)]
             if not torment(process, kind, killed, 0.7 * typical):
@@ -300,36 +316,48 @@ def kills(config: Path, overrides, folder: Path, count: int):
 
 
 def killed_comparisons(config: Path, overrides, folder: Path, count: int):
-    """Kill a comparison, with all that it has started, at random moments; then let it end."""
+    """Kill a comparison, with all that it has started, and repeat it until ``count`` are killed.
+
+    One that has ended before its moment counts for nothing, and the next begins in a folder of its
+    own.  Each is compared with one that nobody killed.
+    """
     overrides = [*overrides, "train.max_iter=12", "train.checkpointer.period=2"]
-    for number in range(count + 1):
-        process = comparison(config, overrides, folder / "comparison", ["none", "shared_kd"], [0])
-        if number < count:
-            try:
-                process.wait(timeout=random.uniform(5, 90))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for run_folder in (folder / "comparison").glob("*/seed*"):
-            check_folder(run_folder)
-    record = json.loads((folder / "comparison/results.json").read_text())
-    if [arm["status"] for arm in record["arms"]] != ["finished"] * 2:
-        raise Lost(f"{folder}/comparison has arms that are not finished")
-    alone = folder / "alone"
-    arm = folder / "comparison/configs/shared_kd.yaml"
-    process = start(arm, ["train.seed=0"], alone)
-    process.join()
-    compare(alone, folder / "comparison/shared_kd/seed0")
-    return {"kills of a comparison": count}
+    begin = time.monotonic()
+    whole = folder / "whole"
+    wait(comparison(config, overrides, whole), whole)
+    typical = time.monotonic() - begin
+    died = checked = rounds = 0
+    while died < count:
+        rounds += 1
+        killed = folder / f"killed{rounds}"
+        while True:
+            process = comparison(config, overrides, killed)
+            process.join(random.uniform(0, typical) if died < count else None)
+            if not kill(process):
+                break
+            died += 1
+            checked += sum(map(check_folder, killed.glob("*/seed*")))
+            print(f"  {died}/{count} killed: a comparison", flush=True)
+        wait(process, killed)
+        for arm in finished_arms(killed):
+            check_folder(killed / arm)
+            compare(whole / arm, killed / arm)
+        shutil.rmtree(killed)
+    return {
+        "kills of a comparison": died,
+        "comparisons compared with the uninterrupted one": rounds,
+        "checkpoints read after a kill": checked,
+    }
 
 
-def comparison(config: Path, overrides, output: Path, methods, seeds) -> subprocess.Popen:
-    output.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "tools/compare_methods.py")]
-    command += ["--config-file", str(config), "--methods", ",".join(methods)]
-    command += ["--seeds", ",".join(map(str, seeds)), "--output", str(output), *overrides]
-    with open(output / "said.txt", "a") as f:
-        return subprocess.Popen(command, stdout=f, stderr=f, start_new_session=True)
+def finished_arms(folder: Path):
+    """The folders of a comparison's arms as seen from its own; every one must be finished."""
+    arms = json.loads((folder / "results.json").read_text())["arms"]
+    names = [f"{arm['method']}/seed{arm['seed']}" for arm in arms]
+    missing = [x for x, arm in zip(names, arms) if arm["status"] != "finished"]
+    if missing:
+        raise Lost(f"{folder}: {', '.join(missing)} not finished, see {folder}.txt")
+    return names
 
 
 def usage(process: int):
@@ -372,9 +400,7 @@ def long_run(config: Path, overrides, folder: Path, steps: int):
             if found:
                 samples[name].append(found)
         time.sleep(max(0.05, min(1.0, steps / 10000)))
-    process.join()
-    if process.exitcode:
-        raise Lost(f"the long run failed, see {folder}.txt")
+    wait(process, folder)
     result = {"steps": steps}
     for name, found in samples.items():
         tenth = max(1, len(found) // 10)
@@ -402,28 +428,74 @@ def _last_iteration(path: Path) -> int:
         return -1
 
 
+@contextmanager
+def served(file: Path):
+    """Yields the URL of a file, whose name has its hash there, and a list of who has asked for it."""
+    content, asked = file.read_bytes(), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.client_address)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            time.sleep(5)  # so that the other commands come to half a file
+            self.wfile.write(content[len(content) // 2 :])
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        name = f"{file.stem}-{hashlib.sha256(content).hexdigest()}{file.suffix}"
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/{name}", asked
+        finally:
+            server.shutdown()
+
+
 def load(config: Path, overrides, folder: Path, arms: int):
-    """Four commands train the same arms of one comparison, all at once, beside the same teacher."""
-    overrides = [*overrides, "train.max_iter=4"]
-    output, seeds = folder / "load", list(range(max(1, arms // 2)))
-    commands = [
-        comparison(config, overrides, output, ["none", "shared_kd"], seeds) for _ in range(4)
-    ]
-    for process in commands:
-        if process.wait():
-            raise Lost(f"a comparison failed, see {output}/said.txt")
-    record = json.loads((output / "results.json").read_text())
-    if [arm["status"] for arm in record["arms"]] != ["finished"] * 2 * len(seeds):
-        raise Lost(f"{output} has arms that are not finished")
-    for path in output.glob("*/seed*"):
-        check_folder(path)
-        if len((path / "metrics.json").read_text().splitlines()) != len(
-            (output / "none/seed0/metrics.json").read_text().splitlines()
-        ):
-            raise Lost(f"{path} was written by two")
-    if list(output.rglob("*.tmp")):
-        raise Lost(f"{output} has unfinished files")
-    return {"commands at once": len(commands), "arms": 2 * len(seeds)}
+    """Four commands at once: two share a comparison, two have one each with half of its seeds.
+
+    All of them, and the runs that they start, need a teacher that is not in the cache.
+    """
+    seeds, shared = range(max(1, arms // 4)), folder / "shared"
+    own = {folder / f"own{i}": seeds[i::2] for i in range(2) if seeds[i::2]}
+    with served(config.parent / "teacher.pth") as (url, asked):
+        overrides = [*overrides, "train.max_iter=4", f"model.teacher.weights={url}"]
+        commands = [
+            (comparison(config, overrides, output, seeds), output)
+            for output, seeds in [(shared, seeds), (shared, seeds), *own.items()]
+        ]
+        for command in commands:
+            wait(*command)
+    check_cache(url, len(asked))
+    names = [output / arm for output in (shared, *own) for arm in finished_arms(output)]
+    for arm in names:
+        check_folder(arm)
+        begun = (arm / "log.txt").read_text().count("Starting training from iteration")
+        if begun != 1:
+            raise Lost(f"{arm} was trained {begun} times")
+    for output in own:
+        for arm in finished_arms(output):
+            compare(output / arm, shared / arm)
+    unfinished = [*folder.rglob("*.tmp"), *folder.glob("*/configs/*.*.yaml")]
+    if unfinished:
+        raise Lost(f"{unfinished[0]} was left")
+    return {"commands at once": len(commands), "arms": len(names), "downloads": len(asked)}
+
+
+def check_cache(url: str, downloads: int) -> None:
+    """The file was downloaded once, and is there whole and alone."""
+    if downloads != 1:
+        raise Lost(f"{url} was downloaded {downloads} times")
+    name, cache = url.rpartition("/")[2], Path(os.environ["FVCORE_CACHE"])
+    files = [x for x in cache.rglob("*") if x.is_file() and x.suffix != ".lock"]
+    if [x.name for x in files] != [name]:
+        raise Lost(f"{cache} has {', '.join(x.name for x in files)}")
+    if hashlib.sha256(files[0].read_bytes()).hexdigest() not in name:
+        raise Lost(f"{files[0]} is damaged")
 
 
 def main() -> int:
@@ -433,13 +505,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, metavar="N")
     parser.add_argument("--comparison-kills", type=int, default=5, metavar="N")
     parser.add_argument("--steps", type=int, default=10000, metavar="N", help="of the long run")
-    parser.add_argument("--arms", type=int, default=20, metavar="N", help="trained at once")
+    parser.add_argument(
+        "--arms", type=int, default=20, metavar="N", help="trained at once, by fours"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output", type=Path, default=ROOT / "output/torture", metavar="DIR")
     args = parser.parse_args()
     random.seed(args.seed)
     shutil.rmtree(args.output / "work", ignore_errors=True)
     config, overrides = prepare((args.output / "work").resolve())
+    os.environ["FVCORE_CACHE"] = str(config.parent / "cache")  # where nothing is yet
     parts = {
         "kills": (kills, args.kills),
         "killed comparisons": (killed_comparisons, args.comparison_kills),

@@ -1,11 +1,13 @@
 """Real processes: killed and resumed, stopped by a signal, refused; see docs/reliability.md."""
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 
 import pytest
 import tiny
@@ -17,9 +19,9 @@ from sharedkd.running.lock import BusyError, locked
 
 
 def test_a_short_torture(tmp_path):
-    """`make torture` in small: one death of each kind, and a run of some length."""
+    """`make torture` in small: one death of each kind, a run of some length, some arms at once."""
     command = [sys.executable, str(tiny.ROOT / "tools/torture.py"), "--output", str(tmp_path)]
-    command += ["--kills", "5", "--comparison-kills", "0", "--arms", "0", "--steps", "200"]
+    command += ["--kills", "5", "--comparison-kills", "0", "--arms", "4", "--steps", "100"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "torture.json").read_text())
@@ -27,6 +29,57 @@ def test_a_short_torture(tmp_path):
     assert result["kills"]["checkpoints read after a kill"] > 2
     assert result["long run"]["run: growth"] < 0.1 and result["long run"]["worker: growth"] < 0.1
     assert result["long run"]["bytes logged a step"] < 1000
+    assert result["load"]["arms"] == 4 and result["load"]["downloads"] == 1
+
+
+@pytest.fixture(scope="module")
+def torture():
+    spec = importlib.util.spec_from_file_location("torture", tiny.ROOT / "tools/torture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _live(seconds):
+    os.setpgrp()
+    time.sleep(seconds)
+
+
+def test_only_what_a_kill_ended_is_counted(torture, tmp_path, monkeypatch):
+    """The unkilled one, one that ends before its moment, one that is killed, and what continues it."""
+    lives, folders = iter([0.5, 0, 30, 0]), []
+
+    def comparison(config, overrides, folder):
+        folder.mkdir(exist_ok=True)
+        folders.append(folder.name)
+        process = torture.FORK.Process(target=_live, args=(next(lives),))
+        process.start()
+        return process
+
+    monkeypatch.setattr(torture, "comparison", comparison)
+    monkeypatch.setattr(torture, "finished_arms", lambda folder: [])
+    monkeypatch.setattr(torture.random, "uniform", lambda low, high: high)
+    found = torture.killed_comparisons(tmp_path / "pair.py", [], tmp_path, 1)
+    assert folders == ["whole", "killed1", "killed2", "killed2"]
+    assert found["kills of a comparison"] == 1
+    assert found["comparisons compared with the uninterrupted one"] == 2
+
+
+def test_what_a_cache_may_not_hold_is_found(torture, tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    name = f"teacher-{sha256(b'whole').hexdigest()}.pth"
+    url, file, part = f"http://127.0.0.1:1/{name}", tmp_path / name, tmp_path / f"{name}.0.part"
+    file.write_bytes(b"whole")
+    torture.check_cache(url, 1)
+    with pytest.raises(torture.Lost, match="2 times"):
+        torture.check_cache(url, 2)
+    part.write_bytes(b"wh")
+    with pytest.raises(torture.Lost, match="part"):
+        torture.check_cache(url, 1)
+    part.unlink()
+    file.write_bytes(b"wh")
+    with pytest.raises(torture.Lost, match="damaged"):
+        torture.check_cache(url, 1)
 
 
 def started(output, *command):
