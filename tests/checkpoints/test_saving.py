@@ -6,14 +6,20 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import zipfile
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.utils.events import get_event_storage
 from fvcore.common.param_scheduler import LinearParamScheduler
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from torch import nn
 
 from sharedkd import ConfigError, SharedKDTrainer, engine
@@ -28,7 +34,7 @@ from sharedkd.checkpoints.resuming import (
 from sharedkd.checkpoints.saving import SaveError
 from sharedkd.config import TRAIN_DEFAULTS
 from sharedkd.running.interrupt import Stopped
-from sharedkd.running.metrics import CLOCKS
+from sharedkd.running.metrics import CLOCKS, EventFile
 from sharedkd.running.record import RunRecord
 
 LENGTH = 9
@@ -403,15 +409,24 @@ def test_metrics_on_a_full_disk(toy, whole, tmp_path, monkeypatch, sharedkd_log)
     assert sharedkd_log.text.count("training goes on") == 1
 
 
+def mounted(folder, size):
+    """Whether a disk of that size is there now: not everybody may mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    return os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+
+
+def unmount(folder):
+    subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of 64 KB; without the right to mount one, files of at most 40 KB."""
     folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
-    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
+    if mounted(folder, "64k"):
         yield folder
-        subprocess.run(["umount", str(folder)], check=True)
+        unmount(folder)
         return
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
@@ -429,6 +444,150 @@ def test_a_disk_that_is_really_full(small_disk):
     assert error.value.errno in (errno.ENOSPC, errno.EFBIG)
     assert latest_checkpoint(str(small_disk)) == str(small_disk / "model_0000001.pth")
     assert sorted(os.listdir(small_disk)) == ["last_checkpoint", "model_0000001.pth"]
+
+
+@contextmanager
+def full(folder):
+    with open(folder / "filler", "wb", buffering=0) as f, suppress(OSError):
+        while True:
+            f.write(bytes(4096))
+    yield
+    (folder / "filler").unlink()
+
+
+@contextmanager
+def read_only(folder):
+    """For whatever is opened from now on: open files would keep the disk itself from it."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+    yield
+    unmount(folder)
+
+
+FAULTS = {"full": (full, "No space left on device"), "read-only": (read_only, "Read-only file")}
+
+
+def events(folder):
+    """The steps of TensorBoard's scalars, in order."""
+    files = sorted(folder.glob("*tfevents*"))
+    return [x.step for f in files for x in EventFileLoader(str(f)).Load() if x.HasField("summary")]
+
+
+@pytest.fixture(params=FAULTS)
+def faulty(request, toy, tmp_path, monkeypatch, capfd):
+    """Runs on a disk of its own, which is at fault from step 4 on until ``mend`` is called."""
+    disk, threads = tmp_path / "disk", []
+    if not mounted(disk, "1m"):
+        pytest.skip("may not mount a disk")
+    monkeypatch.setattr("threading.excepthook", threads.append)
+    fault, reason = FAULTS[request.param]
+    with ExitStack() as mounts, ExitStack() as faults:  # what lies on top goes first
+        mounts.callback(unmount, disk)
+
+        def train(folder, at=lambda where, iteration: None, **keys):
+            def moment(where, iteration):
+                if where == "step":  # lines so long that each needs room
+                    get_event_storage().put_scalar("long" * 1500, iteration)
+                at(where, iteration)
+
+            return toy(folder, moment, **keys)
+
+        def broken(folder, until=(), **keys):
+            def at(*now):
+                if now == ("step", 4):
+                    faults.enter_context(fault(folder))
+                if now == until:
+                    faults.close()
+
+            return train(folder, at, **keys)
+
+        train(tmp_path / "whole")
+        yield SimpleNamespace(
+            train=train,
+            broken=broken,
+            mend=faults.close,
+            folder=disk / "run",
+            whole=tmp_path / "whole",
+            reason=reason,
+        )
+    assert not threads and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_run_stops_where_its_disk_fails(faulty):
+    with pytest.raises(SaveError) as error:
+        faulty.broken(faulty.folder)
+    message = str(error.value)
+    assert "\n" not in message and "--resume" in message
+    assert faulty.reason in message and "model_0000003.pth is intact" in message
+    assert latest_checkpoint(str(faulty.folder)) == str(faulty.folder / "model_0000003.pth")
+    faulty.mend()
+    faulty.train(faulty.folder)
+    assert_equal(faulty.folder, faulty.whole)
+
+
+def test_a_run_goes_on_while_its_disk_fails(faulty, sharedkd_log):
+    keys = dict(on_save_error="continue")
+    with pytest.raises(SaveError, match="model_final.pth.*model_0000003.pth is intact"):
+        faulty.broken(faulty.folder, **keys)
+    assert latest_checkpoint(str(faulty.folder)) == str(faulty.folder / "model_0000003.pth")
+    lines = [x for x in sharedkd_log.messages if "training goes on" in x]
+    assert lines and all(faulty.reason in x and "\n" not in x for x in lines)
+    faulty.mend()
+    faulty.train(faulty.folder, **keys)
+    assert_equal(faulty.folder, faulty.whole)
+
+
+def test_a_run_outlives_its_disks_failure(faulty, sharedkd_log):
+    faulty.broken(faulty.folder, until=("step", 6), on_save_error="continue")
+    assert "cannot write model_0000005.pth" in sharedkd_log.text
+    assert sorted(p.name for p in faulty.folder.glob("*.pth")) == [
+        "model_0000003.pth",
+        "model_0000007.pth",
+        "model_final.pth",
+    ]
+    assert_equal(faulty.folder, faulty.whole)
+    assert events(faulty.folder) == events(faulty.whole)
+
+
+def test_events_that_a_full_disk_cut_short_are_not_there(small_disk):
+    file = EventFile(str(small_disk))
+    file.add_event(Event(step=1))
+    file.flush()
+    before = os.stat(file.path).st_size
+    file.add_event(Event(step=2, file_version="x" * 2**17))
+    with pytest.raises(OSError):
+        file.flush()
+    assert os.stat(file.path).st_size == before
+    assert [x.step for x in EventFileLoader(file.path).Load()] == [0, 1]
+
+
+def test_events_that_wait_for_room_are_bounded(tmp_path):
+    file = EventFile(str(tmp_path / "gone"))
+    for _ in range(40):
+        file.add_event(Event(step=1, file_version="x" * 2**16))
+        with pytest.raises(OSError):
+            file.flush()
+    assert len(file.waiting.getvalue()) < 2**20 + 2**17
+    (tmp_path / "gone").mkdir()
+    file.flush()
+    assert [x.step for x in EventFileLoader(file.path).Load()][:3] == [0, 1, 1]
+    assert not file.waiting.getvalue()
+
+
+def test_a_log_on_a_full_disk_ends_without_a_traceback(small_disk):
+    program = """
+import sys
+from detectron2.utils.logger import setup_logger
+from sharedkd.checkpoints.saving import SaveErrors
+log = setup_logger(sys.argv[1])
+SaveErrors(sys.argv[1], "stop").quiet()
+for _ in range(50):
+    log.info("x" * 2000)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program, str(small_disk)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("x" * 2000) == 50  # the console has all of it
+    assert (small_disk / "log.txt").stat().st_size < 70_000 and not done.stderr
 
 
 def test_old_checkpoints_go_also_after_a_resumption(toy, tmp_path):
@@ -489,6 +648,52 @@ def test_resume_refuses_another_model_teacher_or_stage(tmp_path, sharedkd_log, k
     assert (tmp_path / "config.yaml").read_bytes() == before
     check_settings(settings(tmp_path, **{key: value, "train.force_resume": True}))
     assert f"resumes with {named.split(':')[0]}" in sharedkd_log.text
+
+
+class Wordless:
+    """What neither yaml nor pickle can hold."""
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("not in words")
+
+
+def with_object(folder, x):
+    cfg = settings(folder)
+    cfg._set_flag("allow_objects", True)
+    cfg.model.student.norm = x
+    return cfg
+
+
+@pytest.mark.parametrize(
+    "then, now, named",
+    [
+        (
+            settings,
+            lambda folder: with_object(folder, Wordless()),
+            "the config to go on with, .*none",
+        ),
+        (
+            lambda folder: with_object(folder, Wordless()),
+            settings,
+            "its config.yaml .*there is none",
+        ),
+        (settings, lambda folder: with_object(folder, lambda x: x), "the config to go on with, "),
+        (lambda folder: with_object(folder, lambda x: x), settings, "its config.yaml "),
+    ],
+    ids=["now", "then", "now unreadable", "then unreadable"],
+)
+def test_resume_refuses_what_it_cannot_compare(tmp_path, sharedkd_log, then, now, named):
+    """Detectron2 logs that it cannot write a config, and goes on: it might be any other one."""
+    from detectron2.config import LazyConfig
+
+    LazyConfig.save(then(tmp_path), str(tmp_path / "config.yaml"))
+    cfg = now(tmp_path)
+    with pytest.raises(ConfigError, match=f"^train.output_dir={tmp_path}: {named}") as error:
+        check_settings(cfg)
+    assert "\n" not in str(error.value) and "train.force_resume=True" in str(error.value)
+    cfg.train.force_resume = True
+    check_settings(cfg)
+    assert "train.force_resume: train.output_dir" in sharedkd_log.text
 
 
 @pytest.mark.parametrize(

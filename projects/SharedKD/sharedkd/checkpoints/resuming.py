@@ -122,21 +122,18 @@ Change = Tuple[str, Any, Any]  # key, value then, value now
 
 
 def changes(folder, cfg: DictConfig) -> List[Change]:
-    """What differs between the config of a folder's run and this one; nothing if there is no such run.
+    """What differs between the config of a folder's run and this one.
 
     Raises:
-        ConfigError: the saved config cannot be read.
+        ConfigError: the two cannot be compared: the run's config is not there or cannot be read, or
+            this one cannot be written in words.
     """
-    path = saved_config(folder)
-    if not os.path.isfile(path):
-        return []
+    then = _plain(saved_config(folder), folder, "its config.yaml")
     with tempfile.TemporaryDirectory() as temporary:
-        now = os.path.join(temporary, "config.yaml")
-        LazyConfig.save(cfg, now)
-        if not os.path.isfile(now):
-            return []  # Detectron2 could not put it into words, and has said so
-        found = differences(path, now)
-    return [change for change in found if not _below(change[0], FREE)]
+        path = os.path.join(temporary, "config.yaml")
+        LazyConfig.save(cfg, path)  # which does not raise where it cannot
+        now = _plain(path, folder, "the config to go on with, written as yaml,")
+    return [change for change in _differences("", then, now) if not _below(change[0], FREE)]
 
 
 def differences(then: str, now: str) -> List[Change]:
@@ -145,17 +142,20 @@ def differences(then: str, now: str) -> List[Change]:
     Raises:
         ConfigError: one of them cannot be read.
     """
-    return list(_differences("", _plain(then), _plain(now)))
+    plain = [_plain(path, os.path.dirname(path), os.path.basename(path)) for path in (then, now)]
+    return list(_differences("", *plain))
 
 
-def _plain(path: str) -> Any:
+def _plain(path: str, folder: str, what: str) -> Any:
     try:
         return OmegaConf.to_container(LazyConfig.load(path), resolve=True)
     except Exception as e:
+        # Whatever is wrong with it, it is not known to be the same; yaml says it in several lines.
+        reason = " ".join(str(e).split()) if os.path.isfile(path) else "there is none"
         raise ConfigError(
             "train.output_dir",
-            os.path.dirname(path),
-            f"{os.path.basename(path)} cannot be read ({e})",
+            folder,
+            f"{what} cannot be read ({reason})",
             "add train.force_resume=True to resume without comparing settings",
         ) from e
 

@@ -1,10 +1,11 @@
 """When a run saves its checkpoints, which of them it keeps, and what it does if it cannot."""
 
+import atexit
 import logging
 import os
 import re
-from contextlib import contextmanager
-from typing import Iterator, List, Set
+from contextlib import contextmanager, suppress
+from typing import IO, Iterator, List, Set
 
 from detectron2.engine import hooks
 from detectron2.utils import comm
@@ -37,6 +38,7 @@ class SaveErrors:
         if policy not in ("stop", "continue"):
             raise ConfigError("train.on_save_error", policy, "is no policy", "use stop or continue")
         self.folder, self.stops = folder, policy == "stop"
+        self._stopping = False
         self._said: Set[str] = set()
 
     @contextmanager
@@ -47,7 +49,10 @@ class SaveErrors:
         try:
             yield
         except OSError as e:
+            if self._stopping:
+                return  # the run ends, and it has been said of what
             if self.stops:
+                self._stopping = True
                 raise self.error(what, e) from None
             if what not in self._said:
                 logger.error(f"{self.folder}: cannot write {what} ({e}); training goes on")
@@ -64,13 +69,22 @@ class SaveErrors:
         )
 
     def quiet(self) -> None:
-        """Keep Python's logging from printing a traceback for every line that the disk refuses."""
+        """Keep Python from printing a traceback for every line of the log that the disk refuses."""
         for name in ("detectron2", "fvcore"):
             for handler in logging.getLogger(name).handlers:
                 handler.handleError = self._log_failed
+                stream = getattr(handler, "stream", None)
+                if str(getattr(stream, "name", "")).startswith(self.folder):
+                    # Before Detectron2 does, at the end of the program, without a catch.
+                    atexit.register(_close, stream)
 
     def _log_failed(self, record: logging.LogRecord) -> None:
         """The console has the message; the metrics and checkpoints decide about the run."""
+
+
+def _close(stream: IO) -> None:
+    with suppress(OSError):
+        stream.close()
 
 
 def _newest(folder: str) -> str:

@@ -1,6 +1,10 @@
 """metrics.json and TensorBoard's events, which an interruption leaves as if it had not been."""
 
+import io
 import os
+import socket
+import time
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Callable, Dict, List
 
@@ -13,6 +17,9 @@ from detectron2.utils.events import (
     TensorboardXWriter,
 )
 from fvcore.common.history_buffer import HistoryBuffer
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 from ..checkpoints.saving import SaveErrors
 
@@ -20,9 +27,83 @@ __all__ = ["Metrics"]
 
 FILE = "metrics.json"
 KEPT = 1000  # values of each scalar in memory, where Detectron2 keeps a million
+MOST_WAITING = 2**20  # bytes of events, while the disk takes none
 WINDOW = 20  # values of which the writers log the median
 # What a clock measured is not repeated.
 CLOCKS = ("time", "data_time", "rank_data_time", "eta_seconds")
+
+
+class EventFile:
+    """TensorBoard's events in a file, which has what was added once it is flushed, or is as before.
+
+    TensorBoard leaves its files to a thread: a full disk ends it for good and with a traceback, and
+    what follows a half event is not read.
+    """
+
+    def __init__(self, folder: str):
+        self.folder, self.waiting = folder, io.BytesIO()
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.path = os.path.join(folder, name)
+        self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def get_logdir(self) -> str:
+        return self.folder
+
+    def add_event(self, event: Event) -> None:
+        if self.waiting.tell() < MOST_WAITING:
+            RecordWriter(self.waiting).write(event.SerializeToString())
+
+    def flush(self) -> None:
+        """Raises:
+        OSError: it cannot be written; what is waiting waits for the next time.
+        """
+        left = self.waiting.getvalue()
+        with open(self.path, "ab", buffering=0) as f:
+            end = f.tell()
+            try:
+                while left:
+                    left = left[f.write(left) :]
+            except OSError:
+                f.truncate(end)
+                raise
+        self.waiting = io.BytesIO()
+
+    close = flush
+
+
+class _FileWriter(FileWriter):
+    def __init__(self, folder: str):
+        self.event_writer = EventFile(folder)
+
+
+class _SummaryWriter(SummaryWriter):
+    def _get_file_writer(self):
+        if self.file_writer is None:
+            self.file_writer = _FileWriter(self.log_dir)
+            self.all_writers = {self.log_dir: self.file_writer}
+            if self.purge_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                self.file_writer.add_event(Event(session_log=start), self.purge_step)
+        return self.file_writer
+
+
+class Events(TensorboardXWriter):
+    """Detectron2's writer of them; on the disk whenever the lines of metrics.json are.
+
+    Args:
+        folder: the run's output folder.
+        window: values of which the median is written.
+        first: the first iteration that will be written; earlier events of it and of later ones are
+            hidden.
+    """
+
+    def __init__(self, folder: str, window: int, first: int):
+        self._window_size, self._last_write = window, -1
+        self._writer = _SummaryWriter(folder, purge_step=first or None)
+
+    def write(self) -> None:
+        super().write()
+        self._writer.flush()
 
 
 class Metrics(hooks.PeriodicWriter):
@@ -55,23 +136,24 @@ class Metrics(hooks.PeriodicWriter):
         self.max_iter, self.errors = max_iter, errors
         self.loaded: Dict[str, Any] = {}
 
-    def _open(self, first: int) -> List[EventWriter]:
-        return [
+    def _open(self, first: int) -> None:
+        self._writers = [
             CommonMetricPrinter(self.max_iter, WINDOW),
-            JSONWriter(self.path, WINDOW),
-            TensorboardXWriter(os.path.dirname(self.path), WINDOW, purge_step=first or None),
-            *self.more(first, WINDOW),
+            Events(os.path.dirname(self.path), WINDOW, first),
         ]
+        with self.errors.handled(FILE):
+            if self.loaded or self.trainer.start_iter == 0:
+                _keep_lines(self.path, self.loaded.get("lines", 0))
+            self._writers.append(JSONWriter(self.path, WINDOW))
+        with self.errors.handled("what train.writers need"):
+            self._writers += self.more(first, WINDOW)
 
     def before_train(self) -> None:
         start, storage = self.trainer.start_iter, self.trainer.storage
         storage.histories().default_factory = partial(HistoryBuffer, KEPT)
         if comm.is_main_process():
-            with self.errors.handled(FILE):
-                if self.loaded or start == 0:
-                    _keep_lines(self.path, self.loaded.get("lines", 0))
-                # A resumed run may still have to log the iteration of its checkpoint.
-                self._writers = self._open(max(0, start - 1))
+            # A resumed run may still have to log the iteration of its checkpoint.
+            self._open(max(0, start - 1))
         for name, smoothed, history in self.loaded.get("scalars", ()):
             for value, storage.iter in history:
                 storage.put_scalar(name, value, smoothing_hint=smoothed)
@@ -85,10 +167,14 @@ class Metrics(hooks.PeriodicWriter):
             self._write(self._writers)
 
     def after_train(self) -> None:
-        self._write(self._files)  # the console's writer fails if it is asked twice in a step
-        for writer in self._writers:
-            with self.errors.handled(_name(writer)):
-                writer.close()
+        with ExitStack() as closing:  # all of them, whatever the others raise
+            for writer in self._writers:
+                closing.callback(self._close, writer)
+            self._write(self._files)  # the console's writer fails if it is asked twice in a step
+
+    def _close(self, writer: EventWriter) -> None:
+        with self.errors.handled(_name(writer)):
+            writer.close()
 
     def _write(self, writers: List[EventWriter]) -> None:
         for writer in writers:
@@ -118,7 +204,8 @@ class Metrics(hooks.PeriodicWriter):
 
 
 def _name(writer: EventWriter) -> str:
-    return FILE if isinstance(writer, JSONWriter) else f"what {type(writer).__name__} writes"
+    known = {JSONWriter: FILE, Events: "TensorBoard's events"}
+    return known.get(type(writer), f"what {type(writer).__name__} writes")
 
 
 def _count_lines(path: str) -> int:
