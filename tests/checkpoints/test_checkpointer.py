@@ -3,10 +3,12 @@
 import copy
 import os
 import pickle
+import re
 
 import pytest
 import tiny
 import torch
+import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
 
 from sharedkd import ConfigError, CrossLayer, SharedKD, Stage
@@ -148,6 +150,33 @@ def test_imagenet_weights_of_another_depth(tmp_path, depth, problem):
         model,
         path,
     )
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_torchvisions_own_file(tmp_path, depth):
+    """It is refused with the advice to convert it; converted, it fills the whole backbone."""
+    state = getattr(torchvision.models, f"resnet{depth}")().state_dict()
+    model = tiny.detector("retinanet", depth)
+    for given in (state, {"model": state}, {f"module.{k}": x for k, x in state.items()}):
+        torch.save(given, tmp_path / "resnet.pth")
+        message = fails(
+            "^train.init_checkpoint=.*", initialise, model, str(tmp_path / "resnet.pth")
+        )
+        assert "torchvision" in message and "tools/convert-torchvision-to-d2.py" in message
+
+    converted = {}
+    for name, x in state.items():
+        name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
+        name = re.sub(r"bn(\d)", r"conv\1.norm", name)
+        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        converted[name if name.startswith("res") else f"stem.{name}"] = x.numpy()
+    data = {"model": converted, "__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "converted.pkl").write_bytes(pickle.dumps(data))
+    filled = initialise(model, str(tmp_path / "converted.pkl"))
+    bottom_up = model.backbone.bottom_up.state_dict()
+    assert filled == len(bottom_up)
+    for name, x in bottom_up.items():
+        assert torch.equal(x, torch.from_numpy(converted[name])), name
 
 
 def test_imagenet_weights_of_a_shallower_network(tmp_path):

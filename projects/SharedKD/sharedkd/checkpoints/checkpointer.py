@@ -245,6 +245,14 @@ def initialise(
     surplus = [
         k for k in found.unexpected_keys if k.startswith((bottom_up, *stages)) and is_convolution(k)
     ]
+    if missing and any(k.startswith("layer1.") for k in found.unexpected_keys):
+        raise ConfigError(
+            key,
+            path,
+            "names its tensors as torchvision does (layer1.0.conv1.weight), and not as Detectron2 "
+            "(res2.0.conv1.weight)",
+            "convert it with tools/convert-torchvision-to-d2.py of Detectron2's repository",
+        )
     if missing or reshaped or surplus:
         raise ConfigError(
             key,
