@@ -222,6 +222,14 @@ def test_fast_dev_run(train, monkeypatch):
     assert evaluated == [3]
 
 
+def test_freed_memory_is_kept_unless_the_config_says_otherwise(train, memory_kept):
+    plain = "custom_coco_plain.py"
+    train(plain, "train.max_iter=1", "train.keep_memory=False")
+    assert not memory_kept
+    train(plain, "train.max_iter=2", flags=("--resume",))
+    assert len(memory_kept) == 1
+
+
 def test_the_teacher_is_evaluated_first(train, sharedkd_log):
     train(
         "custom_coco_mask.py",
