@@ -627,6 +627,10 @@ def test_pairs_that_cannot_be_bound():
             dict(teacher, deltas=dict.fromkeys((8, 16, 32), 4)),
         ),
         "key.strides=[8, 32]: ": (gid(strides=[8, 32]), teacher),
+        "key.strides=[8, 16, 32]: have levels of": (
+            gid(),
+            dict(teacher, fpn={**teacher["fpn"], 32: 99}),
+        ),
         **{
             f"key.tap={tap}: the teacher": (gid(), {k: v for k, v in teacher.items() if k != tap})
             for tap in POSITIONS

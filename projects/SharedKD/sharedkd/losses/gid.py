@@ -142,6 +142,16 @@ class GID(DistillationLoss):
                 "is no pyramid to crop from, each stride has to be twice the one before",
                 "leave no level out in between",
             )
+        for who, pyramid in (("student", student["fpn"]), ("teacher", teacher["fpn"])):
+            widths = [pyramid[s] for s in self.strides]
+            if len(set(widths)) > 1:
+                raise ConfigError(
+                    f"{key}.strides",
+                    self.strides,
+                    f"have levels of {', '.join(map(str, widths))} channels in the {who}: an object is "
+                    "cropped from the one that suits its size",
+                    "name strides of one width",
+                )
         for tap in ("logits", "deltas"):
             check_same_head(student, teacher, tap, self.strides, key, type(self).__name__)
         self.anchors = {s: student["deltas"][s] // 4 for s in self.strides}  # of a position
