@@ -326,8 +326,8 @@ class Comparison:
     def _train_in_processes(self, shard: Tuple[int, int]) -> None:
         """Split a shard into smaller ones, each trained by a process of its own, and wait for them."""
         i, n = shard
-        tool, *arguments = self.command()
-        command = [sys.executable, str(self.root / tool), *arguments, "--jobs", "1"]
+        _, program, *arguments = self.command()
+        command = [sys.executable, str(self.root / program), *arguments, "--jobs", "1"]
         processes = [
             # They share a terminal, on which none may rewrite what another wrote.
             subprocess.Popen(
