@@ -242,6 +242,16 @@ def test_a_factor_multiplies_the_weights():
     assert with_method(pair_config(), "pkd", FOLDER).model.stages.pkd.weight == 10.0
 
 
+def test_a_method_sets_keys_of_its_own():
+    cfg = pair_config()
+    name = "pkd:model.teacher.precision=bfloat16:2+cwd:model.stages.cwd.weight=3"
+    changed = with_method(cfg, name, FOLDER)
+    assert changed.model.teacher.precision == "bfloat16"
+    assert changed.model.stages.pkd.weight == 20.0 and changed.model.stages.cwd.weight == 3
+    assert with_method(cfg, "none:optimizer.lr=7", FOLDER).optimizer.lr == 7
+    assert cfg.model.teacher.precision is None and cfg.optimizer.lr != 7
+
+
 def test_stages_of_one_name_are_both_kept():
     stages = with_method(pair_config(), "shared_kd+self_distillation", FOLDER).model.stages
     assert set(stages) - {"_target_"} == {"identical", "cross", "self_distillation_cross"}
@@ -257,7 +267,10 @@ def test_a_recipe_of_ones_own(tmp_path):
     "config, name, words",
     [
         ("retinanet_sharedkd.py", "nonsense", "no such method"),
-        ("retinanet_sharedkd.py", "pkd:many", "is no number"),
+        ("retinanet_sharedkd.py", "pkd:many", "is neither a number nor key=value"),
+        ("retinanet_sharedkd.py", "pkd:", "is neither a number nor key=value"),
+        ("retinanet_sharedkd.py", "pkd:modell.teacher.fold=False", "has no modell"),
+        ("retinanet_sharedkd.py", "pkd:model._target_=os.system", "names code to be run"),
         ("faster_rcnn_sharedkd.py", "gan_kd", "defined for retinanet, fcos"),
         ("retinanet_plain.py", "pkd", "plain detector"),
     ],

@@ -169,7 +169,9 @@ class Comparison:
         model = build(self.cfg)
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
-            if "student" in cfg.model:
+            if "=" in method:
+                build(cfg)  # which its keys may have changed all over
+            elif "student" in cfg.model:
                 SharedKD(
                     student=model.student,
                     teacher=teacher,
@@ -390,8 +392,9 @@ class Comparison:
 
 
 def folder_name(method: str) -> str:
-    """A method's name without the directories of recipes."""
-    return re.sub(r"[^@+:]*/([^@+:/]+?)(\.py)?(?=[@+:]|$)", r"\1", method)
+    """A method's name without the directories of recipes, as the value of an override can hold it."""
+    name = re.sub(r"[^@+:]*/([^@+:/]+?)(\.py)?(?=[@+:]|$)", r"\1", method)
+    return name.replace("=", "-")
 
 
 def _count_collapsed(record: Dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "construct",
     "distill",
     "load_config",
+    "override",
     "published_stages",
     "shared_kd_stages",
     "student_only",
@@ -209,8 +210,8 @@ def load_config(
             value of ``train``, or bad own data.
     """
     cfg = _read(path)
-    for override in overrides:
-        findings.step(_override, cfg, override, path)
+    for text in overrides:
+        findings.step(override, cfg, text, path)
     for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
         if not isinstance(cfg.get(key), DictConfig):
             findings.add(
@@ -248,17 +249,25 @@ def _read(path: str) -> DictConfig:
         raise ConfigError("--config-file", path, f"cannot be read: {e}", "correct that file") from e
 
 
-def _override(cfg: DictConfig, override: str, path: str) -> None:
+def override(cfg: DictConfig, text: str, path: str) -> None:
+    """Apply one ``key=value`` to a config.
+
+    Args:
+        path: the config's, for messages.
+
+    Raises:
+        ConfigError: it cannot be applied, names code to be run, or a group that the config lacks.
+    """
     known = {*cfg, "train"}
-    check_override(override)
+    check_override(text)
     try:
-        LazyConfig.apply_overrides(cfg, [override])
+        LazyConfig.apply_overrides(cfg, [text])
     except Exception as e:
-        raise not_applicable(override, e) from e
+        raise not_applicable(text, e) from e
     for key in sorted(set(cfg) - known):
         del cfg[key]
         raise ConfigError(
-            "override", override, f"{path} has no {key}", f"use one of {', '.join(sorted(known))}"
+            "override", text, f"{path} has no {key}", f"use one of {', '.join(sorted(known))}"
         )
 
 

@@ -5,8 +5,9 @@ A recipe is a LazyConfig file with ``paper``, a string, and ``stages``: student'
 """
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
@@ -16,6 +17,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
+from .config import override
 from .errors import ConfigError
 from .running.record import count_parameters
 from .stages import stage_dict
@@ -117,30 +119,39 @@ def with_method(cfg: DictConfig, name: str, folder: Path) -> DictConfig:
     Args:
         cfg: of a pair, or of a plain detector.
         name: ``none``, ``config``, a recipe's name or path, or several joined by ``+``;
-            ``fgd:4`` multiplies the weights of its stages by 4.
+            ``fgd:4`` multiplies the weights of its stages by 4, and ``fgd:key=value`` sets a key of
+            the config.
         folder: the recipes.
 
     Raises:
-        ConfigError: an unknown name, a method that is not defined for this family, or one that needs
-            a pair where there is none.
+        ConfigError: an unknown name, a method that is not defined for this family, one that needs a
+            pair where there is none, or a key or value that cannot be set.
     """
     cfg = cfg.copy()
-    student = cfg.model.get("student", cfg.model)
-    if name == PLAIN:
+    parts = [part.split(":") for part in name.split("+")]
+    names = [[part, *(x for x in more if "=" not in x)] for part, *more in parts]
+    _choose(cfg, names, folder)
+    for setting in (x for _, *more in parts for x in more if "=" in x):
+        override(cfg, setting, "the config")
+    return cfg
+
+
+def _choose(cfg: DictConfig, names: Sequence[Sequence[str]], folder: Path) -> None:
+    """Give a config the stages of recipes: each a name, and perhaps a factor of its weights."""
+    if names == [[PLAIN]]:
         if OmegaConf.select(cfg, "train.inherit"):  # it starts from the teacher as the others do
             cfg.model.stages = L(stage_dict)()
         else:
-            cfg.model = student
-        return cfg
+            cfg.model = cfg.model.get("student", cfg.model)
+        return
     if "student" not in cfg.model:
         raise ConfigError(
             "--config-file", "model", "is a plain detector", "use a pair's config, see configs/"
         )
-    if name == OWN:
-        return cfg
-    kind, stages = family(student), L(stage_dict)()
-    for part in name.split("+"):
-        part, _, factor = part.partition(":")
+    if names == [[OWN]]:
+        return
+    kind, stages = family(cfg.model.student), L(stage_dict)()
+    for part, *factors in names:
         recipe = _recipe(part, folder)
         if kind not in recipe.stages:
             raise ConfigError(
@@ -152,19 +163,23 @@ def with_method(cfg: DictConfig, name: str, folder: Path) -> DictConfig:
         found = recipe.stages[kind].copy()
         for key, stage in found.items():
             if key != "_target_":
-                stage.weight = stage.get("weight", 1.0) * _factor(factor)
+                stage.weight = stage.get("weight", 1.0) * prod(map(_factor, factors))
                 while key in stages:
                     key = f"{recipe.name}_{key}"
                 stages[key] = stage
     cfg.model.stages = stages
-    return cfg
 
 
 def _factor(text: str) -> float:
     try:
-        return float(text or 1)
+        return float(text)
     except ValueError:
-        raise ConfigError("--methods", f":{text}", "is no number", "write fgd:4") from None
+        raise ConfigError(
+            "--methods",
+            f":{text}",
+            "is neither a number nor key=value",
+            "write fgd:4, or fgd:model.teacher.precision=bfloat16",
+        ) from None
 
 
 def _recipe(name: str, folder: Path) -> Method:
