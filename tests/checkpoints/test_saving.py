@@ -133,6 +133,15 @@ def toy(monkeypatch):
     return train
 
 
+def killed_at(moment, toy, folder):
+    def at(*now):
+        if now == moment:
+            raise Killed
+
+    with pytest.raises(Killed):
+        toy(folder, at)
+
+
 def metrics(folder):
     """Line by line, without what a clock measured."""
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
@@ -188,12 +197,7 @@ def test_killed_at_every_moment_and_resumed(toy, whole, tmp_path):
     for moment in MOMENTS:
         folder = tmp_path / f"{moment[0]}{moment[1]}"
 
-        def at(*now):
-            if now == moment:
-                raise Killed
-
-        with pytest.raises(Killed):
-            toy(folder, at)
+        killed_at(moment, toy, folder)
         for path in folder.glob("*.pth"):
             check_complete(path)
         if (folder / "last_checkpoint").exists():
@@ -323,13 +327,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     toy, whole, tmp_path, sharedkd_log, damage
 ):
     folder = tmp_path / "run"
-
-    def at(where, iteration):
-        if (where, iteration) == ("step", 7):
-            raise Killed
-
-    with pytest.raises(Killed):
-        toy(folder, at)
+    killed_at(("step", 7), toy, folder)
     newest = folder / (folder / "last_checkpoint").read_text()
     assert newest.name == "model_0000005.pth"
     content = bytearray(newest.read_bytes())
@@ -592,13 +590,7 @@ for _ in range(50):
 
 def test_old_checkpoints_go_also_after_a_resumption(toy, tmp_path):
     folder = tmp_path / "run"
-
-    def at(where, iteration):
-        if (where, iteration) == ("step", 5):
-            raise Killed
-
-    with pytest.raises(Killed):
-        toy(folder, at)
+    killed_at(("step", 5), toy, folder)
     toy(folder)
     names = sorted(p.name for p in folder.glob("*.pth"))
     assert names == ["model_0000005.pth", "model_0000007.pth", "model_final.pth"]

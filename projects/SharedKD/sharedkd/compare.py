@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -328,12 +327,10 @@ class Comparison:
     def _train_in_processes(self, shard: Tuple[int, int]) -> None:
         """Split a shard into smaller ones, each trained by a process of its own, and wait for them."""
         i, n = shard
-        _, program, *arguments = self.command()
-        command = [sys.executable, str(self.root / program), *arguments, "--jobs", "1"]
         processes = [
             # They share a terminal, on which none may rewrite what another wrote.
             subprocess.Popen(
-                [*command, "--shard", f"{i + n * job}/{n * self.jobs}"],
+                [*self.command(), "--jobs", "1", "--shard", f"{i + n * job}/{n * self.jobs}"],
                 env={**os.environ, "TERM": "dumb"},
             )
             for job in range(self.jobs)
@@ -381,7 +378,7 @@ class Comparison:
     def command(self) -> List[str]:
         """The command line of this comparison."""
         return [
-            *tool("compare_methods.py"),
+            *tool("compare_methods.py", self.root),
             *("--config-file", short(self.config_file)),
             *("--methods", ",".join(self.methods)),
             *("--seeds", ",".join(map(str, self.seeds))),

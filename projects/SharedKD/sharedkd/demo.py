@@ -7,15 +7,14 @@ from statistics import median
 from typing import Any, Dict, List, Mapping, Sequence
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 from torch import nn
 
 from .analysis.pictures import loss_curves, side_by_side
 from .analysis.report import write_report
 from .analysis.tables import results_table
-from .checks.overrides import check_override
-from .config import student_only
+from .config import load_config, student_only
 from .errors import ConfigError
 from .parts import build
 from .running.progress import LiveLine
@@ -47,13 +46,9 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
             a run that failed.
     """
     begin = time.perf_counter()
-    for override in overrides:
-        check_override(override)
     configs = root / "configs/quickstart"
     _announce(1, "draw the data set")
-    shapes = LazyConfig.apply_overrides(
-        LazyConfig.load(str(configs / "plain.py")), list(overrides)
-    ).shapes
+    shapes = load_config(str(configs / "plain.py"), overrides, without_data=True).shapes
     print(f"      {shapes.train} + {shapes.val} images in {short(instantiate(shapes))}")
 
     arms = {name: _run(configs / f"{name}.py", root, output, overrides) for name in TITLES}
@@ -101,7 +96,8 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
     )
     for path in [*files, write_report(output)]:
         print(short(path))
-    export = [*tool("export_student.py"), "--config-file", short(student.folder / "config.yaml")]
+    export = tool("export_student.py", root)
+    export += ["--config-file", short(student.folder / "config.yaml")]
     export += ["--format", "torchscript,onnx", "--output", short(output / "deployed")]
     print(
         f"\nThe student as a file that needs neither this package nor Detectron2:\n{shlex.join(export)}\n"

@@ -664,10 +664,10 @@ def _place_names(
         offsets = _offsets(half)
         centres = axes.transData.transform((x, mean)) + offsets
         spots = np.hstack([centres - half - 2, centres + half + 2])
-        covered = sum(_overlap(spots, other) for other in taken)
-        covered = covered - _overlap(
-            spots, np.array(axes.bbox.extents)
-        )  # outside is as bad as on a mark
+        inside = _overlap(spots, np.array(axes.bbox.extents))
+        covered = (
+            sum(_overlap(spots, other) for other in taken) - inside
+        )  # as bad as a mark: outside
         best = np.argmin(covered.round())  # of equals the first, which is the nearest
         label.set_position(offsets[best])
         taken.append(spots[best])

@@ -89,7 +89,8 @@ def match(
         iou: (D, G); with a crowd region, the share of the detection that lies on it.
         truth, crowd: class of each of G objects, and whether it is a crowd region.
     """
-    order = np.argsort(-np.asarray(scores, float), kind="stable")
+    confidence = np.asarray(scores, float)
+    order = np.argsort(-confidence, kind="stable")
     labels = np.asarray(classes, int)[order]
     objects, crowds = np.asarray(truth, int), np.asarray(crowd, bool)
     iou = np.asarray(iou, float).reshape(len(labels), len(objects))[order]
@@ -108,8 +109,7 @@ def match(
             kind, targets[i] = _mistake(iou[i], same, ~same & ~crowds)
             kinds.append(kind)
     of_target = np.array([iou[i, t] if t >= 0 else 0.0 for i, t in enumerate(targets)])
-    surest_first = np.asarray(scores, float)[order]
-    return Match(surest_first, labels, kinds, targets, of_target, objects, crowds)
+    return Match(confidence[order], labels, kinds, targets, of_target, objects, crowds)
 
 
 def _mistake(iou: np.ndarray, same: np.ndarray, other: np.ndarray) -> Tuple[str, int]:

@@ -150,11 +150,9 @@ def plot_parts(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 1.1 + 0.45 * len(results)), layout="constrained")
     axes = figure.subplots()
     for row, result in enumerate(results.values()):
-        left = 0.0
+        left, scale = 0.0, result["overhead"] / sum(result["parts"][part] for part in PARTS)
         for part, colour in PARTS.items():
-            width = (
-                result["overhead"] * result["parts"][part] / sum(map(result["parts"].get, PARTS))
-            )
+            width = scale * result["parts"][part]
             axes.barh(row, width, left=left, color=colour, label=part if row == 0 else None)
             left += width
     axes.set_yticks(range(len(results)), list(results))

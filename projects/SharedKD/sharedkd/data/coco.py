@@ -113,11 +113,12 @@ def check_coco(
     if categories is not FAILED:
         _categories_of[_stamp(json_file)] = categories
     sound = [image for image in images if faults.note(_of_image(image))]
-    known = {i["id"] for i in images}, {i["id"]: i for i in sound}, categories
+    ids, sound_by_id = {i["id"] for i in images}, {i["id"]: i for i in sound}
     broken = 0
     for annotation in annotations:
         also = () if train else _of_evaluated(annotation)
-        broken += not faults.note([*_of_annotation(annotation, *known), *also])
+        found = _of_annotation(annotation, ids, sound_by_id, categories)
+        broken += not faults.note([*found, *also])
     objects = [a for a in annotations if not a.get("iscrowd")]
     if train and not objects:
         fix = "annotate some objects that are not crowd regions"
@@ -126,7 +127,7 @@ def check_coco(
         own.add(error)
     own.step(_check_files, sound, image_root, images_key, key, json_file, verify_sizes)
 
-    occupied = {a["image_id"] for a in objects if is_int(a.get("image_id"))} & known[0]
+    occupied = {a["image_id"] for a in objects if is_int(a.get("image_id"))} & ids
     summary = CocoSummary(
         key=key,
         json_file=json_file,
@@ -364,18 +365,17 @@ def _of_annotation(
         sound: id -> image, of those without faults.
         categories: FAILED if they are at fault themselves.
     """
-    a, whole = annotation, True
+    a = annotation
     for field, known, what in (
         ("image_id", image_ids, "image"),
         ("category_id", categories, "category"),
     ):
         if known is not FAILED and not (is_int(a.get(field)) and a[field] in known):
-            whole = whole and what != "image"
             yield (
                 f"annotation id {a['id']} is of {what} {shown(a.get(field))}, which does not exist",
                 f"correct its {field}, or add the {what}",
             )
-    image = sound.get(a["image_id"]) if whole else None
+    image = sound.get(a["image_id"]) if is_int(a.get("image_id")) else None
     where = f"annotation id {a['id']}" + (f" of image {image['file_name']!r}" if image else "")
     if not _is_box(a.get("bbox")):
         yield (
@@ -387,9 +387,9 @@ def _of_annotation(
             f"{where} has an empty box {shown(a['bbox'])}",
             "width and height must be above 0: correct or remove it",
         )
-    elif image and _outside(a, image):
+    elif image and (outside := _outside(a, image)):
         yield (
-            f"{where} {_outside(a, image)}",
+            f"{where} {outside}",
             "bbox is [x, y, width, height] in pixels, not corners: correct, clip or remove it",
         )
     if a.get("iscrowd", 0) not in (0, 1):

@@ -22,7 +22,7 @@ from .lock import BusyError, for_child, locked
 from .progress import Progress
 from .record import read_record
 
-__all__ = ["BusyError", "Run", "short"]
+__all__ = ["BusyError", "Run", "short", "tool"]
 
 # What of a run's log is worth a line on the console.
 _TRAINING = re.compile(r"(?:eta: (?P<eta>.+?)\s+)?iter: (?P<iter>\d+)\s.*total_loss: (?P<loss>\S+)")
@@ -75,8 +75,7 @@ class Run:
 
     def command(self, root: Path) -> Sequence[str]:
         return [
-            short(sys.executable),
-            short(root / "tools/lazyconfig_train_net.py"),
+            *tool("lazyconfig_train_net.py", root),
             "--config-file",
             short(self.config),
             *(["--resume"] if self.started else []),
@@ -148,9 +147,13 @@ def _progress(line: str, iterations: int) -> Optional[Progress]:
     return Progress(f"evaluation {found['done']}   {found['eta']} left", 1.0) if found else None
 
 
-def tool(name: str) -> List[str]:
-    """The words that start a program of tools/ in this environment."""
-    return [short(sys.executable), f"tools/{name}"]
+def tool(name: str, root: Path = Path()) -> List[str]:
+    """The words that start a program of tools/ in this environment.
+
+    Args:
+        root: the repository; without it, the command is for someone who stands there.
+    """
+    return [short(sys.executable), short(root / "tools" / name)]
 
 
 def short(path) -> str:

@@ -58,11 +58,10 @@ def features(source: Source, folder: Path) -> Markup:
 def _command(source: Source, folder: Path) -> str:
     """What measures the feature gaps of the first distilled run."""
     run = next((r for r in source.runs if is_distilled(r.config)), None)
-    if run is None:
-        words = [*tool("analyze_features.py"), "--config-file", "CONFIG"]
-        return shlex.join([*words, "--output", str(folder)])
     words = [*tool("analyze_features.py"), "--config-file"]
-    if source.record.get("config_file"):
+    if run is None:
+        words += ["CONFIG"]
+    elif source.record.get("config_file"):
         # The initial weights are those of the arm if the config is built as it was then.
         words += [source.record["config_file"], *source.record.get("overrides", [])]
         words += [f"train.seed={run.seed}"]
