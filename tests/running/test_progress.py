@@ -1,11 +1,12 @@
 """One line of progress: on a terminal, in a log, and how long it will take."""
 
+import logging
+import sys
 from io import StringIO
 
 import pytest
 
-from sharedkd.running.progress import LiveLine, Remaining
-from sharedkd.running.runs import _progress
+from sharedkd.running.progress import LiveLine, Remaining, live_log, progress_in
 
 
 class Terminal(StringIO):
@@ -64,12 +65,75 @@ def test_remaining_time():
     assert left.text(4) == "0:00:00 left"
 
 
+@pytest.fixture
+def log(monkeypatch):
+    """Loggers as Detectron2 sets them up: the console, and a file."""
+
+    def log(stream):
+        monkeypatch.setattr(sys, "stdout", stream)
+        file = StringIO()
+        for name in ("detectron2", "fvcore"):
+            handlers = [logging.StreamHandler(stream), logging.StreamHandler(file)]
+            logger = logging.getLogger(name)
+            monkeypatch.setattr(logger, "handlers", handlers)
+            monkeypatch.setattr(logger, "propagate", False)
+            monkeypatch.setattr(logger, "level", logging.INFO)
+        return file
+
+    return log
+
+
+TRAINING = " eta: 0:00:07  iter: 3  total_loss: 1.5  loss_cls: 1  time: 0.1"
+TESTING = "Inference done 11/50. Dataloading: 0.1 s/iter. ETA=0:00:04"
+MESSAGES = ["begin", TRAINING, TESTING, "saved\nto a file", TRAINING]
+
+
+def test_the_log_on_a_terminal(log, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    file = log(stream)
+    with pytest.raises(KeyboardInterrupt), live_log(40):
+        for i, message in enumerate(MESSAGES):
+            logging.getLogger(("detectron2.any", "fvcore.any")[i % 2]).info(message)
+        raise KeyboardInterrupt
+    logging.getLogger("detectron2.any").info(TRAINING)  # no longer of interest
+
+    clear = "\r\x1b[K"
+    training = f"{clear}iteration 4/40   loss 1.5   0:00:07 left"
+    testing = f"{clear}evaluation 11/50   0:00:04 left"
+    seen = f"begin\n{training}{testing}{clear}saved\nto a file\n{training}{clear}{TRAINING}\n"
+    assert stream.getvalue() == seen
+    assert file.getvalue() == "\n".join([*MESSAGES, TRAINING, ""])
+
+
+@pytest.mark.parametrize("stream, term", [(StringIO(), "xterm"), (Terminal(), "dumb")])
+def test_the_log_elsewhere_has_every_line(log, stream, term, monkeypatch):
+    monkeypatch.setenv("TERM", term)
+    log(stream)
+    with live_log(40):
+        for message in MESSAGES:
+            logging.getLogger("detectron2.any").info(message)
+    assert stream.getvalue() == "\n".join([*MESSAGES, ""])
+
+
+def test_a_closed_terminal_is_no_error(log):
+    class Closed(Terminal):
+        def write(self, text):
+            if self.tell() > 0:
+                raise OSError(5, "Input/output error")
+            return super().write(text)
+
+    log(Closed())
+    with live_log(40):
+        logging.getLogger("detectron2.any").info(TRAINING)
+
+
 def test_progress_of_detectron2s_log():
-    found = _progress("eta: 0:01:10  iter: 19  total_loss: 1.5  loss_cls: 1", 40)
+    found = progress_in("eta: 0:01:10  iter: 19  total_loss: 1.5  loss_cls: 1", 40)
     assert (found, found.fraction, found.is_last) == (
         "iteration 20/40   loss 1.5   0:01:10 left", 0.5, False
     )  # fmt: skip
-    assert _progress(" iter: 39  total_loss: 1.5 ", 40).is_last
-    found = _progress("Inference done 11/50. ETA=0:00:04", 40)
+    assert progress_in(" iter: 39  total_loss: 1.5 ", 40).is_last
+    found = progress_in("Inference done 11/50. ETA=0:00:04", 40)
     assert (found, found.is_last) == ("evaluation 11/50   0:00:04 left", False)
-    assert _progress("something else", 40) is None
+    assert progress_in("something else", 40) is None

@@ -31,6 +31,7 @@ from .parts import Parts, amp_dtype, assemble, check_output, losses_of, num_clas
 from .running.interrupt import StopRequest
 from .running.lock import locked
 from .running.metrics import Metrics
+from .running.progress import live_log
 from .running.record import FILE as RECORD
 from .running.record import RunRecord
 from .running.watchdog import Watchdog
@@ -84,6 +85,7 @@ def run(args) -> Dict[str, Any]:
             held.enter_context(_own(cfg.train.output_dir, args.resume))
             with config_kept(cfg.train.output_dir):
                 default_setup(cfg, args)
+        held.enter_context(live_log(cfg.train.max_iter))
         log_now()
         if args.eval_only:
             return evaluate(cfg, model)

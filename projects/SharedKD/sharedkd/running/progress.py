@@ -1,17 +1,24 @@
 """One line that says how far long work is: rewritten on a terminal, now and then in a log."""
 
+import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Callable, Optional, TextIO
+from typing import Callable, Iterator, Optional, TextIO
 
-__all__ = ["LiveLine", "Progress", "Remaining"]
+__all__ = ["LiveLine", "Progress", "Remaining", "live_log", "progress_in"]
 
 PERIOD = 60  # seconds between two lines in a log
 CLEAR = "\r\x1b[K"  # the terminal's line
+
+# What of a run's log tells how far it is.
+_TRAINING = re.compile(r"(?:eta: (?P<eta>.+?)\s+)?iter: (?P<iter>\d+)\s.*total_loss: (?P<loss>\S+)")
+_TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
 
 
 class Progress(str):
@@ -29,6 +36,22 @@ class Progress(str):
         self = super().__new__(cls, text)
         self.fraction, self.is_last = fraction, is_last
         return self
+
+
+def progress_in(line: str, iterations: int) -> Optional[Progress]:
+    """What a line of Detectron2's log says of the progress; mostly nothing.
+
+    Args:
+        iterations: how many the run has.
+    """
+    found = _TRAINING.search(line)
+    if found:
+        done = int(found["iter"]) + 1
+        eta = f"   {found['eta']} left" if found["eta"] else ""
+        text = f"iteration {done}/{iterations}   loss {found['loss']}{eta}"
+        return Progress(text, done / iterations, is_last=done == iterations)
+    found = _TESTING.search(line)
+    return Progress(f"evaluation {found['done']}   {found['eta']} left", 1.0) if found else None
 
 
 class LiveLine:
@@ -50,13 +73,13 @@ class LiveLine:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.stream, self.period, self.clock = stream or sys.stdout, period, clock
-        self._live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.is_live = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self._next = -math.inf
         self._open = False
 
     def update(self, text: str, always: bool = False) -> None:
         """What is going on now; ``always``: in a log, too."""
-        if self._live:
+        if self.is_live:
             width = shutil.get_terminal_size().columns - 1
             self._write(f"{CLEAR}{text[:width]}", end="")
             self._open = True
@@ -66,11 +89,63 @@ class LiveLine:
 
     def keep(self, text: str) -> None:
         """A line that stays; the next update is shown at once."""
-        self._write(f"{CLEAR if self._open else ''}{text}")
-        self._open, self._next = False, -math.inf
+        self.clear()
+        self._write(text)
+        self._next = -math.inf
+
+    def clear(self) -> None:
+        """Leave the terminal to others."""
+        if self._open:
+            self._write(CLEAR, end="")
+        self._open = False
 
     def _write(self, text: str, end: str = "\n") -> None:
         print(text, end=end, file=self.stream, flush=True)
+
+
+class _Console:
+    """Takes the lines of a log handler in place of the terminal."""
+
+    def __init__(self, live: LiveLine, iterations: int):
+        self.live, self.iterations = live, iterations
+
+    def write(self, text: str) -> None:
+        line = text.rstrip("\n")
+        progress = progress_in(line, self.iterations)
+        if progress:
+            self.live.update(progress)
+        else:
+            self.live.keep(line)
+
+
+@contextmanager
+def live_log(iterations: int) -> Iterator[None]:
+    """Make what Detectron2 logs of the progress one line of the terminal, while this is entered.
+
+    Other lines stay, and log.txt has them all. A file, a pipe and a terminal that can do nothing get
+    every line, as without this.
+
+    Args:
+        iterations: how many the run has.
+    """
+    live = LiveLine()
+    consoles = [
+        handler
+        for name in ("detectron2", "fvcore")
+        for handler in logging.getLogger(name).handlers
+        if live.is_live
+        and isinstance(handler, logging.StreamHandler)
+        and handler.stream is live.stream
+    ]
+    for handler in consoles:
+        handler.setStream(_Console(live, iterations))
+    try:
+        yield
+    finally:
+        for handler in consoles:
+            handler.setStream(live.stream)
+        with suppress(OSError):  # a terminal that was closed
+            live.clear()
 
 
 class Remaining:

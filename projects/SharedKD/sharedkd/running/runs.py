@@ -1,7 +1,6 @@
 """Training runs as child processes: started, followed, continued, and kept once they are finished."""
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, Optional, Sequence
+from typing import IO, Any, Callable, Dict, List, Sequence
 
 from omegaconf import DictConfig
 
@@ -19,14 +18,10 @@ from ..checkpoints.resuming import changes
 from ..config import load_config
 from ..errors import ConfigError
 from .lock import BusyError, for_child, locked
-from .progress import Progress
+from .progress import Progress, progress_in
 from .record import read_record
 
 __all__ = ["BusyError", "Run", "short", "tool"]
-
-# What of a run's log is worth a line on the console.
-_TRAINING = re.compile(r"(?:eta: (?P<eta>.+?)\s+)?iter: (?P<iter>\d+)\s.*total_loss: (?P<loss>\S+)")
-_TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
 
 
 @dataclass
@@ -112,7 +107,7 @@ class Run:
                     for line in process.stdout:
                         _write(file, line)
                         last.append(line)
-                        progress = _progress(line, iterations)
+                        progress = progress_in(line, iterations)
                         if progress:
                             say(progress)
                 except BaseException:
@@ -133,18 +128,6 @@ class Run:
 def _write(file: IO[str], line: str) -> None:
     with suppress(OSError):  # a full disk, about which the run itself decides
         file.write(line)
-
-
-def _progress(line: str, iterations: int) -> Optional[Progress]:
-    """What a line of Detectron2's log says of the progress; mostly nothing."""
-    found = _TRAINING.search(line)
-    if found:
-        done = int(found["iter"]) + 1
-        eta = f"   {found['eta']} left" if found["eta"] else ""
-        text = f"iteration {done}/{iterations}   loss {found['loss']}{eta}"
-        return Progress(text, done / iterations, is_last=done == iterations)
-    found = _TESTING.search(line)
-    return Progress(f"evaluation {found['done']}   {found['eta']} left", 1.0) if found else None
 
 
 def tool(name: str, root: Path = Path()) -> List[str]:
