@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -26,6 +27,7 @@ from sharedkd.checkpoints.checkpointer import StudentCheckpointer
 from sharedkd.config import load_config, shared_kd_stages, student_only
 from sharedkd.engine import evaluate, run
 from sharedkd.parts import build
+from sharedkd.running import cost
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -302,6 +304,21 @@ def test_a_plain_detector_is_trained_and_recorded(train, config):
     assert record["iterations"] == 2 and record["parameters"]["losses"] == 0
     assert record["results"]["bbox"].keys() == results["bbox"].keys()
     assert record["peak_memory_mb"] > 100 and record["processes"] == 1
+
+
+def test_the_second_step_says_what_the_run_takes(train, sharedkd_log, monkeypatch):
+    """And after a resumption what the rest of it takes."""
+    clock = iter([100, 107, 107.9, 120, 130, 200, 201, 201.2])  # the first step takes far longer
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=clock.__next__))
+    output, _ = train("custom_coco_retinanet_plain.py", "train.checkpointer.period=2")
+    os.remove(output / "model_final.pth")
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    train("custom_coco_retinanet_plain.py", "train.checkpointer.period=2", flags=["--resume"])
+    said = re.findall(
+        r"measured: (\S+) s a step on .*thread\(s\), about (\S+) h .*; (\d+) MB", sharedkd_log.text
+    )
+    assert [x[:2] for x in said] == [("0.9", "0.001"), ("0.2", "0.00011")]  # 4 and 2 steps
+    assert all(float(memory) > 100 for *_, memory in said)
 
 
 def test_any_evaluator_or_several(workspace, tmp_path):

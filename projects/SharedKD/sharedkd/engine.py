@@ -28,6 +28,7 @@ from .config import load_config, student_only
 from .errors import Findings
 from .meta_arch import SharedKD
 from .parts import Parts, amp_dtype, assemble, check_output, losses_of, num_classes
+from .running.cost import Cost
 from .running.interrupt import StopRequest
 from .running.lock import locked
 from .running.metrics import Metrics
@@ -178,6 +179,7 @@ def train(
     ]
     trainer.register_hooks(
         [
+            Cost() if comm.is_main_process() else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             (

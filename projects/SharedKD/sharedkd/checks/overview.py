@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import FAILED, Findings
 from ..features import pyramid_shapes
 from ..parts import Parts, losses_of, num_classes
+from ..running.cost import in_words
 from ..running.record import count_parameters
 
 __all__ = ["advise", "as_text", "describe"]
@@ -324,9 +325,6 @@ def _costs(found: Dict[str, Any]) -> List[str]:
         )
     measured = found.get("measured")
     if measured:
-        hours = measured["total_seconds"] / 3600
-        lines.append(
-            f"measured: {measured['seconds_per_step']:.3g} s a step on {found['device']}, about "
-            f"{hours:.2g} h without evaluations; {measured['peak_memory_mb']:.0f} MB at the peak"
-        )
+        seconds, memory = measured["seconds_per_step"], measured["peak_memory_mb"]
+        lines.append(in_words(seconds, found["max_iter"], memory, found["device"]))
     return lines

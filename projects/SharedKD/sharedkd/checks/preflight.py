@@ -15,12 +15,11 @@ from ..config import load_config
 from ..engine import build_trainer
 from ..errors import FAILED, ConfigError, Findings, NonFiniteLossError
 from ..parts import Parts, assemble, losses_of
+from ..running.cost import STEPS
 from ..running.record import peak_memory_mb
 from .overview import advise, as_text, describe
 
 __all__ = ["preflight", "report"]
-
-STEPS = 2  # the first warms up
 
 
 def preflight(

@@ -1,0 +1,47 @@
+"""What a run will take, told as soon as its own first steps show it."""
+
+import logging
+import time
+
+import torch
+from detectron2.engine import hooks
+
+from .record import hardware, peak_memory_mb
+
+__all__ = ["STEPS", "Cost", "in_words"]
+
+STEPS = 2  # the first warms up
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+
+def in_words(seconds: float, steps: int, memory_mb: float, device: str) -> str:
+    """A line about what training takes.
+
+    Args:
+        seconds: of a step.
+        steps: how many there are.
+        memory_mb: at the peak.
+        device: its name.
+    """
+    return (
+        f"measured: {seconds:.3g} s a step on {device}, about {seconds * steps / 3600:.2g} h without "
+        f"evaluations; {memory_mb:.0f} MB at the peak"
+    )
+
+
+class Cost(hooks.HookBase):
+    """Logs, after the second step of a process, what it took and what the steps to come will take."""
+
+    def before_step(self) -> None:
+        self.start = time.perf_counter()
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        if trainer.iter != trainer.start_iter + STEPS - 1:
+            return
+        device = next(trainer.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds, steps = time.perf_counter() - self.start, trainer.max_iter - trainer.start_iter
+        logger.info(in_words(seconds, steps, peak_memory_mb(), hardware(device)))
