@@ -325,11 +325,8 @@ def test_results_of_runs_without_a_record_are_those_of_the_last_evaluation(tmp_p
 
 def test_what_is_missing_comes_with_the_command_that_makes_it(compared):
     html = as_html(compared)
-    weights = compared / "wide/seed0/model_final.pth"
-    command = (
-        f"tools/analyze_features.py --config-file configs/x.py 'data.name={folders.NASTY}' "
-        f"train.seed=0 --checkpoint wide={weights} --output {compared / 'features'}"
-    )
+    config = compared / "wide/seed0/config.yaml"
+    command = f"tools/analyze_features.py --config-file {config} --output {compared / 'features'}"
     assert command in words(part(html, "features"))
     command = f"tools/visualize_pair.py {compared} --output {compared / 'detections'}"
     assert command in words(part(html, "detections"))

@@ -16,6 +16,7 @@ import torch
 from detectron2.config import LazyConfig
 
 from sharedkd import ConfigError
+from sharedkd.analysis.pair import Pair
 from sharedkd.analysis.pictures import read_curves
 from sharedkd.compare import Comparison, run_comparison
 from sharedkd.running.lock import BusyError
@@ -101,6 +102,12 @@ def test_arms_of_a_seed_start_equal_and_see_the_same_data(finished):
             first.append({k: curves[k][0] for k in names})
         assert all(losses == pytest.approx(first[0], rel=1e-5) for losses in first)
     assert arm(record, "none", 0)["initial_weights"] != arm(record, "none", 1)["initial_weights"]
+
+
+def test_an_arms_config_draws_the_weights_that_it_started_from(finished):
+    output, _, _ = finished
+    for method in ("shared_kd", "frs"):
+        assert Pair(str(output / method / "seed1/config.yaml")).initial_is_the_runs is True
 
 
 def test_an_arm_whose_distillation_weighs_nothing_is_the_plain_one(finished):

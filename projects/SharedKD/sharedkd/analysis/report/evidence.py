@@ -58,17 +58,10 @@ def features(source: Source, folder: Path) -> Markup:
 def _command(source: Source, folder: Path) -> str:
     """What measures the feature gaps of the first distilled run."""
     run = next((r for r in source.runs if is_distilled(r.config)), None)
-    words = [*tool("analyze_features.py"), "--config-file"]
-    if run is None:
-        words += ["CONFIG"]
-    elif source.record.get("config_file"):
-        # The initial weights are those of the arm if the config is built as it was then.
-        words += [source.record["config_file"], *source.record.get("overrides", [])]
-        words += [f"train.seed={run.seed}"]
-        words += ["--checkpoint", f"{run.method}={run.folder / 'model_final.pth'}"]
-    else:
-        words += [str(run.folder / "config.yaml")]
-    return shlex.join([*words, "--output", str(folder)])
+    config = str(run.folder / "config.yaml") if run else "CONFIG"
+    return shlex.join(
+        [*tool("analyze_features.py"), "--config-file", config, "--output", str(folder)]
+    )
 
 
 def _heat_maps(record: Mapping[str, Any], tap: str, measure: str) -> Markup:
