@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 from sharedkd import config, losses
-from sharedkd.analysis.comparison import difference, interval
+from sharedkd.analysis.scores import difference, interval
 from sharedkd.data.loader import build_train_loader
 from sharedkd.losses import DistillationLoss
 from sharedkd.methods import known_methods

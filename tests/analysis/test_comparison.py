@@ -5,16 +5,9 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from sharedkd.analysis.comparison import (
-    Difference,
-    difference,
-    interval,
-    plot_ap,
-    plot_cost,
-    plot_sizes,
-    report,
-    write,
-)
+from sharedkd.analysis.comparison import report, write
+from sharedkd.analysis.comparison_plots import plot_ap, plot_cost, plot_sizes
+from sharedkd.analysis.scores import Difference, difference, interval
 
 
 def arm(method, seed, ap, task="bbox", **more):

@@ -349,7 +349,7 @@ class Comparison:
         """Write results.json, report.md and the plots of what there is so far.
 
         Returns:
-            the record, as :mod:`sharedkd.analysis.comparison` describes it.
+            the record, as :mod:`sharedkd.analysis.scores` describes it.
         """
         path = self.output / "teacher.json"
         record = {

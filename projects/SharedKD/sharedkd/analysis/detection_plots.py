@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .mistakes import KINDS
+from .scores import TASKS
 
 __all__ = ["draw_ap", "draw_mistakes"]
 
 # Of Okabe and Ito's palette, which people with any colour vision can tell apart.
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_TASKS = {"bbox": "box", "segm": "mask"}
 _SIZES = {"AP": "all", "APs": "small", "APm": "medium", "APl": "large"}
 _MOST = 20  # classes with bars; the json has all
 _DPI = 110
@@ -35,10 +35,10 @@ def draw_ap(record: Mapping[str, Any], path: Optional[str] = None) -> Figure:
         classes = {name: result["classes"] for name, result in results.items()}
         shown = _shown(classes)
         _bars(right, {n: {c: values[c] for c in shown} for n, values in classes.items()})
-        left.set_title(f"{_TASKS[task]} AP by size")
+        left.set_title(f"{TASKS[task]} AP by size")
         more = f" ({len(shown)} that differ most)" if len(shown) == _MOST else ""
-        right.set_title(f"{_TASKS[task]} AP by class{more}")
-    right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        right.set_title(f"{TASKS[task]} AP by class{more}")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
     if path:
         figure.savefig(path, dpi=_DPI)
     return figure
@@ -50,13 +50,13 @@ def draw_mistakes(record: Mapping[str, Any], path: Optional[str] = None) -> Figu
     figure = Figure(figsize=(13, 3.6 * len(tasks)), layout="constrained")
     for (left, right), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks):
         found = {name: model[task]["mistakes"] for name, model in record["models"].items()}
-        _bars(left, {name: x["costs"] for name, x in found.items()})
+        _bars(left, {name: x["costs"] for name, x in found.items()}, ".1f")
         _bars(
             right, {n: {k: x["counts"][k] for k in ("correct", *KINDS)} for n, x in found.items()}
         )
-        left.set_title(f"{_TASKS[task]}: points of AP50 that each kind of mistake costs")
-        right.set_title(f"{_TASKS[task]}: counts, scores of at least {record['score_threshold']:g}")
-    right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        left.set_title(f"{TASKS[task]}: points of AP50 that each kind of mistake costs")
+        right.set_title(f"{TASKS[task]}: counts, scores of at least {record['score_threshold']:g}")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
     if path:
         figure.savefig(path, dpi=_DPI)
     return figure
@@ -71,7 +71,7 @@ def _shown(classes: Mapping[str, Mapping[str, Optional[float]]]) -> Sequence[str
     return [names[i] for i in sorted(np.argsort(-spread, kind="stable")[:_MOST])]
 
 
-def _bars(axes: Axes, groups: Mapping[str, Dict[str, Optional[float]]]) -> None:
+def _bars(axes: Axes, groups: Mapping[str, Dict[str, Optional[float]]], style: str = ".0f") -> None:
     """A group of bars per label, a bar per model; one container per model."""
     labels = list(next(iter(groups.values())))
     at, width = np.arange(len(labels)), 0.8 / len(groups)
@@ -81,9 +81,10 @@ def _bars(axes: Axes, groups: Mapping[str, Dict[str, Optional[float]]]) -> None:
         color = _COLORS[i % len(_COLORS)]
         bars = axes.bar(at + offset, np.nan_to_num(heights), width * 0.92, color=color, label=name)
         if len(labels) * len(groups) <= 40:
-            texts = ["-" if np.isnan(h) else f"{h:.0f}" for h in heights]
+            texts = ["-" if np.isnan(h) else f"{h:{style}}" for h in heights]
             axes.bar_label(bars, texts, fontsize=6.5, padding=1)
     turned: Dict[str, Any] = dict(rotation=35, ha="right") if len(labels) > 5 else {}
     axes.set_xticks(at, labels, fontsize="small", **turned)
     axes.margins(y=0.12)
+    axes.set_axisbelow(True)
     axes.grid(axis="y", alpha=0.3)

@@ -3,12 +3,14 @@
 import colorsys
 import itertools
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.utils.visualizer import GenericMask, Visualizer
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
+from matplotlib.transforms import Affine2D, Bbox
 
 __all__ = ["FALSE_ALARM", "MISSED", "DrawnObject", "class_color", "draw_objects", "picture_grid"]
 
@@ -48,9 +50,10 @@ def draw_objects(image: np.ndarray, objects: Sequence[DrawnObject]) -> np.ndarra
             visualizer.draw_binary_mask(pixels, color=class_color(each.category), alpha=0.4)
     for each in objects:
         _draw_box(visualizer, each)
-    # Visualizer sizes its labels for a picture that fills the screen.
+    taken: List[Bbox] = []
     for each in objects:
         if each.label:
+            # Visualizer sizes its labels for a picture that fills the screen.
             visualizer.draw_text(
                 each.label,
                 (each.box[0], each.box[1]),
@@ -58,7 +61,26 @@ def draw_objects(image: np.ndarray, objects: Sequence[DrawnObject]) -> np.ndarra
                 color=class_color(each.category, lightness=0.8),
                 horizontal_alignment="left",
             )
+            taken.append(_settle(visualizer.output.ax.texts[-1], taken))
     return visualizer.output.get_image()
+
+
+def _settle(label: Text, taken: Sequence[Bbox]) -> Bbox:
+    """Move a label a few lines down or up, off those that are there, and into the picture."""
+    extent, picture = label.get_window_extent().padded(2), label.axes.figure.bbox
+    left = min(0.0, picture.x1 - extent.x1)
+    places = [extent.translated(left, lines * extent.height) for lines in (0, -1, 1, -2, 2, -3, 3)]
+    free = [
+        place
+        for place in places
+        if picture.y0 <= place.y0
+        and place.y1 <= picture.y1
+        and not any(place.overlaps(other) for other in taken)
+    ]
+    place = (free or places)[0]
+    moved = Affine2D().translate(place.x0 - extent.x0, place.y0 - extent.y0)
+    label.set_transform(label.get_transform() + moved)
+    return place
 
 
 def _draw_box(visualizer: Visualizer, each: DrawnObject) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..losses.alignment import Pooled
 from ..losses.base import Batch, precise
-from .comparison import interval
+from .scores import interval
 from .similarity import MEASURES, aligned, cka, gap, hsic, u_centred
 
 __all__ = ["KINDS", "QUANTITIES", "GapMeter", "Gaps", "paired"]

@@ -5,10 +5,11 @@ from typing import Any, Mapping, Optional, Sequence
 
 from tabulate import tabulate
 
+from .scores import MORE_METRICS, TASKS
+
 __all__ = ["results_table"]
 
-_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_TASKS = {"bbox": "box", "segm": "mask"}
+_METRICS = ("AP", *MORE_METRICS)
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -29,9 +30,9 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     Raises:
         KeyError: a row has no "name".
     """
-    tasks = [task for task in _TASKS if any(row.get(task) for row in rows)]
+    tasks = [task for task in TASKS if any(row.get(task) for row in rows)]
     headers = ["model"]
-    headers += [f"{_TASKS[task]} {metric}" for task in tasks for metric in _METRICS]
+    headers += [f"{TASKS[task]} {metric}" for task in tasks for metric in _METRICS]
     headers += ["parameters", "s / image"]
     body = []
     for row in rows:

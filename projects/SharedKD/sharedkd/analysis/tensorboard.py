@@ -14,13 +14,13 @@ from PIL import Image
 from ..checks.plain_config import leaves
 from ..compare import folder_name
 from ..errors import ConfigError
+from .scores import TASKS
 
 __all__ = ["comparison_record", "write_events"]
 
 FOLDER = "tensorboard"
 _PICTURES = (".", "features", "detections")  # folders
 _SETTINGS = ("model.stages.", "optimizer.lr", "train.max_iter")  # what arms may differ in
-_TASKS = {"bbox": "box", "segm": "mask"}
 
 
 def comparison_record(folder: Path) -> Mapping[str, Any]:
@@ -45,7 +45,7 @@ def write_events(folder: Path, record: Mapping[str, Any]) -> None:
 
     Args:
         folder: of the comparison.
-        record: as :mod:`sharedkd.analysis.comparison` describes it.
+        record: as :mod:`sharedkd.analysis.scores` describes it.
     """
     from torch.utils.tensorboard import SummaryWriter  # slow to import
     from torch.utils.tensorboard.summary import hparams
@@ -88,7 +88,7 @@ def _metrics(arm: Mapping[str, Any]) -> Dict[str, float]:
     """Of a finished arm: its AP, and what it cost."""
     if arm["status"] != "finished":
         return {}
-    found = {f"hparam/{_TASKS[t]}_AP": (arm["results"].get(t) or {}).get("AP") for t in _TASKS}
+    found = {f"hparam/{TASKS[t]}_AP": (arm["results"].get(t) or {}).get("AP") for t in TASKS}
     found["hparam/seconds_per_step"] = arm.get("seconds_per_step")
     found["hparam/peak_memory_mb"] = arm.get("peak_memory_mb")
     return {k: float(v) for k, v in found.items() if v is not None and np.isfinite(v)}

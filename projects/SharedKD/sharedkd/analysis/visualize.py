@@ -9,13 +9,13 @@ from tabulate import tabulate
 
 from ..checkpoints.files import replace
 from ..errors import ConfigError
-from .comparison import interval
 from .detection_plots import draw_ap, draw_mistakes
 from .detections import Found, Truth, average_precision, detect, mistakes
 from .gallery import draw_gallery, most_different, qualities
 from .mistakes import FOREGROUND, KINDS
 from .models import Source, load_detectors
 from .pair import validation_records
+from .scores import MORE_METRICS, TASKS, interval
 from .strict_json import strict_json
 
 __all__ = ["visualize"]
@@ -165,8 +165,8 @@ def _difference(scores, between: Tuple[str, str]) -> Dict[str, Any]:
 
 
 def _caption(image_id: int, scores, between: Tuple[str, str]) -> str:
-    first, second = (scores[name][image_id] for name in between)
-    return f"image {image_id}\nquality {first:.2f} and {second:.2f}"
+    found = [f"{name} {scores[name][image_id]:.2f}" for name in dict.fromkeys(between)]
+    return "\n".join([f"image {image_id}, quality:", *found])
 
 
 def _words(record: Mapping[str, Any]) -> str:
@@ -204,13 +204,12 @@ def _sentence(record: Mapping[str, Any]) -> str:
 
 
 def _table(record: Mapping[str, Any], tasks: Sequence[str]) -> str:
-    metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    metrics = ("AP", *MORE_METRICS)
     rows = [
         [name, *(_number(model[task][metric]) for task in tasks for metric in metrics)]
         for name, model in record["models"].items()
     ]
-    titles = {"bbox": "box", "segm": "mask"}
-    headers = ["model", *(f"{titles[task]} {metric}" for task in tasks for metric in metrics)]
+    headers = ["model", *(f"{TASKS[task]} {metric}" for task in tasks for metric in metrics)]
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
 
 

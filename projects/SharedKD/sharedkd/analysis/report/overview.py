@@ -7,7 +7,8 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 from ...checks.plain_config import leaves
 from ...running.runs import tool
 from ...stages import Stage
-from ..comparison import Difference, Row, difference, measured, notes
+from ..comparison import notes
+from ..scores import Difference, Row, difference, measured
 from .markup import Markup, markdown, missing, scrolling, section, table, tag
 from .source import RunData, Source, is_distilled
 from .svg import Mark, mark_plot

@@ -60,7 +60,7 @@ class Source:
     Attributes:
         folder: the one that was named.
         kind: "comparison", "runs" (a folder of them, one seed each) or "run".
-        record: as :mod:`sharedkd.analysis.comparison` describes it.
+        record: as :mod:`sharedkd.analysis.scores` describes it.
         runs: of the arms that have a folder.
         configs: method to its config; methods without one are not there.
     """
