@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from itertools import count
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.utils.events import get_event_storage
+from disks import FAULTS, mounted, unmount
 from fvcore.common.param_scheduler import LinearParamScheduler
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -98,7 +99,7 @@ def toy(monkeypatch):
 
             patch.setattr(owner, name, wrapped)
 
-        def evaluate(cfg, model):
+        def evaluate(cfg, model, handled):
             moment("evaluation")
             model([{"image": torch.ones(64)}])
             return {"box": {"AP": float(model.line.bias.sum()), "APs": float("nan")}}
@@ -407,17 +408,6 @@ def test_metrics_on_a_full_disk(toy, whole, tmp_path, monkeypatch, sharedkd_log)
     assert sharedkd_log.text.count("training goes on") == 1
 
 
-def mounted(folder, size):
-    """Whether a disk of that size is there now: not everybody may mount one."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-    return os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
-
-
-def unmount(folder):
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of 64 KB; without the right to mount one, files of at most 40 KB."""
@@ -442,27 +432,6 @@ def test_a_disk_that_is_really_full(small_disk):
     assert error.value.errno in (errno.ENOSPC, errno.EFBIG)
     assert latest_checkpoint(str(small_disk)) == str(small_disk / "model_0000001.pth")
     assert sorted(os.listdir(small_disk)) == ["last_checkpoint", "model_0000001.pth"]
-
-
-@contextmanager
-def full(folder):
-    with open(folder / "filler", "wb", buffering=0) as f, suppress(OSError):
-        while True:
-            f.write(bytes(4096))
-    yield
-    (folder / "filler").unlink()
-
-
-@contextmanager
-def read_only(folder):
-    """For whatever is opened from now on: open files would keep the disk itself from it."""
-    subprocess.run(["mount", "--bind", folder, folder], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
-    yield
-    unmount(folder)
-
-
-FAULTS = {"full": (full, "No space left on device"), "read-only": (read_only, "Read-only file")}
 
 
 def events(folder):
@@ -576,9 +545,9 @@ def test_a_log_on_a_full_disk_ends_without_a_traceback(small_disk):
     program = """
 import sys
 from detectron2.utils.logger import setup_logger
-from sharedkd.checkpoints.saving import SaveErrors
+from sharedkd.checkpoints.saving import quiet
 log = setup_logger(sys.argv[1])
-SaveErrors(sys.argv[1], "stop").quiet()
+quiet(sys.argv[1])
 for _ in range(50):
     log.info("x" * 2000)
 """

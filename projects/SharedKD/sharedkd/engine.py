@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_setup, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -21,7 +21,7 @@ from torch import nn
 from .checkpoints.checkpointer import StudentCheckpointer, has_run, load_trained
 from .checkpoints.files import remove_unfinished
 from .checkpoints.resuming import FinishStep, config_kept, latest_checkpoint
-from .checkpoints.saving import Checkpoints, SaveErrors
+from .checkpoints.saving import Checkpoints, SaveErrors, quiet, written
 from .checkpoints.weights import write_safetensors
 from .checks.overview import advise, as_text, describe
 from .config import load_config, student_only
@@ -29,6 +29,7 @@ from .errors import Findings
 from .meta_arch import SharedKD
 from .parts import Parts, amp_dtype, assemble, check_output, losses_of, num_classes
 from .running.cost import Cost
+from .running.evaluators import Handled, build_evaluators
 from .running.interrupt import StopRequest
 from .running.lock import locked
 from .running.metrics import Metrics
@@ -80,12 +81,14 @@ def run(args) -> Dict[str, Any]:
                 trainer.detector, checkpoint, "train.output_dir", cfg.train.trust_checkpoint
             )
             trainer.check_resumable(entries["trainer"])
-        if args.eval_only or not comm.is_main_process():
-            default_setup(cfg, args)
-        else:
-            held.enter_context(_own(cfg.train.output_dir, args.resume))
-            with config_kept(cfg.train.output_dir):
-                default_setup(cfg, args)
+        folder = cfg.train.output_dir
+        with written(folder, "what a run begins with"):
+            if args.eval_only or not comm.is_main_process():
+                _set_up(cfg, args)
+            else:
+                held.enter_context(_own(folder, args.resume))
+                with config_kept(folder):
+                    _set_up(cfg, args)
         held.enter_context(live_log(cfg.train.max_iter))
         log_now()
         if args.eval_only:
@@ -93,6 +96,30 @@ def run(args) -> Dict[str, Any]:
         if comm.is_main_process():
             _say(cfg, parts, findings)
         return train(cfg, trainer, checkpoint)
+
+
+def _set_up(cfg: DictConfig, args) -> None:
+    """Detectron2's own, which logs that it cannot write the config and goes on.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    saving, said = logging.getLogger(LazyConfig.__module__), logging.raiseExceptions
+    saving.addFilter(_raise_disk_error)
+    logging.raiseExceptions = False  # until there are handlers of the log to be made quiet
+    try:
+        default_setup(cfg, args)
+    finally:
+        quiet(cfg.train.output_dir)
+        logging.raiseExceptions = said
+        saving.removeFilter(_raise_disk_error)
+
+
+def _raise_disk_error(record: logging.LogRecord) -> bool:
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, OSError):
+        raise error
+    return True
 
 
 def _say(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
@@ -156,12 +183,11 @@ def train(
     results: Dict[str, Any] = {}
     folder, stop = cfg.train.output_dir, StopRequest()
     errors = SaveErrors(folder, cfg.train.on_save_error)
-    errors.quiet()
     checkpoints = Checkpoints(checkpointer, stop, errors, **cfg.train.checkpointer)
 
     def test():
         with checkpoints.watching(model):
-            found = evaluate(cfg, model)
+            found = evaluate(cfg, model, errors.handled)
         results.clear()
         results.update(found)
         return results
@@ -211,7 +237,7 @@ def train(
         start = trainer.iter + 1
         trainer.data_loader.first_batch = start * cfg.train.accumulate
     elif cfg.train.eval_teacher:
-        evaluate_teacher(cfg, module)
+        evaluate_teacher(cfg, module, errors.handled)
     with stop:
         trainer.train(start, cfg.train.max_iter)
         checkpoints.finish()
@@ -221,10 +247,17 @@ def train(
     return results
 
 
-def evaluate(cfg: DictConfig, model) -> Dict[str, Any]:
+def evaluate(cfg: DictConfig, model, handled: Optional[Handled] = None) -> Dict[str, Any]:
     """Run ``dataloader.evaluator`` (any DatasetEvaluator, or a list of them) on ``dataloader.test``.
 
     With ``train.fast_dev_run`` on its first images alone.
+
+    Args:
+        handled: what becomes of an evaluator's files that cannot be written, as
+            :meth:`SaveErrors.handled`; without it, that is an error.
+
+    Raises:
+        SaveError
     """
     if cfg.dataloader.get("evaluator") is None:
         return {}
@@ -237,7 +270,11 @@ def evaluate(cfg: DictConfig, model) -> Dict[str, Any]:
             f"train.fast_dev_run: evaluates {DEV_RUN_IMAGES} images; the figures mean nothing"
         )
     results = inference_on_dataset(
-        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+        model,
+        instantiate(cfg.dataloader.test),
+        build_evaluators(
+            cfg.dataloader.evaluator, handled or partial(written, cfg.train.output_dir)
+        ),
     )
     if comm.is_main_process():
         print_csv_format(results)
@@ -249,7 +286,9 @@ def first_records(records: List[Dict[str, Any]], count: int) -> List[Dict[str, A
     return records[:count]
 
 
-def evaluate_teacher(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
+def evaluate_teacher(
+    cfg: DictConfig, model: nn.Module, handled: Optional[Handled] = None
+) -> Dict[str, Any]:
     """Evaluate the teacher on the student's validation data, and log its results."""
     teacher = getattr(model, "teacher", None)
     if teacher is None:
@@ -262,7 +301,7 @@ def evaluate_teacher(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
         )
         return {}
     logger.info("The teacher's results, before the first iteration:")
-    return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format))
+    return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format), handled)
 
 
 def _evaluation_folder(output_dir: str) -> str:

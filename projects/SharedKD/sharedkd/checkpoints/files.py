@@ -2,10 +2,10 @@
 
 import glob
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import IO, Any, Callable, Iterator, List, Optional
 
-__all__ = ["remove_unfinished", "replace"]
+__all__ = ["disk_errors", "remove_unfinished", "replace"]
 
 UNFINISHED = ".tmp"
 
@@ -30,28 +30,35 @@ def replace(
     """
     unfinished = f"{path}{writer}{UNFINISHED}"
     try:
-        with open(unfinished, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        if verify is not None:
-            verify(unfinished)
-        os.replace(unfinished, path)
-        _flush_folder(os.path.dirname(path))
-    except Exception as error:
+        with disk_errors():
+            with open(unfinished, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            if verify is not None:
+                verify(unfinished)
+            os.replace(unfinished, path)
+            _flush_folder(os.path.dirname(path))
+    except Exception:
         with suppress(OSError):
             os.remove(unfinished)
-        for cause in _causes(error):
-            if isinstance(cause, OSError):
-                raise cause
         raise
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and those behind it: PyTorch hides a full disk behind an error of its own."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raises:
+    OSError: also where PyTorch hides a full disk behind an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: Optional[BaseException] = error
+        while cause is not None:
+            if isinstance(cause, OSError):
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def _flush_folder(folder: str) -> None:

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..running.interrupt import Stopped, StopRequest, resume_command
 from .checkpointer import StudentCheckpointer
 
-__all__ = ["Checkpoints", "SaveError", "SaveErrors"]
+__all__ = ["Checkpoints", "SaveError", "SaveErrors", "quiet", "written"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
@@ -68,18 +68,38 @@ class SaveErrors:
             f"make room, then: {resume_command()} (train.on_save_error=continue would train on)",
         )
 
-    def quiet(self) -> None:
-        """Keep Python from printing a traceback for every line of the log that the disk refuses."""
-        for name in ("detectron2", "fvcore"):
-            for handler in logging.getLogger(name).handlers:
-                handler.handleError = self._log_failed
-                stream = getattr(handler, "stream", None)
-                if str(getattr(stream, "name", "")).startswith(self.folder):
-                    # Before Detectron2 does, at the end of the program, without a catch.
-                    atexit.register(_close, stream)
 
-    def _log_failed(self, record: logging.LogRecord) -> None:
-        """The console has the message; the metrics and checkpoints decide about the run."""
+@contextmanager
+def written(folder: str, what: str) -> Iterator[None]:
+    """For what is written before training or without it, where there is nothing to go on with.
+
+    Raises:
+        SaveError: the disk refused what the block wrote.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise SaveError(
+            "train.output_dir",
+            folder,
+            f"cannot write {what} ({e})",
+            "make room, or choose another folder",
+        ) from None
+
+
+def quiet(folder: str) -> None:
+    """Keep Python from printing a traceback for every line of a folder's log that the disk refuses."""
+    for name in ("detectron2", "fvcore"):
+        for handler in logging.getLogger(name).handlers:
+            handler.handleError = _log_failed
+            stream = getattr(handler, "stream", None)
+            if str(getattr(stream, "name", "")).startswith(folder):
+                # Before Detectron2 does, at the end of the program, without a catch.
+                atexit.register(_close, stream)
+
+
+def _log_failed(record: logging.LogRecord) -> None:
+    """The console has the message; the metrics and checkpoints decide about the run."""
 
 
 def _close(stream: IO) -> None:
