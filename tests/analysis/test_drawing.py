@@ -1,8 +1,11 @@
 """What a picture shows, and where: by its pixels."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from sharedkd.analysis.detection_plots import draw_mistakes
 from sharedkd.analysis.drawing import (
     FALSE_ALARM,
     MISSED,
@@ -11,6 +14,7 @@ from sharedkd.analysis.drawing import (
     draw_objects,
     picture_grid,
 )
+from sharedkd.analysis.mistakes import KINDS
 
 GREY = np.full((100, 160, 3), 128, np.uint8)
 SCALE = 4  # to 640 pixels
@@ -80,6 +84,44 @@ def test_labels_are_drawn_only_where_there_are_some():
     )
     differs = (plain != labelled).any(-1).nonzero()
     assert len(differs[0]) and differs[0].max() < 160 and differs[1].min() > 140
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        pytest.param(BOX, id="same place"),
+        pytest.param((1, 0, 9, 9), id="top"),
+        pytest.param((152, 1, 159, 9), id="right"),
+        pytest.param((152, 94, 159, 99), id="corner"),
+    ],
+)
+def test_labels_are_whole_wherever_the_boxes_are(box):
+    """The letters of each, counted by their colour, as where there is nothing but that label."""
+
+    def letters(objects):
+        picture = draw_objects(GREY, objects)
+        bare = draw_objects(GREY, [replace(each, label="") for each in objects])
+        labels = (picture != bare).any(-1)
+        return [(labels & near(picture, class_color(i, lightness=0.8), 40)).sum() for i in range(3)]
+
+    names = ("square 98%", "circle 97%", "ring 9%")
+    alone = [letters([DrawnObject(BOX, i, label=name)])[i] for i, name in enumerate(names)]
+    together = letters([DrawnObject(box, i, label=name) for i, name in enumerate(names)])
+    assert min(alone) > 50
+    assert together == pytest.approx(alone, rel=0.25)  # the box shines through
+
+
+def test_bars_tell_costs_below_a_point():
+    counts = {kind: 3 for kind in ("correct", *KINDS)}
+    models = {
+        name: {"bbox": {"mistakes": {"counts": counts, "costs": dict.fromkeys(KINDS, cost)}}}
+        for name, cost in (("plain", 0.44), ("ours", None))
+    }
+    figure = draw_mistakes({"tasks": ["bbox"], "score_threshold": 0.5, "models": models})
+    costs, numbers = ([text.get_text() for text in axes.texts] for axes in figure.axes)
+    assert costs == ["0.4"] * len(KINDS) + ["-"] * len(KINDS)
+    assert numbers == ["3"] * 2 * (1 + len(KINDS))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "ours"]
 
 
 def test_neighbouring_classes_differ_in_colour():

@@ -67,9 +67,10 @@ def draw_objects(image: np.ndarray, objects: Sequence[DrawnObject]) -> np.ndarra
 
 def _settle(label: Text, taken: Sequence[Bbox]) -> Bbox:
     """Move a label a few lines down or up, off those that are there, and into the picture."""
-    extent, picture = label.get_window_extent().padded(2), label.axes.figure.bbox
+    extent, picture = label.get_window_extent().padded(2), label.axes.figure.bbox.padded(2)
     left = min(0.0, picture.x1 - extent.x1)
-    places = [extent.translated(left, lines * extent.height) for lines in (0, -1, 1, -2, 2, -3, 3)]
+    line = extent.height + 1
+    places = [extent.translated(left, n * line) for n in sorted(range(-9, 10), key=abs)]
     free = [
         place
         for place in places
