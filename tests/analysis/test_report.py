@@ -337,6 +337,7 @@ def test_heat_maps_before_and_after(compared):
     html = part(as_html(compared), "features")
     assert "the inner gaps are smaller" in words(html)
     assert "there are too few for an interval" in words(html)
+    assert "nan" not in words(html)
     for state, value in (("initial", "0.90"), ("final", "0.10")):
         table = re.search(f"<caption>student - student, {state}</caption>.*?</table>", html).group()
         assert re.findall("<td[^>]*>([^<]+)</td>", table) == ["0.00", value, value, "–"]

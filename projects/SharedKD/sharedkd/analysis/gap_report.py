@@ -216,7 +216,10 @@ def _number(value: Optional[float]) -> str:
 
 
 def _interval(x: Mapping[str, Any]) -> str:
-    return f"{x['mean']:+.3f} [{x['low']:+.3f}, {x['high']:+.3f}]" if x["count"] else "-"
+    if not x["count"]:
+        return "-"
+    between = f" [{x['low']:+.3f}, {x['high']:+.3f}]" if x["count"] > 1 else ""
+    return f"{x['mean']:+.3f}{between}"
 
 
 def _table(rows: List[List[str]], headers: List[str]) -> str:
