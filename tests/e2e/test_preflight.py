@@ -33,6 +33,21 @@ def good(workspace):
     return paths
 
 
+def start(config, overrides):
+    """What the training command runs."""
+    args = tiny.arguments("custom_coco_plain.py", *overrides)
+    args.config_file = config
+    return run(args)
+
+
+@pytest.fixture
+def random_weights_unfilled(monkeypatch):
+    """Filling them is half of a model's time, and nobody looks at those of a run that is refused."""
+    for name in ("kaiming_uniform_", "kaiming_normal_", "uniform_", "normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **options: tensor)
+
+
+@pytest.mark.usefixtures("random_weights_unfilled")
 @pytest.mark.parametrize(
     "kind,case", [*(("plain", name) for name in PLAIN), *(("pair", name) for name in PAIR)]
 )
@@ -43,7 +58,8 @@ def test_one_line_that_names_key_and_fix(good, workspace, tmp_path, kind, case):
         folder.mkdir()
         overrides = overrides(Bad(workspace.shapes, workspace.weights, folder))
     output = tmp_path / "run"
-    found = preflight(good[kind], [f"train.output_dir={output}", *overrides], measure=False)
+    overrides = [f"train.output_dir={output}", *overrides]
+    found = preflight(good[kind], overrides, measure=False)
     assert not found["ok"]
     (error,) = found["errors"]
     message = error["message"]
@@ -52,8 +68,11 @@ def test_one_line_that_names_key_and_fix(good, workspace, tmp_path, kind, case):
     assert "\n" not in message and len(message) < 1000
     for word in words:
         assert word in message
-    assert not output.exists()
     assert message in report(found)
+    with pytest.raises(ConfigError) as refused:
+        start(good[kind], overrides)
+    assert str(refused.value) == message
+    assert not output.exists()
 
 
 def test_there_are_many_cases():
@@ -124,11 +143,10 @@ def test_broken_annotations_are_counted_beside_what_is_wrong_with_them(good, wor
 
 
 def test_training_says_the_same(good, workspace, tmp_path):
-    args = tiny.arguments("custom_coco_mask.py", f"train.output_dir={tmp_path}/run", *ALL.values())
-    args.config_file = good["pair"]
+    overrides = [f"train.output_dir={tmp_path}/run", *ALL.values()]
     with pytest.raises(ConfigError) as error:
-        run(args)
-    found = preflight(good["pair"], [f"train.output_dir={tmp_path}/run", *ALL.values()])
+        start(good["pair"], overrides)
+    found = preflight(good["pair"], overrides)
     assert [str(e) for e in error.value.errors] == [e["message"] for e in found["errors"]]
     assert not (tmp_path / "run").exists()
 
