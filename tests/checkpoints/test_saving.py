@@ -323,6 +323,58 @@ def test_every_flipped_or_missing_part_of_a_checkpoint_is_noticed(tmp_path):
             check_complete(path)
 
 
+def nth(n, moment, error):
+    """Raises ``error`` when a moment comes for the n-th time."""
+    left = [moment] * n
+
+    def at(*now):
+        if left and now == moment:
+            left.pop()
+            if not left:
+                raise error
+
+    return at
+
+
+#: The last step then has two checkpoints, a numbered one and the final one.
+BOTH = dict(checkpointer=dict(period=3, max_to_keep=2))
+
+
+@pytest.mark.parametrize("where", ["saving", "pointing"])
+def test_killed_between_the_last_two_checkpoints(toy, tmp_path, where):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    toy(whole, **BOTH)
+    with pytest.raises(Killed):
+        toy(folder, nth(2, (where, LENGTH - 1), Killed), **BOTH)
+    assert (folder / "last_checkpoint").read_text() == "model_0000008.pth"
+    toy(folder, **BOTH)
+    assert_equal(folder, whole)
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_final_checkpoint_that_is_there_is_not_written_again(toy, tmp_path):
+    folder = tmp_path / "run"
+    killed_at(("evaluation", LENGTH), toy, folder)
+    before = (folder / "model_final.pth").stat()
+    toy(folder)
+    assert (folder / "model_final.pth").stat() == before
+
+
+def test_the_final_checkpoint_is_tried_again_after_training(toy, tmp_path):
+    """Also where the same step's numbered one could be written."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    toy(whole, **BOTH)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    toy(folder, nth(2, ("saving", LENGTH - 1), full), on_save_error="continue", **BOTH)
+    for _ in range(2):
+        assert metrics(folder) == metrics(whole) and record(folder) == record(whole)
+        ours, theirs = state(folder), state(whole)
+        # It knows of the last evaluation, too, which comes after the other one's saving.
+        late = {k for k in {*ours, *theirs} if k.startswith("/trainer/hooks/Metrics")}
+        assert {k: ours[k] for k in {*ours} - late} == {k: theirs[k] for k in {*theirs} - late}
+        toy(folder, **BOTH)  # which has nothing to do
+
+
 @pytest.mark.parametrize("damage", ["torn", "gone", "flipped"])
 def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     toy, whole, tmp_path, sharedkd_log, damage

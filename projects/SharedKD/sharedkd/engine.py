@@ -227,7 +227,7 @@ def train(
                 if comm.is_main_process()
                 else None
             ),
-            FinishStep(late) if checkpoint else None,
+            FinishStep([checkpoints, *late]) if checkpoint else None,
         ]
     )
     start = 0

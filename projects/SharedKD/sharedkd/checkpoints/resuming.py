@@ -215,7 +215,8 @@ class FinishStep(hooks.HookBase):
     """Does what an interrupted iteration had still to do after its checkpoint.
 
     Args:
-        others: the hooks behind the one that saves, in their order; they must be registered before.
+        others: the one that saves and the hooks behind it, in their order; they must be registered
+            before.
     """
 
     def __init__(self, others: Sequence[Optional[hooks.HookBase]]):

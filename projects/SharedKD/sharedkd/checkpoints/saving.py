@@ -19,6 +19,8 @@ __all__ = ["Checkpoints", "SaveError", "SaveErrors", "quiet", "written"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
+FINAL = "model_final"
+
 NUMBERED = re.compile(r"model_\d{7}\.pth")
 
 
@@ -142,13 +144,15 @@ class Checkpoints(hooks.HookBase):
 
     def before_train(self) -> None:
         self.saved = self.trainer.start_iter - 1  # the last iteration that is on the disk
+        last = os.path.basename(self.checkpointer.get_checkpoint_file())
+        self.final = self.trainer.start_iter == self.trainer.max_iter and last == f"{FINAL}.pth"
 
     def after_step(self) -> None:
         now, ends = self.trainer.iter + 1, self.trainer.iter + 1 == self.trainer.max_iter
-        if now % self.period == 0:
+        if now % self.period == 0 and self.saved < self.trainer.iter:
             self._save(f"model_{self.trainer.iter:07d}")
-        if ends:
-            self._save("model_final")
+        if ends and not self.final:
+            self._save(FINAL)
         elif now % self.trainer.read_period == 0:
             number = self.stop.agreed(next(self.trainer.module.parameters()).device)
             if number:
@@ -186,14 +190,15 @@ class Checkpoints(hooks.HookBase):
         """Raises:
         SaveError: the last state could not be saved, not even now that training is over.
         """
-        if self.saved < self.trainer.max_iter - 1:
+        if not self.final:
             self.errors.stops = True
-            self._save("model_final")
+            self.trainer.iter = self.trainer.max_iter - 1  # Detectron2 has counted on
+            self._save(FINAL)
 
     def _save(self, name: str) -> None:
         with self.errors.handled(f"{name}.pth"):
             self.checkpointer.save(name, iteration=self.trainer.iter)
-            self.saved = self.trainer.iter
+            self.saved, self.final = self.trainer.iter, name == FINAL
             self._remove_old()
 
     def _remove_old(self) -> None:
