@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import tiny
@@ -93,13 +94,23 @@ def started(output, *command):
         text=True,
         start_new_session=True,
     )
+    wait_for_lines(process, output, 3)
+    return process
+
+
+def wait_for_lines(process, output, more):
+    """Until the run has logged so many steps more."""
+
+    def lines():
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
     metrics, deadline = output / "metrics.json", time.time() + 300
-    while process.poll() is None and time.time() < deadline:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") > 2:
-            return process
+    due = lines() + more
+    while lines() < due:
+        if process.poll() is not None or time.time() > deadline:
+            process.kill()
+            pytest.fail(process.communicate()[0])
         time.sleep(0.05)
-    process.kill()
-    pytest.fail(process.communicate()[0])
 
 
 def assert_stopped(process, output, status):
@@ -152,3 +163,27 @@ def test_several_processes_stop_at_the_same_step(workspace, tmp_path):
     process.terminate()
     said = assert_stopped(process, output, 143)
     assert said.count("stops after this step") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches CPU processes")
+def test_ctrl_c_reaches_several_processes_and_their_workers(workspace, tmp_path):
+    output = tmp_path / "run"
+    flags = ["--num-gpus", "2", "--dist-url", "auto"]
+    opts = [*endless(workspace, output), "dataloader.train.num_workers=1"]
+    process = started(output, *tiny.command("custom_coco_plain.py", *opts, flags=flags))
+    workers = [worker for rank in children(process.pid) for worker in children(rank)]
+    assert len(workers) == 2
+    for worker in workers:  # it comes to each in its own time: here far too early
+        os.kill(worker, signal.SIGINT)
+    wait_for_lines(process, output, 4 + PREFETCHED)
+    os.killpg(process.pid, signal.SIGINT)
+    said = assert_stopped(process, output, 130)
+    assert said.count("stops after this step") == 1
+
+
+PREFETCHED = 2  # batches that a worker has loaded in advance
+
+
+def children(pid):
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return [int(x) for thread in threads for x in (thread / "children").read_text().split()]

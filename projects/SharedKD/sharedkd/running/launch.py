@@ -1,6 +1,7 @@
 """Starting a run's processes: Detectron2's launch where it works, torchrun, and several CPU processes."""
 
 import logging
+import multiprocessing
 import os
 import socket
 import sys
@@ -83,6 +84,10 @@ def _check_gpus(args) -> None:
 
 
 def _guarded(main, args) -> None:
+    if sys.platform == "linux":
+        # In a process that was spawned, data loaders would spawn theirs, too: those take seconds to
+        # start, and nothing keeps a signal to the whole group from them (see interrupt.py).
+        multiprocessing.set_start_method("fork", force=True)
     logging.getLogger(TrainerBase.__module__).addFilter(_without_traceback)
     try:
         with interruptible("nothing is to be saved yet"):
