@@ -252,11 +252,9 @@ def timeless_metrics(folder: Path) -> bytes:
 
 def timeless_record(folder: Path) -> bytes:
     record = json.loads((folder / "run.json").read_text())
-    for measured in (
-        "peak_memory_mb",
-        "versions",
-    ):  # the package may be edited while it is tortured
-        record.pop(measured)
+    # The package may be edited while it is tortured, and the folder is part of a command.
+    for other in ("peak_memory_mb", "versions", "command", "overrides"):
+        record.pop(other)
     return json.dumps(record).encode()
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
@@ -304,6 +305,10 @@ def test_a_plain_detector_is_trained_and_recorded(train, config):
     assert record["iterations"] == 2 and record["parameters"]["losses"] == 0
     assert record["results"]["bbox"].keys() == results["bbox"].keys()
     assert record["peak_memory_mb"] > 100 and record["processes"] == 1
+    assert record["config_file"].endswith(config) and "train.max_iter=2" in record["overrides"]
+    assert shlex.split(record["command"])[0] == sys.executable and not record["fast_dev_run"]
+    text = (output / "log.txt").read_text()
+    assert text.count("Environment info:") == text.count("Command line arguments:") == 1
 
 
 def test_the_second_step_says_what_the_run_takes(train, sharedkd_log, monkeypatch):
@@ -315,9 +320,10 @@ def test_the_second_step_says_what_the_run_takes(train, sharedkd_log, monkeypatc
     (output / "last_checkpoint").write_text("model_0000001.pth")
     train("custom_coco_retinanet_plain.py", "train.checkpointer.period=2", flags=["--resume"])
     said = re.findall(
-        r"measured: (\S+) s a step on .*thread\(s\), about (\S+) h .*; (\d+) MB", sharedkd_log.text
+        r"measured: (\S+) s a step on .*thread\(s\), about (\S+ \S+) .*; (\d+) MB",
+        sharedkd_log.text,
     )
-    assert [x[:2] for x in said] == [("0.9", "0.001"), ("0.2", "0.00011")]  # 4 and 2 steps
+    assert [x[:2] for x in said] == [("0.9", "3.6 s"), ("0.2", "0.4 s")]  # 4 and 2 steps
     assert all(float(memory) > 100 for *_, memory in said)
 
 
@@ -365,6 +371,9 @@ def test_evaluation_leaves_the_runs_config_alone(train, workspace):
     weights = f"train.init_checkpoint={output}/model_final.pth"
     train("custom_coco_mask.py", weights, output=output, flags=["--eval-only"])
     assert (output / "config.yaml").read_bytes() == before
+    files = {p.name for p in output.parent.iterdir()}  # of the folder of this run and others
+    train("custom_coco_mask.py", weights, output=output.parent, flags=["--eval-only"])
+    assert {p.name for p in output.parent.iterdir()} - files == {"eval"}
 
 
 def test_a_coco_config_through_the_command_line(workspace, tmp_path):

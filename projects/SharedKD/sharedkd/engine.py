@@ -3,10 +3,11 @@
 import copy
 import logging
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from logging.handlers import MemoryHandler
-from typing import Any, Dict, Iterator, List, Optional
+from types import MappingProxyType
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 import torch
 from detectron2.config import LazyCall as L
@@ -18,7 +19,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from .checkpoints.checkpointer import StudentCheckpointer, has_run, load_trained
+from .checkpoints.checkpointer import StudentCheckpointer, load_trained
 from .checkpoints.files import remove_unfinished
 from .checkpoints.resuming import FinishStep, config_kept, latest_checkpoint
 from .checkpoints.saving import Checkpoints, SaveErrors, quiet, written
@@ -35,7 +36,7 @@ from .running.lock import locked
 from .running.metrics import Metrics
 from .running.progress import live_log
 from .running.record import FILE as RECORD
-from .running.record import RunRecord
+from .running.record import RunRecord, origin
 from .running.watchdog import Watchdog
 from .running.writers import open_writers
 from .speed.malloc import keep_freed_memory
@@ -63,7 +64,7 @@ def run(args) -> Dict[str, Any]:
         ConfigError, NonFiniteLossError
         Stopped: by a signal; the state is saved.
     """
-    with ExitStack() as held, _log_later() as log_now:
+    with ExitStack() as held, _log_later() as log_opens:
         findings = Findings()
         cfg = findings.step(load_config, args.config_file, args.opts, findings=findings)
         if args.eval_only:
@@ -72,7 +73,8 @@ def run(args) -> Dict[str, Any]:
         findings.raise_errors()
         model, resuming = parts.model, parts.resuming
         if args.eval_only:
-            cfg.train.output_dir = _evaluation_folder(cfg.train.output_dir)
+            # Not a run's own folder, whose config.yaml says how it was trained, nor one of several runs.
+            cfg.train.output_dir = os.path.join(cfg.train.output_dir, "eval")
         else:
             trainer = build_trainer(cfg, parts)
         checkpoint = latest_checkpoint(cfg.train.output_dir) if resuming else None
@@ -83,19 +85,17 @@ def run(args) -> Dict[str, Any]:
             trainer.check_resumable(entries["trainer"])
         folder = cfg.train.output_dir
         with written(folder, "what a run begins with"):
-            if args.eval_only or not comm.is_main_process():
-                _set_up(cfg, args)
-            else:
+            owns = comm.is_main_process() and not args.eval_only
+            if owns:
                 held.enter_context(_own(folder, args.resume))
-                with config_kept(folder):
-                    _set_up(cfg, args)
+            with config_kept(folder) if owns else nullcontext(), log_opens():
+                _set_up(cfg, args)
         held.enter_context(live_log(cfg.train.max_iter))
-        log_now()
         if args.eval_only:
             return evaluate(cfg, model)
         if comm.is_main_process():
             _say(cfg, parts, findings)
-        return train(cfg, trainer, checkpoint)
+        return train(cfg, trainer, checkpoint, origin(args))
 
 
 def _set_up(cfg: DictConfig, args) -> None:
@@ -164,9 +164,15 @@ def ddp(cfg: DictConfig, model: nn.Module) -> nn.Module:
 
 
 def train(
-    cfg: DictConfig, trainer: SharedKDTrainer, checkpoint: Optional[str] = None
+    cfg: DictConfig,
+    trainer: SharedKDTrainer,
+    checkpoint: Optional[str] = None,
+    started: Mapping[str, Any] = MappingProxyType({}),
 ) -> Dict[str, Any]:
     """Train to ``train.max_iter``, from a checkpoint on if there is one.
+
+    Args:
+        started: how, for the record: :func:`~sharedkd.running.record.origin`.
 
     Returns:
         the last evaluation's results.
@@ -220,6 +226,7 @@ def train(
                     folder,
                     trainer.detector,
                     losses_of(module),
+                    {**started, "fast_dev_run": cfg.train.fast_dev_run},
                     results,
                     checkpoint is not None,
                     errors,
@@ -304,29 +311,30 @@ def evaluate_teacher(
     return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format), handled)
 
 
-def _evaluation_folder(output_dir: str) -> str:
-    """Not a run's own folder, whose config.yaml says how it was trained."""
-    return os.path.join(output_dir, "eval") if has_run(output_dir) else output_dir
-
-
 @contextmanager
 def _log_later():
-    """Keep Detectron2's log messages until :func:`default_setup` has opened the log."""
+    """Keep Detectron2's log messages for a log that is not open yet.
+
+    Yields:
+        the context in which it is opened, after which it has them.
+    """
     memory = MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
     for each in loggers:
         each.addHandler(memory)
         each.setLevel(logging.INFO)
 
-    def log_now():
+    @contextmanager
+    def opens():
         for each in loggers:
-            each.removeHandler(memory)
+            each.removeHandler(memory)  # what is said meanwhile goes to the log itself
+        yield
         for record in memory.buffer:
             logging.getLogger(record.name).handle(record)
         memory.buffer.clear()
 
     try:
-        yield log_now
+        yield opens
     finally:
         for each in loggers:
             each.removeHandler(memory)

@@ -25,9 +25,16 @@ def in_words(seconds: float, steps: int, memory_mb: float, device: str) -> str:
         device: its name.
     """
     return (
-        f"measured: {seconds:.3g} s a step on {device}, about {seconds * steps / 3600:.2g} h without "
+        f"measured: {seconds:.3g} s a step on {device}, about {_duration(seconds * steps)} without "
         f"evaluations; {memory_mb:.0f} MB at the peak"
     )
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{seconds:.2g} s"
 
 
 class Cost(hooks.HookBase):

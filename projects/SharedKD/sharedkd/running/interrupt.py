@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ __all__ = [
     "Interrupted",
     "StopRequest",
     "Stopped",
+    "command_line",
     "forward_signals",
     "interruptible",
     "resume_command",
@@ -123,12 +124,16 @@ def _obey(parent: int) -> None:
 os.register_at_fork(after_in_child=_shield_worker)
 
 
+def command_line() -> List[str]:
+    """The words with which this program was started."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _command_of(os.getppid()) or ["torchrun", *sys.argv]
+    return [sys.executable, *sys.argv]
+
+
 def resume_command() -> str:
     """What to type to go on: this program's command line with --resume."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        started = _command_of(os.getppid()) or ["torchrun", *sys.argv]
-    else:
-        started = [sys.executable, *sys.argv]
+    started = command_line()
     if "--resume" not in started:
         script = started.index(sys.argv[0])
         started.insert(script + 1, "--resume")

@@ -18,6 +18,7 @@ CLEAR = "\r\x1b[K"  # the terminal's line
 
 # What of a run's log tells how far it is.
 _TRAINING = re.compile(r"(?:eta: (?P<eta>.+?)\s+)?iter: (?P<iter>\d+)\s.*total_loss: (?P<loss>\S+)")
+_DISTILLED = re.compile(r"loss_distill_\S+: (\S+)")
 _TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
 
 
@@ -48,7 +49,9 @@ def progress_in(line: str, iterations: int) -> Optional[Progress]:
     if found:
         done = int(found["iter"]) + 1
         eta = f"   {found['eta']} left" if found["eta"] else ""
-        text = f"iteration {done}/{iterations}   loss {found['loss']}{eta}"
+        terms = [float(x) for x in _DISTILLED.findall(line)]
+        of_it = f" ({sum(terms):.4g} distillation)" if terms else ""
+        text = f"iteration {done}/{iterations}   loss {found['loss']}{of_it}{eta}"
         return Progress(text, done / iterations, is_last=done == iterations)
     found = _TESTING.search(line)
     return Progress(f"evaluation {found['done']}   {found['eta']} left", 1.0) if found else None

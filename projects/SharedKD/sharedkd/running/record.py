@@ -5,10 +5,11 @@ import json
 import os
 import platform
 import resource
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 from detectron2.engine import hooks
@@ -18,11 +19,13 @@ from torch import nn
 from ..checkpoints.checkpointer import fingerprint
 from ..checkpoints.files import replace
 from ..checkpoints.saving import SaveErrors
+from .interrupt import command_line
 
 __all__ = [
     "RunRecord",
     "count_parameters",
     "hardware",
+    "origin",
     "peak_memory_mb",
     "read_record",
     "versions",
@@ -35,7 +38,8 @@ _PACKAGES = ("torchvision", "detectron2", "numpy")
 class RunRecord(hooks.HookBase):
     """Writes run.json at the start of a run and again at its end.
 
-    Keys: ``initial_weights`` (fingerprint of the student before its first step), ``parameters``
+    Keys: ``command``, ``config_file`` and ``overrides`` (with which it was started), ``fast_dev_run``,
+    ``initial_weights`` (fingerprint of the student before its first step), ``parameters``
     (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
     ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on a CPU the resident memory of the
     training process), ``skipped`` (numbers of ``steps`` and ``images`` that were left out, see
@@ -46,6 +50,7 @@ class RunRecord(hooks.HookBase):
         folder: the run's output folder.
         student: the detector that is trained.
         losses: the distillation losses; an empty module for a plain detector.
+        started: the first four keys.
         results: a dict that holds the last evaluation's results when the run ends.
         resuming: keep what the run's own record says of its start.
         errors: what to do if it cannot be written.
@@ -56,6 +61,7 @@ class RunRecord(hooks.HookBase):
         folder: str,
         student: nn.Module,
         losses: nn.Module,
+        started: Mapping[str, Any],
         results: Dict[str, Any],
         resuming: bool,
         errors: SaveErrors,
@@ -65,6 +71,7 @@ class RunRecord(hooks.HookBase):
         self.results = results
         before = read_record(folder) if resuming else {}
         self.record = {
+            **{key: before.get(key, value) for key, value in started.items()},
             "initial_weights": before.get("initial_weights") if resuming else fingerprint(student),
             "parameters": {
                 "student": count_parameters(student),
@@ -98,6 +105,19 @@ class RunRecord(hooks.HookBase):
     def _write(self) -> None:
         with self.errors.handled(FILE):
             replace(self.path, lambda f: f.write(json.dumps(self.record, indent=1).encode()))
+
+
+def origin(args) -> Dict[str, Any]:
+    """How a training run is started.
+
+    Args:
+        args: of Detectron2's ``default_argument_parser``.
+    """
+    return {
+        "command": shlex.join(command_line()),
+        "config_file": args.config_file,
+        "overrides": list(args.opts),
+    }
 
 
 def read_record(folder) -> Dict[str, Any]:
