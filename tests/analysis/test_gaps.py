@@ -1,5 +1,7 @@
 """All level pairs of a pair of pyramids, their summary, and what is said of it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -144,6 +146,44 @@ def record(gaps, names=("initial", "iteration 5")):
         "command": "the command",
         "pictures": [],
     }
+
+
+def verdicts(state, overall, pairs):
+    """A state whose differences have these verdicts; by pair also the mean."""
+    signs = {name: {"verdict": verdict, "mean": mean} for name, (verdict, mean) in pairs.items()}
+    for difference in state["taps"]["fpn"]["inner_minus_cross"].values():
+        difference.update(verdict=overall, mean=-1.0, pairs=signs)
+
+
+def test_the_first_sentence_counts_the_answers():
+    found = record(meter(images(4), minibatch=2))
+    found["checkpoints"] = json.loads(json.dumps(found["checkpoints"]))
+    before, after = found["checkpoints"]
+    verdicts(before, "larger", {})
+    verdicts(after, "smaller", {})
+    assert (
+        "After training (iteration 5): **yes** in 3 of 3 measures; "
+        "before training (initial): **yes** in 0 of 3 measures, **no** in 3." in words(found)
+    )
+    found["checkpoints"] = [before]
+    assert "After training" not in words(found) and "Before training (initial)" in words(found)
+
+
+def test_where_most_pairs_disagree_the_ones_that_carry_the_mean_are_named():
+    found = record(meter(images(4), minibatch=2), names=("initial",))
+    pairs = {"4-8": ("larger", 0.1), "4-64": ("smaller", -2.0), "8-16": ("larger", 0.2)}
+    verdicts(found["checkpoints"][0], "smaller", {**pairs, "8-64": ("smaller", -3.0)})
+    assert "carried" not in words(found)  # two against two
+    verdicts(found["checkpoints"][0], "smaller", {**pairs, "8-64": ("no difference shown", -3.0)})
+    assert "carried" not in words(found)
+    more = {**pairs, "8-64": ("no difference shown", -3.0), "16-32": ("larger", 0.1)}
+    verdicts(found["checkpoints"][0], "smaller", more)
+    assert "3 larger; the mean is carried by the strides 8-64, 4-64\n" in words(found)
+
+
+def test_other_initial_weights_are_told_with_the_verdict():
+    found = {**record(meter(images(4), minibatch=2)), "initial_is_the_runs": False}
+    assert "**The initial weights are others" in words(found).split("## The gaps")[0]
 
 
 def test_words_and_figures(tmp_path):

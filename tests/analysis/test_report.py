@@ -1,5 +1,6 @@
 """What the report says, against folders whose values are known."""
 
+import json
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -7,13 +8,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import report_folders as folders
+import yaml
 from PIL import Image
 
 from sharedkd.analysis.report import write_report
 from sharedkd.analysis.report.markup import Markup, markdown, tag
 from sharedkd.analysis.report.page import as_html
-from sharedkd.analysis.report.svg import Axis, Mark, line_plot, mark_plot
+from sharedkd.analysis.report.svg import Axis, Mark, line_plot, mark_plot, stacked_bar
 from sharedkd.errors import ConfigError
+from sharedkd.running.runs import short
 
 # Paired differences 1, 2, 3: t(2) = 4.3027, 4.3027 / sqrt(3) = 2.4841; and 0.9, 1.0, 1.1.
 SCORES = {"none": [30.0, 31.0, 35.0], "wide": [31.0, 33.0, 38.0], "sure": [30.9, 32.0, 36.1]}
@@ -94,23 +97,24 @@ def test_the_table_has_the_numbers_of_the_folder(compared):
 
 def test_the_summary_is_three_sentences_that_claim_nothing_without_an_interval(compared):
     text = words(part(as_html(compared), "summary"))
-    assert "9 of 9 arms are finished (seeds 0, 1, 2)" in text
-    assert "none has 32.00 ± 6.57 box AP, the teacher 40.00." in text
-    assert "wide has the largest mean difference to it, +2.00 [-0.48, +4.48]" in text
+    assert "9 arms are finished (seeds 0, 1, 2); the teacher has 40.00 box AP." in text
+    # 31, 33, 38: standard deviation 3.6056, half width 4.3027 * 3.6056 / sqrt(3).
     assert (
-        "paired over 3 seeds: no difference shown; of 2 methods with an interval 1 is better"
-        in text
-    )
-    assert "1.50 times the time of a step and 1.25 times the memory" in text
+        "Of 2 methods wide has the largest mean difference: it has 34.00 ± 8.96 box AP, "
+        "2.00 more than the plain student (32.00 ± 6.57), [-0.48, +4.48] paired over 3 seeds: "
+        "no difference shown; of 2 methods with an interval 1 is better, 0 worse, and 1 includes zero."
+    ) in text
+    assert "1.50 times the time of a step and 1.25 times the memory of the plain student." in text
     assert len(re.findall(r"\.(?= [A-Z]|$)", text)) == 3
 
 
 def test_one_seed_is_no_evidence(tmp_path):
     folder = folders.comparison(tmp_path / "cmp", {"none": [30.0], "a": [50.0]})
     html = as_html(folder)
-    assert "+20.00 points, paired over 1 seed: one seed: no interval." in words(
-        part(html, "summary")
+    text = (
+        "a has 50.00 box AP, 20.00 more than the plain student (30.00); one seed, so no interval."
     )
+    assert text in words(part(html, "summary"))
     assert "verdict better" not in html
 
 
@@ -119,20 +123,21 @@ def test_against_the_plain_student_of_equal_time(tmp_path):
     text = words(part(as_html(folders.comparison(tmp_path / "cmp", scores)), "summary"))
     # Differences 1 and 1.1: t(1) = 12.706, half width 12.706 * 0.0707 / sqrt(2) = 0.635.
     assert "trained for as long it has +1.05 [+0.41, +1.69]: better" in text
-    assert "a has the largest" in text
+    assert "a has 34.55" in text
 
 
 def test_a_student_of_equal_time_is_no_method(tmp_path):
     scores = {"none": [30.0, 31.0], "a": [34.0, 35.1], "none@a": [36.0, 37.0]}
     text = words(part(as_html(folders.comparison(tmp_path / "cmp", scores)), "summary"))
-    assert "Of the others a has the largest" in text
+    assert "a has 34.55" in text and "Of 2 methods" not in text
     assert "trained for as long it has -1.95 [-2.59, -1.31]: worse" in text
 
 
 def test_missing_arms(tmp_path):
     folder = folders.comparison(tmp_path / "cmp", {"none": [30.0, None], "a": [None, None]})
     html = as_html(folder)
-    assert "1 of 4 arms are finished" in words(part(html, "summary"))
+    assert "1 of 4 arms is finished" in words(part(html, "summary"))
+    assert "The plain student has 30.00 box AP." in words(part(html, "summary"))
     assert "No other method has a result yet." in words(part(html, "summary"))
     assert "a seed 1: missing" in words(part(html, "results"))
     nothing = folders.comparison(tmp_path / "none", {"none": [None], "a": [None]})
@@ -218,6 +223,28 @@ def test_gradient_shares(compared):
     assert not plots(html, "none")
 
 
+def test_swatches_look_like_their_bars():
+    shares = {f"term {i}": 1.0 for i in range(20)}
+    plot = stacked_bar("label", shares)
+    bars, swatches = plot.split("<ul")
+    looks = [re.findall('class="(fill [^"]*)"', each) for each in (bars, swatches)]
+    assert looks[0] == looks[1] and len(set(looks[0])) == 20
+
+
+def test_levels_are_sorted_by_number(tmp_path):
+    folder = folders.run(tmp_path / "run")
+    path = folder / "metrics.json"
+    path.write_text(
+        path.read_text().replace(
+            '"distill/identical/weight"',
+            '"distill/identical/s8_s16": 1, "distill/identical/s4": 1, "distill/identical/weight"',
+        )
+    )
+    plot = plots(part(as_html(folder), "curves"), "Stage identical")[0]
+    names = [words(name) for name in re.findall("<button.*?</button>", plot)]
+    assert names == ["s4", "s8", "s8_s16", "s16"]
+
+
 def test_marks_of_the_cost_plot():
     marks = [Mark("a", 1.0, 10.0, 2.0, 0), Mark("b", 3.0, 20.0, float("nan"), 1)]
     plot = mark_plot("label", marks, "minutes", "AP", level=30.0)
@@ -264,11 +291,26 @@ def test_curves_of_very_different_size_share_a_logarithmic_axis_and_long_ones_ar
 
 def test_settings_that_differ(compared):
     found = part(as_html(compared), "configs")
-    assert "wide: 10 settings differ from none" in words(found)
-    assert "model.stages.identical.weight – 2.0" in words(found)
-    assert "model.teacher.weights – somewhere/model.pth" in words(found)
+    assert "wide: 3 differences from none" in words(found)
+    assert "model.stages.identical – _target_=sharedkd.Stage, weight=2.0, start=50" in words(found)
+    teacher = "_target_=sharedkd.FrozenTeacher, weights=somewhere/model.pth"
+    assert f"model.teacher – {teacher}" in words(found)
     assert "model.student.depth" not in words(found)  # the same in both
     assert "train.seed" not in found
+
+
+def test_what_both_have_is_told_setting_by_setting_and_paths_are_short(compared, monkeypatch):
+    monkeypatch.chdir(compared)
+    config = folders.config(False, lr=0.2)
+    config["model"]["path"] = str(compared / "x.pth")
+    path = compared / "results.json"
+    record = json.loads(path.read_text())
+    record["configs"]["sure"] = config
+    path.write_text(json.dumps(record))
+    text = words(part(as_html(compared), "configs"))
+    assert "sure: 2 differences from none" in text
+    assert "optimizer.lr 0.1 0.2" in text
+    assert "model.student.path – x.pth" in text
 
 
 def test_a_run(tmp_path):
@@ -278,8 +320,52 @@ def test_a_run(tmp_path):
     assert "1 stage: identical (weight 2, iterations 50 to 150)" in text
     assert "One run cannot say what distillation gains" in text
     assert "plain config" in part(html, "configs")
-    assert "model.stages.identical.start – 50" in words(part(html, "configs"))
+    assert "model.stages.identical – " in words(part(html, "configs"))
+    assert "start=50" in words(part(html, "configs"))
     assert "A CPU" in part(html, "about") and "opts=['a<b']" in words(part(html, "about"))
+
+
+def test_a_run_is_compared_with_nothing(tmp_path):
+    folders.run(tmp_path / "student", results={"bbox": {"AP": 12.3, "AP50": 20.0}})
+    single = as_html(tmp_path / "student")
+    assert "<h1>Run: student</h1>" in single
+    folders.run(tmp_path / "teacher", False, {"bbox": {"AP": 20.0}})
+    config = tmp_path / "student/config.yaml"
+    config.write_text(config.read_text().replace("somewhere", str(tmp_path / "teacher")))
+    with_teacher = as_html(tmp_path)
+    for html in (single, with_teacher):
+        assert rows(part(html, "results"))["student"][:2] == [("12.3", "12.30"), ("20", "20.00")]
+        text = words(part(html, "results"))
+        assert "baseline" not in text and "verdict" not in text
+        assert 'href="#cost"' not in html and 'id="cost"' not in html
+    assert rows(part(with_teacher, "results"))["teacher"][0] == ("20", "20.00")
+    assert "and has 12.30 box AP; the teacher has 20.00 box AP." in with_teacher
+
+
+def test_a_trial_run_says_that_its_figures_mean_nothing(compared, tmp_path):
+    told = "20 iterations and 50 images (train.fast_dev_run): the figures mean nothing."
+    folder = folders.run(tmp_path / "trial", results={"bbox": {"AP": 12.3}})
+    config = folders.config(max_iter=20, fast_dev_run=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for key in ("summary", "results"):
+        assert f"trial: {told}" in words(part(as_html(folder), key))
+    assert "mean nothing" not in as_html(compared)
+    (compared / "sure/seed1/config.yaml").write_text(yaml.safe_dump(config))
+    assert f"sure: {told}" in words(part(as_html(compared), "summary"))
+
+
+def test_the_command_of_a_run_is_the_one_of_its_record(tmp_path):
+    folder = folders.run(tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    record.update(command="tools/lazyconfig_train_net.py x.py 'a=b c'", config_file="x.py")
+    record.update(overrides=["train.seed=7", "a=b c"])
+    (folder / "run.json").write_text(json.dumps(record))
+    html = as_html(folder)
+    assert "tools/lazyconfig_train_net.py x.py 'a=b c'" in words(part(html, "about"))
+    assert "Namespace" not in html and "opts=" not in html
+    features = short(folder / "features")
+    command = f"--config-file x.py --output {features} train.seed=7 'a=b c'"
+    assert command in words(part(html, "features"))
 
 
 def test_a_run_in_training(tmp_path):
@@ -287,7 +373,8 @@ def test_a_run_in_training(tmp_path):
     assert "has not been evaluated yet" in words(part(html, "summary"))
     assert "No run has been evaluated yet." in words(part(html, "results"))
     assert plots(part(html, "curves"), "Stage identical")
-    command = f"tools/analyze_features.py --config-file {tmp_path}/run/config.yaml --output "
+    config = short(tmp_path / "run/config.yaml")
+    command = f"tools/analyze_features.py --config-file {config} --output "
     assert command in words(part(html, "features"))
 
 
@@ -310,8 +397,43 @@ def test_a_folder_of_runs(tmp_path):
     found = rows(part(html, "results"))
     assert list(found) == ["distilled", "plain", "teacher"]
     assert found["distilled"][1] == ("5", "+5.00")
-    assert "the teacher 20.00" in words(part(html, "summary"))
+    text = words(part(html, "summary"))
+    assert "2 runs are finished; the teacher has 20.00 box AP. distilled has 15.00 box AP" in text
+    assert "5.00 more than plain (10.00); one seed, so no interval." in text
+    assert "times the memory of plain." in text
     assert "prove nothing" in words(part(html, "results"))
+    assert "verdict" not in part(html, "results")
+
+
+def test_the_teacher_of_runs_that_were_moved_is_the_one_beside_them(tmp_path):
+    folders.run(tmp_path / "distilled", True, {"bbox": {"AP": 15.0}})
+    folders.run(tmp_path / "plain", False, {"bbox": {"AP": 10.0}})
+    folders.run(tmp_path / "somewhere", False, {"bbox": {"AP": 20.0}})  # as its config has it
+    html = as_html(tmp_path)
+    assert "the teacher has 20.00 box AP" in html
+    assert list(rows(part(html, "results"))) == ["distilled", "plain", "teacher"]
+
+
+def test_a_config_that_an_evaluation_left_does_not_hide_the_runs_beside_it(tmp_path):
+    folders.run(tmp_path / "plain", False, {"bbox": {"AP": 10.0}})
+    (tmp_path / "config.yaml").write_text("train: {max_iter: 600}")
+    (tmp_path / "log.txt").write_text("an evaluation\n")
+    html = as_html(tmp_path)
+    assert "plain has trained 200 of 200" in html
+    (tmp_path / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
+    assert "has trained 2 of 600" in as_html(tmp_path)
+
+
+def test_both_tasks_are_named(tmp_path):
+    results = {"bbox": {"AP": 30.0}, "segm": {"AP": 20.0}}
+    folders.run(tmp_path / "plain", False, results)
+    results = {"bbox": {"AP": 29.0}, "segm": {"AP": 21.5}}
+    folders.run(tmp_path / "kd", True, results)
+    told = (
+        "kd has 21.50 mask AP, 1.50 more than plain (20.00), and 29.00 box AP, "
+        "1.00 less than plain (30.00); one seed, so no interval."
+    )
+    assert told in words(part(as_html(tmp_path), "summary"))
 
 
 def test_results_of_runs_without_a_record_are_those_of_the_last_evaluation(tmp_path):
@@ -325,11 +447,14 @@ def test_results_of_runs_without_a_record_are_those_of_the_last_evaluation(tmp_p
 
 def test_what_is_missing_comes_with_the_command_that_makes_it(compared):
     html = as_html(compared)
-    config = compared / "wide/seed0/config.yaml"
-    command = f"tools/analyze_features.py --config-file {config} --output {compared / 'features'}"
+    here = short(compared)
+    config = f"{here}/wide/seed0/config.yaml"
+    command = f"tools/analyze_features.py --config-file {config} --output {here}/features"
     assert command in words(part(html, "features"))
-    command = f"tools/visualize_pair.py {compared} --output {compared / 'detections'}"
+    command = f"tools/visualize_pair.py {here} --output {here}/detections"
     assert command in words(part(html, "detections"))
+    for key in ("features", "detections"):
+        assert words(part(html, key)).endswith(f"tools/report.py {here}")
 
 
 def test_heat_maps_before_and_after(compared):
@@ -340,11 +465,30 @@ def test_heat_maps_before_and_after(compared):
     assert "nan" not in words(html)
     for state, value in (("initial", "0.90"), ("final", "0.10")):
         table = re.search(f"<caption>student - student, {state}</caption>.*?</table>", html).group()
-        assert re.findall("<td[^>]*>([^<]+)</td>", table) == ["0.00", value, value, "–"]
+        cells = re.findall("<td[^>]*>([^<]+)(?:<small>([^<]+)</small>)?</td>", table)
+        assert cells == [("0.00", "±0.01"), (value, "±0.02"), (value, "±0.03"), ("–", "")]
     # One scale of colours: 0.9 is the largest value, 0.1 is next to the smallest, 0.
-    shades = dict(re.findall(r'background:(#\w+);color:\S+" title="± 0.020[^>]*>([\d.]+)<', html))
+    shades = dict(re.findall(r"background:(#\w+);color:[^>]*>([\d.]+)<small>±0.02", html))
     lightness = {v: sum(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c, v in shades.items()}
     assert lightness["0.90"] > lightness["0.50"] > lightness["0.10"]
+
+
+def test_other_initial_weights_are_told(compared):
+    folder = folders.features(compared / "features")
+    told = "The initial weights are others than those that the run started from"
+    assert told not in as_html(compared)
+    path = folder / "features.json"
+    path.write_text(
+        path.read_text().replace('"initial_is_the_runs": true', '"initial_is_the_runs": false')
+    )
+    assert f"<strong>{told}</strong>" in part(as_html(compared), "features")
+
+
+def test_kinds_of_mistakes_are_defined(compared):
+    folders.detections(compared / "detections")
+    text = words(part(as_html(compared), "detections"))
+    assert "duplicate : IoU of at least 0.5 with an object that a surer detection has found" in text
+    assert "The quality of an image is the sum of the IoU of right detections over" in text
 
 
 def test_pictures_are_in_the_page_but_none_from_outside_the_folder(compared):

@@ -213,13 +213,16 @@ def _caveats(record: Mapping[str, Any]) -> str:
         and any(difference(record, method, baseline, task).seeds > 1 for task in tasks_of(record))
     ]
     by_chance = len(compared) * (1 - CONFIDENCE)
+    chance = (
+        f" Methods compared with an interval: {len(compared)}. If none of them differed from the "
+        f"baseline, about {len(compared)} x 0.05 = {by_chance:.2f} of the intervals of a table "
+        "would still exclude zero by chance; no correction is made for this."
+    )
     return (
         f"Seeds: {seeds}. The intervals are 95 % t intervals over seeds; those of the differences "
         f"to the baseline `{baseline}` are of paired differences, arm by arm of the same seed. "
-        "They do not cover the choice of the teacher or of the validation images. "
-        f"Methods compared with an interval: {len(compared)}. If none of them differed from the "
-        f"baseline, about {len(compared)} x 0.05 = {by_chance:.2f} of the intervals of a table "
-        "would still exclude zero by chance; no correction is made for this."
+        "They do not cover the choice of the teacher or of the validation images."
+        + (chance if compared else "")
     )
 
 

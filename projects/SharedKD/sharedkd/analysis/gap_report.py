@@ -21,6 +21,11 @@ from .similarity import MEASURES
 __all__ = ["draw_heat_maps", "draw_training", "words"]
 
 NAMES = {"mse": "MSE", "cosine": "cosine", "cka": "linear CKA"}
+BRIGHT = {
+    "mse": "far apart",
+    "cosine": "alike",
+    "cka": "alike",
+}  # what a heat map's bright cells are
 GAPS = {"mse": "MSE", "cosine": "1 - cosine", "cka": "1 - CKA"}
 TAPS = {"fpn": "FPN", "backbone": "backbone stages"}
 _COLORS = {"identical": "#0072B2", "inner": "#D55E00", "cross": "#000000", "teacher": "#009E73"}
@@ -110,22 +115,28 @@ def first_and_last(record: Mapping[str, Any]) -> List[Mapping[str, Any]]:
 def words(record: Mapping[str, Any]) -> str:
     """features.md: the verdict, the numbers, what changed, how it was measured."""
     taps = list(record["checkpoints"][0]["taps"])
-    parts = ["# Feature gaps", _verdict(record, taps), "## The gaps", _gap_table(record, taps)]
+    parts = ["# Feature gaps", _verdict(record, taps), _initial(record)]
+    parts += ["## The gaps", _gap_table(record, taps)]
     parts.append("\n".join(f"- *{name}*: {what}" for name, what in QUANTITIES.items()))
     if record["change"]:
         first, last = first_and_last(record)
         parts += [f"## Change from {first['name']} to {last['name']}", _change_table(record, taps)]
     parts += ["## Pictures"] + [f"![{name}]({name})" for name in record["pictures"]]
     parts += ["## How it was measured", _method(record)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _verdict(record: Mapping[str, Any], taps: List[str]) -> str:
+    steps = first_and_last(record)
+    when = [f"before training ({steps[0]['name']})", f"after training ({steps[-1]['name']})"]
+    answers = [f"{at}: {_count(step, taps)}" for at, step in zip(when, steps)]
+    lead = "; ".join(reversed(answers))
     lines = [
-        "Are the student's inner cross-layer gaps smaller than its cross-layer gaps to the teacher?",
+        "Are the student's inner cross-layer gaps smaller than its cross-layer gaps to the teacher? "
+        f"{lead[0].upper()}{lead[1:]}.",
         "",
     ]
-    for step in first_and_last(record):
+    for step in steps:
         for tap in taps:
             for measure in MEASURES:
                 lines.append(
@@ -133,6 +144,25 @@ def _verdict(record: Mapping[str, Any], taps: List[str]) -> str:
                     + _sentence(step, tap, measure)
                 )
     return "\n".join(lines)
+
+
+def _initial(record: Mapping[str, Any]) -> str:
+    """Whether "before training" is what it was for the run."""
+    return {
+        True: "The initial weights are those that the run started from.",
+        False: "**The initial weights are others than those that the run started from**, drawn in "
+        "the same way: config.yaml lists the parts of a model in another order than the config that "
+        "the run was started with, or the seed or the software differ.",
+        None: "",
+    }[record["initial_is_the_runs"]]
+
+
+def _count(step: Mapping[str, Any], taps: List[str]) -> str:
+    found = [step["taps"][t]["inner_minus_cross"][m]["verdict"] for t in taps for m in MEASURES]
+    text = f"**yes** in {found.count('smaller')} of {len(found)} measures"
+    if "larger" in found:
+        text += f", **no** in {found.count('larger')}"
+    return text
 
 
 def _sentence(step: Mapping[str, Any], tap: str, measure: str) -> str:
@@ -153,7 +183,21 @@ def _sentence(step: Mapping[str, Any], tap: str, measure: str) -> str:
     return (
         f"{answer}: {_number(inner)} against {_number(cross)}, difference {_interval(difference)} over "
         f"{difference['count']} {over}; of {len(pairs)} level pairs {smaller} smaller, {larger} larger"
+        + _carried(difference)
     )
+
+
+def _carried(difference: Mapping[str, Any]) -> str:
+    """The level pairs that make the mean what it is, where most say the opposite."""
+    pairs, opposite = difference["pairs"], {"smaller": "larger", "larger": "smaller"}
+    against = [x for x in pairs.values() if x["verdict"] == opposite.get(difference["verdict"])]
+    if 2 * len(against) <= len(pairs):
+        return ""
+    sign = np.sign(difference["mean"])
+    few = sorted(
+        (n for n in pairs if sign * pairs[n]["mean"] > 0), key=lambda n: -sign * pairs[n]["mean"]
+    )
+    return f"; the mean is carried by the strides {', '.join(few)}"
 
 
 def _gap_table(record: Mapping[str, Any], taps: List[str]) -> str:
@@ -187,13 +231,6 @@ def _method(record: Mapping[str, Any]) -> str:
         )
         for tap, sides in record["channels"].items()
     )
-    initial = {
-        True: "The initial weights are those that the run started from.",
-        False: "**The initial weights are others than those that the run started from**, drawn in "
-        "the same way: config.yaml lists the parts of a model in another order than the config that "
-        "the run was started with, or the seed or the software differ.",
-        None: "",
-    }[record["initial_is_the_runs"]]
     lines = [
         f"{record['images']} validation images, one at a time, both detectors in float32 and in "
         "evaluation mode; padding is left out.",
@@ -202,7 +239,6 @@ def _method(record: Mapping[str, Any]) -> str:
         "losses. CKA: all channels of both, unbiased estimate over minibatches of "
         f"{record['minibatch']} images with up to {record['positions']} positions each.",
         f"Channels: {widths}.",
-        initial,
         "± and brackets are 95 % t intervals over images (CKA: over minibatches). They say nothing "
         "about other seeds, other data or other training lengths. Twelve comparisons of which none "
         "is real would show one in about every second report.",

@@ -3,21 +3,34 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Any, List, Mapping, Optional
+from typing import Any, Iterable, List, Mapping, Optional
 
 import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 
-from ...running.runs import tool
-from ..gap_report import NAMES, TAPS, first_and_last, words
+from ...running.runs import short, tool
+from ..gap_report import BRIGHT, NAMES, TAPS, first_and_last, words
+from ..mistakes import KINDS
 from ..similarity import MEASURES
-from .markup import Markup, join, markdown, missing, picture, section, tag
+from .markup import Markup, join, markdown, missing, picture, scrolling, section, tag
+from .overview import report_command
 from .source import Source, is_distilled
 
 __all__ = ["detections", "features"]
 
-_TRUTH = "ground truth"
+_QUALITY = (
+    "The quality of an image is the sum of the IoU of right detections over (right + half the false "
+    "alarms + half the objects not found)."
+)
+_MISTAKES = "\n\n".join(
+    [
+        "Kinds of mistakes:",
+        "\n".join(f"- *{kind}*: {what}" for kind, what in KINDS.items()),
+        "A cost is what AP50 would gain if all mistakes of this kind, and no others, were repaired; "
+        "costs do not add up.",
+    ]
+)
 
 
 def features(source: Source, folder: Path) -> Markup:
@@ -31,14 +44,16 @@ def features(source: Source, folder: Path) -> Markup:
         return section(
             "features",
             "Feature gaps",
-            missing("Not measured here. Measure them with", _command(source, folder)),
+            *_to_make(
+                "Not measured here, yet. Measure them with", _command(source, folder), source
+            ),
         )
     measured = {"checkpoints": record["checkpoints"], "change": record["change"]}
     record = {**record, **_with_nan(measured)}
     verdict = markdown(words(record).split("## The gaps")[0].partition("\n")[2])
     hint = (
         "In the maps rows and columns are strides, rows those of the first of the two; maps beside each "
-        "other have one scale of colours."
+        "other have one scale of colours. ± is the standard deviation over images (CKA: minibatches)."
     )
     parts: List[Any] = [verdict, tag("p", hint)]
     for tap in record["checkpoints"][0]["taps"]:
@@ -58,24 +73,36 @@ def features(source: Source, folder: Path) -> Markup:
 def _command(source: Source, folder: Path) -> str:
     """What measures the feature gaps of the first distilled run."""
     run = next((r for r in source.runs if is_distilled(r.config)), None)
-    config = str(run.folder / "config.yaml") if run else "CONFIG"
-    return shlex.join(
-        [*tool("analyze_features.py"), "--config-file", config, "--output", str(folder)]
-    )
+    config, overrides = (short(run.folder / "config.yaml") if run else "CONFIG"), []
+    if run and run.record.get("config_file"):
+        # They draw exactly the weights that the run started from; a config.yaml may list the parts
+        # of a model in another order.
+        config, overrides = short(run.record["config_file"]), run.record.get("overrides") or []
+    options = ["--config-file", config, "--output", short(folder)]
+    return shlex.join([*tool("analyze_features.py"), *options, *overrides])
+
+
+def _to_make(what: str, command: str, source: Source) -> List[Markup]:
+    return [missing(what, command), missing("Then once more", report_command(source))]
 
 
 def _heat_maps(record: Mapping[str, Any], tap: str, measure: str) -> Markup:
     """The teacher's own levels, then the pairs of the student before and after: one scale of colours."""
     steps = first_and_last(record)
-    shown = [("teacher - teacher", steps[0], "teacher-teacher")]
+    groups = [[("teacher - teacher", steps[0], "teacher-teacher")]]
     for kind in ("student-teacher", "student-student"):
-        for step in steps:
-            shown.append((f"{kind.replace('-', ' - ')}, {step['name']}", step, kind))
-    found = [(title, step["taps"][tap]["matrices"][kind][measure]) for title, step, kind in shown]
-    known = np.concatenate([np.ravel(np.array(m["mean"], float)) for _, m in found])
+        title = kind.replace("-", " - ")
+        groups.append([(f"{title}, {step['name']}", step, kind) for step in steps])
+    found = [
+        [(title, step["taps"][tap]["matrices"][kind][measure]) for title, step, kind in group]
+        for group in groups
+    ]
+    known = np.concatenate([np.ravel(np.array(m["mean"], float)) for g in found for _, m in g])
     low, high = float(np.nanmin(known)), float(np.nanmax(known))
-    tables = [_heat_map(title, matrix, low, high) for title, matrix in found]
-    return join([tag("h4", NAMES[measure]), tag("div", *tables, class_="heats")])
+    # Before and after stay side by side where there is room for both.
+    shown = [tag("div", *(_heat_map(*each, low, high) for each in group)) for group in found]
+    title = tag("h4", f"{NAMES[measure]}: bright is {BRIGHT[measure]}")
+    return join([title, tag("div", *shown, class_="heats")])
 
 
 def _heat_map(title: str, matrix: Mapping[str, Any], low: float, high: float) -> Markup:
@@ -93,8 +120,8 @@ def _heat(mean: float, spread: float, low: float, high: float) -> Markup:
     share = (mean - low) / (high - low) if high > low else 0.5
     color = to_hex(matplotlib.colormaps["cividis"](share))
     style = f"background:{color};color:{'#fff' if share < 0.5 else '#000'}"
-    title = None if np.isnan(spread) else f"± {spread:.3f} over images"
-    return tag("td", f"{mean:.2f}", style=style, title=title)
+    more = "" if np.isnan(spread) else tag("small", f"±{spread:.2f}")
+    return tag("td", f"{mean:.2f}", more, style=style)
 
 
 def detections(source: Source, folder: Path) -> Markup:
@@ -106,11 +133,10 @@ def detections(source: Source, folder: Path) -> Markup:
     record = _read(folder / "detections.json")
     if record is None:
         command = shlex.join(
-            [*tool("visualize_pair.py"), str(source.folder), "--output", str(folder)]
+            [*tool("visualize_pair.py"), short(source.folder), "--output", short(folder)]
         )
-        return section(
-            "detections", "Detections", missing("Not drawn here. Draw them with", command)
-        )
+        made = _to_make("Not drawn here, yet. Draw them with", command, source)
+        return section("detections", "Detections", *made)
     parts: List[Any] = []
     if record["between"][0] != record["between"][1]:
         x, (first, second) = record["difference"], record["between"]
@@ -127,7 +153,7 @@ def detections(source: Source, folder: Path) -> Markup:
             "p",
             "The images where these two differ most: the exceptions, not the rule. Solid boxes are right, "
             "dashed and crossed ones are false alarms, black and white dashes are objects not found; "
-            f"scores of at least {record['score_threshold']:g}.",
+            f"scores of at least {record['score_threshold']:g}. {_QUALITY}",
         )
     )
     shots = [_shot(folder, shot) for shot in record["gallery"]]
@@ -137,6 +163,7 @@ def detections(source: Source, folder: Path) -> Markup:
         shown = tag("details", opened, *shots, open=True, class_="shots")
         parts.append(tag("div", shown, class_="gallery", data_left=left, data_right=right))
     parts += _pictures(folder, ["ap_bars.png", "mistakes.png"])
+    parts.append(markdown(_MISTAKES))
     parts.append(tag("p", "Drawn by ", tag("code", record.get("command") or "–")))
     return section("detections", "Detections", *parts)
 
@@ -157,12 +184,13 @@ def _shot(folder: Path, shot: Mapping[str, Any]) -> Markup:
     return tag("div", tag("h4", title), tag("div", *pictures, class_="row"), class_="shot")
 
 
-def _pictures(folder: Path, names) -> List[Markup]:
+def _pictures(folder: Path, names: Iterable[str]) -> List[Markup]:
     paths = [(name, _inside(folder, name)) for name in names]
     return [
         tag(
             "figure",
-            picture(path, f"{name}: see the caption there", loading="lazy"),
+            # Too small to read on a phone unless it is wider than that.
+            scrolling(name, picture(path, f"{name}: see the caption there", loading="lazy")),
             class_="paper",
         )
         for name, path in paths

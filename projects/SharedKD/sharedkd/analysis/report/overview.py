@@ -1,11 +1,13 @@
 """The first sections of a report: what came out, what it cost, in which settings, on what."""
 
 import math
+import os
 import shlex
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ...checks.plain_config import leaves
-from ...running.runs import tool
+from ...engine import DEV_RUN_IMAGES
+from ...running.runs import short, tool
 from ...stages import Stage
 from ..comparison import notes
 from ..scores import Difference, Row, difference, measured
@@ -13,7 +15,7 @@ from .markup import Markup, markdown, missing, scrolling, section, table, tag
 from .source import RunData, Source, is_distilled
 from .svg import Mark, mark_plot
 
-__all__ = ["about", "configs", "cost", "results", "spans", "summary"]
+__all__ = ["about", "configs", "cost", "report_command", "results", "spans", "summary"]
 
 TASKS = {"bbox": "box AP", "segm": "mask AP"}
 _UNIMPORTANT = ("train.output_dir", "train.seed")  # what every arm has for itself
@@ -24,50 +26,102 @@ _UNIMPORTANT = ("train.output_dir", "train.seed")  # what every arm has for itse
 
 def summary(source: Source) -> Markup:
     """Three sentences with the numbers."""
-    tasks = measured(source.record)
-    if source.kind == "run":
+    # Masks first, where there are some: they are what a student with masks is for.
+    tasks = dict(reversed(list(measured(source.record).items())))
+    if source.is_single:
         sentences = _of_run(source.runs[0], source)
     elif tasks:
-        task, rows = list(tasks.items())[-1]  # masks, where there are some
-        sentences = _of_methods(source, task, rows)
+        sentences = _of_methods(source, tasks)
     else:
         total = len(source.record["arms"])
-        sentences = [f"None of {total} arms has a result yet, so there is nothing to compare."]
-    return section("summary", "Summary", tag("p", " ".join(sentences), class_="summary"))
+        sentences = [f"None of {total} {_unit(source)}s has a result yet: nothing can be compared."]
+    text = tag("p", " ".join(sentences), class_="summary")
+    return section("summary", "Summary", *_trials(source), text)
 
 
-def _of_methods(source: Source, task: str, rows: Sequence[Row]) -> List[str]:
-    record, title = source.record, TASKS[task]
-    done = sum(arm["status"] == "finished" for arm in record["arms"])
+def _unit(source: Source) -> str:
+    return "arm" if source.kind == "comparison" else "run"
+
+
+def _trials(source: Source) -> List[Markup]:
+    """What to know of runs that train.fast_dev_run cut short."""
+    found = {run.method: run.max_iter for run in source.runs if run.is_trial}
+    if not found:
+        return []
+    text = (
+        f"{', '.join(found)}: {max(found.values())} iterations and {DEV_RUN_IMAGES} images "
+        "(train.fast_dev_run): the figures mean nothing."
+    )
+    return [tag("p", tag("strong", text))]
+
+
+def _of_methods(source: Source, tasks: Mapping[str, Sequence[Row]]) -> List[str]:
+    record, unit = source.record, _unit(source)
+    rows = next(iter(tasks.values()))
+    total, done = len(record["arms"]), sum(arm["status"] == "finished" for arm in record["arms"])
     seeds = sorted({arm["seed"] for arm in record["arms"]})
-    baseline = next(row for row in rows if row.method == record["baseline"])
-    teacher = ((record.get("teacher") or {}).get(task) or {}).get("AP")
     first = (
-        f"{done} of {len(record['arms'])} arms are finished "
-        f"(seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}); "
-        f"the plain student {baseline.method} has {_score(baseline)} {title}"
-        + (f", the teacher {teacher:.2f}." if _known(teacher) else ".")
+        (f"{done} {unit}{'s' * (done != 1)}" if done == total else f"{done} of {total} {unit}s")
+        + f" {'is' if done == 1 else 'are'} finished"
+        + (f" (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" if unit == "arm" else "")
+        + _teacher(record, tasks)
     )
     compared = [row for row in rows if row.gain and "@" not in row.method and row.gain.seeds]
     if not compared:
-        return [first, "No other method has a result yet.", "So no difference is shown."]
+        own = [f"{_score(_row(tasks[task], record['baseline']))} {TASKS[task]}" for task in tasks]
+        plain = _name(record["baseline"])
+        return [
+            f"{first}.",
+            f"{plain[0].upper()}{plain[1:]} has {' and '.join(own)}.",
+            "No other method has a result yet.",
+        ]
     best = max(compared, key=lambda row: row.gain.mean)
-    return [first, _difference(best, compared), _price(best, baseline, record, task)]
+    return [
+        f"{first}.",
+        _difference(best.method, compared, tasks, record["baseline"]),
+        _price(best, _row(rows, record["baseline"]), record, next(iter(tasks))),
+    ]
 
 
-def _difference(best: Row, compared: Sequence[Row]) -> str:
-    with_interval = [row.gain.verdict for row in compared if row.gain.seeds > 1]
-    text = (
-        f"Of the others {best.method} has the largest mean difference to it, {_gain(best.gain)} points, "
-        f"paired over {best.gain.seeds} seed{'s' * (best.gain.seeds > 1)}: {best.gain.verdict}"
-    )
-    if len(with_interval) > 1:
-        better, worse = (with_interval.count(verdict) for verdict in ("better", "worse"))
-        rest = len(with_interval) - better - worse
+def _teacher(record: Mapping[str, Any], tasks: Iterable[str]) -> str:
+    scores = {task: ((record.get("teacher") or {}).get(task) or {}).get("AP") for task in tasks}
+    known = [f"{ap:.2f} {TASKS[task]}" for task, ap in scores.items() if _known(ap)]
+    return f"; the teacher has {' and '.join(known)}" if known else ""
+
+
+def _row(rows: Sequence[Row], method: str) -> Row:
+    return next(row for row in rows if row.method == method)
+
+
+def _name(method: str) -> str:
+    """In a sentence; a comparison calls the plain student "none"."""
+    return "the plain student" if method == "none" else method
+
+
+def _difference(
+    best: str, compared: Sequence[Row], tasks: Mapping[str, Sequence[Row]], baseline: str
+) -> str:
+    parts = []
+    for task, rows in tasks.items():
+        ours, plain = _row(rows, best), _row(rows, baseline)
+        gain = ours.gain
+        if gain and gain.seeds:
+            more = f"{abs(gain.mean):.2f} {'more' if gain.mean >= 0 else 'less'}"
+            text = f"{_score(ours)} {TASKS[task]}, {more} than {_name(baseline)} ({_score(plain)})"
+            if gain.seeds > 1:
+                text += f", {_bounds(gain)} paired over {gain.seeds} seeds: {gain.verdict}"
+            parts.append(text)
+    several = f"Of {len(compared)} methods {best} has the largest mean difference: it has"
+    text = f"{several if len(compared) > 1 else f'{best} has'} {', and '.join(parts)}"
+    if all(row.gain.seeds == 1 for row in compared):
+        return f"{text}; one seed, so no interval."
+    found = [row.gain.verdict for row in compared if row.gain.seeds > 1]
+    if len(found) > 1:
+        better, worse = (found.count(verdict) for verdict in ("better", "worse"))
+        rest = len(found) - better - worse
         text += (
-            f"; of {len(with_interval)} methods with an interval {better} "
-            f"{'is' if better == 1 else 'are'} better, {worse} worse, and {rest} "
-            f"{'includes' if rest == 1 else 'include'} zero"
+            f"; of {len(found)} methods with an interval {better} {'is' if better == 1 else 'are'} "
+            f"better, {worse} worse, and {rest} {'includes' if rest == 1 else 'include'} zero"
         )
     return text + "."
 
@@ -80,7 +134,8 @@ def _price(best: Row, baseline: Row, record: Mapping[str, Any], task: str) -> st
         for ratio, what in ((time, "time of a step"), (memory, "memory"))
         if _known(ratio)
     ]
-    text = f"Training {best.method} takes {' and '.join(costs) or 'an unknown share'} of the plain student"
+    plain = _name(baseline.method)
+    text = f"Training {best.method} takes {' and '.join(costs) or 'an unknown share'} of {plain}"
     equal = f"{baseline.method}@{best.method}"
     if equal in record["methods"]:
         gain = difference(record, best.method, equal, task)
@@ -97,7 +152,8 @@ def _of_run(run: RunData, source: Source) -> List[str]:
     ]
     of = f" of {run.max_iter}" if run.max_iter else ""
     first = f"{run.method} has trained {run.iterations_done}{of} iterations"
-    first += f", and has {' and '.join(found)}." if found else ", and has not been evaluated yet."
+    first += f", and has {' and '.join(found)}" if found else ", and has not been evaluated yet"
+    first += f"{_teacher(source.record, TASKS)}."
     stages = [
         f"{name} (weight {stage.weight:g}, iterations {stage.span(run.max_iter)[0]} to "
         f"{stage.span(run.max_iter)[1]})"
@@ -135,39 +191,41 @@ def spans(config: Optional[Mapping[str, Any]]) -> Iterator[Tuple[str, Stage]]:
 
 def results(source: Source) -> Markup:
     """A sortable table per task, and what to know of the numbers."""
-    hint = (
-        "Intervals: 95 %, over seeds. Minutes, memory and extra parameters are those of training. "
-        "A heading sorts."
-    )
-    parts: List[Any] = [tag("p", hint)]
+    hint = "Minutes, memory and extra parameters are those of training. A heading sorts."
+    if source.kind == "comparison":
+        hint = f"Intervals: 95 %, over seeds. {hint}"
+    parts: List[Any] = [*_trials(source), tag("p", hint)]
     for task, rows in measured(source.record).items():
-        parts += [tag("h3", TASKS[task]), _sortable(source.record, task, rows)]
-    if len(parts) == 1:
+        parts += [tag("h3", TASKS[task]), _sortable(source, task, rows)]
+    if not measured(source.record):
         parts = [tag("p", "No run has been evaluated yet.")]
     if source.kind == "comparison":
         parts += [tag("h3", "How to read this"), markdown("\n\n".join(notes(source.record)))]
-    elif source.kind == "runs":
+    elif not source.is_single:
         parts.append(
             tag("p", "One seed each: the differences have no interval, and prove nothing.")
         )
     return section("results", "Results", *parts)
 
 
-def _sortable(record: Mapping[str, Any], task: str, rows: Sequence[Row]) -> Markup:
+def _sortable(source: Source, task: str, rows: Sequence[Row]) -> Markup:
+    # Nothing is compared with a run alone, and of one seed each nothing can be said.
+    compares, judges = not source.is_single, source.kind == "comparison"
     metrics = list(rows[0].metrics)
-    headers = ["method", "AP", "difference to baseline", "verdict", "seeds", *metrics]
-    headers += ["s / step", "minutes", "MB", "extra parameters"]
+    headers = ["method" if judges else "run", "AP"]
+    headers += ["difference to baseline"] * compares + ["verdict", "seeds"] * judges
+    headers += [*metrics, "s / step", "minutes", "MB", "extra parameters"]
     head = [
         tag("th", tag("button", name, type="button"), scope="col", aria_sort="none")
         for name in headers
     ]
     body = []
     for row in rows:
+        gain = (_gain(row.gain), row.gain.mean) if row.gain else ("baseline", 0.0)
         cells = [
             _cell(_score(row), row.mean),
-            _cell(_gain(row.gain) if row.gain else "baseline", row.gain.mean if row.gain else 0.0),
-            _verdict(row.gain),
-            _cell(len(row.scores), len(row.scores)),
+            *[_cell(*gain)] * compares,
+            *[_verdict(row.gain), _cell(len(row.scores), len(row.scores))] * judges,
             *(_cell(_number(value), value) for value in row.metrics.values()),
             _cell(_number(row.seconds_per_step, ".3f"), row.seconds_per_step),
             _cell(_number(row.minutes, ".1f"), row.minutes),
@@ -175,11 +233,12 @@ def _sortable(record: Mapping[str, Any], task: str, rows: Sequence[Row]) -> Mark
             _cell(_number(row.loss_parameters, ",.0f"), row.loss_parameters),
         ]
         body.append(tag("tr", tag("th", row.method, scope="row"), *cells))
-    teacher = (record.get("teacher") or {}).get(task) or {}
+    teacher = (source.record.get("teacher") or {}).get(task) or {}
     if _known(teacher.get("AP")):
-        cells = [_cell(f"{teacher['AP']:.2f}", teacher["AP"]), *[_cell("–", math.nan)] * 3]
+        nothing = _cell("–", math.nan)
+        cells = [_cell(f"{teacher['AP']:.2f}", teacher["AP"]), *[nothing] * (compares + 2 * judges)]
         cells += [_cell(_number(teacher.get(m)), teacher.get(m)) for m in metrics]
-        cells += [_cell("–", math.nan)] * 4
+        cells += [nothing] * 4
         body.append(tag("tr", tag("th", "teacher", scope="row"), *cells, class_="teacher"))
     inner = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body), class_="sortable")
     return scrolling(f"{TASKS[task]} of the methods", inner)
@@ -198,7 +257,9 @@ def _verdict(gain: Optional[Difference]) -> Markup:
 
 
 def cost(source: Source) -> Markup:
-    """AP against training time, a plot per task."""
+    """AP against training time, a plot per task; of one run alone nothing."""
+    if source.is_single:
+        return Markup("")
     plots = []
     teacher = source.record.get("teacher") or {}
     for task, rows in measured(source.record).items():
@@ -207,17 +268,20 @@ def cost(source: Source) -> Markup:
             for i, row in enumerate(rows)
             if _known(row.minutes) and _known(row.mean)
         ]
-        if marks:
+        if len(marks) > 1:
             best = max(mark.y for mark in marks)
             level = (teacher.get(task) or {}).get("AP")
             near = _known(level) and level < best + 1.5 * (best - min(mark.y for mark in marks))
             label = f"{TASKS[task]} against training time of {len(marks)} methods"
-            axes = ("training minutes", f"{TASKS[task]} (mean, 95 % interval)")
+            interval = " (mean, 95 % interval)" * any(_known(mark.half_width) for mark in marks)
+            axes = ("training minutes", f"{TASKS[task]}{interval}")
             plots.append(mark_plot(label, marks, *axes, level if near else None))
             if near:
                 plots[-1] = tag("div", plots[-1], tag("p", f"Dashed: the teacher, {level:.2f}."))
     if not plots:
-        return section("cost", "AP against cost", tag("p", "No run has both an AP and a time yet."))
+        return section(
+            "cost", "AP against cost", tag("p", "Fewer than two runs have an AP and a time.")
+        )
     return section("cost", "AP against cost", tag("div", *plots, class_="plots"))
 
 
@@ -228,7 +292,7 @@ def configs(source: Source) -> Markup:
     """What differs between the arms' configs and the baseline's."""
     found = {method: dict(leaves(_aligned(c))) for method, c in source.configs.items()}
     base = source.record["baseline"]
-    if source.kind == "run" and base in found:
+    if source.is_single and base in found:
         method, (config, name) = base, (found[base], "plain config")
         plain = {
             k: v for k, v in config.items() if not k.startswith(("model.stages.", "model.teacher"))
@@ -246,7 +310,7 @@ def configs(source: Source) -> Markup:
         ]
     hint = (
         "A plain student's keys begin with model; they are shown as model.student, so that they can "
-        "be compared. Folders and seeds are left out."
+        "be compared. Folders and seeds are left out; what only one has is told in one line."
     )
     return section("configs", "Settings", tag("p", hint), *parts)
 
@@ -254,14 +318,39 @@ def configs(source: Source) -> Markup:
 def _differences(
     method: str, plain: Mapping[str, str], config: Mapping[str, str], name: str, is_open: bool
 ) -> Markup:
-    rows = [
-        (tag("code", key), plain.get(key, "–"), config.get(key, "–"))
-        for key in dict.fromkeys([*plain, *config])
-        if plain.get(key) != config.get(key) and not key.startswith(_UNIMPORTANT)
+    rows: Dict[str, Tuple[List[str], List[str]]] = {}
+    for key in dict.fromkeys([*plain, *config]):
+        if plain.get(key) == config.get(key) or key.startswith(_UNIMPORTANT):
+            continue
+        start = key
+        if not (key in plain and key in config):
+            start = _alone(key, config if key in plain else plain)
+        rest = key[len(start) + 1 :]
+        for values, side in zip((plain, config), rows.setdefault(start, ([], []))):
+            if key in values:
+                side.append(f"{rest}={_value(values[key])}" if rest else _value(values[key]))
+    title = tag("summary", f"{method}: {len(rows)} differences from {name}")
+    shown = [
+        (tag("code", key), *(", ".join(side) or "–" for side in sides))
+        for key, sides in rows.items()
     ]
-    title = tag("summary", f"{method}: {len(rows)} settings differ from {name}")
-    inner = table(("key", name, method), rows, f"settings of {method}") if rows else ""
+    inner = table(("key", name, method), shown, f"settings of {method}") if rows else ""
     return tag("details", title, inner, open=is_open)
+
+
+def _alone(key: str, others: Mapping[str, str]) -> str:
+    """The beginning of a key that tells enough: nothing there begins so; each stage is told apart."""
+    parts = key.split(".")
+    for size in range(3 if key.startswith("model.stages.") else 1, len(parts)):
+        start = ".".join(parts[:size])
+        if not any(f"{other}.".startswith(f"{start}.") for other in others):
+            return start
+    return key
+
+
+def _value(text: str) -> str:
+    """Of a setting; a path as seen from here."""
+    return short(text) if os.path.isabs(text) else text
 
 
 def _aligned(config: Mapping[str, Any]) -> Dict[str, Any]:
@@ -293,9 +382,10 @@ def about(source: Source) -> Markup:
         commands = [tag("pre", tag("code", command), tabindex=0, aria_label="command")]
     else:
         commands = [
-            tag("p", f"{run.method}: ", tag("code", _arguments(run))) for run in source.runs
+            tag("p", f"{run.method}: ", tag("code", run.record.get("command") or _arguments(run)))
+            for run in source.runs
         ]
-    again = missing("This report is made by", shlex.join([*tool("report.py"), str(source.folder)]))
+    again = missing("This report is made by", report_command(source))
     known = [(name, text) for name, text in rows if text.strip("–")]
     return section(
         "about",
@@ -307,8 +397,13 @@ def about(source: Source) -> Markup:
     )
 
 
+def report_command(source: Source) -> str:
+    """What makes this report."""
+    return shlex.join([*tool("report.py"), short(source.folder)])
+
+
 def _arguments(run: RunData) -> str:
-    """What Detectron2 logged of the command line; a resumed run has several, the last counts."""
+    """Of a run whose record has no command: what Detectron2 logged of the command line; a resumed run has several, the last counts."""
     log, start = run.folder / "log.txt", "Command line arguments: "
     if not log.is_file():
         return "no log.txt"
@@ -340,5 +435,9 @@ def _score(row: Row) -> str:
 
 
 def _gain(gain: Difference) -> str:
-    bounds = f" [{gain.low:+.2f}, {gain.high:+.2f}]" if _known(gain.half_width) else ""
+    bounds = f" {_bounds(gain)}" if _known(gain.half_width) else ""
     return _number(gain.mean, "+.2f") + bounds
+
+
+def _bounds(gain: Difference) -> str:
+    return f"[{gain.low:+.2f}, {gain.high:+.2f}]"

@@ -14,7 +14,7 @@ from .source import read_source
 
 __all__ = ["as_html", "write_report"]
 
-_SECTIONS = {
+_TITLES = {
     "summary": "Summary",
     "results": "Results",
     "cost": "Cost",
@@ -60,24 +60,24 @@ def as_html(
 ) -> str:
     """The report as one HTML document, the same bytes for the same files; see :func:`write_report`."""
     source = read_source(folder)
-    sections = [
-        overview.summary(source),
-        overview.results(source),
-        overview.cost(source),
-        training.curves(source),
-        training.gradients(source),
-        evidence.features(source, features or folder / "features"),
-        evidence.detections(source, detections or folder / "detections"),
-        overview.configs(source),
-        overview.about(source),
-    ]
-    links = [tag("a", title, href=f"#{key}") for key, title in _SECTIONS.items()]
+    sections = {
+        "summary": overview.summary(source),
+        "results": overview.results(source),
+        "cost": overview.cost(source),
+        "curves": training.curves(source),
+        "gradients": training.gradients(source),
+        "features": evidence.features(source, features or folder / "features"),
+        "detections": evidence.detections(source, detections or folder / "detections"),
+        "configs": overview.configs(source),
+        "about": overview.about(source),
+    }
+    links = [tag("a", _TITLES[key], href=f"#{key}") for key, text in sections.items() if text]
     here = files(__package__)
     style, script, template = (
         here.joinpath(name).read_text("utf-8")
         for name in ("style.css", "script.js", "template.html")
     )
-    title = f"{_KINDS[source.kind]} {folder.resolve().name}"
+    title = f"{_KINDS[source.kind]}: {folder.resolve().name}"
     return Template(template).substitute(
         title=join([title]),
         style=Markup(style),
@@ -85,5 +85,5 @@ def as_html(
         # The browser runs this script and no other, and loads nothing from anywhere.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         links=join(links),
-        sections=join(sections),
+        sections=join(sections.values()),
     )

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -49,8 +49,16 @@ class RunData:
     @property
     def max_iter(self) -> Optional[int]:
         """Of its config, without which its record has it once it is finished."""
-        train = (self.config or {}).get("train") or {}
-        return train.get("max_iter") or self.record.get("iterations")
+        return self._train.get("max_iter") or self.record.get("iterations")
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether train.fast_dev_run cut it short."""
+        return bool(self._train.get("fast_dev_run"))
+
+    @property
+    def _train(self) -> Mapping[str, Any]:
+        return (self.config or {}).get("train") or {}
 
 
 @dataclass
@@ -71,6 +79,11 @@ class Source:
     runs: List[RunData]
     configs: Dict[str, Mapping[str, Any]]
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one run, and nothing to compare it with but its teacher."""
+        return self.kind != "comparison" and len(self.runs) == 1
+
     def runs_of(self, method: str) -> List[RunData]:
         """Those whose curves can be averaged: the finished ones, or all while none is."""
         runs = [run for run in self.runs if run.method == method and len(run.curves)]
@@ -85,10 +98,12 @@ def read_source(folder: Path) -> Source:
     """
     if (folder / "results.json").is_file():
         return _comparison(folder)
-    if _is_run(folder):
+    inner = [path for path in sorted(folder.glob("*/")) if _is_run(path)]
+    # An evaluation alone leaves a config.yaml, too, perhaps in the folder that holds the runs.
+    if _has_trained(folder) or (_is_run(folder) and not inner):
         name = folder.resolve().name
         return _of_runs(folder, "run", [_run(folder, name, None)])
-    runs = [_run(path, path.name, None) for path in sorted(folder.glob("*/")) if _is_run(path)]
+    runs = [_run(path, path.name, None) for path in inner]
     if not runs:
         raise ConfigError(
             "DIR",
@@ -106,7 +121,11 @@ def is_distilled(config: Optional[Mapping[str, Any]]) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("metrics.json", "run.json", "config.yaml"))
+    return _has_trained(folder) or (folder / "config.yaml").is_file()
+
+
+def _has_trained(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("metrics.json", "run.json"))
 
 
 def _comparison(folder: Path) -> Source:
@@ -134,8 +153,8 @@ def _comparison(folder: Path) -> Source:
 
 def _of_runs(folder: Path, kind: str, runs: List[RunData]) -> Source:
     """A run, or several, told as a comparison with one seed each; their teacher is none of them."""
-    teachers = {_teacher_of(run) for run in runs}
-    teacher = next((r for r in runs if r.folder.resolve() in teachers and len(runs) > 1), None)
+    found = (_teacher_of(run, runs) for run in runs)
+    teacher = next(filter(None, found), None)
     arms = [run for run in runs if run is not teacher]
     plain = [run.method for run in arms if not is_distilled(run.config)]
     record = {
@@ -148,10 +167,16 @@ def _of_runs(folder: Path, kind: str, runs: List[RunData]) -> Source:
     return Source(folder, kind, record, arms, configs)
 
 
-def _teacher_of(run: RunData) -> Optional[Path]:
+def _teacher_of(run: RunData, runs: Sequence[RunData]) -> Optional[RunData]:
+    """The one of the runs that is its teacher; if they were moved, the one of that folder's name."""
     teacher = ((run.config or {}).get("model") or {}).get("teacher")
     weights = teacher.get("weights") if isinstance(teacher, Mapping) else None
-    return Path(weights).resolve().parent if isinstance(weights, str) else None
+    if not isinstance(weights, str):
+        return None
+    folder = Path(weights).resolve().parent
+    others = [other for other in runs if other is not run]
+    same = [other for other in others if other.folder.resolve() == folder]
+    return next(iter(same or [other for other in others if other.folder.name == folder.name]), None)
 
 
 def _arm(run: RunData) -> Dict[str, Any]:

@@ -13,7 +13,7 @@ WIDTH, HEIGHT = 480, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 40
 _MOST = 240  # points of a curve
 _LOG = 30  # ratio of the greatest to the least value from which an axis is logarithmic
-_LETTER = 6.6  # pixels, the width of a letter of a name, about
+_LETTER = 8.0  # pixels, the width of a letter of a name, about
 
 Point = Tuple[float, float]
 
@@ -173,8 +173,7 @@ def stacked_bar(label: str, shares: Mapping[str, float]) -> Markup:
         width = WIDTH * share / total if total else 0
         title = tag("title", f"{name}: {share:.1%}")
         rect = tag("rect", x=_px(at), y=0, width=_px(width), height=26)
-        faint = " faint" if (i // COLORS) % 2 else ""
-        parts.append(tag("g", title, rect, class_=f"fill c{i % COLORS}{faint}", data_share=share))
+        parts.append(tag("g", title, rect, class_=_fill_class(i), data_share=share))
         at += width
     names = {f"{name} {share:.1%}": () for name, share in shares.items()}
     return tag("div", _svg(label, parts, 26), legend(names, lines=False), class_="plot bar")
@@ -184,7 +183,7 @@ def legend(names: Mapping[str, object], toggles: bool = False, lines: bool = Tru
     """Names with their colours; with ``toggles`` each shows and hides its curve."""
     items = []
     for i, name in enumerate(names):
-        kind = _line_class(i) if lines else f"fill c{i % COLORS}"
+        kind = _line_class(i) if lines else _fill_class(i)
         shape = (
             tag("line", x1=0, x2=22, y1=6, y2=6) if lines else tag("rect", width=14, height=12, x=4)
         )
@@ -285,6 +284,10 @@ def _padded(values: Sequence[float], log: bool, share: float = 0.06) -> Tuple[fl
 
 def _line_class(i: int) -> str:
     return f"curve c{i % COLORS}" + (f" d{i // COLORS % 3}" if i >= COLORS else "")
+
+
+def _fill_class(i: int) -> str:
+    return f"fill c{i % COLORS}" + (f" faint{i // COLORS % 3}" if i >= COLORS else "")
 
 
 def _finite(point: Point) -> bool:

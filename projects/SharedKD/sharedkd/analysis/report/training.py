@@ -1,7 +1,8 @@
 """The sections about training: curves of every loss with the stages' schedules, and gradient shares."""
 
+import re
 from collections import defaultdict
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ __all__ = ["curves", "gradients"]
 
 _DISTILL, _WATCH = "distill/", "watch/"
 _DETECTOR = "detector"
+_LEVELS = "s8: the level of stride 8; s4_s16: a pair of levels."
 
 Curve = List[Tuple[float, float]]
 
@@ -36,7 +38,7 @@ def curves(source: Source) -> Markup:
     details = [_of_method(m, source.runs_of(m), m == first) for m in methods]
     hint = (
         "Means over the seeds. Shaded is where a stage is on, as high as its weight; its curves are raw "
-        "values, before the weight. Names in a legend show and hide their curves."
+        f"values, before the weight. {_LEVELS} Names in a legend show and hide their curves."
     )
     return section(
         "curves", "Loss curves", tag("p", hint), tag("div", *plots, class_="plots"), *details
@@ -44,7 +46,7 @@ def curves(source: Source) -> Markup:
 
 
 def _of_method(method: str, runs: Sequence[RunData], is_open: bool) -> Markup:
-    keys = sorted({key for run in runs for key in run.curves if key.startswith(_DISTILL)})
+    keys = _sorted(key for run in runs for key in run.curves if key.startswith(_DISTILL))
     stages: Dict[str, List[str]] = defaultdict(list)
     for key in keys:
         stage, _, term = key[len(_DISTILL) :].partition("/")
@@ -67,6 +69,13 @@ def _of_method(method: str, runs: Sequence[RunData], is_open: bool) -> Markup:
         figures.append(tag("figure", caption, _lines("raw value", terms, bands, end)))
     title = tag("summary", f"{method}: {len(stages)} stage{'s' * (len(stages) != 1)}")
     return tag("details", title, tag("div", *figures, class_="plots"), open=is_open)
+
+
+def _sorted(keys: Iterable[str]) -> List[str]:
+    """Each once, s8 before s16."""
+    return sorted(
+        set(keys), key=lambda key: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", key)]
+    )
 
 
 def _band(stage: Stage, end: int) -> Band:
@@ -111,7 +120,7 @@ def gradients(source: Source) -> Markup:
     parts = []
     for method in source.record["methods"]:
         runs = source.runs_of(method)
-        keys = sorted({k for run in runs for k in run.curves if k.startswith(_WATCH)})
+        keys = _sorted(k for run in runs for k in run.curves if k.startswith(_WATCH))
         keys.sort(key=lambda key: key != f"{_WATCH}{_DETECTOR}")  # the detector first
         found = {key[len(_WATCH) :]: _mean_curve(runs, _metric(key)) for key in keys}
         shares = {name: sum(y for _, y in c) / len(c) for name, c in found.items() if c}
@@ -132,7 +141,7 @@ def gradients(source: Source) -> Markup:
         ]
     hint = (
         "Norm of each term's gradient with respect to the student's parameters, as it counts in the "
-        "total loss, over the sum of these norms."
+        f"total loss, over the sum of these norms. {_LEVELS}"
     )
     return section(
         "gradients", "Gradient shares", tag("p", hint), tag("div", *parts, class_="plots")
