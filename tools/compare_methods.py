@@ -27,10 +27,12 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
+from sharedkd.analysis.report import write_report
 from sharedkd.compare import run_comparison
 from sharedkd.errors import ConfigError
 from sharedkd.methods import known_methods
 from sharedkd.running.interrupt import interruptible
+from sharedkd.running.runs import short
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,6 +94,8 @@ if __name__ == "__main__":
                 args.shard,
                 args.jobs,
             )
-        print(f"\n{(args.output / 'report.md').read_text()}")
+        page = write_report(args.output)
+        tables = (args.output / "report.md").read_text().partition("## How to read this")[0]
+        print(f"\n{tables}{short(args.output / 'report.md')}\n{short(page)}")
     except ConfigError as e:
         sys.exit(f"error: {e}")

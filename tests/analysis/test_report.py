@@ -2,8 +2,12 @@
 
 import json
 import re
+import runpy
+import sys
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ import report_folders as folders
 import yaml
 from PIL import Image
 
+from sharedkd.analysis import comparison
 from sharedkd.analysis.report import write_report
 from sharedkd.analysis.report.markup import Markup, markdown, tag
 from sharedkd.analysis.report.page import as_html
@@ -545,6 +550,22 @@ def test_folders_that_hold_nothing(tmp_path):
     (tmp_path / "results.json").write_text('{"arms": [')
     with pytest.raises(ConfigError, match="results.json that cannot be read"):
         write_report(tmp_path)
+
+
+def test_a_comparison_ends_with_its_tables_and_where_the_report_is(compared, monkeypatch, capsys):
+    record = json.loads((compared / "results.json").read_text())
+    end = lambda *_: comparison.write(record, str(compared))  # noqa: E731  no training
+    monkeypatch.setattr("sharedkd.compare.run_comparison", end)
+    tool = Path(__file__).parents[2] / "tools/compare_methods.py"
+    words = [str(tool), "--config-file", "x.py", "--output", str(compared)]
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "prologue", ModuleType("prologue"))  # of a process of its own
+    runpy.run_path(str(tool), run_name="__main__")
+    console = capsys.readouterr().out
+    assert "| wide" in console and "How to read this" not in console and "![" not in console
+    assert console.splitlines()[-2:] == [short(compared / f"report.{x}") for x in ("md", "html")]
+    assert "9 arms are finished" in (compared / "report.html").read_text()
 
 
 def test_markdown_of_our_reports():

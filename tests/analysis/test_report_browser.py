@@ -3,6 +3,7 @@
 import browser
 import pytest
 import report_folders as folders
+from PIL import Image
 
 from sharedkd.analysis.report import write_report
 
@@ -12,11 +13,15 @@ SCORES = {"none": [30.0, 31.0, 35.0], "low": [1.5, 2.5, 3.5], "gain": [110.0, 11
 SCORES["long_name_of_a_method_that_is_wider_than_most"] = [9.0, 10.0, 11.0]
 
 
+PICTURE = (1430, 792)  # of AP bars and mistakes
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = folders.comparison(tmp_path_factory.mktemp("a") / f"x{'y' * 60}", SCORES)
     folders.features(folder / "features")
     folders.detections(folder / "detections")
+    Image.new("RGB", PICTURE, "teal").save(folder / "detections/mistakes.png")
     return write_report(folder)
 
 
@@ -117,8 +122,6 @@ def test_the_gallery_shows_the_chosen_models_and_images(opened):
 
 def test_the_left_picture_covers_the_left_part(opened, tmp_path):
     """Seen, and not only set: pixels of a screenshot on both sides of the handle."""
-    from PIL import Image
-
     opened.click(".compare", x=0.3)
     box = opened.js("(() => { const b = document.querySelector('.compare').getBoundingClientRect();"
                     "return [b.x, b.y, b.width, b.height] })()")  # fmt: skip
@@ -178,6 +181,39 @@ def test_a_phone_scrolls_in_one_direction(opened, report, width):
     assert opened.js("document.documentElement.scrollWidth") == width
     wide = "[...document.querySelectorAll('.scroll')].filter(x => x.scrollWidth > x.clientWidth).length"
     assert opened.js(wide) > 0  # so the tables have to scroll by themselves
+
+
+TEXT = """Math.min(...[...document.querySelectorAll('.plot > svg text')].map(
+  e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a || 99))"""
+
+
+@pytest.mark.parametrize("width", [320, 390, 481, 900, 1200])
+def test_words_of_plots_are_large_enough(opened, report, width):
+    opened.size(width, 844, phone=width < 900)
+    opened.open(report)
+    opened.js("document.querySelectorAll('details').forEach(x => x.open = true)")
+    assert 11 <= opened.js(TEXT) < 99
+
+
+def test_pictures_of_plots_keep_their_size_on_a_phone_and_fit_a_screen(opened, report):
+    image = "document.querySelector('.paper img[alt^=mistakes]')"
+    shown = f"(({image}).loading = 'eager', {image}.decode()).then(() => {image}.width)"
+    assert 900 < opened.js(shown) < 1200
+    opened.size(390, 844, phone=True)
+    opened.open(report)
+    assert opened.js(shown) == PICTURE[0]
+    assert opened.js("document.documentElement.scrollWidth") == 390
+
+
+def test_a_screen_shows_the_whole_results_and_heat_maps_before_beside_after(opened):
+    wide = (
+        "[...document.querySelectorAll('#results .scroll')].map(x => x.scrollWidth - x.clientWidth)"
+    )
+    assert opened.js(wide) == [0]
+    tops = """['initial', 'final'].map(x => [...document.querySelectorAll('.heat')].find(
+      e => e.caption.textContent == 'student - student, ' + x).getBoundingClientRect().y)"""
+    before, after = opened.js(tops)
+    assert before == after
 
 
 def test_the_first_tab_skips_to_the_report_and_focus_is_seen(opened):

@@ -13,7 +13,7 @@ WIDTH, HEIGHT = 480, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 40
 _MOST = 240  # points of a curve
 _LOG = 30  # ratio of the greatest to the least value from which an axis is logarithmic
-_LETTER = 8.0  # pixels, the width of a letter of a name, about
+_LETTER = 9.0  # pixels, the width of a letter of a name on a phone, about
 
 Point = Tuple[float, float]
 
