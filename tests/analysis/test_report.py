@@ -370,7 +370,12 @@ def test_the_command_of_a_run_is_the_one_of_its_record(tmp_path):
     assert "Namespace" not in html and "opts=" not in html
     features = short(folder / "features")
     command = f"--config-file x.py --output {features} train.seed=7 'a=b c'"
-    assert command in words(part(html, "features"))
+    moved = f"{command} train.output_dir={short(folder)}"
+    assert moved in words(part(html, "features"))
+    config = folders.config(output_dir=str(folder))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    stayed = words(part(as_html(folder), "features"))
+    assert command in stayed and "output_dir" not in stayed
 
 
 def test_a_run_in_training(tmp_path):

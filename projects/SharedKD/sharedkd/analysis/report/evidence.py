@@ -77,7 +77,9 @@ def _command(source: Source, folder: Path) -> str:
     if run and run.record.get("config_file"):
         # They draw exactly the weights that the run started from; a config.yaml may list the parts
         # of a model in another order.
-        config, overrides = short(run.record["config_file"]), run.record.get("overrides") or []
+        config, overrides = short(run.record["config_file"]), [*(run.record.get("overrides") or [])]
+        if run.was_moved:
+            overrides.append(f"train.output_dir={short(run.folder)}")
     options = ["--config-file", config, "--output", short(folder)]
     return shlex.join([*tool("analyze_features.py"), *options, *overrides])
 

@@ -57,6 +57,11 @@ class RunData:
         return bool(self._train.get("fast_dev_run"))
 
     @property
+    def was_moved(self) -> bool:
+        """Whether its folder is not the one that its config names."""
+        return Path(self._train.get("output_dir") or self.folder).resolve() != self.folder.resolve()
+
+    @property
     def _train(self) -> Mapping[str, Any]:
         return (self.config or {}).get("train") or {}
 
