@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measure how far apart the feature levels of a pair are, before, during and after training.
 
-    tools/analyze_features.py --config-file output/student/config.yaml --output output/features
-    tools/analyze_features.py --config-file configs/custom_coco.py --output output/features \\
+    tools/analyze_features.py --config-file output/student/config.yaml --output output/student/features
+    tools/analyze_features.py --config-file configs/custom_coco.py --output output/student/features \\
         --checkpoint plain=output/plain/model_final.pth,distilled=output/student/model_final.pth $DATA
 
 All level pairs student-teacher, student-student and teacher-teacher, on images of the config's

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Show what trained detectors find: side by side, AP per class and size, kinds of mistakes.
 
-    tools/visualize_pair.py output/comparison --output output/pictures
-    tools/visualize_pair.py output/student --models plain=output/plain/model_final.pth --output DIR
+    tools/visualize_pair.py output/comparison --output output/comparison/detections
+    tools/visualize_pair.py output/student --models plain=output/plain/model_final.pth \\
+        --output output/student/detections
     tools/visualize_pair.py --config-file configs/custom_coco.py key=value --output DIR \\
         --models plain=A.pth distilled=B.pth
 
 The folder is a comparison's, a run's, or one that holds runs (such as that of the demo). Of a
-comparison, --models names methods. The teacher is added where a config has one. Pictures show the
+comparison, --models names methods; beside a run they come first: what it is compared with. The teacher is added where a config has one. Pictures show the
 images where two models differ most; docs/analysis.md has the definitions. Writes detections.md
 (start there), detections.json and pictures.
 """

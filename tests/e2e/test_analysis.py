@@ -143,6 +143,23 @@ def test_visualize(runs, workspace, tmp_path, capsys):
             assert image.width == 640
 
 
+def test_a_run_is_compared_with_the_models_beside_it(runs):
+    beside = f"plain={runs}/plain/model_final.pth"
+    found = sources(runs / "sharedkd", None, [beside])
+    assert [x.name for x in found] == ["plain", "sharedkd", "teacher"]
+
+
+def test_where_nothing_is_found_it_says_so(runs, tmp_path, capsys):
+    (tmp_path / "side_by_side.jpg").touch()
+    assert tool("visualize_pair.py", runs, "--score-threshold", 1.01, "--output", tmp_path) is None
+    said = capsys.readouterr().out
+    assert "No detection reaches 1.01: lower --score-threshold." in said
+    assert "ahead" not in said
+    text = (tmp_path / "detections.md").read_text()
+    assert "No detection reaches 1.01" in text and "side_by_side" not in text
+    assert json.loads((tmp_path / "detections.json").read_text())["gallery"] == []
+
+
 def test_trained_weights_are_what_is_shown(runs, train, workspace, tmp_path):
     """AP is that of Detectron2's own evaluation of the same file."""
     weights = workspace.weights  # the teacher's, which is a Mask R-CNN of the student's kind

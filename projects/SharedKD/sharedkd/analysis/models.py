@@ -61,7 +61,8 @@ def sources(
         folder: of a comparison, of a run, or with runs right below it; or None.
         config: for checkpoints that have no config.yaml beside them.
         models: ``name=CHECKPOINT``; for a comparison, names of its methods (default: the baseline,
-            the first distilled student, and of the others the one with the best AP).
+            the first distilled student, and of the others the one with the best AP); beside a run
+            they come first.
         seed: of a comparison; None: the first one that all of the methods have.
 
     Raises:
@@ -74,8 +75,9 @@ def sources(
         found = _of_comparison(folder, models, seed)
         pair = None
     elif (folder / "config.yaml").exists():
-        found = [Source(folder.resolve().name, folder / "config.yaml", _weights(folder))]
-        found += [_named(item, config) for item in models]
+        # Differences are of the second to the first: the run to what it is compared with.
+        found = [_named(item, config) for item in models]
+        found.append(Source(folder.resolve().name, folder / "config.yaml", _weights(folder)))
         pair = folder / "config.yaml"
     else:
         runs = [path for path in sorted(folder.glob("*/")) if (path / "config.yaml").exists()]

@@ -68,7 +68,14 @@ def visualize(
     task = tasks[-1]
     scores = {n: qualities(truth, x, task, score_threshold) for n, x in results.items()}
     ours, theirs = (scores[name] for name in between)
+    difference = _difference(scores, between)
     chosen = most_different(ours, theirs, pictures)
+    if not any(
+        x["score"] >= score_threshold for f in results.values() for i in f.values() for x in i
+    ):
+        # All images are equal: none of them shows anything.
+        difference["verdict"] = f"no detection reaches {score_threshold:g}: lower --score-threshold"
+        chosen = []
     record = {
         "command": command,
         "dataset": truth.coco.dataset.get("info", {}).get("description") or dataset,
@@ -94,13 +101,17 @@ def visualize(
         },
         "per_image": [_per_image(truth, r, scores) for r in records],
         "between": list(between),
-        "difference": _difference(scores, between),
+        "difference": difference,
     }
     output.mkdir(parents=True, exist_ok=True)
     by_id = {r["image_id"]: r for r in records}
     captions = [_caption(i, scores, between) for i in chosen]
     shown = [by_id[i] for i in chosen]
-    files = draw_gallery(truth, shown, results, task, score_threshold, captions, output)
+    files = (
+        draw_gallery(truth, shown, results, task, score_threshold, captions, output)
+        if shown
+        else []
+    )
     record["gallery"] = [
         {**_per_image(truth, by_id[i], scores), "pictures": paths}
         for i, paths in zip(chosen, files)
@@ -171,13 +182,16 @@ def _caption(image_id: int, scores, between: Tuple[str, str]) -> str:
 
 def _words(record: Mapping[str, Any]) -> str:
     parts = ["# Detections", _table(record, record["tasks"]), _sentence(record)]
-    parts += [
+    gallery = [
         "The side-by-side picture shows the images where these two differ most, in either direction. "
         f"Solid boxes are right (IoU of at least {FOREGROUND} with an object of their class), dashed "
         "and crossed ones are false alarms, dashes of black and white are objects not found; scores "
         f"of at least {record['score_threshold']:g} are shown. These images are the exceptions, "
         "not the rule.",
         "![Side by side](side_by_side.jpg)",
+    ]
+    parts += gallery if record["gallery"] else []
+    parts += [
         "## AP by size and class",
         "![AP](ap_bars.png)",
         "## Mistakes",
@@ -192,12 +206,15 @@ def _words(record: Mapping[str, Any]) -> str:
 
 def _sentence(record: Mapping[str, Any]) -> str:
     first, second = record["between"]
+    verdict = record["difference"]["verdict"]
+    if verdict.startswith("no detection"):
+        return f"{verdict.capitalize()}."
     if first == second:
         return "One model: nothing to compare it with."
     x = record["difference"]
     return (
         f"Quality per image (from 0 to 1), {second} minus {first}: {x['mean']:+.3f} "
-        f"[{x['low']:+.3f}, {x['high']:+.3f}] over {x['images']} images: {x['verdict']}. {second} is "
+        f"[{x['low']:+.3f}, {x['high']:+.3f}] over {x['images']} images: {verdict}. {second} is "
         f"ahead on {x['second_better']} images, {first} on {x['first_better']}. The interval is over "
         "images, for these very weights: it says nothing about other seeds."
     )
