@@ -140,7 +140,7 @@ def _train(run: Run, root: Path) -> None:
     live = LiveLine()
     iterations = run.cfg.train.max_iter
     run.train(root, iterations, lambda now: live.update(f"      {now}", now.is_last))
-    live.keep(f"      {time.perf_counter() - start:.0f} s")
+    live.keep(f"      trained and evaluated in {time.perf_counter() - start:.0f} s")
 
 
 def _model(run: Run) -> nn.Module:

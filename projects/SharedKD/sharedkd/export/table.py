@@ -13,10 +13,20 @@ def table(result: Export) -> str:
     for name in ("student", *result.files, "teacher"):
         if name in result.megabytes:
             rows.append([name, *_cost(result, name), *_agreement(result.files.get(name))])
-    header = ["model", "MB", "ms (least to greatest)", "detections", "differ", "largest difference"]
+    header = [
+        "model",
+        "MB",
+        "ms (least to greatest)",
+        "detections without a partner",
+        "largest difference",
+    ]
     lines = [tabulate(rows, header, tablefmt="github", disable_numparse=True), ""]
     height, width = result.about["image"]
     lines.append(f"One image of {height} x {width}, {result.about['hardware']}.")
+    for found in list(result.files.values())[:1]:  # all files are checked on the same images
+        lines.append(
+            f"Checked on {found['images']} images, {found['empty']} of them without detections."
+        )
     if "no_teacher" in result.about:
         lines.append(f"Teacher not measured: {result.about['no_teacher']}")
     lines += [f"{found['path']} and {found['path']}.json" for found in result.files.values()]
@@ -31,10 +41,9 @@ def _cost(result: Export, name: str):
 
 def _agreement(found):
     if not found:
-        return "-", "-", "-"
+        return "-", "-"
     largest = ", ".join(
         f"{name} {value:.1e}{' px' if name == 'boxes' else ''}"
         for name, value in found["largest"].items()
     )
-    images = f"{found['detections']} in {found['images']} images, {found['empty']} without"
-    return images, str(found["unmatched"]), largest
+    return f"{found['unmatched']} of {found['detections']}", largest
