@@ -86,6 +86,16 @@ def test_a_good_run_is_ready(good, tmp_path, kind):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_single_model_is_no_pair(good, tmp_path):
+    said = {}
+    for kind in ("plain", "pair"):
+        found = preflight(good[kind], [f"train.output_dir={tmp_path}/run"], measure=False)
+        said[kind] = report(found)
+    for word in ("student:", "student's", "teacher", "made comparable", "unmasked"):
+        assert word not in said["plain"] and word in said["pair"], word
+    assert "model: Faster R-CNN" in said["plain"]
+
+
 ALL = {
     "train.max_itr": "train.max_itr=9",
     "train.accumulate": "train.accumulate=0",

@@ -29,7 +29,7 @@ def describe(cfg: DictConfig, parts: Parts, findings: Findings) -> Dict[str, Any
 
     Returns:
         ``student`` and ``teacher`` (``family``, ``backbone``, ``parameters``, ``classes``,
-        ``weights``); ``levels``, ``stages``: a dict per row; ``data``: split to its numbers;
+        ``masks``, ``weights``); ``levels``, ``stages``: a dict per row; ``data``: split to its numbers;
         ``disk``: see :func:`~sharedkd.checks.disk.check_disk`; ``max_iter``, ``images_per_step``,
         ``image_size`` (height and width of the first image as the student gets it).
     """
@@ -69,6 +69,7 @@ def _detector(model: nn.Module) -> Dict[str, Any]:
         "backbone": backbone(model),
         "parameters": count_parameters(model),
         "classes": num_classes(model),
+        "masks": bool(getattr(getattr(model, "roi_heads", None), "mask_on", False)),
     }
 
 
@@ -253,21 +254,25 @@ def _advise_pair(cfg: DictConfig, model: nn.Module, findings: Findings) -> None:
 
 def as_text(found: Dict[str, Any]) -> str:
     """What :func:`describe` returns, for people."""
-    blocks = [_detectors(found)] if "student" in found else []
+    pair = "teacher" in found or bool(found.get("stages"))
+    blocks = [_detectors(found, pair)] if "student" in found else []
     if found.get("levels"):
         rows = [
-            [
-                x["tap"],
-                x["stride"],
-                x["student_channels"],
-                x["teacher_channels"],
-                "x".join(map(str, x["map_size"] or ())),
-                "; ".join(f"{name}: {how}" for name, how in x["aligned"].items()),
-            ]
+            {
+                "tap": x["tap"],
+                "stride": x["stride"],
+                "student's channels" if pair else "channels": x["student_channels"],
+                **({"teacher's": x["teacher_channels"]} if "teacher" in found else {}),
+                "map": "x".join(map(str, x["map_size"] or ())),
+                "made comparable": "; ".join(
+                    f"{name}: {how}" for name, how in x["aligned"].items()
+                ),
+            }
             for x in found["levels"]
         ]
-        head = ["tap", "stride", "student's channels", "teacher's", "map", "made comparable"]
-        blocks.append(_table(rows, head))
+        if not found["stages"]:
+            rows = [{k: v for k, v in row.items() if k != "made comparable"} for row in rows]
+        blocks.append(_table([list(row.values()) for row in rows], list(rows[0])))
     if found.get("stages"):
         rows = [
             [
@@ -284,19 +289,20 @@ def as_text(found: Dict[str, Any]) -> str:
         head = ["stage", "loss", "tap", "weight", "iterations", "ramp", "parameters"]
         blocks.append(_table(rows, head))
     if found["data"]:
-        names = list(dict.fromkeys(k for x in found["data"].values() for k in x if k != "files"))
+        hidden = {"files"} if found.get("student", {}).get("masks", True) else {"files", "unmasked"}
+        names = list(dict.fromkeys(k for x in found["data"].values() for k in x if k not in hidden))
         rows = [[split, *(x.get(n) for n in names)] for split, x in found["data"].items()]
         blocks.append(_table(rows, ["data", *(n.replace("_", " ") for n in names)]))
     blocks.append("\n".join(_costs(found)))
     return "\n\n".join(x for x in blocks if x)
 
 
-def _detectors(found: Dict[str, Any]) -> str:
+def _detectors(found: Dict[str, Any], pair: bool) -> str:
     lines = []
-    for who in ("student", "teacher"):
+    for who in ("student", "teacher") if pair else ("student",):
         x = found.get(who)
         lines.append(
-            f"{who}: {x['family']}, {x['backbone']}, {x['parameters'] / 1e6:.1f} M parameters, "
+            f"{who if pair else 'model'}: {x['family']}, {x['backbone']}, {x['parameters'] / 1e6:.1f} M parameters, "
             f"{x['classes']} classes; weights: {x['weights']}"
             if x
             else f"{who}: none"
