@@ -1,7 +1,7 @@
 # Any Python from 3.11 on. A Detectron2 that it can import already is used as it is.
 PYTHON ?= $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
-.PHONY: setup demo test torture lint docs benchmark clean
+.PHONY: setup demo test torture lint docs linkcheck benchmark clean
 
 setup: .venv/.ready
 
@@ -24,6 +24,10 @@ lint: .venv/.ready
 docs: .venv/.ready
 	.venv/bin/python -W ignore -m sphinx -b html -q -aE -W --keep-going -c docs . output/site
 	@echo output/site/index.html
+
+# Needs a network. Its list of broken links is output/linkcheck/output.txt.
+linkcheck: .venv/.ready
+	.venv/bin/python -W ignore -m sphinx -b linkcheck -q -aE -c docs . output/linkcheck
 
 # Kills runs, trains for long, trains many at once, and reads broken annotations: docs/reliability.md.
 KILLS ?= 50
