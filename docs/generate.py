@@ -30,7 +30,16 @@ PAIRS = {
     "mask": "Mask R-CNN R50 -> R18, nuclei, 300 iterations",
 }
 
-__all__ = ["arguments", "data_keys", "fill", "measured", "options", "tables", "train_keys"]
+__all__ = [
+    "arguments",
+    "data_keys",
+    "fill",
+    "measured",
+    "options",
+    "step_ratios",
+    "tables",
+    "train_keys",
+]
 
 
 def tables() -> Dict[str, str]:
@@ -221,6 +230,7 @@ def _choice(records: Mapping[str, Mapping[str, Any]]) -> str:
         m for m in records["two"]["methods"] if all(m in r["methods"] for r in records.values())
     ]
     baseline = records["two"]["baseline"]
+    times = step_ratios((ROOT / "docs/performance.md").read_text())
     rows = []
     for method in common:
         if method == baseline:
@@ -236,9 +246,25 @@ def _choice(records: Mapping[str, Mapping[str, Any]]) -> str:
             for record in records.values()
             for arm in _finished(record, method)
         )
-        rows.append((method, *gains, f"{memory:.2f}", f"{parameters / 1e6:.2f} M"))
-    titles = "method | two-stage | one-stage | with masks | memory ratio | extra parameters"
+        costs = f"{memory:.2f}", f"{parameters / 1e6:.2f} M", times.get(method.split(":")[0], "–")
+        rows.append((method, *gains, *costs))
+    titles = (
+        "method | two-stage | one-stage | with masks | memory ratio | extra parameters | step ratio"
+    )
     return _table(titles, rows)
+
+
+def step_ratios(page: str) -> Dict[str, str]:
+    """Recipe -> its step over the plain student's, of the methods that docs/performance.md measures.
+
+    The other methods were timed beside Shared-KD: theirs is its ratio over "Shared-KD / method".
+    """
+    row = re.search(r"^\| cpu_320x2_faster_rcnn_r50_r18 .*$", page, re.M)
+    ours = float(row[0].split("|")[4].split()[0])
+    others = re.findall(
+        r"^\| (\w+) +\| [\d.]+ +\| ([\d.]+) \([\d.]+ to [\d.]+\) +\| [\d.]+ ", page, re.M
+    )
+    return {"shared_kd": f"{ours:.2f}", **{n: f"{ours / float(x):.2f}" for n, x in others}}
 
 
 def _finished(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]:

@@ -91,6 +91,17 @@ def test_the_costs_that_the_readme_quotes():
         assert low < 1 / share < high
 
 
+def test_step_ratios_by_hand(generate):
+    page = """
+| cpu_320x2_faster_rcnn_r50_r18_bf16 | 1 (1 to 1) | 1 (1 to 1) | 9.000 (1 to 9) |
+| cpu_320x2_faster_rcnn_r50_r18      | 1 (1 to 1) | 1 (1 to 1) | 1.500 (1 to 2) |
+
+| Shared-KD | 1.600 | -                      | 0.05 | 220 |
+| fgd       | 2.000 | 0.750 (0.700 to 0.800) | 0.24 | 313 |
+"""
+    assert generate.step_ratios(page) == {"shared_kd": "1.50", "fgd": "2.00"}
+
+
 def test_the_publication_is_cited_alike():
     citation = (tiny.ROOT / "CITATION.cff").read_text()
     for word in ("Guo", "Zhang", "Liang", "Electronics", "1595", "10.3390/electronics13081595"):
