@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sharedkd.errors import ConfigError
 from sharedkd.export import FORMATS, NotExportable, compare, deploy, export_student, formats
 from sharedkd.export.formats import detect, outputs_of
 from sharedkd.export.images import fit, read_images
+from sharedkd.export.table import table
 
 REFUSED = {("cascade_mask_rcnn", "script"), ("fcos", "script")}
 CASES = [(f, x) for f in tiny.FAMILIES for x in FORMATS]
@@ -278,3 +280,16 @@ def test_of_a_pair_the_student_alone_is_built(run, tmp_path, monkeypatch):
     result = export_student(cfg, ["torchscript"], str(tmp_path), [run[1]], rounds=1)
     assert set(result.milliseconds) == {"student", "torchscript"}
     assert "absent.pth: no such file" in result.about["no_teacher"]
+
+
+def test_the_table_says_what_has_no_partner():
+    found = dict(path="s.onnx", detections=582, images=6, empty=1, unmatched=2, largest={})
+    result = SimpleNamespace(
+        files={"onnx": found},
+        megabytes={"onnx": 1},
+        milliseconds={},
+        about={"image": (1, 2), "hardware": ""},
+    )
+    said = table(result)
+    assert "detections without a partner" in said and "2 of 582" in said
+    assert "Checked on 6 images, 1 of them without detections." in said

@@ -257,7 +257,7 @@ def as_text(found: Dict[str, Any]) -> str:
     pair = "teacher" in found or bool(found.get("stages"))
     blocks = [_detectors(found, pair)] if "student" in found else []
     if found.get("levels"):
-        rows = [
+        levels = [
             {
                 "tap": x["tap"],
                 "stride": x["stride"],
@@ -271,8 +271,8 @@ def as_text(found: Dict[str, Any]) -> str:
             for x in found["levels"]
         ]
         if not found["stages"]:
-            rows = [{k: v for k, v in row.items() if k != "made comparable"} for row in rows]
-        blocks.append(_table([list(row.values()) for row in rows], list(rows[0])))
+            levels = [{k: v for k, v in row.items() if k != "made comparable"} for row in levels]
+        blocks.append(_table([list(row.values()) for row in levels], list(levels[0])))
     if found.get("stages"):
         rows = [
             [
