@@ -1,6 +1,6 @@
 """What the documentation says about keys, options and methods, read from the code that has them.
 
-Run as a program, it fills the tables of MODEL_ZOO.md and README.md from docs/results/*.json.
+Run as a program, it fills tables of MODEL_ZOO.md, README.md and docs/performance.md from docs/results/*.json.
 """
 
 import ast
@@ -192,10 +192,30 @@ def _plain(text: str) -> str:
 
 def measured() -> Dict[Tuple[str, str], str]:
     """(page, name of its markers) -> the table between them, from the records of docs/results."""
-    records = {name: json.loads((ROOT / f"docs/results/{name}.json").read_text()) for name in PAIRS}
+    records = {name: _record(name) for name in PAIRS}
     found = {("MODEL_ZOO.md", name): _zoo(record) for name, record in records.items()}
     found["README.md", "choice"] = _choice(records)
+    found["docs/performance.md", "precision"] = _precision(_record("precision"))
     return found
+
+
+def _record(name: str) -> Dict[str, Any]:
+    return json.loads((ROOT / f"docs/results/{name}.json").read_text())
+
+
+def _precision(record: Mapping[str, Any]) -> str:
+    """What the teacher's precision does to AP; the last row is paired by seed."""
+    exact = "shared_kd"
+    lower = f"{exact}:model.teacher.precision=bfloat16"
+    rows = []
+    for title, method in (("float32", exact), ("bfloat16", lower)):
+        row = [title]
+        for task in ("bbox", "segm"):
+            mean, half = interval([x["results"][task]["AP"] for x in _finished(record, method)])
+            row.append(f"{mean:.1f} ± {half:.1f}")
+        rows.append(tuple(row))
+    gains = [_gain(record, lower, task, exact) for task in ("bbox", "segm")]
+    return _table("teacher | box AP | mask AP", [*rows, ("difference", *gains)])
 
 
 def _zoo(record: Mapping[str, Any]) -> str:
@@ -272,8 +292,8 @@ def _finished(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]
     return [arm for arm in arms if arm["method"] == method and arm["status"] == "finished"]
 
 
-def _gain(record: Mapping[str, Any], method: str, task: str) -> str:
-    gain = difference(record, method, record["baseline"], task)
+def _gain(record: Mapping[str, Any], method: str, task: str, reference: str = "") -> str:
+    gain = difference(record, method, reference or record["baseline"], task)
     return f"{gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]"
 
 

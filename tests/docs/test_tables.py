@@ -10,7 +10,10 @@ from sharedkd.config import TRAIN_DEFAULTS
 from sharedkd.losses import DistillationLoss
 from sharedkd.methods import known_methods
 
-PAGES = {name: (tiny.ROOT / name).read_text() for name in ("MODEL_ZOO.md", "README.md")}
+PAGES = {
+    name: (tiny.ROOT / name).read_text()
+    for name in ("MODEL_ZOO.md", "README.md", "docs/performance.md")
+}
 
 
 def leaves(group, prefix):
