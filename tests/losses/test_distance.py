@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sharedkd.errors import ConfigError
-from sharedkd.losses.distance import Distance, _blocks
+from sharedkd.losses.distance import Distance
 
 KINDS = ("mse", "l1", "smooth_l1", "cosine")
 NORMALIZATIONS = ("none", "channel", "instance", "position")
@@ -115,27 +115,6 @@ def test_gradient_by_finite_differences_of_the_loops(kind, normalize, mask):
         down[index] -= step
         slope = reference(up, y, kind, normalize, mask) - reference(down, y, kind, normalize, mask)
         assert x.grad[index].item() == pytest.approx(slope / (2 * step), rel=1e-3, abs=1e-6)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("rows, images", [(1, 1), (3, 1), (4, 1), (8, 2)])
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("normalize", ["channel", "instance"])
-def test_large_maps_are_read_in_blocks(monkeypatch, normalize, mask, rows, images, layout):
-    """Blocks that do not fit a map, one row at a time or several images at once: the same numbers."""
-    x, y = (each.double().contiguous(memory_format=layout) for each in maps(2))
-    monkeypatch.setattr("sharedkd.losses.distance.CACHED", rows * x[0, :, 0].numel() * 8)
-    places = [(i, j) for a, b in _blocks(x) for i in range(2)[a] for j in range(4)[b]]
-    assert sorted(places) == list(product(range(2), range(4)))
-    assert len(list(_blocks(x))) == (2 // images) * -(-4 // rows)
-
-    def distance(x, y):
-        return Distance("mse", normalize)(x, y, mask)
-
-    expected = reference(x, y, "mse", normalize, mask)
-    assert distance(x, y).item() == pytest.approx(expected, rel=1e-12)
-    assert torch.autograd.gradcheck(distance, (x.requires_grad_(), y.requires_grad_()))
-    assert torch.autograd.grad(distance(x, y), x)[0].stride() == x.stride()
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)

@@ -1,8 +1,7 @@
 """How far apart two aligned maps are: four distances, each raw or scale-free."""
 
 from dataclasses import dataclass
-from itertools import product
-from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from .base import precise
 __all__ = ["Distance", "DISTANCES", "NORMALIZATIONS"]
 
 EPS = 1e-6  # added to a variance: a constant map has a gradient of zero, not NaN
-CACHED = 2**20  # bytes of a map that stay in the caches of a CPU with what is computed of them
 
 
 def _mean(x: Tensor, mask: Optional[Tensor], dims) -> Tensor:
@@ -56,16 +54,16 @@ DISTANCES: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class _StandardisedMSE(torch.autograd.Function):
-    """The mean squared error of two standardised maps, which are never written.
+    """The mean squared error of two standardised maps, which are never kept standardised.
 
-    With cx = x - mean(x), vx = mean(cx^2), sx = sqrt(vx + EPS), the same of y, and
-    r = mean(cx cy) / (sx sy), over the P positions of a mean::
+    With cx = x - mean(x), vx = mean(cx^2), sx = sqrt(vx + EPS), the same of y, z = cx/sx - cy/sy and
+    P positions per mean::
 
-        mean((cx/sx - cy/sy)^2) = vx/sx^2 + vy/sy^2 - 2 r
-        dL/dx = 2 / (positions * channels) * ((1 - vx/sx^2 + r) / sx^2 * cx - cy / (sx sy))
+        L = sum(z^2) / (positions * channels)
+        dL/dx = 2 / (positions * channels) * (z / sx - mean(z cx) / sx^3 * cx)
 
-    Both maps are read twice here and once for a gradient, which is all that is written.  Autograd's
-    own way through the same formula writes and reads some thirty maps of full size.
+    The gradient is a sum of x and y with factors per channel: autograd's own way through the same
+    formula keeps and reads several maps of full size for each of these two.
     """
 
     @staticmethod
@@ -76,70 +74,45 @@ class _StandardisedMSE(torch.autograd.Function):
         else:
             count = mask.sum(dims, keepdim=True).clamp(min=1)
             total = mask.sum().clamp(min=1)
+        # Centred before it is scaled: a constant map gives zeros, not rounding times 1 / EPS.
         mx, my = (_mean(each, mask, dims) for each in (x, y))
-        sums = x.new_zeros(3, *x.shape[:2], 1, 1)
-        for images, rows in _blocks(x):
-            # Centred before they are multiplied: a constant map gives zeros, not rounding times 1 / EPS.
-            cx, cy = (_centred(each, mean, images, rows) for each, mean in ((x, mx), (y, my)))
-            if mask is not None:
-                cx.mul_(mask[images, :, rows])
-                cy.mul_(mask[images, :, rows])
-            for into, each in zip(sums, (cx * cy, cx.square_(), cy.square_())):
-                into[images] += each.sum((2, 3), keepdim=True)
-        if 0 in dims:
-            sums = sums.sum(1, keepdim=True)
-        covariance, vx, vy = sums / count
-        sx, sy = (vx + EPS).sqrt(), (vy + EPS).sqrt()
-        ux, uy, r = vx / sx.square(), vy / sy.square(), covariance / (sx * sy)
-        ctx.save_for_backward(x, y, mask, mx, my, sx, sy, ux, uy, r)
+        cx, cy = x - mx, y - my
+        sx, sy = (
+            (_square_sum_(each.clone(), mask, dims) / count + EPS).sqrt() for each in (cx, cy)
+        )
+        z = cx.div_(sx).addcmul_(cy, -1 / sy)
+        squares = _square_sum_(z, mask, dims)
+        ctx.save_for_backward(x, y, mask, mx, my, sx, sy, squares / count)
         ctx.scale = 2 / (total * x.shape[1])
-        # Of equal maps the difference is zero but for rounding.
-        return ((ux + uy - 2 * r).clamp(min=0) * count).sum() * ctx.scale / 2
+        return squares.sum() * ctx.scale / 2
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        x, y, mask, mx, my, sx, sy, ux, uy, r = ctx.saved_tensors
+        x, y, mask, mx, my, sx, sy, square = ctx.saved_tensors
+        # Standardised variances are 1 but for EPS; mean(z^2) = ux + uy - 2 mean(cx cy) / (sx sy).
+        ux, uy = 1 - EPS / sx.square(), 1 - EPS / sy.square()
+        product = (ux + uy - square) / 2
         scale = gradient * ctx.scale
-        other = (-scale / (sx * sy)).expand(len(x), -1, -1, -1)
         found = []
-        for needed, a, ma, sa, ua, b, mb in (
-            (ctx.needs_input_grad[0], x, mx, sx, ux, y, my),
-            (ctx.needs_input_grad[1], y, my, sy, uy, x, mx),
+        for needed, a, ma, sa, ua, b, mb, sb in (
+            (ctx.needs_input_grad[0], x, mx, sx, ux, y, my, sy),
+            (ctx.needs_input_grad[1], y, my, sy, uy, x, mx, sx),
         ):
             if not needed:
                 found.append(None)
                 continue
-            own = (scale * (1 - ua + r) / sa.square()).expand(len(a), -1, -1, -1)
-            each = torch.empty_like(a)
-            for images, rows in _blocks(a):
-                part = _centred(a, ma, images, rows, out=each[images, :, rows])
-                part.mul_(own[images]).addcmul_(_centred(b, mb, images, rows), other[images])
-                if mask is not None:
-                    part.mul_(mask[images, :, rows])
-            found.append(each)
+            own = scale * (1 - ua + product) / sa.square()
+            other = -scale / (sa * sb)
+            each = (a - ma).mul_(own).addcmul_(b - mb, other)
+            found.append(each if mask is None else each.mul_(mask))
         return (*found, None, None)
 
 
-def _centred(
-    x: Tensor, mean: Tensor, images: slice, rows: slice, out: Optional[Tensor] = None
-) -> Tensor:
-    mean = mean.expand(len(x), -1, -1, -1)[images]
-    return torch.sub(x[images, :, rows], mean, out=out)
-
-
-def _blocks(x: Tensor) -> Iterator[Tuple[slice, slice]]:
-    """Images and rows of a map (N, C, H, W), as many at a time as a core's cache holds.
-
-    A GPU takes the map whole.
-    """
-    n, c, h, w = x.shape
-    if x.is_cuda:
-        yield slice(n), slice(h)
-        return
-    rows = max(1, CACHED // (c * w * x.element_size()))
-    images = max(1, rows // h)
-    for i, j in product(range(0, n, images), range(0, h, rows)):
-        yield slice(i, i + images), slice(j, j + rows)
+def _square_sum_(x: Tensor, mask: Optional[Tensor], dims) -> Tensor:
+    """Of a map that nobody needs any more."""
+    if mask is not None:
+        x.mul_(mask)
+    return x.square_().sum(dims, keepdim=True)
 
 
 @dataclass(frozen=True)
