@@ -244,18 +244,17 @@ def difference(a, b, where: str = "") -> str:
     return next(filter(None, (difference(x, y, f"{where}/{k}") for k, x, y in pairs)), "")
 
 
-def timeless_metrics(folder: Path) -> bytes:
+def timeless_metrics(folder: Path) -> list:
     rows = map(json.loads, (folder / "metrics.json").read_text().splitlines())
-    rows = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
-    return "\n".join(map(json.dumps, rows)).encode()
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
 
 
-def timeless_record(folder: Path) -> bytes:
+def timeless_record(folder: Path) -> dict:
     record = json.loads((folder / "run.json").read_text())
-    # The package may be edited while it is tortured, and the folder is part of a command.
-    for other in ("peak_memory_mb", "versions", "command", "overrides"):
+    # The package may be edited while it is tortured, and the folder is part of how a run is started.
+    for other in ("peak_memory_mb", "versions", "command", "config_file", "overrides"):
         record.pop(other)
-    return json.dumps(record).encode()
+    return record
 
 
 def compare(whole: Path, killed: Path) -> None:
@@ -264,8 +263,9 @@ def compare(whole: Path, killed: Path) -> None:
     if found:
         raise Lost(f"{killed}/model_final.pth differs: {found}")
     for read in (timeless_metrics, timeless_record):
-        if read(whole) != read(killed):
-            raise Lost(f"{read.__name__} of {killed} differs from that of {whole}")
+        found = difference(read(whole), read(killed))
+        if found:
+            raise Lost(f"{read.__name__} of {killed} differs from that of {whole}: {found}")
 
 
 # --- the four parts -------------------------------------------------------------------------------
