@@ -21,11 +21,8 @@ from .similarity import MEASURES
 __all__ = ["draw_heat_maps", "draw_training", "words"]
 
 NAMES = {"mse": "MSE", "cosine": "cosine", "cka": "linear CKA"}
-BRIGHT = {
-    "mse": "far apart",
-    "cosine": "alike",
-    "cka": "alike",
-}  # what a heat map's bright cells are
+# What the bright cells of a heat map are.
+BRIGHT = {"mse": "far apart", "cosine": "alike", "cka": "alike"}
 GAPS = {"mse": "MSE", "cosine": "1 - cosine", "cka": "1 - CKA"}
 TAPS = {"fpn": "FPN", "backbone": "backbone stages"}
 _COLORS = {"identical": "#0072B2", "inner": "#D55E00", "cross": "#000000", "teacher": "#009E73"}

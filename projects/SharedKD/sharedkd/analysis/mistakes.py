@@ -10,7 +10,7 @@ from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 
-__all__ = ["BACKGROUND", "FOREGROUND", "KINDS", "Match", "ap50", "costs", "match"]
+__all__ = ["BACKGROUND", "FOREGROUND", "IN_WORDS", "KINDS", "Match", "ap50", "costs", "match"]
 
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU
 
@@ -23,6 +23,14 @@ KINDS = {
     "background": "IoU of at most 0.1 with every object",
     "missed": "an object not found, and not the target of a localisation or classification error",
 }
+#: What the kinds and their costs mean, in Markdown.
+IN_WORDS = "\n\n".join(
+    [
+        "\n".join(f"- *{kind}*: {what}" for kind, what in KINDS.items()),
+        "A cost is what AP50 would gain if all mistakes of this kind, and no others, were repaired; "
+        "costs do not add up.",
+    ]
+)
 CORRECT, IGNORED = "correct", "ignored"
 
 

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from .detection_plots import draw_ap, draw_mistakes
 from .detections import Found, Truth, average_precision, detect, mistakes
 from .gallery import draw_gallery, most_different, qualities
-from .mistakes import FOREGROUND, KINDS
+from .mistakes import FOREGROUND, IN_WORDS
 from .models import Source, load_detectors
 from .pair import validation_records
 from .scores import MORE_METRICS, TASKS, interval
@@ -196,9 +196,7 @@ def _words(record: Mapping[str, Any]) -> str:
         "![AP](ap_bars.png)",
         "## Mistakes",
         "![Mistakes](mistakes.png)",
-        "\n".join(f"- *{kind}*: {what}" for kind, what in KINDS.items()),
-        "A cost is what AP50 would gain if all mistakes of this kind, and no others, were repaired; "
-        "costs do not add up.",
+        IN_WORDS,
         f"`{record['command']}`",
     ]
     return "\n\n".join(parts) + "\n"

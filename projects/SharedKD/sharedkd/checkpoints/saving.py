@@ -151,8 +151,9 @@ class Checkpoints(hooks.HookBase):
         now, ends = self.trainer.iter + 1, self.trainer.iter + 1 == self.trainer.max_iter
         if now % self.period == 0 and self.saved < self.trainer.iter:
             self._save(f"model_{self.trainer.iter:07d}")
-        if ends and not self.final:
-            self._save(FINAL)
+        if ends:
+            if not self.final:
+                self._save(FINAL)
         elif now % self.trainer.read_period == 0:
             number = self.stop.agreed(next(self.trainer.module.parameters()).device)
             if number:

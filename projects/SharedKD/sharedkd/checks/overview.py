@@ -264,14 +264,10 @@ def as_text(found: Dict[str, Any]) -> str:
                 "student's channels" if pair else "channels": x["student_channels"],
                 **({"teacher's": x["teacher_channels"]} if "teacher" in found else {}),
                 "map": "x".join(map(str, x["map_size"] or ())),
-                "made comparable": "; ".join(
-                    f"{name}: {how}" for name, how in x["aligned"].items()
-                ),
+                **({"made comparable": _aligned(x)} if found["stages"] else {}),
             }
             for x in found["levels"]
         ]
-        if not found["stages"]:
-            levels = [{k: v for k, v in row.items() if k != "made comparable"} for row in levels]
         blocks.append(_table([list(row.values()) for row in levels], list(levels[0])))
     if found.get("stages"):
         rows = [
@@ -308,6 +304,10 @@ def _detectors(found: Dict[str, Any], pair: bool) -> str:
             else f"{who}: none"
         )
     return "\n".join(lines)
+
+
+def _aligned(level: Dict[str, Any]) -> str:
+    return "; ".join(f"{name}: {how}" for name, how in level["aligned"].items())
 
 
 def _table(rows: List[List[Any]], head: List[str]) -> str:

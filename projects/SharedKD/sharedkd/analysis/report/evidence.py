@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 
 from ...running.runs import short, tool
 from ..gap_report import BRIGHT, NAMES, TAPS, first_and_last, words
-from ..mistakes import KINDS
+from ..mistakes import IN_WORDS
 from ..similarity import MEASURES
 from .markup import Markup, join, markdown, missing, picture, scrolling, section, tag
 from .overview import report_command
@@ -22,14 +22,6 @@ __all__ = ["detections", "features"]
 _QUALITY = (
     "The quality of an image is the sum of the IoU of right detections over (right + half the false "
     "alarms + half the objects not found)."
-)
-_MISTAKES = "\n\n".join(
-    [
-        "Kinds of mistakes:",
-        "\n".join(f"- *{kind}*: {what}" for kind, what in KINDS.items()),
-        "A cost is what AP50 would gain if all mistakes of this kind, and no others, were repaired; "
-        "costs do not add up.",
-    ]
 )
 
 
@@ -165,7 +157,7 @@ def detections(source: Source, folder: Path) -> Markup:
         shown = tag("details", opened, *shots, open=True, class_="shots")
         parts.append(tag("div", shown, class_="gallery", data_left=left, data_right=right))
     parts += _pictures(folder, ["ap_bars.png", "mistakes.png"])
-    parts.append(markdown(_MISTAKES))
+    parts.append(markdown(f"Kinds of mistakes:\n\n{IN_WORDS}"))
     parts.append(tag("p", "Drawn by ", tag("code", record.get("command") or "–")))
     return section("detections", "Detections", *parts)
 

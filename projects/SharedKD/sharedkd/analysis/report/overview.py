@@ -195,9 +195,10 @@ def results(source: Source) -> Markup:
     if source.kind == "comparison":
         hint = f"Intervals: 95 %, over seeds. {hint}"
     parts: List[Any] = [*_trials(source), tag("p", hint)]
-    for task, rows in measured(source.record).items():
+    tasks = measured(source.record)
+    for task, rows in tasks.items():
         parts += [tag("h3", TASKS[task]), _sortable(source, task, rows)]
-    if not measured(source.record):
+    if not tasks:
         parts = [tag("p", "No run has been evaluated yet.")]
     if source.kind == "comparison":
         parts += [tag("h3", "How to read this"), markdown("\n\n".join(notes(source.record)))]
@@ -403,7 +404,10 @@ def report_command(source: Source) -> str:
 
 
 def _arguments(run: RunData) -> str:
-    """Of a run whose record has no command: what Detectron2 logged of the command line; a resumed run has several, the last counts."""
+    """What Detectron2 logged of the command line, for a run whose record has none.
+
+    A resumed run has several, the last counts.
+    """
     log, start = run.folder / "log.txt", "Command line arguments: "
     if not log.is_file():
         return "no log.txt"
