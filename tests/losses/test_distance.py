@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sharedkd.errors import ConfigError
-from sharedkd.losses.distance import Distance
+from sharedkd.losses.distance import NORMALIZATIONS as NORMALIZED
+from sharedkd.losses.distance import Distance, _blocks
 
 KINDS = ("mse", "l1", "smooth_l1", "cosine")
 NORMALIZATIONS = ("none", "channel", "instance", "position")
@@ -115,6 +116,44 @@ def test_gradient_by_finite_differences_of_the_loops(kind, normalize, mask):
         down[index] -= step
         slope = reference(up, y, kind, normalize, mask) - reference(down, y, kind, normalize, mask)
         assert x.grad[index].item() == pytest.approx(slope / (2 * step), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "transposed"])
+@pytest.mark.parametrize("positions", [1, 5, 12, 100])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("normalize", ["channel", "instance"])
+def test_large_maps_are_read_in_blocks(monkeypatch, normalize, mask, positions, layout):
+    """Blocks of which the last is smaller, or which hold all: the same numbers in every layout."""
+    x, y = (each.double() for each in maps(2))
+    if layout == "transposed":  # height and width cannot be flattened without a copy
+        x, y = (each.transpose(2, 3).contiguous().transpose(2, 3) for each in (x, y))
+    else:
+        x, y = (each.contiguous(memory_format=layout) for each in (x, y))
+    n, c, h, w = x.shape
+    monkeypatch.setattr("sharedkd.losses.distance.CPU_BLOCK", positions * n * c)
+    sizes = [part.shape[2] for (part,) in _blocks(x.flatten(2))]
+    assert sum(sizes) == h * w and len(sizes) == -(-h * w // positions)
+
+    def distance(x, y):
+        return Distance("mse", normalize)(x, y, mask)
+
+    expected = reference(x, y, "mse", normalize, mask)
+    assert distance(x, y).item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(distance, (x.requires_grad_(), y.requires_grad_()))
+
+
+@pytest.mark.parametrize("normalize", ["channel", "instance"])
+def test_blocks_of_a_large_map_keep_its_layout(normalize):
+    x = torch.randn(2, 256, 24, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = torch.randn(2, 256, 24, 32)
+    assert len(list(_blocks(x.flatten(2)))) > 10
+    found = Distance("mse", normalize)(x, y)
+    standard = (NORMALIZED[normalize](each.double(), None) for each in (x, y))
+    expected = torch.nn.functional.mse_loss(*standard)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    (gradient,), (wanted,) = (torch.autograd.grad(each, x) for each in (found, expected))
+    assert (gradient - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert gradient.stride() == x.stride()
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)

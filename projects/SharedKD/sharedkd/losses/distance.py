@@ -1,7 +1,8 @@
 """How far apart two aligned maps are: four distances, each raw or scale-free."""
 
 from dataclasses import dataclass
-from typing import Callable, Dict, Optional, Sequence, Tuple
+from itertools import repeat
+from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,10 @@ from .base import precise
 __all__ = ["Distance", "DISTANCES", "NORMALIZATIONS"]
 
 EPS = 1e-6  # added to a variance: a constant map has a gradient of zero, not NaN
+# How many numbers of a map are read at a time: as many as stay in a core's cache with what is computed
+# of them, and that PyTorch leaves to one thread (to wake a second one takes longer than the operation);
+# on a GPU, enough for all of it.
+CPU_BLOCK, GPU_BLOCK = 2**15 - 1, 2**24
 
 
 def _mean(x: Tensor, mask: Optional[Tensor], dims) -> Tensor:
@@ -54,16 +59,16 @@ DISTANCES: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class _StandardisedMSE(torch.autograd.Function):
-    """The mean squared error of two standardised maps, which are never kept standardised.
+    """The mean squared error of two standardised maps (N, C, P), which are never written.
 
-    With cx = x - mean(x), vx = mean(cx^2), sx = sqrt(vx + EPS), the same of y, z = cx/sx - cy/sy and
-    P positions per mean::
+    With cx = x - mean(x), vx = mean(cx^2), sx = sqrt(vx + EPS), the same of y, and
+    r = mean(cx cy) / (sx sy), each mean per channel over ``dims``::
 
-        L = sum(z^2) / (positions * channels)
-        dL/dx = 2 / (positions * channels) * (z / sx - mean(z cx) / sx^3 * cx)
+        mean((cx/sx - cy/sy)^2) = vx/sx^2 + vy/sy^2 - 2 r
+        dL/dx = 2 / (positions * channels) * ((1 - vx/sx^2 + r) / sx^2 * cx - cy / (sx sy))
 
-    The gradient is a sum of x and y with factors per channel: autograd's own way through the same
-    formula keeps and reads several maps of full size for each of these two.
+    Both maps are read twice here and once for a gradient, which is all that is written.  Autograd's
+    own way through the same formula writes and reads some thirty maps of full size.
     """
 
     @staticmethod
@@ -74,45 +79,65 @@ class _StandardisedMSE(torch.autograd.Function):
         else:
             count = mask.sum(dims, keepdim=True).clamp(min=1)
             total = mask.sum().clamp(min=1)
-        # Centred before it is scaled: a constant map gives zeros, not rounding times 1 / EPS.
         mx, my = (_mean(each, mask, dims) for each in (x, y))
-        cx, cy = x - mx, y - my
-        sx, sy = (
-            (_square_sum_(each.clone(), mask, dims) / count + EPS).sqrt() for each in (cx, cy)
-        )
-        z = cx.div_(sx).addcmul_(cy, -1 / sy)
-        squares = _square_sum_(z, mask, dims)
-        ctx.save_for_backward(x, y, mask, mx, my, sx, sy, squares / count)
+        products = _products(x, y, mask, mx, my)
+        if 0 in dims:
+            products = products.sum(1, keepdim=True)
+        vx, vy, covariance = products / count
+        sx, sy = (vx + EPS).sqrt(), (vy + EPS).sqrt()
+        ux, uy, r = vx / sx.square(), vy / sy.square(), covariance / (sx * sy)
+        ctx.save_for_backward(x, y, mask, mx, my, sx, sy, ux, uy, r)
         ctx.scale = 2 / (total * x.shape[1])
-        return squares.sum() * ctx.scale / 2
+        # Of equal maps the difference is zero but for rounding.
+        return ((ux + uy - 2 * r).clamp(min=0) * count).sum() * ctx.scale / 2
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        x, y, mask, mx, my, sx, sy, square = ctx.saved_tensors
-        # Standardised variances are 1 but for EPS; mean(z^2) = ux + uy - 2 mean(cx cy) / (sx sy).
-        ux, uy = 1 - EPS / sx.square(), 1 - EPS / sy.square()
-        product = (ux + uy - square) / 2
+        x, y, mask, mx, my, sx, sy, ux, uy, r = ctx.saved_tensors
         scale = gradient * ctx.scale
+        other = -scale / (sx * sy)
         found = []
-        for needed, a, ma, sa, ua, b, mb, sb in (
-            (ctx.needs_input_grad[0], x, mx, sx, ux, y, my, sy),
-            (ctx.needs_input_grad[1], y, my, sy, uy, x, mx, sx),
+        for needed, a, ma, sa, ua, b, mb in (
+            (ctx.needs_input_grad[0], x, mx, sx, ux, y, my),
+            (ctx.needs_input_grad[1], y, my, sy, uy, x, mx),
         ):
             if not needed:
                 found.append(None)
                 continue
-            own = scale * (1 - ua + product) / sa.square()
-            other = -scale / (sa * sb)
-            each = (a - ma).mul_(own).addcmul_(b - mb, other)
-            found.append(each if mask is None else each.mul_(mask))
+            own, whole = scale * (1 - ua + r) / sa.square(), torch.empty_like(a)
+            for into, part, beside, inside in _blocks(whole, a, b, mask):
+                torch.sub(part, ma, out=into).mul_(own).addcmul_(beside - mb, other)
+                if inside is not None:
+                    into.mul_(inside)
+            found.append(whole)
         return (*found, None, None)
 
 
-def _square_sum_(x: Tensor, mask: Optional[Tensor], dims) -> Tensor:
-    """Of a map that nobody needs any more."""
-    if mask is not None:
-        x.mul_(mask)
-    return x.square_().sum(dims, keepdim=True)
+def _products(x: Tensor, y: Tensor, mask: Optional[Tensor], mx: Tensor, my: Tensor) -> Tensor:
+    """Sums over the positions of cx^2, cy^2 and cx cy: (3, N, C, 1).
+
+    Centred before they are multiplied: a constant map gives zeros, not rounding times 1 / EPS.
+    """
+    sums = None
+    for a, b, inside in _blocks(x, y, mask):
+        cx, cy = a - mx, b - my
+        if inside is not None:
+            cx.mul_(inside)
+            cy.mul_(inside)
+        pairs = (cx, cx), (cy, cy), (cx, cy)
+        if sums is None:
+            sums = [u * v for u, v in pairs]
+            continue
+        for total, (u, v) in zip(sums, pairs):
+            total[..., : u.shape[2]].addcmul_(u, v)
+    return torch.stack([total.sum(2, keepdim=True) for total in sums])
+
+
+def _blocks(*maps: Optional[Tensor]) -> Iterator[Tuple[Optional[Tensor], ...]]:
+    """The same positions of each map (N, C, P), some at a time, so that no temporary has full size."""
+    n, c, _ = maps[0].shape
+    size = max(1, (GPU_BLOCK if maps[0].is_cuda else CPU_BLOCK) // (n * c))
+    return zip(*(repeat(None) if x is None else x.split(size, 2) for x in maps))
 
 
 @dataclass(frozen=True)
@@ -157,7 +182,8 @@ class Distance:
         x, y = precise(x), precise(y)
         mask = None if mask is None else mask.to(x.dtype)
         if self.kind == "mse" and self.normalize in STATISTICS:
-            return _StandardisedMSE.apply(x, y, mask, STATISTICS[self.normalize])
+            flat = (None if each is None else each.flatten(2) for each in (x, y, mask))
+            return _StandardisedMSE.apply(*flat, STATISTICS[self.normalize][:-1])
         normalize = NORMALIZATIONS[self.normalize]
         each = DISTANCES[self.kind](normalize(x, mask), normalize(y, mask))
         return _mean(each, mask, (0, 1, 2, 3)).view(())
