@@ -30,7 +30,7 @@ def test_every_arm_does_its_work_in_every_round(bench):
     seconds = bench.times(bench.arms(), rounds=2)
     assert list(seconds) == [
         *("student", "teacher_eager", "student_sharedkd", "teacher", "distill", "fgd"),
-        *("losses/distill", "losses/fgd"),
+        *("losses/distill", "losses/fgd", "copies"),
     ]
     assert all(len(x) == 2 and min(x) > 0 for x in seconds.values())
 

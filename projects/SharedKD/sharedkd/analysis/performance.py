@@ -1,4 +1,8 @@
-"""Tables and a plot of what tools/benchmark.py measured: for the console, and docs/performance.md."""
+"""Tables and a plot of what tools/benchmark.py measured: for the console, and docs/performance.md.
+
+A result is a plain dict as ``tools/benchmark.py --json`` writes it, see
+:func:`~sharedkd.speed.benchmark.measure`.
+"""
 
 import json
 import os
@@ -27,7 +31,7 @@ PARTS = dict(
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A Markdown table of one benchmark: its arms, ratios and parts."""
+    """A Markdown table of one benchmark's ``result``: its arms, ratios and parts."""
     whole = result["parts"]["whole"]
     over = result["memory"]["over_student_mb"]
     student = result["seconds"]["student"]["median"]
@@ -62,7 +66,8 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
         results: name -> what ``tools/benchmark.py --json`` wrote.
     """
     headers = ["benchmark", "overhead", "its floor", "distill / own plain step", "teacher / eager"]
-    headers += ["losses / step", "MB over own plain step", "MB over Detectron2's"]
+    headers += ["losses / step", "their maps copied / step"]
+    headers += ["MB over own plain step", "MB over Detectron2's"]
     headers += ["MB of the teacher's weights, maps"]
     rows = []
     for name, result in results.items():
@@ -73,7 +78,7 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
                 name,
                 *(
                     _ratio(ratios[k])
-                    for k in ("overhead", "floor", "over_plain", "teacher", "losses")
+                    for k in ("overhead", "floor", "over_plain", "teacher", "losses", "copies")
                 ),
                 f"{memory['over_student_mb']['distill']:,.0f}",
                 f"{peaks['distill'] - peaks['student']:,.0f}",
@@ -84,7 +89,10 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def rivals(result: Mapping[str, Any]) -> str:
-    """One row per rival method on the same pair: how a Shared-KD step compares with one of it."""
+    """One row per rival method in ``result``: how a Shared-KD step compares with one of it.
+
+    They are those of ``--methods``, on the same pair.
+    """
     headers = [
         "method",
         "seconds a step",
@@ -108,7 +116,10 @@ def rivals(result: Mapping[str, Any]) -> str:
 
 
 def variants(result: Mapping[str, Any]) -> str:
-    """One row per other way to compute the same step: what one means of the step's speed gives."""
+    """One row per other way to compute the same step: what one means of the step's speed gives.
+
+    They are those of ``--variant``, by which ``result`` was measured.
+    """
     headers = ["with", "seconds a step", "of the step's", "MB over the student"]
     seconds, over = result["seconds"], result["memory"]["over_student_mb"]
     rows = []
@@ -128,7 +139,10 @@ def _variants(result: Mapping[str, Any]) -> List[str]:
 
 
 def growth(result: Mapping[str, Any]) -> str:
-    """One row per input size or number of levels: what distillation adds to the student's step."""
+    """One row per input size or number of levels: what distillation adds to the student's step.
+
+    Only a ``result`` that was measured with ``--growth`` has them.
+    """
     headers = ["images", "shorter side", "levels", "student's step, s", "distillation adds, s"]
     headers += ["of it losses, s", "distill / own plain step"]
     rows = []
@@ -146,6 +160,9 @@ def plot_parts(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Stacked bars: where the time of a distillation step goes, one bar per benchmark.
 
     A bar is as long as the benchmark's ``overhead``; 1 is Detectron2's plain step and teacher.
+
+    Args:
+        results: benchmark's name -> result.
     """
     figure = Figure(figsize=(10, 1.1 + 0.45 * len(results)), layout="constrained")
     axes = figure.subplots()

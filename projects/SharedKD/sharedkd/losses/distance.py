@@ -61,11 +61,11 @@ DISTANCES: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class _StandardisedMSE(torch.autograd.Function):
     """The mean squared error of two standardised maps (N, C, P), which are never written.
 
-    With cx = x - mean(x), vx = mean(cx^2), sx = sqrt(vx + EPS), the same of y, and
-    r = mean(cx cy) / (sx sy), each mean per channel over ``dims``::
+    With cx = x - mean(x), vx = mean(cx^2), ix = 1 / sqrt(vx + EPS), the same of y, and
+    r = mean(cx cy) ix iy, each mean per channel over ``dims``::
 
-        mean((cx/sx - cy/sy)^2) = vx/sx^2 + vy/sy^2 - 2 r
-        dL/dx = 2 / (positions * channels) * ((1 - vx/sx^2 + r) / sx^2 * cx - cy / (sx sy))
+        mean((cx ix - cy iy)^2) = vx ix^2 + vy iy^2 - 2 r
+        dL/dx = 2 / (positions * channels) * ((1 - vx ix^2 + r) ix^2 cx - ix iy cy)
 
     Both maps are read twice here and once for a gradient, which is all that is written.  Autograd's
     own way through the same formula writes and reads some thirty maps of full size.
@@ -84,27 +84,27 @@ class _StandardisedMSE(torch.autograd.Function):
         if 0 in dims:
             products = products.sum(1, keepdim=True)
         vx, vy, covariance = products / count
-        sx, sy = (vx + EPS).sqrt(), (vy + EPS).sqrt()
-        ux, uy, r = vx / sx.square(), vy / sy.square(), covariance / (sx * sy)
-        ctx.save_for_backward(x, y, mask, mx, my, sx, sy, ux, uy, r)
+        ix, iy = (vx + EPS).rsqrt(), (vy + EPS).rsqrt()
+        ux, uy, r = vx * ix.square(), vy * iy.square(), covariance * ix * iy
+        ctx.save_for_backward(x, y, mask, mx, my, ix, iy, ux, uy, r)
         ctx.scale = 2 / (total * x.shape[1])
         # Of equal maps the difference is zero but for rounding.
         return ((ux + uy - 2 * r).clamp(min=0) * count).sum() * ctx.scale / 2
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        x, y, mask, mx, my, sx, sy, ux, uy, r = ctx.saved_tensors
+        x, y, mask, mx, my, ix, iy, ux, uy, r = ctx.saved_tensors
         scale = gradient * ctx.scale
-        other = -scale / (sx * sy)
+        other = -scale * ix * iy
         found = []
-        for needed, a, ma, sa, ua, b, mb in (
-            (ctx.needs_input_grad[0], x, mx, sx, ux, y, my),
-            (ctx.needs_input_grad[1], y, my, sy, uy, x, mx),
+        for needed, a, ma, ia, ua, b, mb in (
+            (ctx.needs_input_grad[0], x, mx, ix, ux, y, my),
+            (ctx.needs_input_grad[1], y, my, iy, uy, x, mx),
         ):
             if not needed:
                 found.append(None)
                 continue
-            own, whole = scale * (1 - ua + r) / sa.square(), torch.empty_like(a)
+            own, whole = scale * (1 - ua + r) * ia.square(), torch.empty_like(a)
             for into, part, beside, inside in _blocks(whole, a, b, mask):
                 torch.sub(part, ma, out=into).mul_(own).addcmul_(beside - mb, other)
                 if inside is not None:

@@ -60,7 +60,8 @@ class Benchmark:
     * ``distill``: a distillation step with the config's own stages;
     * a method's name: a distillation step with that method;
     * a variant's name: a distillation step of that config, with models of its own;
-    * ``losses/distill``, ``losses/<method>``: forward and backward of the losses alone.
+    * ``losses/distill``, ``losses/<method>``: forward and backward of the losses alone;
+    * ``copies``: the student's maps copied once, which no loss with a gradient for each can go below.
 
     Args:
         cfg: of a pair, see :func:`~sharedkd.config.load_config`.
@@ -144,7 +145,8 @@ class Benchmark:
 
     def arms(self) -> List[str]:
         steps = [*DETECTRON2, "student_sharedkd", "teacher", *self.methods]
-        return [*steps, *(f"losses/{method}" for method in self.methods), *self.variants]
+        losses = [f"losses/{method}" for method in self.methods]
+        return [*steps, *losses, "copies", *self.variants]
 
     def arm(self, name: str) -> Callable[[], None]:
         """What an arm does, ready to be called in this process."""
@@ -162,6 +164,8 @@ class Benchmark:
             )
         if name.startswith("losses/"):
             return self._losses_arm(name.partition("/")[2])
+        if name == "copies":
+            return self._copies_arm()
         return self._step_of(self._trainer(self._pair(name)))
 
     def _teacher_arm(self, name: str) -> Callable[[], None]:
@@ -225,17 +229,7 @@ class Benchmark:
 
     def _losses_arm(self, method: str) -> Callable[[], None]:
         pair = self._pair(method)
-        taken: Dict[str, Batch] = {}
-        handles = [
-            loss.register_forward_pre_hook(
-                lambda module, args, name=name: taken.update({name: args[0]})
-            )
-            for name, loss in pair.losses.items()
-        ]
-        self._step_of(self._trainer(pair))()
-        for handle in handles:
-            handle.remove()
-        leaves = {name: _as_leaves(batch) for name, batch in taken.items()}
+        leaves = self._read_by(pair)
 
         def run():
             total = 0.0
@@ -250,6 +244,35 @@ class Benchmark:
                         x.grad = None
 
         return run
+
+    def _copies_arm(self) -> Callable[[], None]:
+        batches = self._read_by(self._pair("distill")).values()
+        maps = {
+            (tap, stride): x.detach()
+            for batch in batches
+            for tap, levels in batch.student.items()
+            for stride, x in levels.items()
+        }
+
+        def run():
+            for x in maps.values():
+                x.clone()
+
+        return run
+
+    def _read_by(self, pair: SharedKD) -> Dict[str, Batch]:
+        """Stage -> what its loss is given in a step, with maps that are leaves."""
+        taken: Dict[str, Batch] = {}
+        handles = [
+            loss.register_forward_pre_hook(
+                lambda module, args, name=name: taken.update({name: args[0]})
+            )
+            for name, loss in pair.losses.items()
+        ]
+        self._step_of(self._trainer(pair))()
+        for handle in handles:
+            handle.remove()
+        return {name: _as_leaves(batch) for name, batch in taken.items()}
 
     # --- measuring ------------------------------------------------------------------------------
 
@@ -379,6 +402,7 @@ def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Di
         "over_plain": ratio(seconds, "distill", "student_sharedkd"),
         "teacher": ratio(seconds, "teacher", "teacher_eager"),
         "losses": ratio(seconds, "losses/distill", "distill"),
+        "copies": ratio(seconds, "copies", "distill"),
         **{f"distill/{name}": ratio(seconds, "distill", name) for name in rivals},
         **{name: ratio(seconds, name, "distill") for name in bench.variants},
     }
