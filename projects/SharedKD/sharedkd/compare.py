@@ -49,8 +49,8 @@ FOR_THE_TIME_OF = "@"  # none@fgd: the plain student, trained for as long as fgd
 class Arm:
     """One method with one seed.
 
-    Attributes:
-        method: its name.
+    Args:
+        method: its name; ``a@b`` is method a, trained for the time that b takes.
         seed: of the student's weights, the data and every draw.
         run: the training run.
     """
@@ -235,12 +235,12 @@ class Comparison:
         return arms
 
     def seconds_per_step(self, method: str) -> float:
-        """Mean over a method's finished arms; NaN before one is."""
+        """Seconds per step, the mean over the finished arms of ``method``; NaN before one is."""
         seconds = [a.seconds_per_step for a in self.arms if a.method == method and a.run.finished]
         return fmean(seconds) if seconds else math.nan
 
     def iterations(self, method: str) -> Optional[int]:
-        """How long a method is trained; None while that depends on runs that are still missing.
+        """How many steps ``method`` is trained; None while that depends on runs still missing.
 
         What takes the time of another method has its config written here, once: an arm that was
         begun must not change its length.  A failed run has no part in it.
@@ -367,7 +367,10 @@ class Comparison:
         return record
 
     def write_events(self, record: Dict[str, Any]) -> None:
-        """The same for TensorBoard, see :mod:`sharedkd.analysis.tensorboard`; without it, nothing."""
+        """Write ``record``, of :meth:`report`, for TensorBoard; if that is not installed, nothing.
+
+        See :mod:`sharedkd.analysis.tensorboard`.
+        """
         try:
             from .analysis.tensorboard import write_events  # which needs folder_name
 
@@ -389,7 +392,7 @@ class Comparison:
 
 
 def folder_name(method: str) -> str:
-    """A method's name without the directories of recipes, as the value of an override can hold it."""
+    """``method`` without the directories of recipes, as the value of an override can hold it."""
     name = re.sub(r"[^@+:]*/([^@+:/]+?)(\.py)?(?=[@+:]|$)", r"\1", method)
     return name.replace("=", "-")
 
@@ -424,7 +427,18 @@ def run_comparison(
     shard: Tuple[int, int] = (0, 1),
     jobs: int = 1,
 ) -> Dict[str, Any]:
-    """Train what is missing, then report; see :class:`Comparison`."""
+    """Train what is missing, then report.
+
+    Args:
+        root, config_file, methods, seeds, output, overrides, jobs: see :class:`Comparison`.
+        shard: see :meth:`Comparison.train`.
+
+    Returns:
+        the record, see :meth:`Comparison.report`.
+
+    Raises:
+        ConfigError: see :class:`Comparison` and :meth:`Comparison.prepare`.
+    """
     comparison = Comparison(root, config_file, methods, seeds, output, overrides, jobs)
     comparison.train(shard)
     record = comparison.report()

@@ -2,7 +2,7 @@
 
 import os
 from functools import partial
-from typing import Any, Callable, Dict, Mapping, Optional
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -111,7 +111,8 @@ ONE_STAGE_WEIGHT = 10.0
 def published_stages(weight: float = 2.0) -> DictConfig:
     """Shared-KD as published: raw mean squared errors of all levels, weight 2, from start to end.
 
-    Cross-layer distillation takes the backbone's stages, whose widths differ (our reading).
+    Each of the two parts has this ``weight``.  Cross-layer distillation takes the backbone's
+    stages, whose widths differ (our reading).
     """
     return L(stage_dict)(
         identical=L(Stage)(loss=L(IdenticalLayer)(ignore_padding=False), weight=weight),
@@ -191,7 +192,7 @@ def distill(
 @collecting
 def load_config(
     path: str,
-    overrides=(),
+    overrides: Sequence[str] = (),
     keep_teacher: bool = False,
     without_data: bool = False,
     *,
@@ -200,6 +201,8 @@ def load_config(
     """Read a LazyConfig, apply ``key=value`` overrides, fill in defaults, settle own data.
 
     Args:
+        path: of an existing ``.py`` file, or of a ``.yaml`` such as a run's saved config.
+        overrides: ``key=value`` each, applied in this order.
         keep_teacher: also one that no stage learns from; else it is neither loaded nor run.
         without_data: nothing will be loaded; own data that is not named has COCO's 80 classes.
         findings: takes the errors that leave something to go on checking; its fact ``data`` becomes
@@ -253,6 +256,8 @@ def override(cfg: DictConfig, text: str, path: str) -> None:
     """Apply one ``key=value`` to a config.
 
     Args:
+        cfg: changed in place.
+        text: the ``key=value``, as on a command line.
         path: the config's, for messages.
 
     Raises:
@@ -271,7 +276,7 @@ def override(cfg: DictConfig, text: str, path: str) -> None:
         )
 
 
-def _settle_train(given, findings: Findings) -> DictConfig:
+def _settle_train(given: Any, findings: Findings) -> DictConfig:
     """`train` with defaults for what is not given, and for what is wrong while the rest is checked."""
     if not isinstance(given, Mapping):
         findings.add(ConfigError("train", given, "is no group of keys", "use train.KEY=VALUE"))
@@ -281,7 +286,13 @@ def _settle_train(given, findings: Findings) -> DictConfig:
     return train
 
 
-def _fill(train: DictConfig, given, known, group: str, findings: Findings) -> None:
+def _fill(
+    train: DictConfig,
+    given: Mapping[str, Any],
+    known: Mapping[str, Any],
+    group: str,
+    findings: Findings,
+) -> None:
     for name, default in known.items():
         if name not in given:
             continue
@@ -338,7 +349,7 @@ def _drop_idle_teacher(model: DictConfig, findings: Findings) -> None:
 
 
 def student_only(cfg: DictConfig) -> DictConfig:
-    """The config with the plain student as its model: what evaluation needs, without a teacher."""
+    """A copy of ``cfg`` with the plain student as its model: evaluation needs no teacher."""
     cfg = cfg.copy()
     cfg.model = cfg.model.get("student", cfg.model)
     return cfg

@@ -109,7 +109,7 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
 def seconds_per_image(
     models: Mapping[str, nn.Module], inputs: Sequence[Dict[str, Any]], warm_up: int = 3
 ) -> Dict[str, float]:
-    """Median time of inference on one image.
+    """Median time of inference on one image, in seconds.
 
     The models take turns, so that whatever else the machine does hits them alike.
 

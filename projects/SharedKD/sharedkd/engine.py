@@ -3,11 +3,12 @@
 import copy
 import logging
 import os
+from argparse import Namespace
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from logging.handlers import MemoryHandler
 from types import MappingProxyType
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional
 
 import torch
 from detectron2.config import LazyCall as L
@@ -49,7 +50,7 @@ logger = logging.getLogger("detectron2.sharedkd")
 DEV_RUN_IMAGES = 50  # evaluated under train.fast_dev_run
 
 
-def run(args) -> Dict[str, Any]:
+def run(args: Namespace) -> Dict[str, Any]:
     """Train, or with ``--eval-only`` evaluate, what the command line names.
 
     Everything that can be wrong is built and checked before anything is written.
@@ -61,7 +62,9 @@ def run(args) -> Dict[str, Any]:
         the last evaluation's results; empty without an evaluator.
 
     Raises:
-        ConfigError, NonFiniteLossError
+        ConfigError: the config, an override, the data or a checkpoint cannot work.
+        SaveError: the output folder cannot be written to, see ``train.on_save_error``.
+        NonFiniteLossError: see :meth:`SharedKDTrainer.run_step`.
         Stopped: by a signal; the state is saved.
     """
     with ExitStack() as held, _log_later() as log_opens:
@@ -98,7 +101,7 @@ def run(args) -> Dict[str, Any]:
         return train(cfg, trainer, checkpoint, origin(args))
 
 
-def _set_up(cfg: DictConfig, args) -> None:
+def _set_up(cfg: DictConfig, args: Namespace) -> None:
     """Detectron2's own, which logs that it cannot write the config and goes on.
 
     Raises:
@@ -141,7 +144,11 @@ def _own(folder: str, resume: bool) -> Iterator[None]:
 
 
 def build_trainer(cfg: DictConfig, parts: Parts) -> SharedKDTrainer:
-    """DDP and trainer around a model, its optimizer and its data."""
+    """DDP and trainer around the model, optimizer and data of ``parts``, as ``cfg.train`` says.
+
+    Raises:
+        ConfigError: see :class:`SharedKDTrainer`.
+    """
     return SharedKDTrainer(
         ddp(cfg, parts.model),
         parts.loader,
@@ -158,7 +165,7 @@ def build_trainer(cfg: DictConfig, parts: Parts) -> SharedKDTrainer:
 
 
 def ddp(cfg: DictConfig, model: nn.Module) -> nn.Module:
-    """The model in DistributedDataParallel as ``train.ddp`` says, if there are several processes."""
+    """``model``, in DistributedDataParallel by ``cfg.train.ddp`` if there are several processes."""
     on_cpu = torch.device(cfg.train.device).type == "cpu"
     return create_ddp_model(model, **cfg.train.ddp, **(dict(device_ids=None) if on_cpu else {}))
 
@@ -172,12 +179,16 @@ def train(
     """Train to ``train.max_iter``, from a checkpoint on if there is one.
 
     Args:
+        cfg: of :func:`~sharedkd.config.load_config`.
+        trainer: of :func:`build_trainer`.
+        checkpoint: the file of this run to go on from; None: from the first iteration.
         started: how, for the record: :func:`~sharedkd.running.record.origin`.
 
     Returns:
-        the last evaluation's results.
+        the last evaluation's results; empty without an evaluator.
 
     Raises:
+        NonFiniteLossError: see :meth:`SharedKDTrainer.run_step`.
         Stopped: by a signal; the state is saved.
         SaveError: the output folder cannot be written to, see ``train.on_save_error``.
     """
@@ -191,7 +202,7 @@ def train(
     errors = SaveErrors(folder, cfg.train.on_save_error)
     checkpoints = Checkpoints(checkpointer, stop, errors, **cfg.train.checkpointer)
 
-    def test():
+    def test() -> Dict[str, Any]:
         with checkpoints.watching(model):
             found = evaluate(cfg, model, errors.handled)
         results.clear()
@@ -254,17 +265,28 @@ def train(
     return results
 
 
-def evaluate(cfg: DictConfig, model, handled: Optional[Handled] = None) -> Dict[str, Any]:
+def evaluate(
+    cfg: DictConfig,
+    model: Callable[[List[Dict[str, Any]]], Any],
+    handled: Optional[Handled] = None,
+) -> Dict[str, Any]:
     """Run ``dataloader.evaluator`` (any DatasetEvaluator, or a list of them) on ``dataloader.test``.
 
     With ``train.fast_dev_run`` on its first images alone.
 
     Args:
+        cfg: of :func:`~sharedkd.config.load_config`.
+        model: a detector, which is in evaluation mode meanwhile, or any function from Detectron2's
+            records to what a detector returns for them.
         handled: what becomes of an evaluator's files that cannot be written, as
             :meth:`SaveErrors.handled`; without it, that is an error.
 
+    Returns:
+        task -> metric -> value; empty without an evaluator, and with Detectron2's in every process
+        but the first.
+
     Raises:
-        SaveError
+        SaveError: the disk refused an evaluator's files, and ``handled`` does not let it pass.
     """
     if cfg.dataloader.get("evaluator") is None:
         return {}
@@ -312,7 +334,7 @@ def evaluate_teacher(
 
 
 @contextmanager
-def _log_later():
+def _log_later() -> Iterator[Callable[[], ContextManager[None]]]:
     """Keep Detectron2's log messages for a log that is not open yet.
 
     Yields:
@@ -325,7 +347,7 @@ def _log_later():
         each.setLevel(logging.INFO)
 
     @contextmanager
-    def opens():
+    def opens() -> Iterator[None]:
         for each in loggers:
             each.removeHandler(memory)  # what is said meanwhile goes to the log itself
         yield

@@ -1,7 +1,7 @@
 """The one error that users see, a line that names the config key, what is wrong and the fix; and many."""
 
 from functools import wraps
-from typing import Any, Callable, Dict, Iterable, List, Optional
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, TypeVar
 
 __all__ = [
     "FAILED",
@@ -12,6 +12,8 @@ __all__ = [
     "collecting",
     "NonFiniteLossError",
 ]
+
+_Result = TypeVar("_Result")
 
 
 class ConfigError(Exception):
@@ -40,12 +42,15 @@ class ConfigError(Exception):
         """The same error of a part of the config: its key is one of those below ``key``."""
         return ConfigError(f"{key}.{self.key}", self.value, self.problem, self.fix)
 
-    def __reduce__(self):
+    def __reduce__(self) -> Tuple[type, Tuple[Any, ...]]:
         return type(self), (self.key, self.value, self.problem, self.fix)
 
 
 class ConfigErrors(ConfigError):
-    """Several at once.  As text, each is a line of its own after the first, which the tools introduce."""
+    """Several ``errors`` at once.
+
+    As text, each is a line of its own after the first, which the tools introduce.
+    """
 
     def __init__(self, errors: Iterable[ConfigError]):
         self._errors = list(errors)
@@ -55,7 +60,7 @@ class ConfigErrors(ConfigError):
     def errors(self) -> List[ConfigError]:
         return self._errors
 
-    def __reduce__(self):
+    def __reduce__(self) -> Tuple[type, Tuple[Any, ...]]:
         return type(self), (self._errors,)
 
 
@@ -81,13 +86,16 @@ class Findings:
         facts: what checks learn on their way and the overview shows.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.errors: List[ConfigError] = []
         self.warnings: List[ConfigError] = []
         self.facts: Dict[str, Any] = {}
 
-    def step(self, function: Callable, *args, **options) -> Any:
-        """The function's result; :data:`FAILED` if it raises a ConfigError or an argument is FAILED."""
+    def step(self, function: Callable, *args: Any, **options: Any) -> Any:
+        """The result of ``function(*args, **options)``, if there is one.
+
+        :data:`FAILED` if it raises a ConfigError, or if one of ``args`` or ``options`` is FAILED.
+        """
         if any(x is FAILED for x in (*args, *options.values())):
             return FAILED
         try:
@@ -97,12 +105,16 @@ class Findings:
             return FAILED
 
     def add(self, error: ConfigError) -> None:
-        """Note an error, or the errors that it consists of."""
+        """Note ``error``, or the errors that it consists of, but nothing twice."""
         known = {str(e) for e in self.errors}
         self.errors += [e for e in error.errors if str(e) not in known]
 
     def warn(self, key: str, value: Any, problem: str, fix: str) -> None:
-        """Note what does not stop a run; arguments as those of :class:`ConfigError`."""
+        """Note what does not stop a run.
+
+        Args:
+            key, value, problem, fix: see :class:`ConfigError`.
+        """
         self.warnings.append(ConfigError(key, value, problem, fix))
 
     def raise_errors(self) -> None:
@@ -113,11 +125,11 @@ class Findings:
             raise self.errors[0] if len(self.errors) == 1 else ConfigErrors(self.errors)
 
 
-def collecting(function: Callable) -> Callable:
-    """For functions that put what they find into an option ``findings``: without it, they raise it."""
+def collecting(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Let ``function``, which puts what it finds into its ``findings``, raise it without them."""
 
     @wraps(function)
-    def wrapper(*args, findings: Optional[Findings] = None, **options):
+    def wrapper(*args: Any, findings: Optional[Findings] = None, **options: Any) -> _Result:
         if findings is not None:
             return function(*args, findings=findings, **options)
         findings = Findings()
@@ -129,7 +141,11 @@ def collecting(function: Callable) -> Callable:
 
 
 class DataError(ConfigError):
-    """Data that fail while a run goes on: an image that cannot be read, a loading process that died."""
+    """Data that fail during a run: an image that cannot be read, a loading process that died.
+
+    Args:
+        key, value, problem, fix: see :class:`ConfigError`.
+    """
 
 
 class NonFiniteLossError(FloatingPointError):

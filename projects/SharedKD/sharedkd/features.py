@@ -54,7 +54,7 @@ def _backbone(detector: nn.Module) -> nn.Module:
 
 
 def pyramid_shapes(detector: nn.Module) -> Shapes:
-    """tap -> stride -> channels of a detector's maps.
+    """tap -> stride -> channels of the maps of ``detector``.
 
     Raises:
         ConfigError: a detector without a Detectron2 backbone.
@@ -106,8 +106,10 @@ class FeatureTap:
             taps: the modules that offer none of these are left alone.
         """
 
-        def show(unpack):
-            def hook(module, args, output):
+        def show(
+            unpack: Callable[[Any], Maps],
+        ) -> Callable[[nn.Module, Tuple[Any, ...], Any], None]:
+            def hook(module: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
                 for tap, levels in unpack(output).items():
                     see(tap, levels)
 
@@ -143,7 +145,7 @@ class FeatureTap:
         decoded = _DECODED.keys() & taps
         wanted = frozenset(taps) | ({"deltas"} if decoded else set())
 
-        def take(tap, levels):
+        def take(tap: str, levels: Dict[int, Tensor]) -> None:
             if tap in wanted:
                 copying = self._writes.get(tap, True)
                 seen[tap] = {

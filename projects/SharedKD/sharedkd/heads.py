@@ -25,7 +25,7 @@ __all__ = [
 class DenseHead:
     """The part of a detector that predicts at every position: a one-stage head, or the RPN.
 
-    Attributes:
+    Args:
         module: called with a list of maps, returns a tuple that begins with lists of logits
             (N, A*K, H, W) and deltas (N, A*4, H, W), one per level.
         names: the backbone's outputs that it reads, in order.
@@ -42,7 +42,10 @@ class DenseHead:
 
     @classmethod
     def of(cls, detector: nn.Module) -> Optional["DenseHead"]:
-        """The dense head of a RetinaNet, FCOS or two-stage detector; None of any other."""
+        """The dense head of a RetinaNet, FCOS or two-stage ``detector``; None of any other.
+
+        None too if its backbone lacks a level that the head reads.
+        """
         rpn = getattr(detector, "proposal_generator", None)
         for owner, module, names, logits, deltas in (
             (detector, "head", "head_in_features", "cls_score", "bbox_pred"),
@@ -59,16 +62,16 @@ class DenseHead:
                 return cls(head, levels, [specs[name].stride for name in levels], width, owner)
         return None
 
-    def run(self, features: Dict[str, Tensor]):
-        """Predict from a backbone's output dict."""
+    def run(self, features: Dict[str, Tensor]) -> Tuple[List[Tensor], ...]:
+        """What ``module`` returns for ``features``, the backbone's: name -> (N, C, H, W)."""
         return self.module([features[name] for name in self.names])
 
-    def unpack(self, output: Tuple) -> Maps:
-        """The module's output as maps by tap and stride."""
+    def unpack(self, output: Tuple[List[Tensor], ...]) -> Maps:
+        """The module's ``output`` as maps by tap and stride: ``logits`` and ``deltas``."""
         return {tap: dict(zip(self.strides, levels)) for tap, levels in zip(_OUTPUTS, output)}
 
     def anchors(self, deltas: Dict[int, Tensor]) -> Dict[int, Tensor]:
-        """What the deltas are relative to: stride -> (N, A*4, H, W), XYXY in pixels.
+        """What ``deltas`` are relative to, in their form: stride -> (N, A*4, H, W), XYXY in pixels.
 
         One copy for all images.  An anchor of FCOS is a square of its stride about its point.
         """
@@ -81,7 +84,7 @@ class DenseHead:
         return anchors
 
     def boxes(self, deltas: Dict[int, Tensor]) -> Dict[int, Tensor]:
-        """Deltas applied to their anchors: stride -> (N, A*4, H, W), XYXY in pixels."""
+        """``deltas`` applied to their anchors, in the same form: (N, A*4, H, W), XYXY in pixels."""
         boxes = {}
         for stride, anchors in self.anchors(deltas).items():
             # (N, A*4, H, W) -> (N, A, H, W, 4)
@@ -100,7 +103,7 @@ _OUTPUTS = ("logits", "deltas")
 
 def check_labels(student: nn.Module, key: str) -> None:
     """Raises:
-    ConfigError: a loss that needs ``labels`` meets a detector that labels no anchors by class.
+    ConfigError: ``student`` labels no anchors by class, and the loss at ``key`` needs ``labels``.
     """
     if not hasattr(student, "label_anchors"):
         raise ConfigError(
@@ -143,9 +146,14 @@ def _first(module: nn.Module) -> nn.Module:
 
 
 def check_regions(student: nn.Module, teacher: Optional[nn.Module], key: str) -> None:
-    """Raises:
-    ConfigError: a loss that needs ``regions`` meets a detector without a box head on its FPN, or
-        two that tell other numbers of classes apart.
+    """Check two detectors for a loss that needs ``regions``.
+
+    Args:
+        student, teacher: the detectors; teacher None: there is none.
+        key: the loss's place in the config, for messages.
+
+    Raises:
+        ConfigError: one has no box head on its FPN, or they tell other numbers of classes apart.
     """
     for who, detector in (("student", student), ("teacher", teacher)):
         if detector is not None and not hasattr(getattr(detector, "roi_heads", None), "box_pooler"):
@@ -165,7 +173,7 @@ def check_regions(student: nn.Module, teacher: Optional[nn.Module], key: str) ->
 
 
 class RegionTap:
-    """Takes a two-stage detector's sampled regions and their class logits from its own forward."""
+    """Takes a two-stage ``detector``'s sampled regions and class logits from its own forward."""
 
     def __init__(self, detector: nn.Module):
         self._heads = detector.roi_heads
@@ -179,10 +187,12 @@ class RegionTap:
         """
         found: Dict[str, Any] = {}
 
-        def take_boxes(module, args, output):
+        def take_boxes(module: nn.Module, args: Tuple[Any, ...], output: Tensor) -> None:
             found.setdefault("boxes", args[1])
 
-        def take_logits(module, args, output):
+        def take_logits(
+            module: nn.Module, args: Tuple[Any, ...], output: Tuple[Tensor, Tensor]
+        ) -> None:
             found.setdefault("logits", output[0])
 
         handles = [
@@ -197,7 +207,12 @@ class RegionTap:
 
     @torch.no_grad()
     def labels(self, boxes: List[Boxes], truth: List[Instances]) -> Tensor:
-        """The class of each region, (R,): the detector's own matching, repeated."""
+        """The class of each region, (R,) int64, K for background, by the detector's own matching.
+
+        Args:
+            boxes: the regions of each image, see :meth:`capture`.
+            truth: the ground truth of each image, on the same device.
+        """
         background = self._heads.num_classes
         labels = []
         for found, instances in zip(boxes, truth):
@@ -213,6 +228,7 @@ def region_logits(detector: nn.Module, maps: Dict[int, Tensor], boxes: List[Boxe
     """A two-stage detector's class logits of given regions, (R, K + 1).
 
     Args:
+        detector: with a box head on its FPN; of a cascade, the first stage answers.
         maps: stride -> (N, C, H, W), its FPN's outputs.
         boxes: the regions of each image, in pixels of the images that the maps show.
     """

@@ -1,10 +1,10 @@
 """The meta-architecture: student and teacher side by side in training, the student alone in inference."""
 
 from contextlib import nullcontext
-from typing import Any, Dict, FrozenSet, Iterable, List, Mapping, Optional
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple, Union
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
 
 def check_image_format(student: nn.Module, image_format: str) -> None:
     """Raises:
-    ConfigError: the data loader delivers channels in an order that is not the student's.
+    ConfigError: the data loader delivers ``image_format``, and ``student`` takes another order.
     """
     expected = getattr(student, "input_format", None) or image_format
     if expected != image_format:
@@ -96,8 +96,11 @@ class SharedKD(nn.Module):
         self.stages[name] = stage
 
     @classmethod
-    def from_config(cls, cfg) -> Dict[str, Any]:
-        """For a classic yaml config with the keys of :func:`sharedkd.config.add_sharedkd_config`."""
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        """The arguments from ``cfg``, a classic yaml config.
+
+        It has the keys of :func:`sharedkd.config.add_sharedkd_config`.
+        """
         from .config import parts_from_cfg
 
         return parts_from_cfg(cfg)
@@ -108,7 +111,7 @@ class SharedKD(nn.Module):
 
     def forward(
         self, batched_inputs: List[Dict[str, Any]], weights: Optional[Mapping[str, float]] = None
-    ):
+    ) -> Union[Dict[str, Tensor], List[Dict[str, Any]]]:
         """
         Args:
             batched_inputs: Detectron2's records, as for the student.
@@ -178,15 +181,23 @@ class SharedKD(nn.Module):
         return frozenset(taps).union(*(NEEDED_TAPS[need] for need in needs & NEEDED_TAPS.keys()))
 
     # The teacher is no submodule, yet goes where the model goes.
-    def _apply(self, fn, *args, **kwargs):
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "SharedKD":
         if self.teacher is not None:
             self.teacher.apply_to_tensors(fn)
         return super()._apply(fn, *args, **kwargs)
 
     # A checkpoint of this model is a checkpoint of the student, with plain Detectron2's names.
     # What losses own rides beside it (see sharedkd.engine).
-    def state_dict(self, *args, **kwargs) -> Dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Tensor]:
+        """The student's, which takes ``args`` and ``kwargs``."""
         return self.student.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Tuple[List[str], List[str]]:
+        """Load ``state_dict`` into the student, which takes ``args`` and ``kwargs`` too.
+
+        Returns:
+            the missing and the unexpected keys.
+        """
         return self.student.load_state_dict(state_dict, *args, **kwargs)

@@ -33,7 +33,9 @@ FAMILIES = ("faster_rcnn", "mask_rcnn", *_ONE_STAGE)
 _RESNET = {4: 256, 8: 512, 16: 1024, 32: 2048}
 
 
-def _shapes(strides, logits: int, deltas: int, stages) -> Dict[str, Dict[int, int]]:
+def _shapes(
+    strides: Sequence[int], logits: int, deltas: int, stages: Dict[int, int]
+) -> Dict[str, Dict[int, int]]:
     heads = {"logits": logits, "deltas": deltas, "boxes": deltas, "anchors": deltas}
     shapes = {tap: dict.fromkeys(strides, channels) for tap, channels in heads.items()}
     return {**shapes, "fpn": dict.fromkeys(strides, 256), "backbone": stages}
@@ -54,7 +56,7 @@ _PUBLISHED_SHAPES = dict(
 class Method:
     """A recipe.
 
-    Attributes:
+    Args:
         name: the file's, without its ending.
         paper: title, venue and year.
         stages: student's family -> LazyConfig node of the stages.
@@ -66,8 +68,10 @@ class Method:
 
     @classmethod
     def load(cls, path: Path) -> "Method":
-        """Raises:
-        ConfigError: no such file, or not a recipe.
+        """The recipe in the file ``path``.
+
+        Raises:
+            ConfigError: no such file, or not a recipe.
         """
         try:
             paper, stages = LazyConfig.load(str(path), ("paper", "stages"))
@@ -78,7 +82,11 @@ class Method:
         return cls(path.stem, paper, dict(stages))
 
     def parameters(self, family: str) -> int:
-        """How many parameters its losses have for the published pairs of a family."""
+        """How many parameters its losses have for the published pairs of ``family``.
+
+        Args:
+            family: one of ``stages``.
+        """
         shapes, count = _PUBLISHED_SHAPES[family], 0
         for name, stage in instantiate(self.stages[family]).items():
             stage.loss.bind(shapes, shapes, name)
@@ -87,12 +95,16 @@ class Method:
 
 
 def known_methods(folder: Path) -> List[Method]:
-    """All recipes of a folder, by name."""
+    """All recipes of ``folder``, in the order of their names.
+
+    Raises:
+        ConfigError: a ``.py`` file in it that is not a recipe.
+    """
     return [Method.load(path) for path in sorted(folder.glob("*.py"))]
 
 
 def family(student: DictConfig) -> str:
-    """Which of :data:`FAMILIES` a student's LazyConfig node belongs to.
+    """Which of :data:`FAMILIES` ``student``, a detector's LazyConfig node, belongs to.
 
     Raises:
         ConfigError: to none.

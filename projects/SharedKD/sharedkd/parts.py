@@ -51,7 +51,7 @@ OPTIMIZER_NUMBERS = ("lr", "weight_decay", "momentum")
 class Parts:
     """What a run is made of; FAILED in place of what could not be built.
 
-    Attributes:
+    Args:
         model: on its device, with its initial weights.
         resuming: the weights come from the run's own checkpoint later.
         optimizer, loader, scheduler: for training; None in an evaluation.
@@ -77,9 +77,10 @@ def assemble(
             drawn into it if it has none.
         eval_only: ``train.init_checkpoint`` is a trained student, to be evaluated.
         resume: the output folder may hold a run, which then goes on.
-        findings: takes every error.  Of its facts, ``data`` becomes, for ``train`` and ``test``, a
-            list of the summaries of COCO-format data, ``disk`` what :func:`check_disk` returns,
-            ``student_tensors`` and ``inherited`` what filled the student.
+        findings: takes every error; without it, they are raised.  Of its facts, ``data`` becomes,
+            for ``train`` and ``test``, a list of the summaries of COCO-format data, ``disk`` what
+            :func:`check_disk` returns, ``student_tensors`` and ``inherited`` what filled the
+            student.
     """
     step = findings.step
     for key in sorted(OmegaConf.missing_keys(cfg)):
@@ -134,9 +135,10 @@ def build(
     """The model on its device, with its initial weights.
 
     Args:
+        cfg: of :func:`~sharedkd.config.load_config`.
         trained: ``train.init_checkpoint`` is a trained student, to be evaluated.
         resuming: the weights come from the run's own checkpoint later.
-        findings: takes the errors; then FAILED may be returned.
+        findings: takes the errors, and FAILED may be returned; without it, they are raised.
     """
     step = findings.step
     dtype = step(amp_dtype, cfg)
@@ -242,7 +244,14 @@ def _prepare(teacher: Any, dtype: Optional[torch.dtype], placed: nn.Module) -> N
 
 
 def rewire(cfg: DictConfig, student: nn.Module) -> None:
-    """Make the student run as ``train.fold_norms``, ``activation_checkpointing`` and ``compile`` say."""
+    """Make ``student`` run as ``cfg.train`` says.
+
+    By its ``fold_norms``, ``activation_checkpointing`` and ``compile``.
+
+    Raises:
+        ConfigError: the last two exclude each other; see also
+            :func:`~sharedkd.speed.backbones.recompute_blocks`.
+    """
     if cfg.train.fold_norms:
         fold_in_training(student)
     if cfg.train.activation_checkpointing and cfg.train.compile:
@@ -256,12 +265,15 @@ def rewire(cfg: DictConfig, student: nn.Module) -> None:
 
 
 def losses_of(model: nn.Module) -> nn.Module:
-    """The distillation losses; empty for a plain detector, whose `losses` may be a method."""
+    """The distillation losses of ``model``.
+
+    Empty for a plain detector, whose `losses` may be a method.
+    """
     return model.losses if isinstance(model, SharedKD) else nn.ModuleDict()
 
 
 def num_classes(detector: nn.Module) -> Optional[int]:
-    """How many classes a Detectron2 detector tells apart; None if it does not say."""
+    """How many classes ``detector``, one of Detectron2's, tells apart; None if it does not say."""
     for module in (detector, getattr(detector, "roi_heads", None)):
         if hasattr(module, "num_classes"):
             return module.num_classes
@@ -436,8 +448,14 @@ def _check_device(name: str) -> None:
 
 
 def check_output(output_dir: str, resume: bool) -> None:
-    """Raises:
-    ConfigError: a folder that cannot be written to, or holds what a run must not overwrite.
+    """Check a run's output folder.
+
+    Args:
+        output_dir: need not exist.
+        resume: it may hold a run, which then goes on.
+
+    Raises:
+        ConfigError: it cannot be written to, or holds what a run must not overwrite.
     """
     key = "train.output_dir"
     there = existing_folder(output_dir)
@@ -469,7 +487,7 @@ def check_output(output_dir: str, resume: bool) -> None:
 
 
 def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
-    """What a training step computes in under autocast; None: no autocast.
+    """What a training step computes in under autocast by ``cfg.train``; None: no autocast.
 
     Raises:
         ConfigError: a type that the device does not offer.

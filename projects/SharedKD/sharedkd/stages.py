@@ -36,9 +36,11 @@ class Stage:
     relative: bool = False
 
     def check(self, key: str) -> None:
-        """Raises:
-        ConfigError: a loss that is none, a negative or infinite weight or time, or an end that is
-            not after the start.
+        """Check what is given; ``key`` is this stage's place in the config, for messages.
+
+        Raises:
+            ConfigError: a loss that is none, a negative or infinite weight or time, or an end that
+                is not after the start.
         """
         findings = Findings()
         if not isinstance(self.loss, DistillationLoss):
@@ -64,7 +66,10 @@ class Stage:
             )
 
     def span(self, max_iter: int) -> Tuple[int, int]:
-        """The first iteration that uses it and the first that no longer does; equal if none does."""
+        """The first iteration of ``max_iter`` that uses it and the first that no longer does.
+
+        They are equal if none does.
+        """
         start, end = (self._iteration(x, max_iter) for x in (self.start, self.end))
         end = max_iter if end is None else min(end, max_iter)
         return (start, end) if self.weight > 0 and start < end else (0, 0)
@@ -74,7 +79,7 @@ class Stage:
         return round(time * max_iter) if isinstance(time, float) else time
 
     def weight_at(self, iteration: int, max_iter: int) -> float:
-        """The weight at an iteration counted from 0; zero when the stage is off.
+        """The weight at ``iteration`` of ``max_iter``, counted from 0; zero when the stage is off.
 
         >>> from sharedkd.losses import CrossLayer
         >>> stage = Stage(CrossLayer(), weight=2.0, start=2, ramp=4, end=0.8)
@@ -88,5 +93,5 @@ class Stage:
 
 
 def stage_dict(**stages: Stage) -> Dict[str, Stage]:
-    """The stages of a model by name: a LazyConfig node needs something to call."""
+    """``stages``, those of a model by name: a LazyConfig node needs something to call."""
     return stages

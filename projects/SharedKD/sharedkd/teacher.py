@@ -5,7 +5,7 @@ import os
 from contextlib import contextmanager
 from functools import cached_property
 from math import lcm
-from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Tuple, Union
 
 import torch
 from detectron2 import model_zoo
@@ -198,13 +198,16 @@ class FrozenTeacher:
         ):
             yield
 
-    def to(self, device) -> "FrozenTeacher":
-        """Move the teacher; returns itself."""
+    def to(self, device: Union[str, torch.device]) -> "FrozenTeacher":
+        """Move the teacher to ``device``; returns itself."""
         self.model.to(device)
         return self
 
-    def apply_to_tensors(self, fn) -> None:
-        """Follow a module's ``_apply``: device and type moves of the model that holds this teacher."""
+    def apply_to_tensors(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``fn`` to its tensors: a device or type move of the model that holds this teacher.
+
+        That model's ``_apply``, which does not reach it by itself, calls this.
+        """
         self.model._apply(fn)
 
     @torch.no_grad()
@@ -237,15 +240,27 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
-        """Its class logits of the student's regions, (R, K + 1), from its own maps of the FPN."""
+        """Its class logits of the student's regions, (R, K + 1), from its own maps of the FPN.
+
+        Args:
+            maps: of :meth:`features`, with the tap ``fpn``.
+            boxes: the regions of each image, in pixels.
+        """
         # Detectron2's RoIAlign rounds boxes to the type of the maps.
         pyramid = {stride: precise(x) for stride, x in maps["fpn"].items()}
         with self._arithmetic():
             return region_logits(self.model, pyramid, boxes)
 
     @torch.no_grad()
-    def predict(self, batched_inputs: List[Dict[str, Any]], input_format: str = "BGR"):
-        """The teacher's own detections on images of the given channel order."""
+    def predict(
+        self, batched_inputs: List[Dict[str, Any]], input_format: str = "BGR"
+    ) -> List[Dict[str, Any]]:
+        """The teacher's own detections, as its model returns them.
+
+        Args:
+            batched_inputs: Detectron2's records; ``image`` is a (3, H, W) tensor.
+            input_format: the channel order of the images.
+        """
         if input_format != self.input_format:
             batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
         to_float32 = self.model.backbone.register_forward_hook(  # see region_logits
@@ -257,8 +272,18 @@ class FrozenTeacher:
         finally:
             to_float32.remove()
 
-    def preprocess(self, batched_inputs, input_format: str, size_divisibility: int) -> ImageList:
-        """Channel order first, then mean and std, then padding."""
+    def preprocess(
+        self, batched_inputs: List[Dict[str, Any]], input_format: str, size_divisibility: int
+    ) -> ImageList:
+        """Channel order first, then mean and std, then padding.
+
+        Args:
+            batched_inputs, input_format, size_divisibility: see :meth:`features`.
+
+        Returns:
+            (N, 3, H, W) on the teacher's device; H and W are multiples of ``size_divisibility`` and
+            of its own backbone's.
+        """
         model = self.model
         images = [x["image"].to(model.pixel_mean.device) for x in batched_inputs]
         if input_format != self.input_format:
@@ -301,7 +326,7 @@ def _zoo_weights(name: str) -> Optional[str]:
         return None
 
 
-def _build(config) -> Tuple[nn.Module, Optional[str]]:
+def _build(config: Union[CfgNode, DictConfig, nn.Module]) -> Tuple[nn.Module, Optional[str]]:
     """(model on the CPU, the input format its config names or None)"""
     if isinstance(config, nn.Module):
         return getattr(config, "student", config), None

@@ -4,7 +4,7 @@ import random
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ class _Step:
 
 def check_amp(dtype: Optional[torch.dtype], device_type: str) -> None:
     """Raises:
-    ConfigError: the device cannot train in mixed precision of this type.
+    ConfigError: a ``device_type``, such as ``cuda``, that cannot train in mixed precision of this
+        ``dtype``; None, which is no mixed precision, is never at fault.
     """
     if dtype is torch.float16 and device_type != "cuda":
         raise ConfigError(
@@ -88,7 +89,7 @@ class SharedKDTrainer(SimpleTrainer):
     def __init__(
         self,
         model: nn.Module,
-        data_loader,
+        data_loader: Iterable[List[Dict[str, Any]]],
         optimizer: torch.optim.Optimizer,
         *,
         max_iter: int,
@@ -344,7 +345,9 @@ class SharedKDTrainer(SimpleTrainer):
             self.storage.iter = now
         return fine
 
-    def _log(self, metrics: Dict[str, float], weights: Mapping[str, float], data_time) -> None:
+    def _log(
+        self, metrics: Dict[str, float], weights: Mapping[str, float], data_time: float
+    ) -> None:
         """Raw values and weights of each stage beside the weighted losses that are trained on."""
         for name, weight in weights.items():
             prefix = f"{DISTILL}{name}/"
@@ -369,7 +372,12 @@ class SharedKDTrainer(SimpleTrainer):
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
 
-    def state_dict(self):
+    def state_dict(self) -> Dict[str, Any]:
+        """The run's state beside the model's weights.
+
+        Raises:
+            NonFiniteLossError: a step whose losses were not read yet is not finite.
+        """
         self._read(together=False)  # a broken run leaves no checkpoint
         state = super().state_dict()
         state["teacher"] = self._teacher_fingerprint()
@@ -390,9 +398,9 @@ class SharedKDTrainer(SimpleTrainer):
         loader = getattr(self.data_loader, "bad_images", None)
         return {} if loader is None else loader.files
 
-    def check_resumable(self, state_dict) -> None:
+    def check_resumable(self, state_dict: Mapping[str, Any]) -> None:
         """Raises:
-        ConfigError: the run of this state learned from another teacher.
+        ConfigError: the run whose ``state_dict`` this is learned from another teacher.
         """
         before, now = state_dict["teacher"], self._teacher_fingerprint()
         if before != now:
@@ -403,7 +411,12 @@ class SharedKDTrainer(SimpleTrainer):
                 "resume with the same teacher, or start anew in another train.output_dir",
             )
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict``, which :meth:`state_dict` returned.
+
+        Raises:
+            ConfigError: see :meth:`check_resumable`.
+        """
         self.check_resumable(state_dict)
         super().load_state_dict(state_dict)
         if self.scaler.is_enabled() and state_dict["grad_scaler"]:
@@ -415,7 +428,7 @@ class SharedKDTrainer(SimpleTrainer):
             self.detector.loss_normalizer = state_dict["loss_normalizer"]
 
 
-def _to_float32(module, args, output):
+def _to_float32(module: nn.Module, args: Tuple[Any, ...], output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.float()
     return type(output)(_to_float32(module, args, x) for x in output)

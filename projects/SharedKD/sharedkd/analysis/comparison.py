@@ -35,14 +35,14 @@ __all__ = ["notes", "report", "write"]
 
 
 def notes(record: Mapping[str, Any]) -> List[str]:
-    """What a reader of the numbers must know, as Markdown paragraphs and lists."""
+    """What a reader of the numbers in ``record`` must know, as Markdown paragraphs and lists."""
     found = [*_warnings(record), *_equal_time_notes(record)]
     gaps = _gaps(record)
     return [*found, *(["\n".join(gaps)] if gaps else []), _caveats(record)]
 
 
 def report(record: Mapping[str, Any]) -> str:
-    """The comparison in Markdown: warnings, a table per task, costs, gaps, and how to read it."""
+    """``record`` in Markdown: warnings, a table per task, costs, gaps, and how to read it."""
     parts = ["# Comparison of distillation methods", *_warnings(record)]
     for task in tasks_of(record):
         parts += [f"## {TASKS[task].capitalize()} AP", _ap_table(record, task)]
@@ -61,8 +61,12 @@ def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
     null.
 
     Args:
+        record: as :mod:`~sharedkd.analysis.scores` describes it.
         folder: created if it does not exist.
         writer: see :func:`~sharedkd.checkpoints.files.replace`.
+
+    Raises:
+        OSError: the folder cannot be created, or a file not written.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

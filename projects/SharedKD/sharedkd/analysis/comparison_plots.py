@@ -27,7 +27,8 @@ def plot_ap(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure:
     could not be told apart is left outside the axis, which its legend entry says.
 
     Args:
-        path: the PNG file to write.
+        record: as :mod:`~sharedkd.analysis.scores` describes it.
+        path: the PNG file to write, its name or open in binary.
 
     Returns:
         The figure that was written, one panel per task.
@@ -51,7 +52,8 @@ def plot_cost(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure:
     """Draw AP with its 95 % interval against training time, one named point per method.
 
     Args:
-        path: the PNG file to write.
+        record: as :mod:`~sharedkd.analysis.scores` describes it.
+        path: the PNG file to write, its name or open in binary.
 
     Returns:
         The figure that was written, one panel per task.  Methods without AP or time are left out.
@@ -84,7 +86,8 @@ def plot_sizes(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure
     """Draw APs, APm and APl of each method as a group of bars with 95 % intervals.
 
     Args:
-        path: the PNG file to write.
+        record: as :mod:`~sharedkd.analysis.scores` describes it.
+        path: the PNG file to write, its name or open in binary.
 
     Returns:
         The figure that was written, one panel per task, which holds one container of bars per size.

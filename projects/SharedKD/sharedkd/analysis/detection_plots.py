@@ -1,8 +1,9 @@
 """Bars of what detections.json says: AP per class and size, and the kinds of mistakes.
 
-The record is a plain dict: "models" maps a name to its results, which have for each task ("bbox",
-"segm") AP, AP50, AP75, APs, APm, APl, "classes" (name -> AP), and "mistakes" with "counts" and
-"costs", see :func:`~.detections.mistakes`.  None and NaN are values that are not there.
+The record is a plain dict: "tasks" names what was evaluated ("bbox", "segm"); "models" maps a name
+to its results, which have for each task AP, AP50, AP75, APs, APm, APl, "classes" (name -> AP), and
+"mistakes" with "counts" and "costs", see :func:`~.detections.mistakes`; "score_threshold" is that
+of the counts.  None and NaN are values that are not there.
 """
 
 from typing import Any, Dict, Mapping, Optional, Sequence
@@ -24,7 +25,12 @@ _DPI = 110
 
 
 def draw_ap(record: Mapping[str, Any], path: Optional[str] = None) -> Figure:
-    """A row per task: AP by size left, by class right (of many classes those that differ most)."""
+    """A row per task: AP by size left, by class right (of many classes those that differ most).
+
+    Args:
+        record: as the module describes it.
+        path: the picture to write, in the format of its ending; None: none is written.
+    """
     tasks = record["tasks"]
     figure = Figure(figsize=(13, 3.6 * len(tasks)), layout="constrained")
     for (left, right), task in zip(
@@ -45,7 +51,12 @@ def draw_ap(record: Mapping[str, Any], path: Optional[str] = None) -> Figure:
 
 
 def draw_mistakes(record: Mapping[str, Any], path: Optional[str] = None) -> Figure:
-    """A row per task: what each kind costs in AP50 left, how many there are right."""
+    """A row per task: what each kind costs in AP50 left, how many there are right.
+
+    Args:
+        record: as the module describes it.
+        path: the picture to write, in the format of its ending; None: none is written.
+    """
     tasks = record["tasks"]
     figure = Figure(figsize=(13, 3.6 * len(tasks)), layout="constrained")
     for (left, right), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks):

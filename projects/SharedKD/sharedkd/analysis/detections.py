@@ -3,7 +3,7 @@
 import copy
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence, Union
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -67,17 +67,26 @@ class Truth:
         return all(note.get("segmentation") for note in notes)
 
     def objects(self, image_id: int) -> List[Dict[str, Any]]:
-        """The annotations of an image, crowd regions too."""
+        """The annotations of the image whose id is ``image_id``, crowd regions too."""
         return self.coco.imgToAnns[image_id]
 
-    def geometry(self, note: Mapping[str, Any], task: str):
-        """A box (x, y, width, height) or RLE, as pycocotools compares them."""
+    def geometry(self, note: Mapping[str, Any], task: str) -> Union[List[float], Dict[str, Any]]:
+        """What pycocotools compares of the annotation ``note``.
+
+        For the ``task`` "bbox" it is the box (x, y, width, height) in pixels, for "segm" RLE.
+        """
         return note["bbox"] if task == "bbox" else self.coco.annToRLE(note)
 
 
 @torch.no_grad()
 def detect(detector: Detector, records: Sequence[Mapping[str, Any]], truth: Truth) -> Found:
-    """Run a detector over the images; categories are those of the dataset."""
+    """Run a detector over the images; categories are those of the dataset.
+
+    Args:
+        detector: as :func:`~.models.load_detectors` returns it.
+        records: the dataset's, before the detector's mapper.
+        truth: of the same dataset.
+    """
     found: Found = {}
     for record in records:
         mapped = detector.mapper(copy.deepcopy(dict(record)))
@@ -93,6 +102,8 @@ def average_precision(truth: Truth, found: Found, task: str, most: int = 100) ->
     """COCO's metrics, computed by pycocotools.
 
     Args:
+        truth: whose images count.
+        found: the detections of each of them.
         task: "bbox" or "segm".
         most: detections that count per image and class.
 
@@ -140,14 +151,27 @@ def _percentage(values: np.ndarray) -> float:
 def matches(
     truth: Truth, found: Found, task: str, score_threshold: float = 0.0
 ) -> Dict[int, Match]:
-    """Every image's detections, at least as sure as the threshold, matched to its objects."""
+    """Every image's detections matched to its objects.
+
+    Args:
+        truth: whose images count.
+        found: the detections of each of them.
+        task: what the IoU is of: "bbox" or "segm".
+        score_threshold: detections with a lower score, from 0 to 1, are left out.
+
+    Returns:
+        image id -> match.
+    """
     return {i: match_image(truth, found, i, task, score_threshold) for i in truth.image_ids}
 
 
 def match_image(
     truth: Truth, found: Found, image_id: int, task: str, score_threshold: float
 ) -> Match:
-    """One image of :func:`matches`."""
+    """The image whose id is ``image_id`` alone.
+
+    ``truth``, ``found``, ``task`` and ``score_threshold`` are those of :func:`matches`.
+    """
     sure = [x for x in found[image_id] if x["score"] >= score_threshold]
     objects = truth.objects(image_id)
     crowd = [note.get("iscrowd", 0) for note in objects]
@@ -165,7 +189,11 @@ def match_image(
 
 
 def mistakes(truth: Truth, found: Found, task: str, score_threshold: float) -> Dict[str, Any]:
-    """For detections.json.
+    """What detections.json says of a model's mistakes.
+
+    Args:
+        truth, found, task: as in :func:`matches`.
+        score_threshold: for the counts alone.
 
     Returns:
         "counts": correct detections and each kind of mistake among the detections that are at least

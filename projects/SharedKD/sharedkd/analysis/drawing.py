@@ -25,7 +25,7 @@ _LABEL = 0.022  # points of a label's font per pixel of the image's width
 class DrawnObject:
     """One object of a picture.
 
-    Attributes:
+    Args:
         box: (x0, y0, x1, y1) in pixels of the image.
         category: which sets its colour.
         mask: polygons, RLE or a (H, W) array; None: the box alone.
@@ -41,7 +41,7 @@ class DrawnObject:
 
 
 def draw_objects(image: np.ndarray, objects: Sequence[DrawnObject]) -> np.ndarray:
-    """``image`` (H, W, 3) of RGB bytes, enlarged if it is small, with the objects drawn over it."""
+    """``image`` (H, W, 3) of RGB bytes, enlarged if it is small, with ``objects`` drawn over it."""
     visualizer = Visualizer(image, scale=max(1.0, _DRAWN_WIDTH / image.shape[1]))
     for each in objects:
         if each.mask is not None and each.mark != MISSED:
@@ -99,7 +99,10 @@ def _draw_box(visualizer: Visualizer, each: DrawnObject) -> None:
 
 
 def class_color(category: int, lightness: float = 0.5) -> Tuple[float, float, float]:
-    """The RGB colour of a class: golden-ratio steps keep the hues of neighbours far apart."""
+    """The RGB colour of the class ``category``: ``lightness`` 0 is black, 1 is white.
+
+    Golden-ratio steps keep the hues of neighbours far apart.
+    """
     return colorsys.hls_to_rgb(category * 0.618034 % 1, lightness, 0.9)
 
 

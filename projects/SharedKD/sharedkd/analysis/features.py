@@ -120,7 +120,10 @@ def analyze_features(
 
 
 def named_checkpoints(text: str) -> List[Checkpoint]:
-    """``FILE,NAME=FILE`` of a command line; a file without a name is called as it is, without .pth."""
+    """The checkpoints that ``text`` names, as ``FILE,NAME=FILE`` on a command line.
+
+    A file without a name is called as it is, without .pth.  Whether it exists is not asked here.
+    """
     found = []
     for item in filter(None, text.split(",")):
         name, equals, file = item.rpartition("=")

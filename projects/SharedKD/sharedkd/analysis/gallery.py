@@ -20,14 +20,25 @@ _QUALITY = 85  # of JPEG
 
 
 def qualities(truth: Truth, found: Found, task: str, score_threshold: float) -> Dict[int, float]:
-    """Image id -> :attr:`~.mistakes.Match.quality`, from 0 to 1."""
+    """Image id -> :attr:`~.mistakes.Match.quality`, from 0 to 1.
+
+    ``truth``, ``found``, ``task`` and ``score_threshold`` are those of
+    :func:`~.detections.matches`.
+    """
     of = matches(truth, found, task, score_threshold)
     return {image_id: each.quality for image_id, each in of.items()}
 
 
 def most_different(ours: Mapping[int, float], theirs: Mapping[int, float], count: int) -> List[int]:
-    """The images with the largest difference in either direction, the largest first; of equals the
-    first ones."""
+    """The images whose qualities differ most in either direction, the largest difference first.
+
+    Args:
+        ours, theirs: image id -> quality, of the same images.
+        count: how many at most; of equals the first ones.
+
+    Returns:
+        image ids.
+    """
     return sorted(ours, key=lambda i: -abs(ours[i] - theirs[i]))[:count]
 
 
@@ -43,9 +54,13 @@ def draw_gallery(
     """Write a JPEG per image and model, and side_by_side.jpg with all of them.
 
     Args:
+        truth: with the objects of the images.
         records: the images, of the dataset.
         found: model -> its detections.
+        task: "bbox" draws boxes, "segm" masks, too.
+        score_threshold: detections with a lower score are not drawn.
         captions: one per image.
+        folder: created if it does not exist.
 
     Returns:
         per image, ground truth or model -> path of the picture below ``folder``.
@@ -78,7 +93,9 @@ def draw_gallery(
     return files
 
 
-def _truth(truth: Truth, objects, order, task: str) -> List[DrawnObject]:
+def _truth(
+    truth: Truth, objects: Sequence[Mapping[str, Any]], order: Mapping[int, int], task: str
+) -> List[DrawnObject]:
     few = len(objects) <= _FULL
     return [
         DrawnObject(
@@ -91,7 +108,14 @@ def _truth(truth: Truth, objects, order, task: str) -> List[DrawnObject]:
     ]
 
 
-def _found(truth: Truth, found: Found, image_id: int, order, task: str, score_threshold: float):
+def _found(
+    truth: Truth,
+    found: Found,
+    image_id: int,
+    order: Mapping[int, int],
+    task: str,
+    score_threshold: float,
+) -> List[DrawnObject]:
     """Detections as they are sorted in their match, then the objects that are not found."""
     match = match_image(truth, found, image_id, task, score_threshold)
     sure = sorted(

@@ -12,7 +12,9 @@ All functions read that record, a plain dict:
 from typing import Any, List, Mapping, Optional
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from tabulate import tabulate
 
 from .gaps import QUANTITIES
@@ -35,7 +37,9 @@ def draw_heat_maps(record: Mapping[str, Any], tap: str, path: Optional[str] = No
     student-teacher and student-student.  A row has one scale of colours.
 
     Args:
-        path: the file to write.
+        record: as the module describes it.
+        tap: one of those that were measured: "fpn" or "backbone".
+        path: the picture to write, in the format of its ending; None: none is written.
     """
     steps = first_and_last(record)
     shown = [("teacher - teacher", steps[0], "teacher-teacher")]
@@ -59,7 +63,7 @@ def draw_heat_maps(record: Mapping[str, Any], tap: str, path: Optional[str] = No
     return figure
 
 
-def _heat_map(axes, matrix: Mapping[str, Any], low: float, high: float):
+def _heat_map(axes: Axes, matrix: Mapping[str, Any], low: float, high: float) -> AxesImage:
     mean, sd = np.array(matrix["mean"], float), np.array(matrix["sd"], float)
     picture = axes.imshow(mean, cmap="cividis", vmin=low, vmax=high)
     for (i, j), value in np.ndenumerate(mean):
@@ -78,6 +82,9 @@ def draw_training(
     record: Mapping[str, Any], tap: str, path: Optional[str] = None
 ) -> Optional[Figure]:
     """The quantities over training with their 95 % intervals over images; a panel per measure.
+
+    Args:
+        record, tap, path: as in :func:`draw_heat_maps`.
 
     Returns:
         the figure; None with fewer than two checkpoints of known iteration.
@@ -110,7 +117,7 @@ def first_and_last(record: Mapping[str, Any]) -> List[Mapping[str, Any]]:
 
 
 def words(record: Mapping[str, Any]) -> str:
-    """features.md: the verdict, the numbers, what changed, how it was measured."""
+    """features.md from ``record``: the verdict, the numbers, what changed, how it was measured."""
     taps = list(record["checkpoints"][0]["taps"])
     parts = ["# Feature gaps", _verdict(record, taps), _initial(record)]
     parts += ["## The gaps", _gap_table(record, taps)]

@@ -5,7 +5,7 @@ nodes is measured on every image, or for CKA on every minibatch of images.
 """
 
 from itertools import combinations
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ class GapMeter:
         if self._waiting == self.minibatch:
             self._close_minibatch()
 
-    def _pick(self, size: Tuple[int, int], mask) -> Tensor:
+    def _pick(self, size: Tuple[int, int], mask: Optional[Tensor]) -> Tensor:
         there = np.arange(size[0] * size[1])
         if mask is not None:
             there = there[mask.flatten().cpu().numpy()]
@@ -133,11 +133,11 @@ class GapMeter:
 
 
 class Gaps:
-    """Gaps of all level pairs.
+    """What a :class:`GapMeter` measured of all level pairs.
 
-    Attributes:
+    Args:
         nodes: the maps.
-        values: measure -> (images or minibatches, nodes, nodes).
+        values: measure -> (images, nodes, nodes), or of CKA (minibatches, nodes, nodes).
         cka: (nodes, nodes), over all minibatches.
     """
 
@@ -145,11 +145,21 @@ class Gaps:
         self.nodes, self.values, self.cka = nodes, values, cka
 
     def strides(self, who: str) -> List[int]:
+        """The strides of ``who``, "student" or "teacher", in ascending order."""
         return [stride for name, stride in self.nodes if name == who]
 
     def matrix(self, kind: str, measure: str) -> Dict[str, Any]:
-        """One kind of pairs: "rows" and "columns" (strides), "mean", "sd" and "half_width" (of the
-        95 % interval) over images or minibatches, and "count", the number of these."""
+        """One measure of one kind of level pairs, as it is and not as a gap.
+
+        Args:
+            kind: one of :data:`KINDS`.
+            measure: one of :data:`~.similarity.MEASURES`.
+
+        Returns:
+            "rows" and "columns" (strides), "mean", "sd" and "half_width" (of the 95 % interval)
+            over images or minibatches, and "count", the number of these.  The "mean" of CKA is its
+            estimate from all minibatches together.
+        """
         rows, columns = KINDS[kind]
         index = np.ix_(
             *([i for i, n in enumerate(self.nodes) if n[0] == w] for w in (rows, columns))
@@ -173,9 +183,11 @@ class Gaps:
     def quantity(
         self, name: str, measure: str, pairs: Sequence[Tuple[int, int]] = ()
     ) -> np.ndarray:
-        """One of :data:`QUANTITIES` as a gap, a value per image or minibatch.
+        """One of :data:`QUANTITIES` as a gap, a value per image, or of CKA per minibatch.
 
         Args:
+            name: the quantity.
+            measure: one of :data:`~.similarity.MEASURES`.
             pairs: (l, k); by default all.
         """
         pairs = pairs or self.level_pairs()

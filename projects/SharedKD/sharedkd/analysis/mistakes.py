@@ -38,7 +38,7 @@ CORRECT, IGNORED = "correct", "ignored"
 class Match:
     """The D detections and G objects of one image, matched.
 
-    Attributes:
+    Args:
         scores, classes: (D,), by falling score.
         kinds: D times "correct", "ignored" (on a crowd region), or one of :data:`KINDS`.
         targets: (D,) the object that was found, or that a mistake of localisation or classification
@@ -135,9 +135,15 @@ def _mistake(iou: np.ndarray, same: np.ndarray, other: np.ndarray) -> Tuple[str,
 def costs(matches: Sequence[Match]) -> Dict[str, float]:
     """What AP50 would gain, in points, if all mistakes of one kind were repaired, and no other.
 
-    A localisation or classification error becomes correct, if its object is not found otherwise and
-    no surer error of this kind is about it; else it is removed, like all other false alarms.  Missed objects are taken
-    out of the ground truth.
+    A localisation or classification error becomes correct, if its object is not found otherwise
+    and no surer error of this kind is about it; else it is removed, like all other false alarms.
+    Missed objects are taken out of the ground truth.
+
+    Args:
+        matches: one per image, with all detections, however unsure.
+
+    Returns:
+        kind -> points; NaN where there are no objects, or none are left.
     """
     now = ap50(matches)
     return {kind: ap50(matches, kind) - now for kind in KINDS}
@@ -148,7 +154,7 @@ def ap50(matches: Sequence[Match], repaired: str = "") -> float:
 
     Args:
         matches: one per image.
-        repaired: one of :data:`KINDS`.
+        repaired: the one of :data:`KINDS` that is repaired as in :func:`costs`; "": none.
     """
     scores: Dict[int, List[float]] = {}
     right: Dict[int, List[bool]] = {}

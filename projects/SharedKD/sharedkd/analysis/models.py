@@ -13,6 +13,7 @@ from ..checkpoints.checkpointer import load_trained
 from ..config import construct, load_config, student_only
 from ..errors import ConfigError
 from ..parts import num_classes
+from ..teacher import FrozenTeacher
 
 __all__ = ["Detector", "Source", "load_detectors", "sources"]
 
@@ -23,7 +24,7 @@ TEACHER = "teacher"
 class Source:
     """Where a detector is.
 
-    Attributes:
+    Args:
         name: for titles.
         config: its config file.
         checkpoint: None: the teacher of that config.
@@ -38,7 +39,7 @@ class Source:
 class Detector:
     """A trained detector that takes records of the dataset.
 
-    Attributes:
+    Args:
         source: where it is from.
         mapper: from a dataset's record to a model's input, as in its evaluation.
         model: from a list of these inputs to Detectron2's results.
@@ -66,7 +67,8 @@ def sources(
         seed: of a comparison; None: the first one that all of the methods have.
 
     Raises:
-        ConfigError: nothing there.
+        ConfigError: there is no model, or one that is named has no checkpoint or no config, or a
+            method no finished run of the seed.
     """
     if folder is None:
         found = [_named(item, config) for item in models]
@@ -159,6 +161,11 @@ def load_detectors(
 ) -> Tuple[DictConfig, List[Detector]]:
     """Build and load them, in float32.
 
+    Args:
+        found: what :func:`sources` returned.
+        overrides: ``key=value`` for the configs of all of them.
+        say: takes the line about a teacher that is left out.
+
     Returns:
         the first one's config, whose validation set is used, and the detectors; a teacher of other
         classes is left out, which is said.
@@ -198,5 +205,7 @@ def _student(cfg: DictConfig, source: Source) -> nn.Module:
     return model.to(cfg.train.device).eval()
 
 
-def _predict(teacher, image_format: str):
+def _predict(
+    teacher: FrozenTeacher, image_format: str
+) -> Callable[[List[Dict[str, Any]]], List[Dict[str, Any]]]:
     return lambda inputs: teacher.predict(inputs, image_format)

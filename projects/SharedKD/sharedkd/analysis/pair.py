@@ -30,7 +30,7 @@ INITIAL = "initial"
 class Checkpoint:
     """The student at some point.
 
-    Attributes:
+    Args:
         name: for tables and plots.
         file: None: the initial weights.
         iteration: finished ones; None if nobody knows.
@@ -79,7 +79,7 @@ class Pair:
         return found[0] if found else "instance"
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Give the student the weights of a checkpoint.
+        """Give the student the weights of ``checkpoint``.
 
         Raises:
             ConfigError: they do not fit.
@@ -96,7 +96,11 @@ class Pair:
 
     @torch.no_grad()
     def maps(self, record: Dict[str, Any]) -> Tuple[Maps, Maps]:
-        """The student's and the teacher's maps, tap -> stride -> (1, C, H, W), of one mapped image."""
+        """The student's and the teacher's maps of one image, tap -> stride -> (1, C, H, W).
+
+        Args:
+            record: what the test-time mapper makes of the dataset's.
+        """
         student = self.model.student
         taps = frozenset(TAPS)
         with self._tap.capture(taps) as ours:
@@ -142,7 +146,10 @@ def _at(iteration: int, path: Path) -> Checkpoint:
 
 
 def validation_records(cfg: DictConfig, count: Optional[int]) -> List[Dict[str, Any]]:
-    """Records of the config's validation set, ``count`` of them evenly spread over it, or all.
+    """Records of the validation set of ``cfg``.
+
+    Args:
+        count: how many, evenly spread over the set; None, or more than there are: all.
 
     Raises:
         ConfigError: it is empty, or ``count`` is not positive.

@@ -99,7 +99,7 @@ def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]
 
 
 def read_curves(path: str) -> Dict[str, np.ndarray]:
-    """Read Detectron2's ``metrics.json``, one JSON object per line.
+    """Read Detectron2's ``metrics.json`` at ``path``, one JSON object per line.
 
     Lines that a killed run left cut off are skipped.  Where a resumed run repeats an iteration, its
     later values stand.
@@ -125,7 +125,10 @@ def read_curves(path: str) -> Dict[str, np.ndarray]:
 
 
 def detector_loss(curves: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The sum of the loss terms other than distillation: shape (rows,), NaN where one is NaN."""
+    """The sum of the loss terms other than distillation: shape (rows,), NaN where one is NaN.
+
+    ``curves`` is what :func:`read_curves` returned; without such a term all is NaN.
+    """
     terms = [
         values
         for name, values in curves.items()

@@ -50,6 +50,10 @@ MORE_METRICS = ("AP50", "AP75", "APs", "APm", "APl")
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[float, float]:
     """Student's t interval of the mean of independent values.
 
+    Args:
+        values: one per seed, image or the like; with a NaN the results are NaN.
+        confidence: of the interval, between 0 and 1.
+
     Returns:
         The mean and the half width of the interval, in the unit of ``values``.  Of one value the
         half width is NaN, of none both are.
@@ -106,6 +110,7 @@ def difference(
     """What ``method`` has more than ``reference``, paired over the seeds that both have.
 
     Args:
+        record: as the module describes it.
         task: "bbox" or "segm".
         metric: a name in the arms' results.
     """
@@ -141,7 +146,7 @@ class Row:
 
 
 def measured(record: Mapping[str, Any]) -> Dict[str, List[Row]]:
-    """Of each task that was evaluated ("bbox", "segm"), a row per method."""
+    """Of each task that ``record`` has results of ("bbox", "segm"), a row per method."""
     return {task: [_row(record, m, task) for m in record["methods"]] for task in tasks_of(record)}
 
 
@@ -164,17 +169,17 @@ def _row(record: Mapping[str, Any], method: str, task: str) -> Row:
 
 
 def finished_arms(record: Mapping[str, Any]) -> List[Mapping[str, Any]]:
-    """The arms that were trained and evaluated."""
+    """The arms of ``record`` that were trained and evaluated."""
     return [arm for arm in record["arms"] if arm["status"] == "finished"]
 
 
 def is_known(value: Optional[float]) -> bool:
-    """Whether a value is there."""
+    """Whether ``value`` is there: neither None nor NaN nor infinite."""
     return value is not None and math.isfinite(value)
 
 
 def score_of(results: Optional[Mapping[str, Any]], task: str, metric: str = "AP") -> float:
-    """NaN where the results lack it."""
+    """``metric`` of ``task`` in an arm's or the teacher's ``results``; NaN where they lack it."""
     value = ((results or {}).get(task) or {}).get(metric)
     return value if is_known(value) else math.nan
 
@@ -182,32 +187,35 @@ def score_of(results: Optional[Mapping[str, Any]], task: str, metric: str = "AP"
 def scores_of(
     record: Mapping[str, Any], method: str, task: str, metric: str = "AP"
 ) -> Dict[int, float]:
-    """Seed to score, of the seeds that have one."""
+    """Seed to ``metric`` of ``method`` on ``task``, of the seeds in ``record`` that have it."""
     arms = _finished_of(record, method)
     scores = {arm["seed"]: score_of(arm.get("results"), task, metric) for arm in arms}
     return {seed: score for seed, score in scores.items() if is_known(score)}
 
 
 def tasks_of(record: Mapping[str, Any]) -> List[str]:
-    """The tasks that a finished arm was evaluated on."""
+    """The tasks that a finished arm of ``record`` was evaluated on."""
     results = [arm.get("results") or {} for arm in finished_arms(record)]
     return [task for task in TASKS if any(result.get(task) for result in results)]
 
 
 def costs_of(record: Mapping[str, Any], method: str, name: str) -> List[float]:
-    """The known values of "iterations", "seconds_per_step" and the like, one per finished arm."""
+    """The known values of an arm's cost, one per finished arm of ``method`` in ``record``.
+
+    ``name`` is "iterations", "seconds_per_step" or "peak_memory_mb".
+    """
     values = (arm.get(name) for arm in _finished_of(record, method))
     return [value for value in values if is_known(value)]
 
 
 def loss_parameters_of(record: Mapping[str, Any], method: str) -> List[int]:
-    """How many parameters the losses have, one count per finished arm."""
+    """The number of parameters of the losses, per finished arm of ``method`` in ``record``."""
     values = ((arm.get("parameters") or {}).get("losses") for arm in _finished_of(record, method))
     return [value for value in values if is_known(value)]
 
 
 def minutes_of(record: Mapping[str, Any], method: str) -> float:
-    """Training time, the mean over the finished arms."""
+    """Training time in minutes, the mean over the finished arms of ``method`` in ``record``."""
     arms = _finished_of(record, method)
     pairs = [(arm.get("iterations"), arm.get("seconds_per_step")) for arm in arms]
     return mean_of(
@@ -216,7 +224,7 @@ def minutes_of(record: Mapping[str, Any], method: str) -> float:
 
 
 def mean_of(values: Sequence[float]) -> float:
-    """NaN of no values."""
+    """The mean of ``values``; NaN of none."""
     return interval(values)[0]
 
 

@@ -16,7 +16,7 @@ Dependence Maximization", JMLR 2012, so the expected mean does not depend on the
 Statistics 2014), which is how it is computed here: one matrix per map serves all pairs.
 """
 
-from typing import Optional, Sequence
+from typing import Optional, Sequence, TypeVar
 
 import numpy as np
 import torch
@@ -31,9 +31,14 @@ __all__ = ["MEASURES", "SMALLEST_MINIBATCH", "aligned", "cka", "gap", "hsic", "u
 MEASURES = ("mse", "cosine", "cka")
 SMALLEST_MINIBATCH = 4  # examples; with fewer the estimator is not defined
 
+_Values = TypeVar("_Values", float, np.ndarray)
 
-def gap(measure: str, value):
-    """The measure as a gap, 0 for equal maps: the MSE itself, or one minus the similarity."""
+
+def gap(measure: str, value: _Values) -> _Values:
+    """The ``value`` of ``measure``, one of :data:`MEASURES`, as a gap, 0 for equal maps.
+
+    Of the MSE it is the value itself, of a similarity one minus it.
+    """
     return value if measure == "mse" else 1 - value
 
 
@@ -58,7 +63,7 @@ def aligned(
 
 
 def u_centred(rows: Tensor) -> np.ndarray:
-    """The U-centred Gram matrix of examples: rows (n, C) to (n, n); all NaN if n is below 4."""
+    """The U-centred Gram matrix (n, n) of the examples ``rows`` (n, C); all NaN if n is below 4."""
     n = len(rows)
     if n < SMALLEST_MINIBATCH:
         return np.full((n, n), np.nan)
@@ -71,7 +76,14 @@ def u_centred(rows: Tensor) -> np.ndarray:
 
 
 def hsic(a: np.ndarray, b: np.ndarray) -> float:
-    """The unbiased estimate from two U-centred Gram matrices of the same examples."""
+    """The unbiased estimate of HSIC from what :func:`u_centred` makes of two maps' rows.
+
+    Args:
+        a, b: (n, n), of the same n examples in the same order.
+
+    Returns:
+        the estimate; NaN if n is below 4.
+    """
     n = len(a)
     return float((a * b).sum() / (n * (n - 3))) if n >= SMALLEST_MINIBATCH else np.nan
 

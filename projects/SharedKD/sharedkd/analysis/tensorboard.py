@@ -24,7 +24,7 @@ _SETTINGS = ("model.stages.", "optimizer.lr", "train.max_iter")  # what arms may
 
 
 def comparison_record(folder: Path) -> Mapping[str, Any]:
-    """The results.json of a comparison.
+    """The results.json of the comparison in ``folder``.
 
     Raises:
         ConfigError: the folder has none.

@@ -145,7 +145,9 @@ def _tasks(truth: Truth, results: Mapping[str, Found]) -> List[str]:
     return ["bbox", "segm"] if masks and truth.has_masks else ["bbox"]
 
 
-def _per_image(truth: Truth, record, scores) -> Dict[str, Any]:
+def _per_image(
+    truth: Truth, record: Mapping[str, Any], scores: Mapping[str, Mapping[int, float]]
+) -> Dict[str, Any]:
     image_id = record["image_id"]
     return {
         "image_id": image_id,
@@ -155,7 +157,9 @@ def _per_image(truth: Truth, record, scores) -> Dict[str, Any]:
     }
 
 
-def _difference(scores, between: Tuple[str, str]) -> Dict[str, Any]:
+def _difference(
+    scores: Mapping[str, Mapping[int, float]], between: Tuple[str, str]
+) -> Dict[str, Any]:
     """What the second has more than the first, image by image."""
     first, second = (scores[name] for name in between)
     values = np.array([second[i] - first[i] for i in first])
@@ -175,7 +179,9 @@ def _difference(scores, between: Tuple[str, str]) -> Dict[str, Any]:
     }
 
 
-def _caption(image_id: int, scores, between: Tuple[str, str]) -> str:
+def _caption(
+    image_id: int, scores: Mapping[str, Mapping[int, float]], between: Tuple[str, str]
+) -> str:
     found = [f"{name} {scores[name][image_id]:.2f}" for name in dict.fromkeys(between)]
     return "\n".join([f"image {image_id}, quality:", *found])
 

@@ -5,7 +5,8 @@ import hashlib
 import logging
 import os
 import zipfile
-from typing import Any, Dict, List, Optional, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -16,6 +17,9 @@ from .download import fetch
 from .files import replace
 from .unpickler import Refused
 from .weights import read_weights
+
+if TYPE_CHECKING:
+    from fvcore.common.checkpoint import _IncompatibleKeys
 
 __all__ = [
     "StudentCheckpointer",
@@ -42,7 +46,7 @@ class _DataCheckpointer(DetectionCheckpointer):
 
     trusted = False
 
-    def _load_file(self, filename):
+    def _load_file(self, filename: str) -> Dict[str, Any]:
         data = read_weights(filename, self.trusted)
         names = {name.removeprefix("module.") for name in data["model"]}
         if names.isdisjoint(self.model.state_dict()):
@@ -55,10 +59,20 @@ class StudentCheckpointer(_DataCheckpointer):
 
     The ``model`` entry of a file is the plain student's state, whatever model is saved (see
     :meth:`SharedKD.state_dict`); trainer state and parameters owned by losses are other entries.
+
+    Args:
+        model: a detector or a :class:`~sharedkd.meta_arch.SharedKD`, which DDP may wrap.
+        save_dir: where files go; it must exist before :meth:`save`, which does nothing without one.
+        save_to_disk: whether this process writes; None: only the main process does.
+        checkpointables: entry -> the object whose state it is.
     """
 
-    def save(self, name: str, **kwargs) -> None:
+    def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name``.pth under a temporary name, read it again, rename it, then point to it.
+
+        Args:
+            name: without the ending.
+            kwargs: further entries of the file.
 
         Raises:
             OSError: it cannot be written; the checkpoints that were there still are.
@@ -78,7 +92,7 @@ class StudentCheckpointer(_DataCheckpointer):
 
 
 def check_complete(path: str) -> None:
-    """Compare a checkpoint of ours with the checksums in it; cheap beside writing it.
+    """Compare the file ``path``, a checkpoint of ours, with its checksums; cheap beside writing it.
 
     Raises:
         OSError, zipfile.BadZipFile: a byte is wrong or missing.
@@ -89,8 +103,8 @@ def check_complete(path: str) -> None:
         raise OSError(f"{path}: {broken} has another checksum than when it was written")
 
 
-def has_run(folder) -> bool:
-    """Whether a folder holds a run's checkpoint."""
+def has_run(folder: Union[str, Path]) -> bool:
+    """Whether ``folder``, which need not exist, holds a run's checkpoint."""
     if os.path.isfile(os.path.join(folder, "last_checkpoint")):
         return True
     # A run that was killed between its first checkpoint and the file that points to it.
@@ -100,7 +114,7 @@ def has_run(folder) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names and bytes of a model's weights: two equal models have the same."""
+    """The first 16 digits of the SHA-256 over the names and bytes of the weights of ``model``."""
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -111,12 +125,14 @@ def fingerprint(model: nn.Module) -> str:
 class _RecordingCheckpointer(_DataCheckpointer):
     """Keeps what did not match, which Detectron2 only logs."""
 
-    def _load_model(self, checkpoint):
+    def _load_model(self, checkpoint: Dict[str, Any]) -> "_IncompatibleKeys":
         self.incompatible = super()._load_model(checkpoint)
         return self.incompatible
 
 
-def _load(model: nn.Module, path: str, key: str, trusted: bool, sha256: Optional[str]):
+def _load(
+    model: nn.Module, path: str, key: str, trusted: bool, sha256: Optional[str]
+) -> Tuple["_IncompatibleKeys", Dict[str, Any]]:
     """Load what matches; arguments as those of :func:`load_trained`.
 
     Returns:
@@ -159,10 +175,10 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _mistakes(found) -> List[str]:
+def _mistakes(found: "_IncompatibleKeys") -> List[str]:
     """What a load left over: missing, unknown and misshapen tensors, in words."""
 
-    def relevant(name):
+    def relevant(name: str) -> bool:
         return not any(x in name for x in HARMLESS)
 
     reshaped = {k for k, _, _ in found.incorrect_shapes}  # fvcore reports these as missing as well
@@ -237,7 +253,7 @@ def initialise(
     # An ImageNet file has no prefix; what it holds beyond the model keeps its own name.
     stages = tuple(f"{n}." for n, _ in getattr(backbone, "bottom_up", backbone).named_children())
 
-    def is_convolution(name):
+    def is_convolution(name: str) -> bool:
         return name.endswith(".weight") and not any(x in name for x in (".norm", "fc", "offset"))
 
     missing = [k for k in found.missing_keys if k.startswith(bottom_up) and is_convolution(k)]

@@ -11,7 +11,7 @@ import os
 import re
 import time
 import uuid
-from typing import Optional
+from typing import Any, Optional
 from urllib.parse import unquote, urlparse
 from urllib.request import urlopen
 
@@ -70,10 +70,11 @@ def check_sha256(sha256: Optional[str], key: str) -> str:
 
 
 def hash_in_name(path: str) -> str:
-    """The digits of ``resnet18-f37072fd.pth``, as PyTorch's hub names files; empty if there are none.
+    """The digits of a SHA-256 in the file name of ``path``, perhaps a URL; empty if there are none.
 
-    Digits without a letter are rather a date or a counter, and the few digits that Detectron2's
-    zoo has in its names (``model_final_f10217.pkl``) are no SHA-256.
+    PyTorch's hub names files so: ``resnet18-f37072fd.pth``.  Digits without a letter are rather a
+    date or a counter, and the few digits that Detectron2's zoo has in its names
+    (``model_final_f10217.pkl``) are no SHA-256.
     """
     found = re.search(r"-([0-9a-f]{8,64})\.\w+$", urlparse(path).path)
     return found[1] if found and not found[1].isdecimal() else ""
@@ -90,7 +91,14 @@ def _compare(found: str, wanted: str, file: str) -> None:
 class Downloads(HTTPURLHandler):
     """Detectron2's handler of URLs, with a cache that only ever holds whole files."""
 
-    def _get_local_path(self, path, force=False, cache_dir=None, sha256="", **kwargs) -> str:
+    def _get_local_path(
+        self,
+        path: str,
+        force: bool = False,
+        cache_dir: Optional[str] = None,
+        sha256: str = "",
+        **kwargs: Any,
+    ) -> str:
         cached = _cached(path, cache_dir)
         with file_lock(cached):  # so that one process downloads and the others wait
             if force or not os.path.isfile(cached):

@@ -72,7 +72,15 @@ def _flush_folder(folder: str) -> None:
 
 
 def remove_unfinished(folder: str, names: str) -> List[str]:
-    """Remove what a killed process left of the files that match ``names``; returns what it was."""
+    """Remove what a killed process left of files in a folder.
+
+    Args:
+        folder: where :func:`replace` wrote.
+        names: pattern of the names that the files would have got.
+
+    Returns:
+        the paths that are removed.
+    """
     left = glob.glob(os.path.join(glob.escape(str(folder)), names + UNFINISHED))
     for path in left:
         os.remove(path)

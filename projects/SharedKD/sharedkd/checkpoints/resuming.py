@@ -6,7 +6,8 @@ import os
 import re
 import tempfile
 from contextlib import contextmanager, suppress
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 from detectron2.config import LazyConfig
 from detectron2.engine import hooks
@@ -51,7 +52,7 @@ FREE = (
 
 
 def latest_checkpoint(folder: str) -> str:
-    """The newest checkpoint that is complete; another one than the last is logged.
+    """Path of the newest complete checkpoint in ``folder``; another one than the last is logged.
 
     Raises:
         ConfigError: none is.
@@ -89,19 +90,22 @@ def _is_ours(path: str) -> bool:
     return OURS.fullmatch(os.path.basename(path)) is not None
 
 
-def saved_config(folder) -> str:
-    """Path of the config that a folder's run was started with; there may be none."""
+def saved_config(folder: Union[str, Path]) -> str:
+    """Path of the config that the run in ``folder`` was started with; there may be no such file."""
     before = _before(folder)
     return before if os.path.isfile(before) else os.path.join(folder, "config.yaml")
 
 
-def _before(folder) -> str:
+def _before(folder: Union[str, Path]) -> str:
     return os.path.join(folder, "config.before.yaml")
 
 
 @contextmanager
 def config_kept(folder: str) -> Iterator[None]:
-    """Until a new config.yaml is complete, the one before stays beside it: Detectron2 writes in place."""
+    """For a block that writes a new config.yaml into ``folder``: Detectron2 writes in place.
+
+    Until the new one is complete, the one before stays beside it under another name.
+    """
     before, path = _before(folder), os.path.join(folder, "config.yaml")
     if os.path.isfile(path) and not os.path.isfile(before):
         os.replace(path, before)
@@ -111,7 +115,7 @@ def config_kept(folder: str) -> Iterator[None]:
 
 
 def saved_seed(folder: str) -> int:
-    """The seed of a folder's run, which may have drawn it; -1 if that is not known."""
+    """The seed of the run in ``folder``, which may have drawn it; -1 if that is not known."""
     try:
         return int(LazyConfig.load(saved_config(folder)).train.seed)
     except Exception:
@@ -121,12 +125,12 @@ def saved_seed(folder: str) -> int:
 Change = Tuple[str, Any, Any]  # key, value then, value now
 
 
-def changes(folder, cfg: DictConfig) -> List[Change]:
-    """What differs between the config of a folder's run and this one.
+def changes(folder: Union[str, Path], cfg: DictConfig) -> List[Change]:
+    """What differs between the config of the run in ``folder`` and ``cfg``, save for :data:`FREE`.
 
     Raises:
         ConfigError: the two cannot be compared: the run's config is not there or cannot be read, or
-            this one cannot be written in words.
+            ``cfg`` cannot be written in words.
     """
     then = _plain(saved_config(folder), folder, "its config.yaml")
     with tempfile.TemporaryDirectory() as temporary:
@@ -137,7 +141,7 @@ def changes(folder, cfg: DictConfig) -> List[Change]:
 
 
 def differences(then: str, now: str) -> List[Change]:
-    """What differs between two saved configs, with their references resolved.
+    """What differs between the files ``then`` and ``now``, saved configs, with references resolved.
 
     Raises:
         ConfigError: one of them cannot be read.
@@ -146,7 +150,7 @@ def differences(then: str, now: str) -> List[Change]:
     return list(_differences("", *plain))
 
 
-def _plain(path: str, folder: str, what: str) -> Any:
+def _plain(path: str, folder: Union[str, Path], what: str) -> Any:
     try:
         return OmegaConf.to_container(LazyConfig.load(path), resolve=True)
     except Exception as e:
@@ -177,7 +181,7 @@ def _below(key: str, groups: Sequence[str]) -> bool:
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Compare a config with that of the run to resume; what may change is logged.
+    """Compare ``cfg`` with the config of the run in its output folder; what may change is logged.
 
     Raises:
         ConfigError: another model, teacher or stage, another optimizer, or another order of the data,

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from contextlib import contextmanager, suppress
-from typing import IO, Iterator, List, Set
+from typing import IO, Iterator, List, Optional, Set
 
 from detectron2.engine import hooks
 from detectron2.utils import comm
@@ -25,7 +25,11 @@ NUMBERED = re.compile(r"model_\d{7}\.pth")
 
 
 class SaveError(ConfigError):
-    """The output folder cannot be written any more."""
+    """The output folder cannot be written any more.
+
+    Args:
+        key, value, problem, fix: see :class:`~sharedkd.errors.ConfigError`.
+    """
 
 
 class SaveErrors:
@@ -34,6 +38,9 @@ class SaveErrors:
     Args:
         folder: the run's output folder.
         policy: ``stop``; or ``continue``: it is said once per kind of file, and training goes on.
+
+    Raises:
+        ConfigError: another policy.
     """
 
     def __init__(self, folder: str, policy: str):
@@ -45,8 +52,10 @@ class SaveErrors:
 
     @contextmanager
     def handled(self, what: str) -> Iterator[None]:
-        """Raises:
-        SaveError: the disk refused what the block wrote, and the policy is to stop.
+        """For a block that writes ``what``, in the words of a message.
+
+        Raises:
+            SaveError: the disk refused what the block wrote, and the policy is to stop.
         """
         try:
             yield
@@ -63,6 +72,7 @@ class SaveErrors:
             self._said.discard(what)
 
     def error(self, what: str, error: OSError) -> SaveError:
+        """What to raise where the disk refused ``what`` with ``error``."""
         return SaveError(
             "train.output_dir",
             self.folder,
@@ -73,7 +83,11 @@ class SaveErrors:
 
 @contextmanager
 def written(folder: str, what: str) -> Iterator[None]:
-    """For what is written before training or without it, where there is nothing to go on with.
+    """For a block that writes before training or without it, where there is nothing to go on with.
+
+    Args:
+        folder: where it writes.
+        what: is written, in the words of a message.
 
     Raises:
         SaveError: the disk refused what the block wrote.
@@ -90,7 +104,11 @@ def written(folder: str, what: str) -> Iterator[None]:
 
 
 def quiet(folder: str) -> None:
-    """Keep Python from printing a traceback for every line of a folder's log that the disk refuses."""
+    """Keep Python from printing a traceback for every line of a log that the disk refuses.
+
+    Args:
+        folder: the run's output folder, whose logs are open already.
+    """
     for name in ("detectron2", "fvcore"):
         for handler in logging.getLogger(name).handlers:
             handler.handleError = _log_failed
@@ -137,7 +155,7 @@ class Checkpoints(hooks.HookBase):
         stop: StopRequest,
         errors: SaveErrors,
         period: int,
-        max_to_keep: int = None,
+        max_to_keep: Optional[int] = None,
     ):
         self.checkpointer, self.stop, self.errors = checkpointer, stop, errors
         self.period, self.max_to_keep = period, max_to_keep
@@ -160,7 +178,12 @@ class Checkpoints(hooks.HookBase):
                 self.leave(number)
 
     def leave(self, number: int) -> None:
-        """Save what is not saved yet, say how to go on, and end the program."""
+        """Save what is not saved yet, say how to go on, and end the program.
+
+        Raises:
+            Stopped: always, with 128 + ``number``, the signal that asked for it.
+            SaveError: it cannot be saved, and the policy is to stop.
+        """
         done = min(self.trainer.iter, self.trainer.max_iter - 1)
         if self.saved < done:
             self._save(f"model_{done:07d}")
@@ -172,12 +195,15 @@ class Checkpoints(hooks.HookBase):
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """An evaluation, which a signal ends at the next image; with several processes, at its end."""
+        """An evaluation of ``model``, which a signal ends at the next batch.
+
+        With several processes, which have to stop together, it goes on to its end.
+        """
         if comm.get_world_size() > 1:
             yield
             return
 
-        def leave(*unused):
+        def leave(*unused: object) -> None:
             if self.stop.signal:
                 self.leave(self.stop.signal)
 

@@ -11,7 +11,7 @@ import stat
 import struct
 import tarfile
 import zipfile
-from typing import IO, Any, Callable, Dict, Optional, Tuple
+from typing import IO, Any, Callable, Dict, Optional, Tuple, Union
 
 from .unpickler import Refused, Unpickler, plain_dict, plain_name
 
@@ -47,7 +47,12 @@ class TorchChecker(Unpickler):
         storages: key -> the bytes that the pickle claims for it.
     """
 
-    def __init__(self, file, size, storage_size: Callable[[str], Optional[int]] = lambda key: None):
+    def __init__(
+        self,
+        file: Union[io.BytesIO, mmap.mmap],
+        size: int,
+        storage_size: Callable[[str], Optional[int]] = lambda key: None,
+    ):
         super().__init__(file, size)
         self.storage_size = storage_size
         self.kinds: Dict[str, str] = {}
@@ -88,7 +93,7 @@ class TorchChecker(Unpickler):
             raise ValueError(f"storage {plain_name(key)} has two sizes")
         return count, width
 
-    def _tensor(self, storage, offset, shape, strides, *rest) -> _Tensor:
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
         count, _ = storage
         numbers = (offset, *shape, *strides)
         if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
@@ -102,13 +107,13 @@ class TorchChecker(Unpickler):
         return _Tensor()
 
 
-def _parameter(data: Any, *rest) -> _Tensor:
+def _parameter(data: Any, *rest: Any) -> _Tensor:
     if not isinstance(data, _Tensor):
         raise ValueError("a parameter that is no tensor")
     return data
 
 
-def _device(*arguments) -> str:
+def _device(*arguments: Any) -> str:
     return "device"
 
 

@@ -5,12 +5,14 @@ a name in the file only ever selects one of a few functions of ours, and what th
 for out of a budget of twice the bytes that the file has.
 """
 
+import io
 import math
+import mmap
 import pickle
 import re
 import struct
 import sys
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
@@ -48,7 +50,7 @@ class Refused(Exception):
 
 
 def plain_name(text: Any, longest: int = 80) -> str:
-    """A name from a file, fit for a terminal and a line of a log."""
+    """``text``, a name from a file, cut to ``longest`` characters and fit for a terminal or log."""
     return ascii(str(text)[:longest])[1:-1]
 
 
@@ -70,7 +72,13 @@ class Unpickler(pickle._Unpickler):  # C's sizes its memo by whatever number the
     ``load`` raises :class:`Refused`, or any other exception if the file is broken.
     """
 
-    def __init__(self, file: Any, size: int):
+    # What Python's unpickler has and the types of its library leave out.
+    stack: List[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], List[Any]]
+    read: Callable[[int], bytes]
+
+    def __init__(self, file: Union[io.BytesIO, mmap.mmap], size: int):
         super().__init__(file, encoding="latin1")  # as Python 2 wrote arrays
         self.budget = 2 * size  # bytes, and the array made of them
         self.known = {name: Global(name, function) for name, function in self.globals().items()}
@@ -86,25 +94,41 @@ class Unpickler(pickle._Unpickler):  # C's sizes its memo by whatever number the
         }
 
     def build(self, instance: Any, state: Any) -> None:
-        """Give an object its state; a dictionary's attributes are of no interest."""
+        """Give ``instance`` its ``state``; a dictionary's attributes are of no interest.
+
+        Raises:
+            Refused: ``instance`` is no dictionary.
+        """
         if type(instance) is not dict:
             raise Refused(f"a state for an object of type {type(instance).__name__}")
 
     def spend(self, size: int) -> None:
-        """Raises:
-        ValueError: more is built than the file holds.
+        """Take ``size`` bytes, which are about to be built, from the budget.
+
+        Raises:
+            ValueError: more is built than the file holds.
         """
         self.budget -= size
         if self.budget < 0:
             raise ValueError("it unpacks to more than it holds")
 
     def find_class(self, module: str, name: str) -> Global:
+        """What stands for ``module``.``name``.
+
+        Raises:
+            Refused: it is not among :meth:`globals`.
+        """
         full = f"{module}.{name}"
         if full not in self.known:
             raise Refused(plain_name(full))
         return self.known[full]
 
-    def persistent_load(self, pid: Any):
+    def persistent_load(self, pid: Any) -> Any:
+        """What stands for the object that lies outside of the pickle under ``pid``.
+
+        Raises:
+            Refused: always; only the storages of PyTorch's files, in a subclass, are let in.
+        """
         raise Refused("an object kept outside of the file")
 
     def _encode(self, text: str, encoding: str = "latin1") -> bytes:
@@ -115,7 +139,7 @@ class Unpickler(pickle._Unpickler):  # C's sizes its memo by whatever number the
 
     # The instructions that touch objects; all others come from Python's library.
 
-    def load_reduce(self):
+    def load_reduce(self) -> None:
         arguments, callee = self.stack.pop(), self.stack[-1]
         if not isinstance(callee, Global) or callee.function is None:
             raise Refused(f"a call of {getattr(callee, 'name', type(callee).__name__)}")
@@ -123,31 +147,31 @@ class Unpickler(pickle._Unpickler):  # C's sizes its memo by whatever number the
             raise ValueError("a call without arguments")
         self.stack[-1] = callee.function(*arguments)
 
-    def load_build(self):
+    def load_build(self) -> None:
         state = self.stack.pop()
         self.build(self.stack[-1], state)
 
-    def load_append(self):
+    def load_append(self) -> None:
         value = self.stack.pop()
         _only(self.stack[-1], list).append(value)
 
-    def load_appends(self):
+    def load_appends(self) -> None:
         values = self.pop_mark()
         _only(self.stack[-1], list).extend(values)
 
-    def load_setitem(self):
+    def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         _set_items(self.stack[-1], [key, value])
 
-    def load_setitems(self):
+    def load_setitems(self) -> None:
         items = self.pop_mark()
         _set_items(self.stack[-1], items)
 
-    def load_bytearray8(self):  # Python's makes room before it reads
+    def load_bytearray8(self) -> None:  # Python's makes room before it reads
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(min(size, sys.maxsize))))
 
-    def load_dict(self):
+    def load_dict(self) -> None:
         items = self.pop_mark()  # which also puts back the stack that `append` fills
         self.append(_set_items({}, items))
 
@@ -191,8 +215,8 @@ def _set_items(target: Any, items: list) -> dict:
     return target
 
 
-def plain_dict(pairs=()) -> dict:
-    """What ``dict(pairs)`` is to a pickle, with keys and values checked as those of any other."""
+def plain_dict(pairs: Any = ()) -> dict:
+    """What ``dict`` of ``pairs`` is to a pickle, with keys checked as those of any other."""
     if type(pairs) is dict:
         return dict(pairs)
     return _set_items({}, [x for key, value in pairs for x in (key, value)])
@@ -212,9 +236,13 @@ class _DType:
 
 
 class ArrayUnpickler(Unpickler):
-    """Numpy arrays and scalars of numbers as well, written by numpy 1 or 2, Python 2 or 3."""
+    """Numpy arrays and scalars of numbers as well, written by numpy 1 or 2, Python 2 or 3.
 
-    def __init__(self, file: Any, size: int):
+    Args:
+        file, size: see :class:`Unpickler`.
+    """
+
+    def __init__(self, file: Union[io.BytesIO, mmap.mmap], size: int):
         super().__init__(file, size)
         self._blank: Dict[int, np.ndarray] = {}
 
@@ -246,7 +274,7 @@ class ArrayUnpickler(Unpickler):
         else:
             super().build(instance, state)
 
-    def _array(self, dtype: np.dtype, raw, shape: Tuple[int, ...], order: str) -> np.ndarray:
+    def _array(self, dtype: np.dtype, raw: Any, shape: Tuple[int, ...], order: str) -> np.ndarray:
         if type(raw) is list:
             raise Refused("an array of objects")
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
@@ -257,15 +285,15 @@ class ArrayUnpickler(Unpickler):
         self.spend(len(raw))
         return np.frombuffer(raw, dtype).reshape(shape, order=order)
 
-    def _reconstruct(self, kind: Global, shape, code) -> np.ndarray:
+    def _reconstruct(self, kind: Global, shape: Any, code: Any) -> np.ndarray:
         if getattr(kind, "name", None) != "numpy.ndarray":
             raise Refused("an array of a class of its own")
         array = np.empty(0, np.int8)
         self._blank[id(array)] = array
         return array
 
-    def _scalar(self, kind: _DType, raw) -> Any:
+    def _scalar(self, kind: _DType, raw: Any) -> Any:
         return self._array(_only(kind, _DType).dtype, raw, (), "C")[()]
 
-    def _from_buffer(self, raw, kind: _DType, shape, order: str) -> np.ndarray:
+    def _from_buffer(self, raw: Any, kind: _DType, shape: Any, order: str) -> np.ndarray:
         return self._array(_only(kind, _DType).dtype, raw, shape, order).copy(order="K")

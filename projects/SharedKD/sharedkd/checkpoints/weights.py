@@ -100,6 +100,10 @@ def _state(state: Any) -> Mapping[str, Any]:
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: str) -> None:
-    """Write a state dict in the format that cannot hold code; the file appears complete or not at all."""
+    """Write ``state`` in the format that cannot hold code; ``path`` appears complete or not at all.
+
+    Raises:
+        OSError: see :func:`.files.replace`.
+    """
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in state.items()}
     replace(path, lambda f: f.write(safetensors.torch.save(tensors, {"format": "pt"})))

@@ -14,7 +14,7 @@ __all__ = ["check_disk", "checkpoint_bytes", "existing_folder", "tensor_bytes"]
 
 
 def existing_folder(path: str) -> str:
-    """The nearest thing above a path that exists; the path itself if it does."""
+    """The nearest thing above ``path`` that exists, as an absolute path; itself if it does."""
     path = os.path.abspath(path)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
@@ -22,7 +22,9 @@ def existing_folder(path: str) -> str:
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """The size of a checkpoint: the student, what losses own, and the optimizer's state after a step."""
+    """Bytes of a checkpoint: the student of ``model``, what its losses own, and the state that
+    ``optimizer`` has after a step.
+    """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     losses = getattr(model, "losses", None)
     owned = losses.state_dict().values() if isinstance(losses, nn.Module) else ()
@@ -34,7 +36,7 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """What tensors take, in memory as on the disk; whatever else is among them does not count."""
+    """Bytes of ``tensors``, in memory as on the disk; what else is among them does not count."""
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
 
@@ -56,6 +58,10 @@ def check_disk(
     cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Mapping[str, float]:
     """Compare what the output folder will hold with what its disk has.
+
+    Args:
+        cfg: the run's, of which ``train`` is read.
+        model, optimizer: what its checkpoints hold, see :func:`checkpoint_bytes`.
 
     Returns:
         ``checkpoint_mb``; ``kept``, how many there are at most at the same time; ``needed_mb``, for

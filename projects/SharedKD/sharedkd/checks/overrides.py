@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def check_override(override: str) -> None:
-    """Check one ``key=value``.
+    """Check ``override``, one ``key=value`` of the command line.
 
     Raises:
         ConfigError: it cannot be parsed, calls one of OmegaConf's resolvers, or names code other than
@@ -51,7 +51,7 @@ def check_override(override: str) -> None:
 
 
 def not_applicable(override: str, reason: Exception) -> ConfigError:
-    """What to say of an override that cannot be parsed, or that a config does not take."""
+    """What to say of ``override``, which cannot be parsed or applied to a config for ``reason``."""
     return ConfigError(
         "override",
         override,

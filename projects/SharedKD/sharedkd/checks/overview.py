@@ -3,8 +3,9 @@
 import re
 from dataclasses import fields
 from math import lcm
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
+import torch
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.utils import comm
@@ -12,11 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 from torch import nn
 
+from ..data.coco import CocoSummary
 from ..errors import FAILED, Findings
 from ..features import pyramid_shapes
 from ..parts import Parts, losses_of, num_classes
 from ..running.cost import in_words
 from ..running.record import count_parameters
+from ..stages import Stage
+from ..teacher import FrozenTeacher
 
 __all__ = ["advise", "as_text", "describe"]
 
@@ -27,11 +31,17 @@ SGD_LR_PER_IMAGE, SUSPICIOUS = 0.02 / 16, 2.0
 def describe(cfg: DictConfig, parts: Parts, findings: Findings) -> Dict[str, Any]:
     """What is known of a run, as far as its parts could be built.
 
+    Args:
+        cfg: the run's, of :func:`~sharedkd.config.load_config`.
+        parts: what :func:`~sharedkd.parts.assemble` made of it.
+        findings: that of the same call, for its facts.
+
     Returns:
         ``student`` and ``teacher`` (``family``, ``backbone``, ``parameters``, ``classes``,
         ``masks``, ``weights``); ``levels``, ``stages``: a dict per row; ``data``: split to its numbers;
         ``disk``: see :func:`~sharedkd.checks.disk.check_disk`; ``max_iter``, ``images_per_step``,
-        ``image_size`` (height and width of the first image as the student gets it).
+        ``image_size`` (height and width of the first image as the student gets it, in pixels);
+        ``output_dir``, ``device``, ``processes``.
     """
     found: Dict[str, Any] = {
         "output_dir": cfg.train.output_dir,
@@ -111,7 +121,7 @@ def _images_per_step(cfg: DictConfig) -> Optional[int]:
     return batch * cfg.train.accumulate if isinstance(batch, int) else None
 
 
-def _numbers(summaries) -> Dict[str, Any]:
+def _numbers(summaries: Sequence[CocoSummary]) -> Dict[str, Any]:
     """The counts of some data sets together, and their classes."""
     names = [f.name for f in fields(summaries[0]) if isinstance(getattr(summaries[0], f.name), int)]
     counts = {n: sum(int(getattr(x, n)) for x in summaries) for n in names if n != "has_rle"}
@@ -122,7 +132,12 @@ def _numbers(summaries) -> Dict[str, Any]:
     }
 
 
-def _levels(student: nn.Module, teacher: Any, stages, sample) -> List[Dict[str, Any]]:
+def _levels(
+    student: nn.Module,
+    teacher: Optional[FrozenTeacher],
+    stages: Mapping[str, Stage],
+    sample: Optional[Mapping[str, Any]],
+) -> List[Dict[str, Any]]:
     """A row per tap and stride that either pyramid has and some stage might use."""
     ours, theirs = pyramid_shapes(student), teacher.shapes if teacher is not None else {}
     used = {tap for stage in stages.values() for tap in stage.loss.taps} | {"fpn"}
@@ -141,7 +156,12 @@ def _levels(student: nn.Module, teacher: Any, stages, sample) -> List[Dict[str, 
     return rows
 
 
-def _map_size(student, teacher, sample, stride: int) -> Optional[Tuple[int, int]]:
+def _map_size(
+    student: nn.Module,
+    teacher: Optional[FrozenTeacher],
+    sample: Optional[Mapping[str, Any]],
+    stride: int,
+) -> Optional[Tuple[int, int]]:
     """(height, width) of a map of the first image."""
     if not sample:
         return None
@@ -151,7 +171,7 @@ def _map_size(student, teacher, sample, stride: int) -> Optional[Tuple[int, int]
     return -(-height // stride), -(-width // stride)
 
 
-def _stage(name: str, stage, max_iter: int) -> Dict[str, Any]:
+def _stage(name: str, stage: Stage, max_iter: int) -> Dict[str, Any]:
     start, end = stage.span(max_iter)
     ramp = round(stage.ramp * max_iter) if isinstance(stage.ramp, float) else stage.ramp
     return {
@@ -172,7 +192,11 @@ def _stage(name: str, stage, max_iter: int) -> Dict[str, Any]:
 
 
 def advise(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
-    """Warn of what works, and is probably not meant."""
+    """Put into ``findings`` a warning of what works, and is probably not meant.
+
+    Args:
+        cfg, parts, findings: see :func:`describe`.
+    """
     train, warn, model = cfg.train, findings.warn, parts.model
     if not parts.resuming and not train.init_checkpoint and not train.inherit:
         fix = "set it to an ImageNet backbone or a detector if there is one"
@@ -200,7 +224,9 @@ def advise(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
         _advise_pair(cfg, model, findings)
 
 
-def _advise_optimizer(cfg: DictConfig, optimizer, findings: Findings) -> None:
+def _advise_optimizer(
+    cfg: DictConfig, optimizer: Optional[torch.optim.Optimizer], findings: Findings
+) -> None:
     if not optimizer:
         return
     lr, name = max(group["lr"] for group in optimizer.param_groups), type(optimizer).__name__
@@ -253,7 +279,7 @@ def _advise_pair(cfg: DictConfig, model: nn.Module, findings: Findings) -> None:
 
 
 def as_text(found: Dict[str, Any]) -> str:
-    """What :func:`describe` returns, for people."""
+    """``found``, what :func:`describe` returns, as text, with what preflight measured, if any."""
     pair = "teacher" in found or bool(found.get("stages"))
     blocks = [_detectors(found, pair)] if "student" in found else []
     if found.get("levels"):

@@ -9,7 +9,7 @@ __all__ = ["leaves", "read_plain"]
 
 
 def read_plain(path: Path) -> Optional[Mapping[str, Any]]:
-    """What LazyConfig.save wrote, with Python objects as text and references as they are written.
+    """What LazyConfig.save wrote to ``path``: Python objects as text, references as written.
 
     Returns:
         None if there is no such file, or if it cannot be read.
@@ -22,7 +22,7 @@ def read_plain(path: Path) -> Optional[Mapping[str, Any]]:
 
 
 def leaves(value: Any, key: str = "") -> Iterator[Tuple[str, str]]:
-    """The values of nested mappings as texts, with their dotted keys.
+    """The values of nested mappings, ``value``, as texts: (dotted key below ``key``, text).
 
     >>> dict(leaves({"train": {"seed": 0, "inherit": ["neck"]}, "x": {}}))
     {'train.seed': '0', 'train.inherit': "['neck']", 'x': '{}'}

@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Sequence
+from typing import Any, Callable, Dict, Iterator, Sequence
 
 import torch
 from detectron2.utils.events import EventStorage
@@ -56,7 +56,7 @@ def preflight(
 
 
 def report(found: Dict[str, Any]) -> str:
-    """What :func:`preflight` returns, for people."""
+    """``found``, what :func:`preflight` returns, for people."""
     lines = [f"warning: {w['message']}" for w in found["warnings"]]
     lines += [f"error: {e['message']}" for e in found["errors"]]
     if found["ok"]:
@@ -99,7 +99,7 @@ def _measure(cfg: DictConfig, parts: Parts) -> Dict[str, float]:
     }
 
 
-def _time(cfg: DictConfig, step) -> float:
+def _time(cfg: DictConfig, step: Callable[[], None]) -> float:
     start = time.perf_counter()
     try:
         step()

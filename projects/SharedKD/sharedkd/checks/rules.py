@@ -21,6 +21,7 @@ def check_number(
     """Check that a value is a finite number within bounds; a string or a truth value is none.
 
     Args:
+        key: the config key that holds ``value``, for the message.
         least, most: inclusive bounds.
         above: exclusive lower bound.
         whole: only 3, not 3.0.
@@ -52,7 +53,7 @@ def check_number(
 
 def check_switch(key: str, value: Any) -> None:
     """Raises:
-    ConfigError: neither True nor False.
+    ConfigError: ``value``, that of ``key``, is neither True nor False.
     """
     if not isinstance(value, bool):
         raise ConfigError(key, repr(value), "is neither true nor false", "use True or False")
@@ -60,7 +61,7 @@ def check_switch(key: str, value: Any) -> None:
 
 def check_text(key: str, value: Any, empty: bool = True) -> None:
     """Raises:
-    ConfigError: not a string, or an empty one where that means nothing.
+    ConfigError: ``value``, that of ``key``, is not a string, or is blank and ``empty`` is False.
     """
     if not isinstance(value, str) or not (value.strip() or empty):
         raise ConfigError(key, repr(value), "is not a name or path", "write it as text")
@@ -68,7 +69,7 @@ def check_text(key: str, value: Any, empty: bool = True) -> None:
 
 def check_names(key: str, value: Any) -> None:
     """Raises:
-    ConfigError: no list of names.
+    ConfigError: ``value``, that of ``key``, is no list of names.
     """
     several = isinstance(value, Sequence) and not isinstance(value, str)
     if not several or not all(isinstance(x, str) for x in value):
@@ -77,7 +78,7 @@ def check_names(key: str, value: Any) -> None:
 
 def check_choice(key: str, value: Any, known: Sequence[str]) -> None:
     """Raises:
-    ConfigError: none of the known names.
+    ConfigError: ``value``, that of ``key``, is none of the ``known`` names.
     """
     if not isinstance(value, str) or value not in known:
         raise ConfigError(key, value, "no such name", f"use one of {', '.join(known)}")

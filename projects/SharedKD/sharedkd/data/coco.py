@@ -40,7 +40,7 @@ _categories_of: Dict[Tuple[str, int, int], Dict[int, str]] = {}
 class CocoSummary:
     """What a checked json file holds.
 
-    Attributes:
+    Args:
         key: the config key that names the file.
         json_file: the file.
         images: number of images.
@@ -151,7 +151,11 @@ def check_coco(
 
 
 def check_same_classes(train: CocoSummary, val: CocoSummary) -> None:
-    """Raise ConfigError unless both files have the same category ids with the same names."""
+    """Check that ``train`` and ``val`` have the same category ids with the same names.
+
+    Raises:
+        ConfigError: of the key of ``val``, when an id is in one file only or has another name.
+    """
     problems = []
     for summary, other in ((train, val), (val, train)):
         alone = sorted(set(summary.categories) - set(other.categories))
@@ -175,6 +179,11 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
     """Make ``name`` a Detectron2 data set; a data set of that name and other content is replaced.
 
     Class names and the map of category ids are there at once, before the data are first loaded.
+
+    Args:
+        name: in Detectron2's catalogs.
+        json_file: the annotations; only their categories are checked here.
+        image_root: the folder that the images' ``file_name`` are relative to; not looked at here.
 
     Raises:
         ConfigError: naming ``name``, when the file or its categories cannot be used.
@@ -206,7 +215,7 @@ class _Faults:
     A fault is a problem and its fix; what is mended in the same way is of one kind.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._first: Dict[str, str] = {}
         self._count: Counter = Counter()
 
@@ -280,7 +289,7 @@ def _read(json_file: str, key: str) -> Dict[str, Any]:
     return data
 
 
-def _deeper(frames: int, function: Callable, *args) -> Any:
+def _deeper(frames: int, function: Callable, *args: Any) -> Any:
     """Call a function from so far down the stack that what it parses or copies will do elsewhere, too.
 
     pycocotools parses the file again, and copies its "info", from further down than this module.
@@ -288,7 +297,9 @@ def _deeper(frames: int, function: Callable, *args) -> Any:
     return _deeper(frames - 1, function, *args) if frames else function(*args)
 
 
-def _categories(data: Dict[str, Any], refuse) -> Dict[int, str]:
+def _categories(
+    data: Dict[str, Any], refuse: Callable[[Iterable[str], str], None]
+) -> Dict[int, str]:
     names = {c["id"]: c.get("name") for c in sorted(data["categories"], key=lambda c: c["id"])}
     refuse(
         (

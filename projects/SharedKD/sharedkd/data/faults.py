@@ -9,7 +9,20 @@ import logging
 import math
 import os
 import signal
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from multiprocessing.process import BaseProcess
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 from detectron2.data import detection_utils
 from PIL import ImageFile
@@ -17,6 +30,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from sharedkd.errors import DataError
+
+if TYPE_CHECKING:
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 __all__ = ["POLICIES", "BadImages", "Fault", "Loaded", "WorkerDied", "batches_of", "load"]
 
@@ -37,9 +53,9 @@ _CAUSES = {
 class Fault(NamedTuple):
     """Why a sample could not be loaded.
 
-    Attributes:
+    Args:
         file: the image, or what else the sample is known by.
-        problem: what was raised.
+        problem: what was raised, in words.
         in_image: whether the image itself is at fault, not what is done with it.
     """
 
@@ -49,7 +65,7 @@ class Fault(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A sample, None if there is none, and what could not be loaded before it."""
+    """A ``sample``, None if there is none, and the ``faults`` of the images tried before it."""
 
     sample: Any
     faults: Sequence[Fault]
@@ -62,7 +78,7 @@ class WorkerDied(Exception):
 def load(
     mapper: Callable[[Dict[str, Any]], Any], record: Dict[str, Any]
 ) -> Tuple[Any, Optional[Fault]]:
-    """(what the mapper makes of a dataset dict, why it could not); one of them is None."""
+    """(what ``mapper`` makes of the dataset dict ``record``, why it could not); one is None."""
     name = str(record.get("file_name", record.get("image_id", "without file_name")))
     try:
         with _whole_images():
@@ -119,7 +135,7 @@ class BadImages:
         return self.policy == "skip"
 
     def samples_of(self, batch: Sequence[Loaded]) -> List[Any]:
-        """The samples of a batch.
+        """The samples of a ``batch``; images that were passed over for them are counted.
 
         Raises:
             DataError: one could not be loaded and may not be passed over, or there were too many.
@@ -168,7 +184,7 @@ class BadImages:
 
 
 def batches_of(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches.
+    """The batches of one pass over ``loader``.
 
     Raises:
         WorkerDied: one of its processes died.
@@ -191,7 +207,7 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
         getattr(iterator, "_shutdown_workers", lambda: None)()
 
 
-def _watch_here_only(iterator) -> None:
+def _watch_here_only(iterator: "_BaseDataLoaderIter") -> None:
     """Let a worker's death be found where a batch is waited for.
 
     Torch also raises it from a signal handler, anywhere in the training process: in the middle of a
@@ -202,7 +218,7 @@ def _watch_here_only(iterator) -> None:
         iterator._worker_pids_set = False
 
 
-def _end_of(worker) -> str:
+def _end_of(worker: BaseProcess) -> str:
     if worker.exitcode > 0:
         return f"loading process {worker.pid} ended with status {worker.exitcode}"
     try:

@@ -95,7 +95,7 @@ def build_train_loader(
 
 
 def build_test_loader(
-    dataset: Sequence[Dict[str, Any]], *, mapper: Callable, num_workers: int = 0, **options
+    dataset: Sequence[Dict[str, Any]], *, mapper: Callable, num_workers: int = 0, **options: Any
 ) -> "TestLoader":
     """Detectron2's test loader, with errors that name the image.
 
@@ -112,7 +112,7 @@ def build_test_loader(
 
 
 class TestLoader:
-    """The batches of a loader whose samples are :class:`Loaded`, as often as it is iterated."""
+    """The batches of ``loader``, whose samples are :class:`Loaded`, as often as it is iterated."""
 
     __test__ = False  # for pytest, which takes it for a test
 
@@ -147,6 +147,14 @@ class _Loading:
 
 class TrainLoader:
     """An infinite iterable of batches, each a list of ``total_batch_size / processes`` samples.
+
+    Args:
+        samples: takes an image's index in the data set and its position in the stream.
+        groups: the group of each image of the data set; a batch holds images of one group.
+        total_batch_size: images per iteration over all processes.
+        num_workers: loading processes per training process; 0 loads in the training process.
+        seed: of the order of the images.
+        bad_images: decides what becomes of images that cannot be loaded.
 
     Attributes:
         first_batch: the index of the batch that an iteration starts with, 0 unless set.  It is read

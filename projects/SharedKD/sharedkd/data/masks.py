@@ -19,17 +19,17 @@ _MOST_DIGITS, _BITS = 6, 5
 
 
 def is_int(value: Any) -> bool:
-    """Whether it is a whole number; true, false and 3.0 are none."""
+    """Whether ``value`` is a whole number; true, false and 3.0 are none."""
     return type(value) is int
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number that float64 holds."""
+    """Whether ``value`` is a number from -LARGEST to :data:`LARGEST`; true and false are none."""
     return type(value) in (int, float) and -LARGEST <= value <= LARGEST
 
 
 def shown(value: Any) -> str:
-    """A value for a message, shortened."""
+    """``value`` for a message, shortened; None is "none"."""
     return "none" if value is None else reprlib.repr(value)
 
 

@@ -25,7 +25,7 @@ UNMATCHED = 0.01
 class Agreement:
     """What a comparison has found, over all images so far.
 
-    Attributes:
+    Args:
         images, empty: compared images, and how many of them the eager detector finds nothing in.
         detections: of the eager detector.
         unmatched: of either side, without a partner within :data:`TOLERANCES`.

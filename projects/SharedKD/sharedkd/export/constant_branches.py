@@ -7,7 +7,7 @@ torch.export refuses.  While it works, the places are replaced by equals without
 """
 
 from contextlib import ExitStack, contextmanager
-from typing import Iterator, List
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 from unittest import mock
 
 import torch
@@ -28,9 +28,9 @@ __all__ = ["constant_branches"]
 
 @contextmanager
 def constant_branches(model: nn.Module) -> Iterator[None]:
-    """Within it, a detector in eval mode runs on one image without looking at values."""
+    """Within it, ``model``, a detector in eval mode, runs on one image and looks at no values."""
 
-    def preprocess_image(inputs):
+    def preprocess_image(inputs: Sequence[Mapping[str, Tensor]]) -> ImageList:
         """Detectron2 computes the padding in tensors."""
         image = (inputs[0]["image"] - model.pixel_mean) / model.pixel_std
         height, width = image.shape[-2:]
@@ -61,7 +61,13 @@ def constant_branches(model: nn.Module) -> Iterator[None]:
 class _AllFinite(TorchFunctionMode):
     """``if not finite.all():`` is not entered: non-finite boxes are not dropped, as after tracing."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Tuple[Any, ...] = (),
+        kwargs: Optional[Mapping[str, Any]] = None,
+    ) -> Any:
         return True if func is Tensor.__bool__ else func(*args, **(kwargs or {}))
 
 

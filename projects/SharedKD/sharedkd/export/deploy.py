@@ -21,6 +21,7 @@ from ..config import construct, student_only
 from ..engine import num_classes
 from ..errors import ConfigError, Findings
 from ..running.record import hardware, versions
+from ..teacher import FrozenTeacher
 from .agreement import TOLERANCES, UNMATCHED, Agreement, compare
 from .formats import FORMATS, Format, NotExportable, Runner, detect, outputs_of
 from .images import Images, fit, read_images
@@ -34,7 +35,7 @@ WARM_UP = 3  # runs that are not counted: TorchScript compiles in its first ones
 class Export:
     """What an export has come to.
 
-    Attributes:
+    Args:
         files: format -> path, megabytes, and :class:`Agreement`'s fields.
         milliseconds: ``student`` (eager), each format, perhaps ``teacher`` -> median, least and
             greatest, on the same image.
@@ -299,7 +300,7 @@ def _measure(
     }
 
 
-def _teacher(cfg: DictConfig):
+def _teacher(cfg: DictConfig) -> FrozenTeacher:
     """The teacher, only to be measured beside the student; it has to have weights on this disk."""
     node = cfg.model.get("teacher")
     weights = node.get("weights") if node is not None else None

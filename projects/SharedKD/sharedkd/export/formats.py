@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import io
 import logging
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 from unittest import mock
 
 import torch
@@ -32,7 +32,7 @@ class NotExportable(Exception):
 
 
 def outputs_of(model: nn.Module) -> List[str]:
-    """Names of the tensors that a detector's exported file gives, in their order.
+    """Names of the tensors that the exported file of a detector, ``model``, gives, in their order.
 
     ``boxes`` (N, 4): x0, y0, x1, y1 in pixels of the input; ``classes`` (N,); ``masks`` (N, M, M):
     the probability that a cell of the box belongs to the object; ``scores`` (N,).
@@ -56,7 +56,7 @@ def _instances(model: nn.Module, inputs: List[Dict[str, Tensor]]) -> Dict[str, T
 
 @torch.no_grad()
 def detect(model: nn.Module, image: Tensor) -> List[Tensor]:
-    """What the eager detector finds in an image (3, H, W), as an exported file gives it.
+    """What the eager ``model`` finds in ``image`` (3, H, W), as an exported file gives it.
 
     Raises:
         NotExportable: the model is no detector of instances.
@@ -97,9 +97,10 @@ class Format:
         Args:
             model: in eval mode, on the CPU.
             image: (3, H, W) uint8 with objects in it, which is followed through the model.
+            path: of the file, in a folder that exists.
 
         Raises:
-            NotExportable
+            NotExportable: the model does not go into this format.
         """
         with _quiet():
             try:
@@ -116,7 +117,7 @@ class Format:
         return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
     def load(self, path: str) -> Runner:
-        """A function that runs the file."""
+        """A function that runs the file at ``path``, one that :meth:`convert` wrote."""
         raise NotImplementedError
 
 
@@ -127,7 +128,7 @@ class _NoGradient:
 
 
 def _adapter(model: nn.Module, image: Tensor) -> TracingAdapter:
-    def inference(model, inputs):
+    def inference(model: nn.Module, inputs: List[Dict[str, Tensor]]) -> Dict[str, Tensor]:
         # Cascade R-CNN scales gradients by a Python function, which a file cannot hold.
         with mock.patch.object(cascade_rcnn, "_ScaleGradient", _NoGradient):
             return _instances(model, inputs)
@@ -140,11 +141,11 @@ class TorchScript(Format):
 
     name, suffix, runs_with = "torchscript", "torchscript.pt", "torch, torchvision"
 
-    def _convert(self, model, image, path):
+    def _convert(self, model: nn.Module, image: Tensor, path: str) -> None:
         adapter = _adapter(model, image)
         torch.jit.save(torch.jit.trace(adapter, (image,), check_trace=False), path)
 
-    def load(self, path):
+    def load(self, path: str) -> Runner:
         return torch.no_grad()(torch.jit.load(path))
 
 
@@ -159,7 +160,7 @@ class Script(TorchScript):
         FCOS: "its head's forward has no type annotations",
     }
 
-    def _convert(self, model, image, path):
+    def _convert(self, model: nn.Module, image: Tensor, path: str) -> None:
         _plain_lists(model)
         fields = dict(
             proposal_boxes=Boxes,
@@ -172,7 +173,7 @@ class Script(TorchScript):
         adapter = (_ScriptedRCNN if isinstance(model, GeneralizedRCNN) else _ScriptedDense)(model)
         torch.jit.save(scripting_with_instances(adapter.eval(), fields), path)
 
-    def _reason(self, model, error):
+    def _reason(self, model: nn.Module, error: Exception) -> str:
         for part in model.modules():
             for kind, reason in self.REFUSED.items():
                 if isinstance(part, kind):
@@ -230,7 +231,7 @@ class Onnx(Format):
     name, suffix, packages, runs_with = "onnx", "onnx", ("onnx", "onnxruntime"), "onnxruntime"
     opset = 17  # RoIAlign with aligned corners needs 16
 
-    def _convert(self, model, image, path):
+    def _convert(self, model: nn.Module, image: Tensor, path: str) -> None:
         outputs = outputs_of(model)
         torch.onnx.export(
             _adapter(model, image),
@@ -246,7 +247,7 @@ class Onnx(Format):
             },
         )
 
-    def load(self, path):
+    def load(self, path: str) -> Runner:
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(3)  # not its advice on single operators
@@ -263,13 +264,13 @@ class TorchExport(Format):
 
     name, suffix, runs_with, fixed_size = "torch_export", "pt2", "torch, torchvision", True
 
-    def _convert(self, model, image, path):
+    def _convert(self, model: nn.Module, image: Tensor, path: str) -> None:
         adapter = _adapter(model, image)
         with constant_branches(model):
             program = torch.export.export(adapter, (image,), strict=False)
         torch.export.save(program, path)
 
-    def load(self, path):
+    def load(self, path: str) -> Runner:
         with _quiet():
             return torch.no_grad()(torch.export.load(path).module())
 
@@ -281,7 +282,7 @@ FORMATS: Dict[str, Format] = {
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Exporters print graphs and advice about code that is not the user's."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

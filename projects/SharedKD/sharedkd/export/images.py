@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.data import transforms as T
@@ -23,7 +23,7 @@ MOST = 4  # of a validation set
 class Images:
     """Images after the resizing that the config's evaluation does.
 
-    Attributes:
+    Args:
         names: file names.
         tensors: (3, H, W) uint8 each.
         input_format: channel order, ``BGR`` or ``RGB``.
@@ -114,7 +114,7 @@ def _validation_records(cfg: DictConfig) -> List[Dict[str, Any]]:
     return chosen + [x for x in records if x not in chosen][: MOST - len(chosen)]
 
 
-def _steps(mapper) -> List[Any]:
+def _steps(mapper: Callable[[Dict[str, Any]], Dict[str, Any]]) -> List[Any]:
     steps = getattr(mapper, "augmentations", [])
     return list(getattr(steps, "augs", steps))
 

@@ -1,5 +1,7 @@
 """What tools/export_student.py prints."""
 
+from typing import Any, Mapping, Optional, Tuple
+
 from tabulate import tabulate
 
 from .deploy import Export
@@ -8,7 +10,7 @@ __all__ = ["table"]
 
 
 def table(result: Export) -> str:
-    """Size, latency and agreement of student, files and teacher, with what they were measured on."""
+    """The ``result`` as a table of size, latency and agreement, with what they were measured on."""
     rows = []
     for name in ("student", *result.files, "teacher"):
         if name in result.megabytes:
@@ -33,13 +35,13 @@ def table(result: Export) -> str:
     return "\n".join(lines)
 
 
-def _cost(result: Export, name: str):
+def _cost(result: Export, name: str) -> Tuple[str, str]:
     spent = result.milliseconds.get(name)
     text = "{median:.1f} ({low:.1f} to {high:.1f})".format(**spent) if spent else "-"
     return f"{result.megabytes[name]:.1f}", text
 
 
-def _agreement(found):
+def _agreement(found: Optional[Mapping[str, Any]]) -> Tuple[str, str]:
     if not found:
         return "-", "-"
     largest = ", ".join(

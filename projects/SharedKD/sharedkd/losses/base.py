@@ -40,7 +40,7 @@ Maps = Dict[str, Dict[int, Tensor]]  #: tap -> stride -> map (N, C, H, W)
 class Regions:
     """What both detectors make of the R regions that a two-stage student samples in a step.
 
-    Attributes:
+    Args:
         labels: (R,) int64, the class of each region's ground truth; K is background.
         student: (R, K + 1) class logits, attached to the student's graph.
         teacher: (R, K + 1) class logits of the teacher's head for the same regions, on its own maps.
@@ -55,15 +55,15 @@ class Regions:
 class Batch:
     """Everything a loss may look at in one step.
 
-    Attributes:
+    Args:
         student: the student's maps, attached to its graph.
         teacher: the teacher's maps of the same image regions, without gradient; None when no active
             loss needs a teacher.
         image_sizes: (height, width) of each image in pixels, before padding.
         inputs: the data loader's records, with ``instances`` (ground truth).
-        regions: for a loss that needs ``regions``.
-        labels: for a loss that needs ``labels``: stride -> (N, A, H, W) int64, the class that a
-            one-stage student's own matching gives each anchor; K is background, -1 ignored.
+        regions: None when no active loss needs them.
+        labels: stride -> (N, A, H, W) int64, the class that a one-stage student's own matching
+            gives each anchor; K is background, -1 ignored.  None when no active loss needs them.
     """
 
     student: Maps
@@ -83,7 +83,8 @@ class Batch:
         """Where a map's positions lie on their image and not on its padding.
 
         Args:
-            x: (N, C, H, W) map of the given stride.
+            x: (N, C, H, W) map of the padded images.
+            stride: of the map, in pixels; a position that is image in part counts as inside.
 
         Returns:
             (N, 1, H, W) bool tensor; None when nothing is padding.
@@ -100,8 +101,10 @@ class Batch:
 
 
 def check_weights(**weights: float) -> None:
-    """Raises:
-    ConfigError: a weight between a loss's terms is negative or not a number.
+    """Check the ``weights`` between a loss's terms, each under the name of its argument.
+
+    Raises:
+        ConfigError: one is negative or not a finite number.
     """
     for name, value in weights.items():
         check_number(name, value, least=0)
@@ -166,6 +169,7 @@ class DistillationLoss(nn.Module):
 
     @property
     def taps(self) -> FrozenSet[str]:
+        """Where maps are taken in both detectors; empty for a loss that reads none."""
         return frozenset({self.tap})
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
@@ -176,7 +180,8 @@ class DistillationLoss(nn.Module):
             key: this loss's place in the config, for messages.
 
         Raises:
-            ConfigError: the teacher or the levels asked for are not there, or no level is left.
+            ConfigError: the teacher or the levels asked for are not there, or no level is left, or
+                a subclass cannot work with those that are there.
         """
         if "teacher" in self.needs and teacher is None:
             raise ConfigError(
@@ -249,7 +254,8 @@ class DistillationLoss(nn.Module):
         """The maps of each stride in use, to compute with.
 
         Args:
-            tap: None: the loss's own.
+            batch: of this step.
+            tap: one of :attr:`taps`; None: the loss's own.
 
         Yields:
             (stride, student's map, teacher's map or None), in float32 under autocast too.
@@ -260,7 +266,11 @@ class DistillationLoss(nn.Module):
             yield stride, precise(batch.student[tap][stride]), t
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
-        """
+        """The terms of one step.
+
+        Args:
+            batch: maps of both detectors at the loss's taps, and what else it ``needs``.
+
         Returns:
             term name (``s8``: the level of stride 8; ``s8_focal``: a part of it) -> scalar tensor,
             without the stage's weight.

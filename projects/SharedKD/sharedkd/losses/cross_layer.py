@@ -36,6 +36,9 @@ class CrossLayer(DistillationLoss):
         pairs: ``dense`` (every two levels) or ``adjacent`` (neighbours).
         direction: ``mutual``, ``deep_to_shallow`` or ``shallow_to_deep``.
         distance, normalize, ignore_padding: see :class:`IdenticalLayer`.
+
+    Raises:
+        ConfigError: unknown name.
     """
 
     needs = frozenset()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..checks.rules import check_number
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes
 
@@ -53,8 +53,7 @@ class CWD(DistillationLoss):
         ignore_padding: bool = False,
     ):
         super().__init__(tap, strides)
-        if not 0 < temperature < float("inf"):
-            raise ConfigError("temperature", temperature, "is no positive number", "use 1.0")
+        check_number("temperature", temperature, above=0)
         self.temperature = temperature
         self.adapter = adapter
         self.ignore_padding = ignore_padding

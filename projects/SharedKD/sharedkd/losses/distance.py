@@ -7,6 +7,7 @@ from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from ..errors import ConfigError
 from .base import precise
@@ -20,7 +21,7 @@ EPS = 1e-6  # added to a variance: a constant map has a gradient of zero, not Na
 CPU_BLOCK, GPU_BLOCK = 2**15 - 1, 2**24
 
 
-def _mean(x: Tensor, mask: Optional[Tensor], dims) -> Tensor:
+def _mean(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
     """Mean of x over dims, counting only where mask (N, 1, H, W) is one."""
     if mask is None:
         return x.mean(dims, keepdim=True)
@@ -28,7 +29,7 @@ def _mean(x: Tensor, mask: Optional[Tensor], dims) -> Tensor:
     return (x * mask).sum(dims, keepdim=True) / count.clamp(min=1)
 
 
-def _standardise(x: Tensor, mask: Optional[Tensor], dims) -> Tensor:
+def _standardise(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
     centred = x - _mean(x, mask, dims)
     return centred / (_mean(centred.square(), mask, dims) + EPS).sqrt()
 
@@ -72,7 +73,9 @@ class _StandardisedMSE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, y: Tensor, mask: Optional[Tensor], dims: Sequence[int]
+    ) -> Tensor:
         if mask is None:
             total = x.numel() // x.shape[1]
             count = total if 0 in dims else total // len(x)
@@ -92,7 +95,7 @@ class _StandardisedMSE(torch.autograd.Function):
         return ((ux + uy - 2 * r).clamp(min=0) * count).sum() * ctx.scale / 2
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, y, mask, mx, my, ix, iy, ux, uy, r = ctx.saved_tensors
         scale = gradient * ctx.scale
         other = -scale * ix * iy
@@ -136,7 +139,7 @@ def _products(x: Tensor, y: Tensor, mask: Optional[Tensor], mx: Tensor, my: Tens
 def _blocks(*maps: Optional[Tensor]) -> Iterator[Tuple[Optional[Tensor], ...]]:
     """The same positions of each map (N, C, P), some at a time, so that no temporary has full size."""
     n, c, _ = maps[0].shape
-    size = max(1, (GPU_BLOCK if maps[0].is_cuda else CPU_BLOCK) // (n * c))
+    size = max(1, (CPU_BLOCK if maps[0].device.type == "cpu" else GPU_BLOCK) // (n * c))
     return zip(*(repeat(None) if x is None else x.split(size, 2) for x in maps))
 
 
@@ -162,7 +165,7 @@ class Distance:
     kind: str = "mse"
     normalize: str = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, value, known in (
             ("distance", self.kind, DISTANCES),
             ("normalize", self.normalize, NORMALIZATIONS),

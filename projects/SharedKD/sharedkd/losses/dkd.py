@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks.rules import check_number
 from ..errors import ConfigError
 from .base import Batch, DistillationLoss, Shapes, check_weights, precise
 from .dense import check_same_head
@@ -14,9 +15,10 @@ __all__ = ["DKD", "DenseDKD", "bernoulli_kl", "decoupled_kl"]
 
 
 def bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(Bern(sigmoid(teacher)) || Bern(sigmoid(student))), element by element.
+    """KL(Bern(sigmoid(``teacher``)) || Bern(sigmoid(``student``))), element by element.
 
-    From logits, so that it is finite wherever they are, and exactly 0 where both are equal.
+    Of logits of one shape, so that it is finite wherever they are, and exactly 0 where both are
+    equal.  The teacher's get no gradient.
     """
     teacher = teacher.detach()
     p = teacher.sigmoid()
@@ -77,6 +79,9 @@ class DKD(DistillationLoss):
     Args:
         alpha, beta: weights of the two parts, 0 or more.
         temperature: T, above 0.
+
+    Raises:
+        ConfigError: a number out of its range.
     """
 
     needs = frozenset({"teacher", "regions"})
@@ -84,8 +89,7 @@ class DKD(DistillationLoss):
     def __init__(self, alpha: float, beta: float, temperature: float = 1.0):
         super().__init__()
         check_weights(alpha=alpha, beta=beta)
-        if not temperature > 0:
-            raise ConfigError("temperature", temperature, "is not above 0", "use 1 or more")
+        check_number("temperature", temperature, above=0)
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
@@ -139,6 +143,9 @@ class DenseDKD(DistillationLoss):
         alpha, beta: weights of the two parts, 0 or more.
         gamma: 0, or 1 or more (in between, its gradient is infinite where p^T = p^S).
         strides: see :class:`DistillationLoss`.
+
+    Raises:
+        ConfigError: a number out of its range.
     """
 
     needs = frozenset({"teacher", "labels"})

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import ConfigError
+from ..checks.rules import check_number
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
 
@@ -68,8 +68,7 @@ class FeatureFusion(DistillationLoss):
         adapter: Optional[int] = None,
     ):
         super().__init__(tap, strides)
-        if not fit > 0:
-            raise ConfigError("fit", fit, "would leave the fusion untrained", "use a value above 0")
+        check_number("fit", fit, above=0)  # at 0 the fusion would stay untrained
         check_weights(feature=feature, response=response)
         self.fit = fit
         self.feature = feature
@@ -108,7 +107,8 @@ def foreground(boxes: Tensor, x: Tensor, stride: int) -> Tensor:
 
     Args:
         boxes: (N, M, 4) XYXY in pixels, an empty box where an image has fewer than M.
-        x: (N, C, H, W) map of the given stride.
+        x: (N, C, H, W) map.
+        stride: of the map, in pixels.
 
     Returns:
         (N, 1, H, W) bool tensor.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import ConfigError
+from ..checks.rules import check_number
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
 
@@ -24,7 +24,8 @@ def foreground(boxes: Tensor, x: Tensor, stride: int) -> Tensor:
 
     Args:
         boxes: (N, B, 4) XYXY in pixels, B >= 1; minus infinity where an image has fewer.
-        x: (N, C, H, W) map of the given stride.
+        x: (N, C, H, W) map.
+        stride: of the map, in pixels.
 
     Returns:
         (N, 1, H, W) in the type of ``x``.
@@ -55,6 +56,9 @@ class GlobalContext(nn.Module):
 
     (N, C, H, W) -> (N, C, 1, 1), zero at the start; 2 C c + 3 c + 2 C + 1 parameters with
     c = max(C // 2, 1).
+
+    Args:
+        channels: C.
     """
 
     def __init__(self, channels: int):
@@ -72,6 +76,15 @@ class GlobalContext(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, x: Tensor, inside: Optional[Tensor]) -> Tensor:
+        """The vector of each image of ``x``, from the positions ``inside``.
+
+        Args:
+            x: (N, C, H, W)
+            inside: (N, 1, H, W) bool; None: all positions.
+
+        Returns:
+            (N, C, 1, 1)
+        """
         score = self.mask(x)
         if inside is not None:
             score = score.masked_fill(~inside, float("-inf"))
@@ -139,8 +152,7 @@ class FGD(DistillationLoss):
             foreground=foreground, background=background, attention=attention, global_=global_
         )
         check_weights(**self.weights)
-        if not temperature > 0:
-            raise ConfigError("temperature", temperature, "is not positive", "use 0.5 or so")
+        check_number("temperature", temperature, above=0)
         self.temperature = temperature
         self.ignore_padding = ignore_padding
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks.rules import check_number
 from ..errors import ConfigError
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
@@ -42,6 +43,7 @@ class NonLocal(nn.Module):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
+        """NL(``x``), of the same shape."""
         size = [min(self.pool, n) for n in x.shape[-2:]]
         phi, g = (F.max_pool2d(f(x), size).flatten(2) for f in (self.phi, self.g))
         # Without a softmax the product may start from the right: (c, c) numbers, not (H W, K).
@@ -117,8 +119,7 @@ class FKD(DistillationLoss):
         super().__init__(tap, strides)
         self.weights = dict(feature=feature, channel=channel, spatial=spatial, nonlocal_=nonlocal_)
         check_weights(**self.weights)
-        if not temperature > 0:
-            raise ConfigError("temperature", temperature, "is not positive", "use 0.5 or so")
+        check_number("temperature", temperature, above=0)
         for name, values in (("pool", pool), ("reduction", reduction)):
             if any(x != int(x) or x < 1 for x in values):
                 raise ConfigError(name, list(values), "not all whole and positive", "use 1 or more")

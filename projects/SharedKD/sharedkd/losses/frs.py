@@ -43,6 +43,9 @@ class FRS(DistillationLoss):
         adapter: kernel of the convolution on the student's maps, see
             :func:`~sharedkd.losses.adapter.adapters`.
         strides: see :class:`DistillationLoss`.
+
+    Raises:
+        ConfigError: a negative weight.
     """
 
     def __init__(

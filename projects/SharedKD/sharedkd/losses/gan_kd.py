@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import ConfigError
+from ..checks.rules import check_number
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes
 
@@ -71,12 +71,9 @@ class GanKD(DistillationLoss):
         ignore_padding: bool = False,
     ):
         super().__init__(tap, strides)
-        if not discriminator > 0:
-            problem = "would leave the discriminators untrained"
-            raise ConfigError("discriminator", discriminator, problem, "use a value above 0")
+        check_number("discriminator", discriminator, above=0)  # at 0 they would stay untrained
         for name, value in (("hidden", hidden), ("layers", layers)):
-            if value < 1:
-                raise ConfigError(name, value, "leaves no discriminator", "use 1 or more")
+            check_number(name, value, least=1, whole=True)
         self.discriminator = discriminator
         self.hidden = hidden
         self.layers = layers

@@ -80,6 +80,9 @@ class GID(DistillationLoss):
         adapter: kernel of a convolution on the student's maps, see
             :func:`~sharedkd.losses.adapter.adapters`.
         strides: see :class:`DistillationLoss`; each has to be twice the one before.
+
+    Raises:
+        ConfigError: an option out of its range.
     """
 
     def __init__(

@@ -32,6 +32,9 @@ class IdenticalLayer(DistillationLoss):
         distance: ``mse``, ``l1``, ``smooth_l1``, ``cosine``.
         normalize: ``none`` (as published), ``channel``, ``instance``, ``position``.
         ignore_padding: leave positions on the batch's padding out of the distance.
+
+    Raises:
+        ConfigError: unknown name.
     """
 
     def __init__(

@@ -63,6 +63,9 @@ class ImprovedKD(DistillationLoss):
         tap, strides: see :class:`DistillationLoss`.
         reach: how many levels in use to either side a student level learns from; 0: its own only.
         samples: positions drawn from a map as a share of its size, above 0 and at most 1.
+
+    Raises:
+        ConfigError: an option out of its range.
     """
 
     def __init__(
@@ -89,7 +92,11 @@ class ImprovedKD(DistillationLoss):
             self.fam[str(stride)] = adapters(1, ours, teacher[self.tap], near, key)
 
     def draw(self, x: Tensor) -> Tensor:
-        """(N, 1, H, W): how often each position of a teacher's map was drawn, as a share of all."""
+        """How often each position of a teacher's map ``x`` (N, C, H, W) is drawn in this step.
+
+        Returns:
+            (N, 1, H, W), as a share of its image's draws.
+        """
         draws = math.ceil(self.samples * x[0, 0].numel())
         # Of maps with inf or NaN any position: the term shows it, while CUDA would end the process.
         drawn = torch.multinomial(attention(x).nan_to_num(1.0), draws, replacement=True)

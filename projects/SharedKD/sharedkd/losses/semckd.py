@@ -1,11 +1,12 @@
 """SemCKD for detectors: each student level learns from all teacher levels, by attention."""
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks.rules import check_number
 from ..errors import ConfigError
 from .alignment import pool_to
 from .base import Batch, DistillationLoss, Shapes
@@ -89,8 +90,7 @@ class SemCKD(DistillationLoss):
             )
         if grid < 2:
             raise ConfigError("grid", grid, "leaves nothing to compare", "use 2 or more")
-        if not temperature > 0:
-            raise ConfigError("temperature", temperature, "divides by it", "use a value above 0")
+        check_number("temperature", temperature, above=0)
         self.hidden = hidden
         self.grid = grid
         self.temperature = temperature
@@ -135,7 +135,7 @@ class SemCKD(DistillationLoss):
             terms[f"s{i}"] = share.mean() / len(self.strides)
         return terms
 
-    def _cells(self, x: Tensor, stride: int, batch: Batch):
+    def _cells(self, x: Tensor, stride: int, batch: Batch) -> Tuple[Tensor, Tensor]:
         """The part of each row and column of a map in each of the g rows and columns of cells.
 
         Returns:
@@ -196,7 +196,7 @@ def _image_mean(x: Tensor, mask: Optional[Tensor]) -> Tensor:
     return (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
 
 
-def _down(x: Tensor, ratio: int, mask: Optional[Tensor], size) -> Tensor:
+def _down(x: Tensor, ratio: int, mask: Optional[Tensor], size: Tuple[int, ...]) -> Tensor:
     """Average of each block of ratio x ratio positions, of those that exist and are in the mask.
 
     Blocks start at the top left corner, so that the padding moves none; a last one may be cut.

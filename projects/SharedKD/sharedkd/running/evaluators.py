@@ -3,7 +3,7 @@
 import copy
 import os
 import tempfile
-from typing import Any, Callable, ContextManager, List, Mapping
+from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional
 
 from detectron2.config import instantiate
 from detectron2.evaluation import DatasetEvaluator
@@ -21,7 +21,7 @@ ROOM = 2**20  # bytes: a disk without them is full
 
 
 def build_evaluators(nodes: Any, handled: Handled) -> List[DatasetEvaluator]:
-    """The evaluators of ``dataloader.evaluator``, one or a list of them.
+    """The evaluators of ``nodes``, the config's ``dataloader.evaluator``: one or a list of them.
 
     One with an ``output_dir`` that cannot be written to gives its metrics without its files, if
     ``handled`` lets it.  Detectron2 writes in between: a disk that fills up only then takes the metrics
@@ -59,13 +59,13 @@ class _Guarded(DatasetEvaluator):
     def __init__(self, evaluator: DatasetEvaluator, handled: Handled, what: str):
         self.evaluator, self.handled, self.what = evaluator, handled, what
 
-    def reset(self):
+    def reset(self) -> None:
         self.evaluator.reset()
 
-    def process(self, inputs, outputs):
+    def process(self, inputs: List[Dict[str, Any]], outputs: List[Dict[str, Any]]) -> None:
         self.evaluator.process(inputs, outputs)
 
-    def evaluate(self):
+    def evaluate(self) -> Optional[Dict[str, Any]]:
         with self.handled(self.what), disk_errors():
             return self.evaluator.evaluate()
         return {}

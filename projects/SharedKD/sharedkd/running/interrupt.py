@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import Callable, Iterator, List, Optional
+from types import FrameType
+from typing import Any, Callable, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ class _Once:
         self.signal: Optional[int] = None
         self._first = first
 
-    def __call__(self, number: int, frame) -> None:
+    def __call__(self, number: int, frame: Optional[FrameType]) -> None:
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
             self._first(number)
@@ -54,7 +55,7 @@ class _Once:
 
 
 @contextmanager
-def _handling(handler) -> Iterator[None]:
+def _handling(handler: Callable[[int, Optional[FrameType]], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Python hands signals to the main thread alone
         return
@@ -78,7 +79,7 @@ class StopRequest:
         StopRequest._current = self
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         StopRequest._current = None
         self._handling.__exit__(*error)
 
@@ -95,7 +96,11 @@ class StopRequest:
             os.write(sys.__stderr__.fileno(), text.encode())
 
     def agreed(self, device: torch.device) -> Optional[int]:
-        """The signal that any process got.  With several, all of them must ask at the same time."""
+        """The signal that any process got, if one did.
+
+        With several processes, all of them must ask at the same time, each with the ``device`` on
+        which their backend reduces.
+        """
         own = self.signal or 0
         if comm.get_world_size() == 1:
             return own or None
@@ -140,7 +145,7 @@ def resume_command() -> str:
     return shlex.join(started)
 
 
-def _command_of(process: int):
+def _command_of(process: int) -> Optional[List[str]]:
     try:
         with open(f"/proc/{process}/cmdline") as f:
             command = f.read().split("\0")[:-1]
@@ -153,7 +158,7 @@ def _command_of(process: int):
 def forward_signals() -> Iterator[None]:
     """For a process that only waits for those that it has started with multiprocessing."""
 
-    def forward(number: int, frame) -> None:
+    def forward(number: int, frame: Optional[FrameType]) -> None:
         for child in multiprocessing.active_children():
             with suppress(ProcessLookupError):
                 os.kill(child.pid, number)

@@ -6,7 +6,9 @@ import os
 import socket
 import sys
 import time
+from argparse import Namespace
 from contextlib import nullcontext
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
@@ -23,13 +25,17 @@ __all__ = ["launch"]
 GRACE = 20  # seconds that other ranks give rank 0 to say the same
 
 
-def launch(main, args) -> None:
+def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
     """Run ``main(args)`` in as many processes as the command line asks for; never returns an error.
 
     Under ``torchrun`` this process joins the group it finds in the environment.  Otherwise
     ``--num-gpus`` processes are started on this machine: one per GPU, or CPU processes over gloo
     where there is no GPU (Detectron2 0.6 cannot do that).  A ConfigError or NonFiniteLossError ends
     the program with one line and exit status 1.
+
+    Args:
+        main: a function that a new process can import; what it returns is lost.
+        args: of Detectron2's ``default_argument_parser``.
     """
     world_size = args.num_gpus * args.num_machines
     cuda = _uses_cuda(args)
@@ -73,7 +79,7 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _check_gpus(args) -> None:
+def _check_gpus(args: Namespace) -> None:
     if args.num_gpus > max(1, torch.cuda.device_count()):
         raise ConfigError(
             "--num-gpus",
@@ -83,7 +89,7 @@ def _check_gpus(args) -> None:
         )
 
 
-def _guarded(main, args) -> None:
+def _guarded(main: Callable[[Namespace], Any], args: Namespace) -> None:
     if sys.platform == "linux":
         # In a process that was spawned, data loaders would spawn theirs, too: those take seconds to
         # start, and nothing keeps a signal to the whole group from them (see interrupt.py).
@@ -112,11 +118,17 @@ def _say_and_exit(error: Exception) -> None:
     sys.exit(1)
 
 
-def _uses_cuda(args) -> bool:
+def _uses_cuda(args: Namespace) -> bool:
     return torch.cuda.is_available() and "train.device=cpu" not in args.opts
 
 
-def _worker(local_rank: int, main, args, cuda: bool, from_environment: bool = False) -> None:
+def _worker(
+    local_rank: int,
+    main: Callable[[Namespace], Any],
+    args: Namespace,
+    cuda: bool,
+    from_environment: bool = False,
+) -> None:
     if cuda:
         torch.cuda.set_device(local_rank)
     if from_environment:

@@ -12,7 +12,7 @@ import os
 import socket
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Dict, Iterator
+from typing import IO, Dict, Iterator, Optional, Union
 
 from ..errors import ConfigError
 
@@ -26,7 +26,10 @@ _held: Dict[int, IO[str]] = {}
 
 
 class BusyError(ConfigError):
-    """A run that another process is training already."""
+    """A run that another process is training already.
+
+    ``key``, ``value``, ``problem`` and ``fix`` are those of :class:`~sharedkd.errors.ConfigError`.
+    """
 
 
 def _forget() -> None:
@@ -42,11 +45,11 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def check_free(folder) -> None:
+def check_free(folder: Union[str, Path]) -> None:
     """Writes nothing.
 
     Raises:
-        BusyError: another process holds the folder.
+        BusyError: another process holds ``folder``, and has not handed it on (:func:`for_child`).
     """
     path = Path(folder) / "lock"
     if not path.exists() or _inherited(path) is not None:
@@ -56,8 +59,8 @@ def check_free(folder) -> None:
 
 
 @contextmanager
-def locked(folder) -> Iterator[IO[str]]:
-    """Hold a folder, which is made if there is none.
+def locked(folder: Union[str, Path]) -> Iterator[IO[str]]:
+    """Hold ``folder``, which is made if there is none.
 
     Yields:
         the lock's file; :func:`for_child` hands it on.
@@ -86,11 +89,11 @@ def locked(folder) -> Iterator[IO[str]]:
 
 
 def for_child(file: IO[str]) -> Dict[str, str]:
-    """The environment in which a child, which must get the descriptor too, holds its parent's lock."""
+    """The environment in which a child that gets the descriptor of ``file`` holds the lock, too."""
     return {**os.environ, INHERITED: str(file.fileno())}
 
 
-def _inherited(path: Path):
+def _inherited(path: Path) -> Optional[int]:
     """The descriptor of this very lock that the parent handed on; None if there is none."""
     try:
         descriptor = int(os.environ[INHERITED])

@@ -6,7 +6,7 @@ import socket
 import time
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 from detectron2.engine import hooks
 from detectron2.utils import comm
@@ -77,7 +77,9 @@ class _FileWriter(FileWriter):
 
 
 class _SummaryWriter(SummaryWriter):
-    def _get_file_writer(self):
+    file_writer: Optional[_FileWriter]
+
+    def _get_file_writer(self) -> _FileWriter:
         if self.file_writer is None:
             self.file_writer = _FileWriter(self.log_dir)
             self.all_writers = {self.log_dir: self.file_writer}
@@ -200,6 +202,7 @@ class Metrics(hooks.PeriodicWriter):
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Before training: go on from ``state``, that of :meth:`state_dict` in a checkpoint."""
         self.loaded = state
 
 

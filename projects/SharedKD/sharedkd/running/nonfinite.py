@@ -4,7 +4,7 @@ import logging
 import math
 from collections import defaultdict
 from contextlib import ExitStack
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 from detectron2.utils import comm
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError, NonFiniteLossError
 from ..features import FeatureTap
 from .snapshot import without_trace
+
+if TYPE_CHECKING:  # it imports this module
+    from ..trainer import SharedKDTrainer, _Step
 
 __all__ = ["POLICIES", "BadSteps", "culprits", "find_culprits", "not_finite"]
 
@@ -50,7 +53,8 @@ class BadSteps:
         """A step is not finite.
 
         Args:
-            what: in words.
+            iteration: of the step.
+            what: is not finite, in words.
 
         Raises:
             NonFiniteLossError: the run is to end.
@@ -76,6 +80,7 @@ class BadSteps:
         return dict(in_a_row=self.in_a_row, total=self.total)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Count on from ``state``, of :meth:`state_dict`."""
         self.in_a_row, self.total = state["in_a_row"], state["total"]
 
 
@@ -98,11 +103,15 @@ def not_finite(metrics: Mapping[str, float]) -> str:
     return ""
 
 
-def find_culprits(trainer, step, together: bool) -> List[str]:
-    """:func:`culprits` of every rank.
+def find_culprits(trainer: "SharedKDTrainer", step: "_Step", together: bool) -> List[str]:
+    """:func:`culprits` of every rank; with several, each line begins with its rank.
 
     Args:
-        together: all ranks call this for the same step.
+        trainer, step: see :func:`culprits`.
+        together: all ranks call this for the same step; False: this rank looks at its own alone.
+
+    Returns:
+        as :func:`culprits`; nothing for a student with SyncBatchNorm on several ranks.
     """
     if comm.get_world_size() == 1:
         return culprits(trainer, step)
@@ -114,7 +123,7 @@ def find_culprits(trainer, step, together: bool) -> List[str]:
     return [f"rank {rank}: {x}" for rank, each in enumerate(comm.all_gather(found)) for x in each]
 
 
-def culprits(trainer, step) -> List[str]:
+def culprits(trainer: "SharedKDTrainer", step: "_Step") -> List[str]:
     """Where a step broke, found by running it once more with every map looked at.
 
     Its random draws depend on seed and iteration, so that it breaks in the same place again.  On a
@@ -122,7 +131,7 @@ def culprits(trainer, step) -> List[str]:
     from them.
 
     Args:
-        trainer: a :class:`~sharedkd.trainer.SharedKDTrainer`.
+        trainer: of the step.
         step: what it remembers of the step: ``iteration``, stages' ``weights``, ``batches``.
 
     Returns:
@@ -176,7 +185,9 @@ def _bad_parts(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"ground-truth boxes of image {name}"
 
 
-def _looked_at(trainer, maps: Dict[Tuple[str, str], Dict[int, None]]) -> ExitStack:
+def _looked_at(
+    trainer: "SharedKDTrainer", maps: Dict[Tuple[str, str], Dict[int, None]]
+) -> ExitStack:
     """Within it, maps that are not finite are noted: (detector, tap) -> strides."""
     stack = ExitStack()
     detectors: Dict[str, nn.Module] = {"student": trainer.detector}
@@ -185,7 +196,7 @@ def _looked_at(trainer, maps: Dict[Tuple[str, str], Dict[int, None]]) -> ExitSta
         detectors["teacher"] = teacher.model
     for who, detector in detectors.items():
 
-        def look(tap, levels, who=who):
+        def look(tap: str, levels: Dict[int, Tensor], who: str = who) -> None:
             for stride, x in levels.items():
                 if not torch.isfinite(x).all():
                     maps[who, tap][stride] = None

@@ -25,7 +25,8 @@ _TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
 class Progress(str):
     """A line about a run.
 
-    Attributes:
+    Args:
+        text: the line.
         fraction: how much of its training is done, from 0 to 1.
         is_last: whether it tells of the last iteration, which a log has in any case.
     """
@@ -40,7 +41,7 @@ class Progress(str):
 
 
 def progress_in(line: str, iterations: int) -> Optional[Progress]:
-    """What a line of Detectron2's log says of the progress; mostly nothing.
+    """What a ``line`` of Detectron2's log says of the progress; mostly nothing.
 
     Args:
         iterations: how many the run has.
@@ -81,7 +82,7 @@ class LiveLine:
         self._open = False
 
     def update(self, text: str, always: bool = False) -> None:
-        """What is going on now; ``always``: in a log, too."""
+        """Show ``text``, what is going on now; ``always``: in a log, too."""
         if self.is_live:
             width = shutil.get_terminal_size().columns - 1
             self._write(f"{CLEAR}{text[:width]}", end="")
@@ -91,7 +92,7 @@ class LiveLine:
             self._write(text)
 
     def keep(self, text: str) -> None:
-        """A line that stays; the next update is shown at once."""
+        """Write ``text``, a line that stays; the next update is shown at once."""
         self.clear()
         self._write(text)
         self._next = -math.inf

@@ -7,9 +7,10 @@ import platform
 import resource
 import shlex
 import sys
+from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Union
 
 import torch
 from detectron2.engine import hooks
@@ -107,7 +108,7 @@ class RunRecord(hooks.HookBase):
             replace(self.path, lambda f: f.write(json.dumps(self.record, indent=1).encode()))
 
 
-def origin(args) -> Dict[str, Any]:
+def origin(args: Namespace) -> Dict[str, Any]:
     """How a training run is started.
 
     Args:
@@ -120,8 +121,8 @@ def origin(args) -> Dict[str, Any]:
     }
 
 
-def read_record(folder) -> Dict[str, Any]:
-    """The record of the run in a folder; empty if there is none."""
+def read_record(folder: Union[str, Path]) -> Dict[str, Any]:
+    """The record of the run in ``folder``; empty if there is none."""
     try:
         with open(os.path.join(folder, FILE)) as f:
             return json.load(f)
@@ -130,12 +131,12 @@ def read_record(folder) -> Dict[str, Any]:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """How many numbers a module's parameters hold, trained or not."""
+    """How many numbers the parameters of ``module`` hold, trained or not."""
     return sum(p.numel() for p in module.parameters())
 
 
 def hardware(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the number of threads."""
+    """The name of ``device`` if it is a GPU, else the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_name()}, {torch.get_num_threads()} thread(s)"

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, Sequence
+from typing import IO, Any, Callable, Dict, List, Sequence, Union
 
 from omegaconf import DictConfig
 
@@ -28,8 +28,8 @@ __all__ = ["BusyError", "Run", "short", "tool"]
 class Run:
     """One training run of tools/lazyconfig_train_net.py.
 
-    Attributes:
-        config: the file.
+    Args:
+        config: the config file.
         overrides: what the command line adds to the config, its output folder too.
         folder: that output folder.
     """
@@ -69,6 +69,7 @@ class Run:
         return not (self.started and changes(self.folder, self.cfg))
 
     def command(self, root: Path) -> Sequence[str]:
+        """The words that start it, or go on with it; ``root`` is the repository."""
         return [
             *tool("lazyconfig_train_net.py", root),
             "--config-file",
@@ -131,7 +132,7 @@ def _write(file: IO[str], line: str) -> None:
 
 
 def tool(name: str, root: Path = Path()) -> List[str]:
-    """The words that start a program of tools/ in this environment.
+    """The words that start ``name``, a program of tools/, in this environment.
 
     Args:
         root: the repository; without it, the command is for someone who stands there.
@@ -139,6 +140,6 @@ def tool(name: str, root: Path = Path()) -> List[str]:
     return [short(sys.executable), short(root / "tools" / name)]
 
 
-def short(path) -> str:
-    """A path as seen from here, if that is shorter."""
+def short(path: Union[str, Path]) -> str:
+    """``path`` as seen from the current folder, if that is shorter."""
     return min(str(path), os.path.relpath(path), key=len)

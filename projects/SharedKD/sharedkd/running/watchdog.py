@@ -3,14 +3,14 @@
 import logging
 import math
 from collections import deque
-from typing import Any, Deque, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Deque, Dict, List, Optional, Tuple
 
 import torch
 from detectron2.engine import hooks
 from detectron2.utils import comm
 
 from ..errors import ConfigError
-from ..trainer import DISTILL
+from ..trainer import DISTILL, SharedKDTrainer
 from .snapshot import without_trace
 
 __all__ = ["Watchdog", "gradient_norms"]
@@ -100,12 +100,12 @@ class Watchdog(hooks.HookBase):
 
 
 def gradient_norms(
-    trainer, records: List[Mapping[str, Any]]
+    trainer: SharedKDTrainer, records: List[Dict[str, Any]]
 ) -> Optional[Dict[str, Optional[float]]]:
     """Norm of the gradient with respect to the student's parameters, of each part of the total loss.
 
     Args:
-        trainer: a :class:`~sharedkd.trainer.SharedKDTrainer`, between two steps.
+        trainer: between two steps.
         records: what the forward runs on.
 
     Returns:

@@ -29,7 +29,8 @@ _LONGEST = 500  # letters of a parameter's value that every version of MLflow ta
 
 def check_writers(key: str, names: Any) -> None:
     """Raises:
-    ConfigError: an unknown writer, or one whose package is not installed.
+    ConfigError: ``names``, the value of ``key``, is no list of names, or holds an unknown writer or
+        one whose package is not installed.
     """
     check_names(key, names)
     for name in names:
@@ -55,16 +56,17 @@ class ServiceWriter(EventWriter):
     """Sends the scalars to a service, as Detectron2's own writers put them into files.
 
     The service's name of the run is kept in the output folder: a resumed run continues it.
-
-    Args:
-        folder: the run's output folder.
-        resuming: go on with the run of that folder.
-        window: values of which the median is sent.
     """
 
     package: str  #: that is imported once the writer is made
 
     def __init__(self, folder: str, resuming: bool, window: int = 20):
+        """
+        Args:
+            folder: the run's output folder, with its config.yaml.
+            resuming: go on with the run of that folder.
+            window: values of which the median is sent.
+        """
         self._window, self._last_write = window, -1
         self.service = import_module(self.package)
         kept = Path(folder, f"{self.package}_run.txt")
@@ -99,17 +101,19 @@ class WandbWriter(ServiceWriter):
 
     package = "wandb"
 
-    def _start(self, folder, name, config, known):
+    def _start(
+        self, folder: Path, name: str, config: Mapping[str, Any], known: Optional[str]
+    ) -> str:
         project = os.environ.get("WANDB_PROJECT", "sharedkd")
         self.run = self.service.init(
             project=project, name=name, dir=str(folder), config=config, id=known, resume="allow"
         )
         return self.run.id
 
-    def _send(self, values, iteration):
+    def _send(self, values: Dict[str, float], iteration: int) -> None:
         self.run.log(values, step=iteration)
 
-    def close(self):
+    def close(self) -> None:
         self.run.finish()
 
 
@@ -118,7 +122,9 @@ class MLflowWriter(ServiceWriter):
 
     package = "mlflow"
 
-    def _start(self, folder, name, config, known):
+    def _start(
+        self, folder: Path, name: str, config: Mapping[str, Any], known: Optional[str]
+    ) -> str:
         if known:
             return self.service.start_run(run_id=known).info.run_id
         run = self.service.start_run(run_name=name)
@@ -127,10 +133,10 @@ class MLflowWriter(ServiceWriter):
             self.service.log_params(dict(parameters[i : i + _PARAMETERS]))
         return run.info.run_id
 
-    def _send(self, values, iteration):
+    def _send(self, values: Dict[str, float], iteration: int) -> None:
         self.service.log_metrics(values, step=iteration)
 
-    def close(self):
+    def close(self) -> None:
         self.service.end_run()
 
 

@@ -21,6 +21,7 @@ def compile_backbone(detector: nn.Module, backend: str = "inductor") -> None:
     """Compile a detector's bottom-up network, for images of changing sizes.
 
     Args:
+        detector: its bottom-up network, or a backbone without one, gets another ``forward``.
         backend: of ``torch.compile``.
     """
     part = getattr(detector.backbone, "bottom_up", detector.backbone)
@@ -89,7 +90,7 @@ class _StatisticsKept:
         for norm in self._norms:
             norm.momentum = 0.0
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for norm, (momentum, count) in zip(self._norms, self._before):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)

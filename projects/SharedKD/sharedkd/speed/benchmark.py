@@ -14,9 +14,10 @@ from collections import defaultdict
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
+from multiprocessing.connection import Connection
 from statistics import median
 from types import MappingProxyType
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Union
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ from ..config import construct
 from ..engine import ddp
 from ..errors import ConfigError
 from ..features import pyramid_shapes
-from ..losses.base import Batch
+from ..losses.base import Batch, Maps
 from ..meta_arch import SharedKD
 from ..parts import amp_dtype, rewire
 from ..running.record import hardware, peak_memory_mb, versions
@@ -149,7 +150,7 @@ class Benchmark:
         return [*steps, *losses, "copies", *self.variants]
 
     def arm(self, name: str) -> Callable[[], None]:
-        """What an arm does, ready to be called in this process."""
+        """What the arm ``name`` does, ready to be called in this process."""
         if self.device.type == "cpu" and self._settings(name).train.keep_memory:
             keep_freed_memory()
         if name in ("teacher_eager", "teacher"):
@@ -177,7 +178,7 @@ class Benchmark:
         images = eager.preprocess(self.records, eager.input_format, 0).tensor
 
         @torch.no_grad()
-        def run():
+        def run() -> None:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 eager.model.backbone(images)
 
@@ -218,7 +219,7 @@ class Benchmark:
         # Detectron2's AMPTrainer is for float16 on CUDA only.
         mixed = type(trainer) is SimpleTrainer and self.dtype is not None
 
-        def run():
+        def run() -> None:
             with EventStorage(self._iteration) as trainer.storage:
                 trainer.iter = self._iteration = self._iteration + 1
                 with torch.autocast(self.device.type, self.dtype, enabled=mixed):
@@ -231,8 +232,8 @@ class Benchmark:
         pair = self._pair(method)
         leaves = self._read_by(pair)
 
-        def run():
-            total = 0.0
+        def run() -> None:
+            total: Any = 0.0  # a tensor from the first term on
             for name, batch in leaves.items():
                 terms = pair.losses[name](batch)
                 total = total + pair.stages[name].weight * sum(terms.values())
@@ -254,7 +255,7 @@ class Benchmark:
             for stride, x in levels.items()
         }
 
-        def run():
+        def run() -> None:
             for x in maps.values():
                 x.clone()
 
@@ -277,7 +278,7 @@ class Benchmark:
     # --- measuring ------------------------------------------------------------------------------
 
     def times(self, names: Sequence[str], rounds: int) -> Dict[str, List[float]]:
-        """Seconds of each arm in each of some rounds, arms in turn."""
+        """Seconds of each arm in ``names`` in each of ``rounds`` rounds, arms in turn."""
         seconds: Dict[str, List[float]] = {name: [] for name in names}
         with ExitStack() as children:
             arms = {name: self._placed(name, children) for name in names}
@@ -318,7 +319,11 @@ class Benchmark:
         return time.perf_counter()
 
     def parts(self, rounds: int) -> Dict[str, float]:
-        """Median seconds of the parts of a distillation step, and of the ``whole``."""
+        """Median seconds of the parts of a distillation step, and of the ``whole``.
+
+        Args:
+            rounds: steps that are timed.
+        """
         run = self.arm("distill")
         trainer: SharedKDTrainer = run.trainer  # type: ignore[attr-defined]
         for _ in range(WARM_UP):
@@ -343,7 +348,7 @@ class Benchmark:
         return {name: median(values) for name, values in found.items()}
 
     def memory(self, name: str) -> float:
-        """Peak memory of an arm in this process, MB, which should have run nothing before."""
+        """Peak memory in MB of this process, which should run nothing before the arm ``name``."""
         run = self.arm(name)
         for _ in range(3):
             run()
@@ -386,6 +391,8 @@ def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Di
     """Everything of one input size, as tools/benchmark.py writes it.
 
     Args:
+        bench: of that size.
+        rounds: see :meth:`Benchmark.times` and :meth:`Benchmark.parts`.
         memory: gives an arm's :meth:`Benchmark.memory`, measured in a process of its own.
 
     Returns:
@@ -430,6 +437,10 @@ def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Di
 def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
     """What distillation adds with twice the images, twice the pixels, and with fewer levels.
 
+    Args:
+        bench: of the first case; its rivals and variants are left out.
+        rounds: of each case.
+
     Returns:
         ``batch_size``, ``image_size``, ``levels`` of each case, and the median ``seconds`` of the
         arms student_sharedkd, distill and losses/distill.
@@ -466,6 +477,11 @@ def efficiency(
 
     CPU processes over gloo, with one thread each.  1: a gradient's reduction costs nothing.
 
+    Args:
+        cfg, image_size, batch_size: see :class:`Benchmark`; each process has its own.
+        processes: how many are several.
+        rounds: steps of each arm that are timed.
+
     Returns:
         arm (student_sharedkd, distill) to the ratio of the medians.
     """
@@ -480,7 +496,16 @@ def efficiency(
     return {name: seconds[0][name] / seconds[1][name] for name in seconds[0]}
 
 
-def _in_group(rank, world, store, path, cfg, image_size, batch_size, rounds) -> None:
+def _in_group(
+    rank: int,
+    world: int,
+    store: str,
+    path: str,
+    cfg: DictConfig,
+    image_size: int,
+    batch_size: int,
+    rounds: int,
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", world_size=world, rank=rank)
     seconds = {
@@ -494,7 +519,7 @@ def _in_group(rank, world, store, path, cfg, image_size, batch_size, rounds) -> 
 
 
 @contextmanager
-def _in_child(*work) -> Iterator[Callable[[], None]]:
+def _in_child(*work: Union[DictConfig, int, str]) -> Iterator[Callable[[], None]]:
     """An arm in a process of its own, which works only while this one waits for it."""
     ours, theirs = mp.get_context("spawn").Pipe()
     child = mp.get_context("spawn").Process(
@@ -503,7 +528,7 @@ def _in_child(*work) -> Iterator[Callable[[], None]]:
     child.start()
     theirs.close()
 
-    def run():
+    def run() -> None:
         ours.send(True)
         ours.recv()
 
@@ -515,7 +540,9 @@ def _in_child(*work) -> Iterator[Callable[[], None]]:
         child.join()
 
 
-def _serve(pipe, threads, cfg, image_size, batch_size, name) -> None:
+def _serve(
+    pipe: Connection, threads: int, cfg: DictConfig, image_size: int, batch_size: int, name: str
+) -> None:
     torch.set_num_threads(threads)
     run = Benchmark(cfg, {}, image_size, batch_size).arm(name)
     with suppress(EOFError):  # nobody asks any more
@@ -532,20 +559,20 @@ def _marks(trainer: SharedKDTrainer, now: Callable[[], float]) -> Iterator[Dict[
     marks: Dict[str, float] = defaultdict(float)
     features = model.teacher.features
 
-    def timed_features(*args, **kwargs):
+    def timed_features(*args: Any, **kwargs: Any) -> Maps:
         start = now()
         try:
             return features(*args, **kwargs)
         finally:
             marks["teacher"] += now() - start
 
-    def before(name):
+    def before(name: str) -> Callable[..., None]:
         return lambda *_: marks.__setitem__(f"{name}_start", now())
 
-    def after(name):
+    def after(name: str) -> Callable[..., None]:
         return lambda *_: marks.__setitem__(name, marks[name] + now() - marks[f"{name}_start"])
 
-    def end_forward(*_):
+    def end_forward(*_: object) -> None:
         marks["forward_end"] = now()
 
     handles = [

@@ -29,6 +29,7 @@ def features(source: Source, folder: Path) -> Markup:
     """Heat maps of the gaps before and after training, and the verdict in words.
 
     Args:
+        source: for the commands that make them where they are not there.
         folder: the --output of tools/analyze_features.py.
     """
     record = _read(folder / "features.json")
@@ -52,7 +53,7 @@ def features(source: Source, folder: Path) -> Markup:
         parts.append(tag("h3", f"Heat maps: {TAPS[tap]}"))
         for measure in MEASURES:
             parts.append(_heat_maps(record, tap, measure))
-    names = [name for name in record["pictures"] if not name.startswith("heat")]
+    names = [name for name in record["pictures"] if not name.startswith("gaps_")]
     pictures = _pictures(folder, names)
     if pictures:
         parts.append(
@@ -122,6 +123,7 @@ def detections(source: Source, folder: Path) -> Markup:
     """Pictures with a slider between two models, AP bars, and kinds of mistakes.
 
     Args:
+        source: for the commands that make them where they are not there.
         folder: the --output of tools/visualize_pair.py.
     """
     record = _read(folder / "detections.json")

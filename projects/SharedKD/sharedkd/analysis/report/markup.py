@@ -50,32 +50,41 @@ def tag(name: str, *children: Any, **attributes: Any) -> Markup:
 
 
 def join(parts: Iterable[Any]) -> Markup:
-    """Parts one after the other, texts escaped."""
+    """``parts`` one after the other, texts escaped."""
     return Markup(
         "".join(part if isinstance(part, Markup) else escape(str(part)) for part in parts)
     )
 
 
 def section(key: str, title: str, *children: Any) -> Markup:
-    """A section of the page; ``key`` is its address."""
+    """A section of the page: the heading ``title``, then ``children``; ``key`` is its address."""
     heading = tag("h2", title, id=f"{key}-title")
     return tag("section", heading, *children, id=key, aria_labelledby=f"{key}-title")
 
 
 def scrolling(label: str, child: Markup) -> Markup:
-    """What may be wider than a phone scrolls by itself, by keyboard, too."""
+    """``child``, which may be wider than a phone, scrolls by itself, by keyboard, too.
+
+    ``label`` says what it is to those who cannot see it.
+    """
     return tag("div", child, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 
 def table(headers: Sequence[Any], rows: Iterable[Sequence[Any]], label: str) -> Markup:
-    """A plain table whose first column names the rows."""
+    """A plain table whose first column names the rows.
+
+    Args:
+        headers: of the columns.
+        rows: as many cells each: texts, numbers and :class:`Markup`.
+        label: what it shows, for those who cannot see it.
+    """
     head = tag("tr", *(tag("th", x, scope="col") for x in headers))
     body = [tag("tr", tag("th", r[0], scope="row"), *(tag("td", x) for x in r[1:])) for r in rows]
     return scrolling(label, tag("table", tag("thead", head), tag("tbody", *body)))
 
 
 def missing(what: str, command: str) -> Markup:
-    """What is not there, and the command that makes it."""
+    """The sentence ``what`` about what is not there, and the ``command`` that makes it."""
     return tag("p", f"{what} ", tag("code", command), class_="missing")
 
 
@@ -85,6 +94,7 @@ def picture(path: Path, text: str, **attributes: Any) -> Markup:
     Args:
         path: a JPEG or PNG file.
         text: what stands for it where it cannot be seen.
+        attributes: more of the element's, see :func:`tag`.
     """
     data = base64.b64encode(path.read_bytes()).decode()
     return tag(
@@ -93,7 +103,10 @@ def picture(path: Path, text: str, **attributes: Any) -> Markup:
 
 
 def markdown(text: str) -> Markup:
-    """Paragraphs, one-level lists, `code`, **strong** and *emphasis*: what our Markdown reports use."""
+    """``text`` in the Markdown that our reports use, as HTML.
+
+    That is paragraphs, headings, one-level lists, `code`, **strong** and *emphasis*.
+    """
     blocks = []
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = block.split("\n")

@@ -25,7 +25,7 @@ _UNIMPORTANT = ("train.output_dir", "train.seed")  # what every arm has for itse
 
 
 def summary(source: Source) -> Markup:
-    """Three sentences with the numbers."""
+    """Up to three sentences with the numbers of ``source``."""
     # Masks first, where there are some: they are what a student with masks is for.
     tasks = dict(reversed(list(measured(source.record).items())))
     if source.is_single:
@@ -173,7 +173,10 @@ def _of_run(run: RunData, source: Source) -> List[str]:
 
 
 def spans(config: Optional[Mapping[str, Any]]) -> Iterator[Tuple[str, Stage]]:
-    """The stages of a config by name, with their schedules (without their losses)."""
+    """The stages of ``config`` by name, with their schedules (without their losses).
+
+    A plain detector's config has none, nor has None.
+    """
     if not is_distilled(config):
         return
     for name, node in config["model"]["stages"].items():
@@ -190,7 +193,7 @@ def spans(config: Optional[Mapping[str, Any]]) -> Iterator[Tuple[str, Stage]]:
 
 
 def results(source: Source) -> Markup:
-    """A sortable table per task, and what to know of the numbers."""
+    """A sortable table per task of ``source``, and what to know of the numbers."""
     hint = "Minutes, memory and extra parameters are those of training. A heading sorts."
     if source.kind == "comparison":
         hint = f"Intervals: 95 %, over seeds. {hint}"
@@ -258,7 +261,7 @@ def _verdict(gain: Optional[Difference]) -> Markup:
 
 
 def cost(source: Source) -> Markup:
-    """AP against training time, a plot per task; of one run alone nothing."""
+    """AP against training time, a plot per task of ``source``; of one run alone nothing."""
     if source.is_single:
         return Markup("")
     plots = []
@@ -290,7 +293,7 @@ def cost(source: Source) -> Markup:
 
 
 def configs(source: Source) -> Markup:
-    """What differs between the arms' configs and the baseline's."""
+    """How the configs of ``source`` differ from the baseline's; of one run, from a plain config."""
     found = {method: dict(leaves(_aligned(c))) for method, c in source.configs.items()}
     base = source.record["baseline"]
     if source.is_single and base in found:
@@ -367,7 +370,7 @@ def _aligned(config: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def about(source: Source) -> Markup:
-    """Versions, hardware and commands."""
+    """Versions, hardware and commands of ``source``."""
     record, runs = source.record, [run.record for run in source.runs if run.record]
     arms = [*runs, *record["arms"]]
     rows = [
@@ -399,7 +402,7 @@ def about(source: Source) -> Markup:
 
 
 def report_command(source: Source) -> str:
-    """What makes this report."""
+    """The command line that makes the report of ``source``."""
     return shlex.join([*tool("report.py"), short(source.folder)])
 
 

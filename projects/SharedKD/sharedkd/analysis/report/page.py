@@ -58,7 +58,13 @@ def write_report(
 def as_html(
     folder: Path, features: Optional[Path] = None, detections: Optional[Path] = None
 ) -> str:
-    """The report as one HTML document, the same bytes for the same files; see :func:`write_report`."""
+    """The report as one HTML document, the same bytes for the same files.
+
+    ``folder``, ``features`` and ``detections`` are those of :func:`write_report`.
+
+    Raises:
+        ConfigError: there is nothing to report in the folder.
+    """
     source = read_source(folder)
     sections = {
         "summary": overview.summary(source),

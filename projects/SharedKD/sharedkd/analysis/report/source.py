@@ -23,7 +23,7 @@ _TASKS = ("bbox", "segm")
 class RunData:
     """One training run.
 
-    Attributes:
+    Args:
         method, seed: which arm it is.
         folder: its output folder.
         record: its run.json; empty if there is none.
@@ -70,7 +70,7 @@ class RunData:
 class Source:
     """All that a report tells of.
 
-    Attributes:
+    Args:
         folder: the one that was named.
         kind: "comparison", "runs" (a folder of them, one seed each) or "run".
         record: as :mod:`sharedkd.analysis.scores` describes it.
@@ -90,13 +90,13 @@ class Source:
         return self.kind != "comparison" and len(self.runs) == 1
 
     def runs_of(self, method: str) -> List[RunData]:
-        """Those whose curves can be averaged: the finished ones, or all while none is."""
+        """Runs of ``method`` whose curves can be averaged: finished ones, or all while none is."""
         runs = [run for run in self.runs if run.method == method and len(run.curves)]
         return [run for run in runs if _results(run)] or runs
 
 
 def read_source(folder: Path) -> Source:
-    """Read a folder.
+    """Read ``folder``: that of a run or a comparison, or one with runs right below it.
 
     Raises:
         ConfigError: there is nothing to report in it, or its results.json is torn.
@@ -120,7 +120,7 @@ def read_source(folder: Path) -> Source:
 
 
 def is_distilled(config: Optional[Mapping[str, Any]]) -> bool:
-    """Whether a config is of a pair, and not of a plain detector."""
+    """Whether ``config`` is of a pair; not that of a plain detector, and not None."""
     model = (config or {}).get("model")
     return isinstance(model, Mapping) and "student" in model and "stages" in model
 

@@ -29,7 +29,14 @@ class Band:
 
 @dataclass
 class Mark:
-    """A point with the half width of its interval (NaN: none) and the number of its colour."""
+    """A point with its interval.
+
+    Args:
+        name: written beside it.
+        x, y: in the units of the axes.
+        half_width: of the interval of ``y``; NaN: none.
+        color: the number of its colour, from 0; after :data:`COLORS` they begin again.
+    """
 
     name: str
     x: float
@@ -132,7 +139,14 @@ def line_plot(
 def mark_plot(
     label: str, marks: Sequence[Mark], x_label: str, y_label: str, level: Optional[float] = None
 ) -> Markup:
-    """Points with intervals and their names; ``level`` draws a dashed line across."""
+    """Points with intervals and their names.
+
+    Args:
+        label: what it shows, for those who cannot see it.
+        marks: at least one.
+        x_label, y_label: what the axes are, with the unit.
+        level: the y of a dashed line across; None: no line.
+    """
     reach = [m.half_width if math.isfinite(m.half_width) else 0 for m in marks]
     ys = [y for m, r in zip(marks, reach) for y in (m.y - r, m.y + r)]
     ys += [] if level is None else [level]
@@ -166,7 +180,12 @@ def mark_plot(
 
 
 def stacked_bar(label: str, shares: Mapping[str, float]) -> Markup:
-    """Shares of a whole as one bar, with a legend that has the numbers."""
+    """Shares of a whole as one bar, with a legend that has the numbers.
+
+    Args:
+        label: what it shows, for those who cannot see it.
+        shares: name -> fraction of 1.
+    """
     total = sum(shares.values())
     at, parts = 0.0, []
     for i, (name, share) in enumerate(shares.items()):
@@ -180,7 +199,13 @@ def stacked_bar(label: str, shares: Mapping[str, float]) -> Markup:
 
 
 def legend(names: Mapping[str, object], toggles: bool = False, lines: bool = True) -> Markup:
-    """Names with their colours; with ``toggles`` each shows and hides its curve."""
+    """Names with their colours.
+
+    Args:
+        names: the keys count, in the order of the colours; the values do not.
+        toggles: each name is a button that shows and hides its curve.
+        lines: the colours are those of curves; False: of filled shapes.
+    """
     items = []
     for i, name in enumerate(names):
         kind = _line_class(i) if lines else _fill_class(i)

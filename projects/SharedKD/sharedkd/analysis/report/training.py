@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -20,10 +20,11 @@ _DETECTOR = "detector"
 _LEVELS = "s8: the level of stride 8; s4_s16: a pair of levels."
 
 Curve = List[Tuple[float, float]]
+Values = Callable[[Mapping[str, np.ndarray]], np.ndarray]  #: of a run's curves, one per row
 
 
 def curves(source: Source) -> Markup:
-    """The detector's loss of all methods, then each method's terms, stage by stage."""
+    """The detector's loss of all methods of ``source``, then each one's terms, stage by stage."""
     methods = [m for m in source.record["methods"] if source.runs_of(m)]
     if not methods:
         return section("curves", "Loss curves", tag("p", "No run has a metrics.json yet."))
@@ -94,17 +95,23 @@ def _schedule(stage: Optional[Stage], end: Optional[int]) -> str:
     return f"{kind} {stage.weight:g}, iterations {start} to {stop} of {end}"
 
 
-def _lines(what: str, found: Mapping[str, Curve], bands=(), end=None, **how: Any) -> Markup:
+def _lines(
+    what: str,
+    found: Mapping[str, Curve],
+    bands: Sequence[Band] = (),
+    end: Optional[int] = None,
+    **how: Any,
+) -> Markup:
     label = f"{what} over iterations: {', '.join(found)}"
     plot = line_plot(label, found, bands, end, what, **how)
     return plot or tag("p", "No values yet.")
 
 
-def _metric(key: str):
+def _metric(key: str) -> Values:
     return lambda found: found.get(key, np.full(len(found["iteration"]), np.nan))
 
 
-def _mean_curve(runs: Sequence[RunData], values) -> Curve:
+def _mean_curve(runs: Sequence[RunData], values: Values) -> Curve:
     """The mean over runs, at the iterations that all of them have."""
     points: Dict[float, List[float]] = defaultdict(list)
     for run in runs:
@@ -116,7 +123,7 @@ def _mean_curve(runs: Sequence[RunData], values) -> Curve:
 
 
 def gradients(source: Source) -> Markup:
-    """Each term's share of the student's gradient, a bar per method, and over training."""
+    """Each term's share of the student's gradient: a bar per method of ``source``, and curves."""
     parts = []
     for method in source.record["methods"]:
         runs = source.runs_of(method)
