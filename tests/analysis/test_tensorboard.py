@@ -65,3 +65,9 @@ def test_pictures(written):
 def test_a_run_is_no_comparison(tmp_path):
     with pytest.raises(ConfigError, match="holds no comparison"):
         comparison_record(folders.run(tmp_path / "run"))
+
+
+def test_a_damaged_comparison(tmp_path):
+    (tmp_path / "results.json").write_text('{"arms": [')
+    with pytest.raises(ConfigError, match=r"results\.json: cannot be read: .*compare once more"):
+        comparison_record(tmp_path)

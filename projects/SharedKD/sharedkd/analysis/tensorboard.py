@@ -27,7 +27,7 @@ def comparison_record(folder: Path) -> Mapping[str, Any]:
     """The results.json of the comparison in ``folder``.
 
     Raises:
-        ConfigError: the folder has none.
+        ConfigError: the folder has none, or a damaged one.
     """
     path = folder / "results.json"
     if not path.is_file():
@@ -37,7 +37,10 @@ def comparison_record(folder: Path) -> Mapping[str, Any]:
             "holds no comparison",
             "name the folder of one, or leave it out",
         )
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise ConfigError("--tensorboard", path, f"cannot be read: {e}", "compare once more") from e
 
 
 def write_events(folder: Path, record: Mapping[str, Any]) -> None:

@@ -51,7 +51,6 @@ def visualize(
     Raises:
         ConfigError: models that do not fit their configs or each other.
     """
-    names = [source.name for source in found]
     cfg, detectors = load_detectors(found, overrides, say)
     names = [detector.source.name for detector in detectors]
     between = _pair(between, names)

@@ -20,6 +20,7 @@ from torch import nn
 from ..checkpoints.checkpointer import fingerprint
 from ..checkpoints.files import replace
 from ..checkpoints.saving import SaveErrors
+from ..errors import ConfigError
 from .interrupt import command_line
 
 __all__ = [
@@ -122,12 +123,21 @@ def origin(args: Namespace) -> Dict[str, Any]:
 
 
 def read_record(folder: Union[str, Path]) -> Dict[str, Any]:
-    """The record of the run in ``folder``; empty if there is none."""
+    """The record of the run in ``folder``; empty if there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = os.path.join(folder, FILE)
     try:
-        with open(os.path.join(folder, FILE)) as f:
+        with open(path) as f:
             return json.load(f)
     except FileNotFoundError:
         return {}
+    except ValueError as e:
+        raise ConfigError(
+            FILE, path, f"cannot be read: {e}", "delete it; only what it tells is lost"
+        ) from e
 
 
 def count_parameters(module: nn.Module) -> int:
