@@ -361,7 +361,8 @@ def _read(name: str) -> Union[CfgNode, DictConfig]:
                 f"{KEY}.config",
                 name,
                 "is neither a file nor a name in Detectron2's model zoo",
-                "use a path, or a name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
+                "train that teacher first if it is your own; or use the path of another config, or a "
+                "name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
             ) from None
     try:
         if path.endswith(".py") or _is_lazy_yaml(path):
