@@ -216,7 +216,8 @@ def _sentence(record: Mapping[str, Any]) -> str:
         return "One model: nothing to compare it with."
     x = record["difference"]
     return (
-        f"Quality per image (from 0 to 1), {second} minus {first}: {x['mean']:+.3f} "
+        f"Quality per image (from 0 to 1, of detections with a score of "
+        f"{record['score_threshold']:g} or more; AP counts all), {second} minus {first}: {x['mean']:+.3f} "
         f"[{x['low']:+.3f}, {x['high']:+.3f}] over {x['images']} images: {verdict}. {second} is "
         f"ahead on {x['second_better']} images, {first} on {x['first_better']}. The interval is over "
         "images, for these very weights: it says nothing about other seeds."
