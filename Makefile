@@ -46,10 +46,10 @@ ROUNDS ?= 5
 MEASURE = .venv/bin/python tools/benchmark.py --device $(DEVICE) --image-size $(SIZE) \
 	--batch-size $(BATCH) --rounds $(ROUNDS) --json output/benchmark/$(DEVICE)_$(SIZE)x$(BATCH)_$(1).json --config-file configs/$(2)
 RIVALS = --methods semckd,fgd,mgd,reviewkd
-VARIANTS = $(addprefix --variant ,train.keep_memory=False train.channels_last=False train.fold_norms=False model.teacher.fold=False \
+VARIANTS = $(addprefix --variant ,train.keep_memory=False train.channels_last=False train.fold_norms=False train.fast_roi_align=False model.teacher.fold=False \
 	$(BF16) train.amp.enabled=True train.activation_checkpointing=True model.teacher.compile=True train.compile=True)
 BF16 = model.teacher.precision=bfloat16
-NO_MEANS = train.keep_memory=False train.channels_last=False train.fold_norms=False model.teacher.fold=False
+NO_MEANS = train.keep_memory=False train.channels_last=False train.fold_norms=False train.fast_roi_align=False model.teacher.fold=False
 MASK = mask_rcnn_sharedkd.py model.teacher.config=COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml
 RETINANET_R50_R18 = custom_coco_retinanet.py model.teacher.config=COCO-Detection/retinanet_R_50_FPN_3x.yaml
 R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
