@@ -100,3 +100,14 @@ def test_a_map_is_read_once_for_all_sizes(monkeypatch):
     for side in (8, 4, 2, 4, 16):
         pool.to((side, side))
     assert read == [(16, 16), (8, 8), (4, 4)]
+
+
+@pytest.mark.parametrize("size", [(4, 6), (3, 5)])  # the second does not divide
+def test_half_precision_is_averaged_in_float32(size):
+    half = torch.randn(3, 5, 8, 12).bfloat16().requires_grad_()
+    exact = half.detach().float().requires_grad_()
+    found, expected = pool_to(half, size), pool_to(exact, size)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    assert torch.equal(half.grad, exact.grad.bfloat16())

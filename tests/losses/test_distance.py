@@ -6,6 +6,8 @@ from math import sqrt
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sharedkd.errors import ConfigError
 from sharedkd.losses.distance import NORMALIZATIONS as NORMALIZED
@@ -291,3 +293,48 @@ def test_gradients_of_constant_maps_are_not_rounding(normalize, size):
         Distance("mse", normalize)(x, other.to(dtype)).backward()
         gradients.append(x.grad.double())
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+class _Written(TorchDispatchMode):
+    """How many numbers each operation writes into memory of its own, and of which type they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_map(x)}
+        out = function(*args, **(kwargs or {}))
+        for x in filter(is_map, tree_leaves(out)):
+            if x.untyped_storage().data_ptr() not in before:
+                self.sizes.append((x.untyped_storage().nbytes() // x.element_size(), x.dtype))
+        return out
+
+
+def is_map(x):
+    return isinstance(x, torch.Tensor)
+
+
+@pytest.mark.parametrize("mask", [None, True])
+@pytest.mark.parametrize("normalize", ["channel", "instance"])
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16])
+def test_nothing_of_full_size_is_written_but_the_gradient(
+    monkeypatch, normalize, mask, student, teacher
+):
+    monkeypatch.setattr("sharedkd.losses.distance.CPU_BLOCK", 2**10)
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 2, 8, 30, 30, generator=draw).unbind()
+    x = x.to(student).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = y.to(teacher).contiguous(memory_format=torch.channels_last)
+    if mask is not None:
+        mask = (torch.arange(30) < 23).view(1, 1, 30, 1).expand(2, 1, 30, 30)
+    with _Written() as written:
+        Distance("mse", normalize)(x, y, mask).backward()
+    assert x.grad.dtype == student
+    full = [dtype for numbers, dtype in written.sizes if numbers >= x.numel() // 2]
+    assert full == [student]
+    exact = x.detach().float().requires_grad_()
+    Distance("mse", normalize)(exact, y.float(), mask).backward()
+    rounding = 0 if student == torch.float32 else 1e-2
+    assert (x.grad.float() - exact.grad).abs().max() <= rounding * exact.grad.abs().max()

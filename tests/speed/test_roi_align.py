@@ -61,12 +61,17 @@ def test_torchvisions_numbers(count, size, output_size, scale, sampling_ratio, a
 def test_types_and_memory_layouts(dtype, layout):
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 16, 20, 26, generator=draw).to(dtype, memory_format=layout)
-    rois = regions(50, 100, 80, draw, spread=0.3).float()
-    expected, found = both(ROIAlign(7, 0.25, 0, True), x.float(), rois)
-    found = both(ROIAlign(7, 0.25, 0, True).to(dtype), x, rois)[1]
-    assert found[0].dtype == found[1].dtype == dtype
+    rois = regions(50, 100, 80, draw, spread=0.3).to(dtype)  # as Detectron2 rounds them
+    expected, _ = both(ROIAlign(7, 0.25, 0, True), x.float(), rois.float())
+    listed = ROIAlign(7, 0.25, 0, True)
+    use_listed_positions(listed)
+    leaf = x.clone().requires_grad_()
+    y = listed(leaf, rois)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((y * weight).sum(), leaf)
+    assert y.dtype == gradient.dtype == dtype
     tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
-    for a, b in zip(expected, found):
+    for a, b in zip(expected, (y, gradient)):
         assert (b.float() - a).abs().max() < tolerance * a.abs().max()
 
 

@@ -2,16 +2,24 @@
 
 from typing import Dict, Tuple, Union
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .base import precise, precision
 
 __all__ = ["Pooled", "align", "pool_to"]
 
 
 def pool_to(x: Tensor, size: Tuple[int, ...]) -> Tensor:
-    """Average-pool ``x`` (N, C, H, W) to ``size`` = (h, w) with h <= H and w <= W."""
+    """Average-pool ``x`` (N, C, H, W) to ``size`` = (h, w) with h <= H and w <= W.
+
+    In float32 at least; a map that has that size is returned as it is.
+    """
     if x.shape[-2:] == size:
         return x
+    if precision(x) != x.dtype:  # image by image: no temporary of full size
+        return torch.cat([pool_to(precise(image), size) for image in x.split(1)])
     (height, width), (h, w) = x.shape[-2:], size
     if _divides(size, (height, width)):  # the numbers of adaptive pooling, several times faster
         kernel = (height // h, width // w)

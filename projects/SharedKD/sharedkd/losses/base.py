@@ -20,6 +20,7 @@ __all__ = [
     "DistillationLoss",
     "check_weights",
     "precise",
+    "precision",
 ]
 
 logger = logging.getLogger("detectron2.sharedkd")
@@ -132,9 +133,14 @@ def check_strides(strides: Iterable[int]) -> List[int]:
     return sorted(found)
 
 
+def precision(x: Tensor) -> torch.dtype:
+    """What a loss computes in, autocast or not: float32, or float64 if ``x`` is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def precise(x: Tensor) -> Tensor:
-    """``x`` in float32, or as it is in float64: what a loss computes in, autocast or not."""
-    return x if x.dtype == torch.float64 else x.float()
+    """``x`` in its :func:`precision`."""
+    return x.to(precision(x))
 
 
 class DistillationLoss(nn.Module):

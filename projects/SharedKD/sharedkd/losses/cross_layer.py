@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .alignment import Pooled, align
-from .base import Batch, DistillationLoss, Shapes, precise
+from .base import Batch, DistillationLoss, Shapes
 from .distance import Distance
 
 __all__ = ["CrossLayer"]
@@ -85,7 +85,7 @@ class CrossLayer(DistillationLoss):
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         maps = batch.student[self.tap]
-        learning = {stride: Pooled(precise(maps[stride])) for stride in self.strides}
+        learning = {stride: Pooled(maps[stride]) for stride in self.strides}
         fixed = {stride: Pooled(pool.x.detach()) for stride, pool in learning.items()}
         terms = {}
         for shallow, deep in self.level_pairs():

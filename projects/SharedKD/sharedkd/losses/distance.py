@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from ..errors import ConfigError
-from .base import precise
+from .base import precise, precision
 
 __all__ = ["Distance", "DISTANCES", "NORMALIZATIONS"]
 
@@ -68,8 +68,9 @@ class _StandardisedMSE(torch.autograd.Function):
         mean((cx ix - cy iy)^2) = vx ix^2 + vy iy^2 - 2 r
         dL/dx = 2 / (positions * channels) * ((1 - vx ix^2 + r) ix^2 cx - ix iy cy)
 
-    Both maps are read twice here and once for a gradient, which is all that is written.  Autograd's
-    own way through the same formula writes and reads some thirty maps of full size.
+    Both maps are read twice here and once for a gradient, which is all that is written; maps of 16
+    bits stay what they are, and become float32 in passing.  Autograd's own way through the same formula
+    writes and reads some thirty maps of full size.
     """
 
     @staticmethod
@@ -82,7 +83,7 @@ class _StandardisedMSE(torch.autograd.Function):
         else:
             count = mask.sum(dims, keepdim=True).clamp(min=1)
             total = mask.sum().clamp(min=1)
-        mx, my = (_mean(each, mask, dims) for each in (x, y))
+        mx, my = (_sum(each, mask, dims) / count for each in (x, y))
         products = _products(x, y, mask, mx, my)
         if 0 in dims:
             products = products.sum(1, keepdim=True)
@@ -109,11 +110,24 @@ class _StandardisedMSE(torch.autograd.Function):
                 continue
             own, whole = scale * (1 - ua + r) * ia.square(), torch.empty_like(a)
             for into, part, beside, inside in _blocks(whole, a, b, mask):
-                torch.sub(part, ma, out=into).mul_(own).addcmul_(beside - mb, other)
+                exact = into if into.dtype == own.dtype else None
+                exact = torch.sub(precise(part), ma, out=exact)
+                exact.mul_(own).addcmul_(precise(beside) - mb, other)
                 if inside is not None:
-                    into.mul_(inside)
+                    exact.mul_(inside)
+                if exact is not into:
+                    into.copy_(exact)
             found.append(whole)
         return (*found, None, None)
+
+
+def _sum(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
+    """Sum of a map (N, C, P) over ``dims``, in float32 at least."""
+    if mask is None:
+        return x.sum(dims, keepdim=True, dtype=precision(x))
+    parts = _blocks(x, mask)
+    total = sum((precise(part) * inside).sum(2, keepdim=True) for part, inside in parts)
+    return total.sum(0, keepdim=True) if 0 in dims else total
 
 
 def _products(x: Tensor, y: Tensor, mask: Optional[Tensor], mx: Tensor, my: Tensor) -> Tensor:
@@ -123,7 +137,7 @@ def _products(x: Tensor, y: Tensor, mask: Optional[Tensor], mx: Tensor, my: Tens
     """
     sums = None
     for a, b, inside in _blocks(x, y, mask):
-        cx, cy = a - mx, b - my
+        cx, cy = precise(a) - mx, precise(b) - my
         if inside is not None:
             cx.mul_(inside)
             cy.mul_(inside)
@@ -182,11 +196,12 @@ class Distance:
         Returns:
             scalar tensor.
         """
-        x, y = precise(x), precise(y)
-        mask = None if mask is None else mask.to(x.dtype)
+        if mask is not None:
+            mask = mask.to(precision(x))
         if self.kind == "mse" and self.normalize in STATISTICS:
             flat = (None if each is None else each.flatten(2) for each in (x, y, mask))
             return _StandardisedMSE.apply(*flat, STATISTICS[self.normalize][:-1])
+        x, y = precise(x), precise(y)
         normalize = NORMALIZATIONS[self.normalize]
         each = DISTANCES[self.kind](normalize(x, mask), normalize(y, mask))
         return _mean(each, mask, (0, 1, 2, 3)).view(())

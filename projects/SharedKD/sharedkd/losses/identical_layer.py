@@ -64,8 +64,8 @@ class IdenticalLayer(DistillationLoss):
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         targets = shared_targets(batch.teacher[self.tap], self.strides, self.share)
         terms = {}
-        for stride, s, _ in self.levels(batch):
-            s, t = align(s, targets[stride].detach())
+        for stride in self.strides:
+            s, t = align(batch.student[self.tap][stride], targets[stride].detach())
             mask = batch.inside(s, stride) if self.ignore_padding else None
             terms[f"s{stride}"] = self.distance(s, t, mask)
         return terms

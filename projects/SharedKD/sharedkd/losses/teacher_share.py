@@ -5,7 +5,7 @@ from typing import Dict, Iterable
 from torch import Tensor
 
 from .alignment import Pooled
-from .base import precise
+from .base import precision
 
 __all__ = ["SHARES", "shared_targets"]
 
@@ -30,7 +30,7 @@ def shared_targets(
         share: ``dense`` (all lower levels), ``adjacent`` (the next lower one), ``none`` (T~_l = T_l).
 
     Returns:
-        stride -> (N, C_l, H_l, W_l), in float32 at least; a level without lower ones, or with
+        stride -> (N, C_l, H_l, W_l), means in float32 at least; a level without lower ones, or with
         ``none`` every level, is the map itself.
 
     >>> import torch
@@ -38,7 +38,7 @@ def shared_targets(
     >>> shared_targets(maps, [8, 16])[16].mean((0, 2, 3)).tolist()  # no second channel at stride 8
     [3.0, 4.0]
     """
-    pools = {stride: Pooled(precise(x)) for stride, x in maps.items()}
+    pools = {stride: Pooled(x) for stride, x in maps.items()}
     return {stride: _target(pools, stride, share) for stride in strides}
 
 
@@ -49,7 +49,7 @@ def _target(pools: Dict[int, Pooled], stride: int, share: str) -> Tensor:
     if not lower:
         return own
     size, width = own.shape[-2:], own.shape[1]
-    total = own.clone()
+    total = own.to(precision(own), copy=True)
     count = total.new_ones(width)
     for k in lower:
         channels = min(width, pools[k].x.shape[1])
