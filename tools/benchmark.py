@@ -64,6 +64,9 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=2, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times for each arm")
     parser.add_argument(
+        "--starts", type=int, default=3, metavar="N", help="processes that a peak is the median of"
+    )
+    parser.add_argument(
         "--methods", type=lambda text: [x for x in text.split(",") if x], default=[], metavar="A,B"
     )
     parser.add_argument(
@@ -92,7 +95,7 @@ if __name__ == "__main__":
         if args.memory_of:
             print(bench.memory(args.memory_of))
             sys.exit()
-        result = {"command": sys.argv, **measure(bench, args.rounds, memory_of)}
+        result = {"command": sys.argv, **measure(bench, args.rounds, memory_of, args.starts)}
         if args.growth:
             result["growth"] = growth(bench, args.rounds)
         if args.processes:

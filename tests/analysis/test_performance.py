@@ -37,6 +37,7 @@ def result(**changes):
         "memory": {
             "teacher_weights_mb": 200.4,
             "teacher_maps_mb": 20.0,
+            "gradients_mb": 21.6,
             "over_student_mb": {"distill": 230.0, "fgd": 1300.0},
             "peak_mb": {"student": 1800.0, "student_sharedkd": 1730.0, "distill": 1960.0},
         },
@@ -60,7 +61,7 @@ def test_summary():
         "0.200 (0.100 to 0.300)",
         "230",
         "160",
-        "200, 20",
+        "200, 20, 22",
     ]
 
 

@@ -261,6 +261,17 @@ def test_warnings_do_not_stop_a_run(good, tmp_path, key):
     assert key in [w["key"] for w in found["warnings"]]
 
 
+@pytest.mark.parametrize("key", ["train.amp.enabled", "model.teacher.precision"])
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_on_a_cpu_without_it_is_warned_of(good, tmp_path, monkeypatch, key, there):
+    monkeypatch.setattr("sharedkd.checks.overview.has_bfloat16", lambda: there)
+    value = {"train.amp.enabled": "True", "model.teacher.precision": "bfloat16"}[key]
+    overrides = [f"train.output_dir={tmp_path}/run", f"{key}={value}", "train.device=cpu"]
+    found = preflight(good["pair"], overrides, measure=False)
+    assert found["ok"]
+    assert [w["key"] for w in found["warnings"]].count(key) == (0 if there else 1)
+
+
 def test_no_warning_without_a_reason(good, workspace, tmp_path):
     quiet = ["train.eval_period=2", "train.checkpointer.period=2"]
     start = [f"train.output_dir={tmp_path}/run", f"train.init_checkpoint={workspace.weights}"]

@@ -84,6 +84,7 @@ def test_command_line(tmp_path):
     command = [
         *(sys.executable, str(tiny.ROOT / "tools/benchmark.py"), "--config-file", QUICKSTART),
         *("--image-size", "64", "--batch-size", "1", "--rounds", "1", "--growth"),
+        *("--starts", "1"),
         *("--processes", "2", "--variant", "train.channels_last=False"),
         *("--json", str(tmp_path / "deeper/out.json"), "train.amp.enabled=False"),
     ]
@@ -114,4 +115,6 @@ def test_command_line(tmp_path):
         64 * 4 * sum(64 * 96 / s**2 for s in (4, 8, 16, 32)) / 2**20
         + 64 * 4 * 2 / 2**20  # the level of stride 64
     )
+    student_maps = sum(64 * 96 / s**2 for s in (4, 8, 16, 32)) * 64 * 4 / 2**20
+    assert found["memory"]["gradients_mb"] > student_maps
     assert "overhead: " in done.stdout and "| distill" in done.stdout

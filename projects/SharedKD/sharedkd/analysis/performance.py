@@ -18,6 +18,7 @@ __all__ = ["document", "growth", "plot_parts", "rivals", "summary", "table", "va
 
 BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
 PLOT = "benchmark_parts.png"
+KEPT = ("teacher_weights", "teacher_maps", "gradients")
 # Of Okabe and Ito's palette, which people with any colour vision can tell apart.
 PARTS = dict(
     teacher="#009E73",
@@ -68,7 +69,7 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
     headers = ["benchmark", "overhead", "its floor", "distill / own plain step", "teacher / eager"]
     headers += ["losses / step", "their maps copied / step"]
     headers += ["MB over own plain step", "MB over Detectron2's"]
-    headers += ["MB of the teacher's weights, maps"]
+    headers += ["MB of the teacher's weights, its maps, gradients of the student's"]
     rows = []
     for name, result in results.items():
         ratios, memory = result["ratios"], result["memory"]
@@ -82,7 +83,7 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
                 ),
                 f"{memory['over_student_mb']['distill']:,.0f}",
                 f"{peaks['distill'] - peaks['student']:,.0f}",
-                f"{memory['teacher_weights_mb']:,.0f}, {memory['teacher_maps_mb']:,.0f}",
+                ", ".join(f"{memory[f'{x}_mb']:,.0f}" for x in KEPT),
             ]
         )
     return _table(rows, headers)

@@ -19,6 +19,7 @@ from ..features import pyramid_shapes
 from ..parts import Parts, losses_of, num_classes
 from ..running.cost import in_words
 from ..running.record import count_parameters
+from ..speed.cpu import has_bfloat16
 from ..stages import Stage
 from ..teacher import FrozenTeacher
 
@@ -218,10 +219,24 @@ def advise(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
         )
         fix = "keep fewer by train.checkpointer.max_to_keep, or choose another disk"
         warn("train.output_dir", train.output_dir, problem, fix)
+    _advise_precision(cfg, model, findings)
     _advise_optimizer(cfg, parts.optimizer, findings)
     _advise_data(findings)
     if model is not FAILED and losses_of(model):
         _advise_pair(cfg, model, findings)
+
+
+def _advise_precision(cfg: DictConfig, model: nn.Module, findings: Findings) -> None:
+    if torch.device(cfg.train.device).type != "cpu" or has_bfloat16():
+        return
+    problem = "this CPU has no instructions for bfloat16, which takes about ten times as long"
+    if cfg.train.amp.enabled and cfg.train.amp.dtype in (None, "bfloat16"):
+        fix = "use train.amp.enabled=False"
+        findings.warn("train.amp.enabled", True, problem, fix)
+    teacher = getattr(model, "teacher", None)
+    if teacher is not None and teacher.precision == "bfloat16":
+        fix = "use model.teacher.precision=float32"
+        findings.warn("model.teacher.precision", "bfloat16", problem, fix)
 
 
 def _advise_optimizer(

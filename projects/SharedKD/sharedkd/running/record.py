@@ -21,6 +21,7 @@ from ..checkpoints.checkpointer import fingerprint
 from ..checkpoints.files import replace
 from ..checkpoints.saving import SaveErrors
 from ..errors import ConfigError
+from ..speed.cpu import has_bfloat16
 from .interrupt import command_line
 
 __all__ = [
@@ -146,10 +147,13 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def hardware(device: torch.device) -> str:
-    """The name of ``device`` if it is a GPU, else the CPU's with the number of threads."""
+    """The name of ``device`` if it is a GPU, else the CPU's with its instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} thread(s)"
+    instructions = (
+        f"{torch.backends.cpu.get_cpu_capability()}{'' if has_bfloat16() else ' without bfloat16'}"
+    )
+    return f"{_cpu_name()} ({instructions}), {torch.get_num_threads()} thread(s)"
 
 
 def _cpu_name() -> str:

@@ -27,7 +27,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks.disk import tensor_bytes
 from ..config import construct
@@ -247,19 +247,23 @@ class Benchmark:
         return run
 
     def _copies_arm(self) -> Callable[[], None]:
-        batches = self._read_by(self._pair("distill")).values()
-        maps = {
-            (tap, stride): x.detach()
-            for batch in batches
-            for tap, levels in batch.student.items()
-            for stride, x in levels.items()
-        }
+        maps = [x.detach() for x in self._read_maps(self._pair("distill"))]
 
         def run() -> None:
-            for x in maps.values():
+            for x in maps:
                 x.clone()
 
         return run
+
+    def _read_maps(self, pair: SharedKD) -> List[Tensor]:
+        """The student's maps that losses read, each once."""
+        maps = {
+            (tap, stride): x
+            for batch in self._read_by(pair).values()
+            for tap, levels in batch.student.items()
+            for stride, x in levels.items()
+        }
+        return list(maps.values())
 
     def _read_by(self, pair: SharedKD) -> Dict[str, Batch]:
         """Stage -> what its loss is given in a step, with maps that are leaves."""
@@ -355,7 +359,9 @@ class Benchmark:
         return peak_memory_mb()
 
     def kept_mb(self) -> Dict[str, float]:
-        """What distillation has to hold in memory: the teacher's weights, and its maps of a batch."""
+        """What distillation has to hold in memory: the teacher's weights, its maps of a batch, and the
+        gradients that the losses give the student's.
+        """
         pair = self._pair("distill")
         maps = self.teacher.features(
             self.records,
@@ -365,6 +371,8 @@ class Benchmark:
         return {
             "teacher_weights_mb": tensor_bytes(self._eager.model.state_dict().values()) / 2**20,
             "teacher_maps_mb": tensor_bytes(x for levels in maps.values() for x in levels.values())
+            / 2**20,
+            "gradients_mb": tensor_bytes(x for x in self._read_maps(pair) if x.requires_grad)
             / 2**20,
         }
 
@@ -387,13 +395,17 @@ def ratio(seconds: Mapping[str, Sequence[float]], over: str, *under: str) -> Dic
     return {"median": median(each), "low": min(each), "high": max(each)}
 
 
-def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Dict[str, Any]:
+def measure(
+    bench: Benchmark, rounds: int, memory: Callable[[str], float], starts: int = 3
+) -> Dict[str, Any]:
     """Everything of one input size, as tools/benchmark.py writes it.
 
     Args:
         bench: of that size.
         rounds: see :meth:`Benchmark.times` and :meth:`Benchmark.parts`.
         memory: gives an arm's :meth:`Benchmark.memory`, measured in a process of its own.
+        starts: such processes of which the median counts, for the plain steps and the distilled one:
+            memory varies from start to start.
 
     Returns:
         ``overhead``, the median of distill / (student + teacher_eager); ``ratios``, among them
@@ -414,7 +426,9 @@ def measure(bench: Benchmark, rounds: int, memory: Callable[[str], float]) -> Di
         **{name: ratio(seconds, name, "distill") for name in bench.variants},
     }
     steps = ("student", "student_sharedkd", *bench.methods, *bench.variants)
-    peaks = {name: memory(name) for name in steps}
+    plain = ("student", "student_sharedkd", "distill")
+    peaks = {name: median(memory(name) for _ in range(starts)) for name in plain}
+    peaks.update({name: memory(name) for name in steps if name not in plain})
     return {
         "overhead": ratios["overhead"]["median"],
         **bench.describe(),
