@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from sharedkd.analysis.performance import BEGIN, END, document, growth, rivals, summary, variants
+from sharedkd.analysis.performance import (
+    BEGIN,
+    END,
+    document,
+    growth,
+    operations,
+    rivals,
+    summary,
+    variants,
+)
 
 
 def result(**changes):
@@ -34,6 +43,7 @@ def result(**changes):
             **dict(teacher=1, student_forward=1, losses=1, backward=3, optimizer=1),
             **dict(data=1, rest=0, whole=8),
         },
+        "operations": {"convolutions": 0.75, "all else": 0.25},
         "memory": {
             "teacher_weights_mb": 200.4,
             "teacher_maps_mb": 20.0,
@@ -63,6 +73,12 @@ def test_summary():
         "160",
         "200, 20, 22",
     ]
+
+
+def test_operations():
+    table = operations({"pair": result()})
+    assert cells(table, "of a distillation step")[1:] == ["convolutions", "all else"]
+    assert cells(table, "pair")[1:] == ["75.0 %", "25.0 %"]
 
 
 def test_rivals():

@@ -115,6 +115,8 @@ def test_command_line(tmp_path):
         64 * 4 * sum(64 * 96 / s**2 for s in (4, 8, 16, 32)) / 2**20
         + 64 * 4 * 2 / 2**20  # the level of stride 64
     )
+    assert sum(found["operations"].values()) == pytest.approx(1)
+    assert min(found["operations"].values()) > 0  # also RoIAlign and matrix products
     student_maps = sum(64 * 96 / s**2 for s in (4, 8, 16, 32)) * 64 * 4 / 2**20
     assert found["memory"]["gradients_mb"] > student_maps
     assert "overhead: " in done.stdout and "| distill" in done.stdout

@@ -14,7 +14,16 @@ from tabulate import tabulate
 
 from ..checkpoints.files import replace
 
-__all__ = ["document", "growth", "plot_parts", "rivals", "summary", "table", "variants"]
+__all__ = [
+    "document",
+    "growth",
+    "operations",
+    "plot_parts",
+    "rivals",
+    "summary",
+    "table",
+    "variants",
+]
 
 BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
 PLOT = "benchmark_parts.png"
@@ -87,6 +96,20 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
             ]
         )
     return _table(rows, headers)
+
+
+def operations(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row per benchmark: what kinds of operations a distillation step spends its time on.
+
+    Args:
+        results: see :func:`summary`.
+    """
+    kinds = list(next(iter(results.values()))["operations"])
+    rows = [
+        [name, *(f"{100 * result['operations'][kind]:.1f} %" for kind in kinds)]
+        for name, result in results.items()
+    ]
+    return _table(rows, ["of a distillation step", *kinds])
 
 
 def rivals(result: Mapping[str, Any]) -> str:
@@ -197,7 +220,11 @@ def document(folder: Path, path: Path) -> None:
     text = path.read_text()
     if not results or BEGIN not in text or END not in text:
         raise ValueError(f"no *.json in {folder}, or no {BEGIN} ... {END} in {path}")
-    blocks: List[str] = [summary(results), f"![Parts of a step](images/{PLOT})"]
+    blocks: List[str] = [
+        summary(results),
+        f"![Parts of a step](images/{PLOT})",
+        operations(results),
+    ]
     for name, result in results.items():
         if len(_methods(result)) > 1:
             blocks.append(f"{name}, beside other methods:\n\n{rivals(result)}")

@@ -28,6 +28,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from ..checks.disk import tensor_bytes
 from ..config import construct
@@ -46,6 +47,14 @@ __all__ = ["Benchmark", "efficiency", "growth", "measure"]
 
 OBJECTS = 8  # an image, of random places and sizes
 WARM_UP = 2  # rounds that are not counted
+# Kinds of operations by what is in their names; the first that fits counts.
+OPERATIONS = {
+    "gradients of convolutions": ("convolution_backward",),
+    "convolutions": ("convolution", "conv2d"),
+    "RoIAlign": ("roi_align", "embedding_bag"),
+    "matrix products": ("::mm", "::addmm", "::bmm", "::baddbmm"),
+    "all else": ("",),
+}
 DETECTRON2 = ("student", "teacher_eager")  # arms that run as they do without this project
 
 
@@ -351,6 +360,21 @@ class Benchmark:
                 found[name].append(value)
         return {name: median(values) for name, values in found.items()}
 
+    def operations(self) -> Dict[str, float]:
+        """Share of each kind of :data:`OPERATIONS` in a distillation step, of one that is profiled."""
+        run = self.arm("distill")
+        for _ in range(WARM_UP):
+            run()
+        kinds = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}
+        with profile(activities=[*{ProfilerActivity.CPU, kinds[self.device.type]}]) as seen:
+            run()
+        spent = dict.fromkeys(OPERATIONS, 0.0)
+        on_gpu = self.device.type == "cuda"
+        for each in seen.key_averages():
+            kind = next(k for k, names in OPERATIONS.items() if any(n in each.key for n in names))
+            spent[kind] += each.self_device_time_total if on_gpu else each.self_cpu_time_total
+        return {kind: time / sum(spent.values()) for kind, time in spent.items()}
+
     def memory(self, name: str) -> float:
         """Peak memory in MB of this process, which should run nothing before the arm ``name``."""
         run = self.arm(name)
@@ -410,7 +434,7 @@ def measure(
     Returns:
         ``overhead``, the median of distill / (student + teacher_eager); ``ratios``, among them
         ``floor``, what a teacher and losses that cost nothing would leave of it; ``seconds`` (arm to
-        median, low, high); ``parts``; ``memory`` in MB, over the student's step with the same
+        median, low, high); ``parts``; ``operations``; ``memory`` in MB, over the student's step with the same
         settings.
     """
     seconds = bench.times(bench.arms(), rounds)
@@ -438,6 +462,7 @@ def measure(
             for name, x in seconds.items()
         },
         "parts": bench.parts(rounds),
+        "operations": bench.operations(),
         "memory": {
             **bench.kept_mb(),
             "peak_mb": peaks,
