@@ -2,8 +2,8 @@
 
 import copy
 import json
+import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -267,13 +267,23 @@ def test_a_damaged_entry_is_made_anew(teacher, tmp_path, sharedkd_log, damage):
     assert len(sharedkd_log.messages) == 1 and "the teacher computes it again" in sharedkd_log.text
 
 
-def test_many_may_write_the_same_entry(tmp_path):
+def test_two_may_write_the_same_entry_at_the_same_time(tmp_path, monkeypatch, sharedkd_log):
     levels = {"fpn": {4: torch.randn(1, 8, 64, 64)}}
-    caches = [TeacherCache(str(tmp_path)) for _ in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda x: x.maps(["ab"], {"fpn": [4]}, lambda *_: levels), caches))
-    assert all(torch.equal(x[0]["fpn"][4], found[0][0]["fpn"][4]) for x in found)
+    fsync, others = os.fsync, [TeacherCache(str(tmp_path))]
+
+    def keep(cache):
+        return cache.maps(["ab"], {"fpn": [4]}, lambda *_: levels)[0]["fpn"][4]
+
+    def while_another_writes(descriptor):
+        if others:
+            keep(others.pop())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", while_another_writes)
+    found = keep(TeacherCache(str(tmp_path)))
+    assert torch.equal(keep(TeacherCache(str(tmp_path))), found)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["ab.safetensors"]
+    assert not others and not sharedkd_log.messages
 
 
 @pytest.mark.parametrize("fault", FAULTS)

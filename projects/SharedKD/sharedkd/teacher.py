@@ -346,7 +346,12 @@ class FrozenTeacher:
     def canvas(
         self, sizes: Sequence[Tuple[int, int]], size_divisibility: int = 0
     ) -> Tuple[int, int]:
-        """(height, width) of a batch of images of these ``sizes`` that :meth:`preprocess` padded."""
+        """(height, width) of a batch that :meth:`preprocess` padded.
+
+        Args:
+            sizes: (height, width) of each image in pixels.
+            size_divisibility: see :meth:`features`.
+        """
         both = self._divisor(size_divisibility)
         return tuple(-(-max(sides) // both) * both for sides in zip(*sizes))
 

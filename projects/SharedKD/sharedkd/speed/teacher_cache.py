@@ -72,7 +72,7 @@ class TeacherCache:
         return os.path.join(self.folder, tap, name[:2], f"{name}.safetensors")
 
     def size(self, tap: str) -> int:
-        """Bytes of all files of a tap."""
+        """Bytes of all files of ``tap``."""
         return sum(
             os.stat(os.path.join(folder, name)).st_size
             for folder, _, names in os.walk(os.path.join(self.folder, tap))
