@@ -87,6 +87,7 @@ def fitnets(options):
 
 
 TEACHER, INIT, JSON = "model.teacher.weights", "train.init_checkpoint", "data.train_json"
+CACHE = "model.teacher.cache"
 LOADER, CROSS, SAME = "dataloader.train", "model.stages.cross", "model.stages.identical"
 
 #: Of a plain Faster R-CNN.
@@ -382,6 +383,18 @@ PAIR = {
         ["model.teacher.precision=float16"],
         "model.teacher.precision",
         ["float16", "bfloat16"],
+    ),
+    "cache of another type": (["model.teacher.cache=5"], CACHE, ["5", "as text"]),
+    "cache is a file": (
+        lambda bad: bad.file(CACHE, b"something", "notes.txt"),
+        CACHE,
+        ["is a file", "choose a folder"],
+    ),
+    "cache of images that are never seen again": (
+        [f"{CACHE}={MISSING}", f"{LOADER}.mapper.augmentations.0.sample_style=range"]
+        + ["data.short_edge=[64,80]"],
+        CACHE,
+        ["ResizeShortestEdge", "from 64 to 80", f"{CACHE}=null"],
     ),
     "option of the teacher": (["model.teacher.speed=9"], "model.teacher", ["speed"]),
     "part to inherit": (["train.inherit=[tail]"], "train.inherit", ["tail", "neck"]),

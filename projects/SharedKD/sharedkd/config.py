@@ -183,6 +183,7 @@ def distill(
                 compile=False,
                 sha256=None,
                 trust_checkpoint=False,
+                cache=None,
             )
         ),
         stages=shared_kd_stages() if stages is None else stages,

@@ -50,8 +50,9 @@ class SharedKD(nn.Module):
         input_format: channel order of the images that the data loader delivers.
 
     Raises:
-        ConfigError: a stage that is no Stage, needs a teacher that is not there, or finds no common
-            stride; an image format that contradicts the student's.
+        ConfigError: a stage that is no Stage, needs a teacher that is not there, finds no common
+            stride, or reads maps that the teacher's cache cannot keep; an image format that contradicts
+            the student's.
     """
 
     @configurable
@@ -74,6 +75,8 @@ class SharedKD(nn.Module):
         findings = Findings()
         for name, stage in (stages or {}).items():
             findings.step(self._add, name, stage)
+        if teacher is not None:
+            findings.step(teacher.check_cacheable, self.taught_taps)
         findings.raise_errors()
         # Registered for DDP, the optimizer and device moves; most losses have no parameters.
         self.losses = nn.ModuleDict({name: stage.loss for name, stage in self.stages.items()})
@@ -174,8 +177,13 @@ class SharedKD(nn.Module):
             losses[first] = losses[first] + 0.0 * sum(p.sum() for p in owned)
         return losses
 
+    @property
+    def taught_taps(self) -> FrozenSet[str]:
+        """Where any stage, in whatever step, reads the teacher's maps."""
+        return self._taps(n for n, stage in self.stages.items() if "teacher" in stage.loss.needs)
+
     def _taps(self, names: Iterable[str]) -> FrozenSet[str]:
-        losses = [self.losses[name] for name in names]
+        losses = [self.stages[name].loss for name in names]
         taps = set().union(*(loss.taps for loss in losses))
         needs = set().union(*(loss.needs for loss in losses))
         return frozenset(taps).union(*(NEEDED_TAPS[need] for need in needs & NEEDED_TAPS.keys()))

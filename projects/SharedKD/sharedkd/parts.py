@@ -3,7 +3,6 @@
 import glob
 import logging
 import os
-import tempfile
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
@@ -17,8 +16,9 @@ from torch import nn
 
 from .checkpoints.checkpointer import has_run, inherit, initialise, load_trained
 from .checkpoints.resuming import check_settings, saved_seed
-from .checks.disk import check_disk, existing_folder
+from .checks.disk import check_disk, check_folder
 from .checks.rules import check_number
+from .checks.teacher_maps import check_teacher_maps, keeps_maps
 from .config import construct, not_set
 from .data.coco import CocoSummary, check_coco
 from .data.loader import TrainLoader
@@ -80,8 +80,8 @@ def assemble(
         resume: the output folder may hold a run, which then goes on.
         findings: takes every error; without it, they are raised.  Of its facts, ``data`` becomes,
             for ``train`` and ``test``, a list of the summaries of COCO-format data, ``disk`` what
-            :func:`check_disk` returns, ``student_tensors`` and ``inherited`` what filled the
-            student.
+            :func:`check_disk` returns, ``teacher_maps`` what :func:`check_teacher_maps` does,
+            ``student_tensors`` and ``inherited`` what filled the student.
     """
     step = findings.step
     for key in sorted(OmegaConf.missing_keys(cfg)):
@@ -121,8 +121,11 @@ def assemble(
         parts.loader = step(construct, cfg.dataloader.train, "dataloader.train")
     if isinstance(parts.loader, TrainLoader):
         parts.loader.pin_memory = torch.device(cfg.train.device).type != "cpu"
+        parts.loader.digests = keeps_maps(parts.model)
         parts.sample = step(parts.loader.first_sample)
         step(_check_sample, student, parts.sample)
+    if keeps_maps(parts.model) and parts.sample is not FAILED:
+        findings.facts["teacher_maps"] = step(check_teacher_maps, parts.model, parts.loader)
     return parts
 
 
@@ -461,15 +464,7 @@ def check_output(output_dir: str, resume: bool) -> None:
         ConfigError: it cannot be written to, or holds what a run must not overwrite.
     """
     key = "train.output_dir"
-    there = existing_folder(output_dir)
-    if not os.path.isdir(there):
-        raise ConfigError(key, output_dir, f"{there} is a file", "choose a folder")
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as e:
-        raise ConfigError(
-            key, output_dir, f"{there} cannot be written to ({e.strerror})", "choose another folder"
-        ) from e
+    check_folder(key, output_dir)
     weights = glob.glob(os.path.join(glob.escape(output_dir), "*.pth"))
     if not has_run(output_dir):
         if not weights:

@@ -4,10 +4,12 @@ import logging
 import os
 from contextlib import contextmanager
 from functools import cached_property
+from hashlib import blake2b
 from math import lcm
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
@@ -16,13 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from .checkpoints.checkpointer import fingerprint, load_trained
-from .checks.rules import check_switch
+from .checks.rules import check_switch, check_text
 from .errors import ConfigError
 from .features import FeatureTap, pyramid_shapes
 from .heads import region_logits
 from .losses.base import HEAD_TAPS, Maps, precise
 from .speed.backbones import compile_backbone
 from .speed.folding import fold_norms
+from .speed.teacher_cache import DIGEST, TeacherCache, image_digest
 
 __all__ = ["FrozenTeacher"]
 
@@ -61,10 +64,13 @@ class FrozenTeacher:
         compile: :meth:`prepare` compiles its bottom-up network with ``torch.compile``.
         sha256: of the weights' file, verified; at least 8 hexadecimal digits.
         trust_checkpoint: let a ``.pkl`` or ``.pth`` run what it asks for while it is read.
+        cache: a folder that keeps its maps, rounded to float16, for images that are seen again just
+            as they were; other runs with this teacher may share it.  None: it runs in every step.
 
     Raises:
         ConfigError: not in the zoo and no such file; no weights, unreadable weights, weights that ask
-            for more than data, or that do not fill every parameter of this model; no such precision.
+            for more than data, or that do not fill every parameter of this model; no such precision;
+            a cache that is no name of a folder.
     """
 
     def __init__(
@@ -77,8 +83,11 @@ class FrozenTeacher:
         compile: bool = False,
         sha256: Optional[str] = None,
         trust_checkpoint: bool = False,
+        cache: Optional[str] = None,
     ):
         check_switch(f"{KEY}.trust_checkpoint", trust_checkpoint)
+        if cache is not None:
+            check_text(f"{KEY}.cache", cache, empty=False)
         if precision not in (None, *PRECISIONS):
             raise ConfigError(
                 f"{KEY}.precision", precision, "no such type", f"use one of {', '.join(PRECISIONS)}"
@@ -106,7 +115,7 @@ class FrozenTeacher:
         self.tensors = len(self.model.state_dict())  # before any norm is folded
         self.model.requires_grad_(False).eval()
         self.shapes = pyramid_shapes(self.model)
-        self.fold, self.precision, self.compile = fold, precision, compile
+        self.fold, self.precision, self.compile, self.cache = fold, precision, compile, cache
         self._tap = FeatureTap(self.model)
         self.dtype: Optional[torch.dtype] = None  # None: as the code around it computes
 
@@ -114,6 +123,34 @@ class FrozenTeacher:
     def fingerprint(self) -> str:
         """Tells its weights, as loaded, from other weights; see :func:`~.checkpoints.checkpointer.fingerprint`."""
         return fingerprint(self.model)
+
+    @cached_property
+    def kept(self) -> TeacherCache:
+        """What the folder ``cache`` has of this teacher's maps in its precision.
+
+        Maps of other weights, another network, normalisation, channel order or precision are elsewhere.
+        """
+        settings = [
+            (name, type(module).__name__, _options(module))
+            for name, module in self.model.backbone.named_modules()
+        ]
+        pixels = [x.tolist() for x in (self.model.pixel_mean, self.model.pixel_std)]
+        computing = (self.input_format, self.precision, self.fold)
+        digest = blake2b(repr((settings, pixels, computing)).encode(), digest_size=8).hexdigest()
+        return TeacherCache(os.path.join(self.cache, f"{self.fingerprint}-{digest}"))
+
+    def check_cacheable(self, taps: FrozenSet[str]) -> None:
+        """Raises:
+        ConfigError: there is a ``cache``, and it cannot keep the maps of one of ``taps``.
+        """
+        if self.cache is not None and taps & HEAD_TAPS:
+            raise ConfigError(
+                f"{KEY}.cache",
+                self.cache,
+                f"keeps maps of the FPN and the backbone, and a stage reads the teacher's "
+                f"{', '.join(sorted(taps & HEAD_TAPS))}",
+                f"use {KEY}.cache=null",
+            )
 
     def prepare(self, step_dtype: Optional[torch.dtype] = None) -> Dict[int, float]:
         """Make it fast, as ``fold``, ``precision`` and ``compile`` say, and measure what that changes.
@@ -133,6 +170,8 @@ class FrozenTeacher:
                 fails, or folding that changes the maps by more than rounding.
         """
         self.fingerprint  # of the weights as loaded
+        if self.cache is not None:
+            self.kept
         device = self.model.pixel_mean.device
         dtype = PRECISIONS[self.precision] if self.precision else step_dtype or torch.float32
         if device.type != "cuda" and (dtype is torch.float16 or self.precision == "tf32"):
@@ -220,23 +259,104 @@ class FrozenTeacher:
     ) -> Maps:
         """Run backbone and FPN on the student's images, with the teacher's own normalisation.
 
-        Its dense head runs too if its maps are asked for; nothing else does.
+        Its dense head runs too if its maps are asked for; nothing else does.  With a ``cache``, it
+        runs for those images alone whose maps are not there, one by one: in a batch they would be
+        rounded in another way, which depends on the other images.  All maps are then those of the
+        cache, which has an entry for each image on each size of the padded batch.
 
         Args:
-            batched_inputs: Detectron2's records; ``image`` is a (3, H, W) tensor.
+            batched_inputs: Detectron2's records; ``image`` is a (3, H, W) tensor.  What is there under
+                :data:`~.speed.teacher_cache.DIGEST` stands for it in the cache.
             taps: which maps to return.
             input_format: the channel order of the images.
             size_divisibility: the student's; both paddings then cover the same pixels.
 
         Returns:
             tap -> stride -> (N, C, H, W), without gradient.
+
+        Raises:
+            ConfigError: the cache cannot keep the maps of these taps.
         """
+        if self.cache is not None:
+            return self._kept_features(batched_inputs, taps, input_format, size_divisibility)
         images = self.preprocess(batched_inputs, input_format, size_divisibility)
+        return self._run(images.tensor, taps)
+
+    def _run(self, images: Tensor, taps: FrozenSet[str]) -> Maps:
+        """The maps of images that :meth:`preprocess` made."""
         with self._arithmetic(), self._tap.capture(taps) as maps:
-            pyramid = self.model.backbone(images.tensor)
+            pyramid = self.model.backbone(images)
             if taps & HEAD_TAPS:
                 self._tap.head.run(pyramid)
         return maps
+
+    def _kept_features(
+        self,
+        batched_inputs: List[Dict[str, Any]],
+        taps: FrozenSet[str],
+        input_format: str,
+        size_divisibility: int,
+    ) -> Maps:
+        """:meth:`features` with a cache."""
+        self.check_cacheable(taps)
+        sizes = [x["image"].shape[-2:] for x in batched_inputs]
+        height, width = self.canvas(sizes, size_divisibility)
+        dtype = self._computes_in()
+        setting = f"{input_format}-{height}x{width}-{str(dtype)[6:]}"
+        digests = [x.get(DIGEST) or image_digest(x["image"]) for x in batched_inputs]
+        strides = {tap: list(self.shapes[tap]) for tap in sorted(taps)}
+
+        def compute(i: int, missing: FrozenSet[str]) -> Maps:
+            image = self.preprocess([batched_inputs[i]], input_format, size_divisibility).tensor
+            below, beside = height - image.shape[-2], width - image.shape[-1]
+            return self._run(F.pad(image, (0, beside, 0, below)), missing)
+
+        found = self.kept.maps([f"{x}-{setting}" for x in digests], strides, compute)
+        return {
+            tap: {s: self._stacked([maps[tap][s] for maps in found], dtype) for s in levels}
+            for tap, levels in strides.items()
+        }
+
+    def _stacked(self, maps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Kept maps (H, W, C) as the teacher itself would give them, (N, C, H, W)."""
+        height, width, channels = maps[0].shape
+        device = self.model.pixel_mean.device
+        whole = torch.empty(
+            (len(maps), channels, height, width),
+            dtype=dtype,
+            device=device,
+            memory_format=self._layout(),
+        )
+        for into, x in zip(whole, maps):
+            into.copy_(x.to(device).permute(2, 0, 1))
+        return whole
+
+    def _layout(self) -> torch.memory_format:
+        """That of its weights, which its maps have, too."""
+        layout = torch.channels_last
+        weights = (x for x in self.model.backbone.parameters() if x.dim() == 4)
+        there = all(x.is_contiguous(memory_format=layout) for x in weights)
+        return layout if there else torch.contiguous_format
+
+    def _computes_in(self) -> torch.dtype:
+        device = self.model.pixel_mean.device.type
+        around = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return self.dtype or around or torch.float32
+
+    def canvas(
+        self, sizes: Sequence[Tuple[int, int]], size_divisibility: int = 0
+    ) -> Tuple[int, int]:
+        """(height, width) of a batch that :meth:`preprocess` padded.
+
+        Args:
+            sizes: (height, width) of each image in pixels.
+            size_divisibility: see :meth:`features`.
+        """
+        both = self._divisor(size_divisibility)
+        return tuple(-(-max(sides) // both) * both for sides in zip(*sizes))
+
+    def _divisor(self, size_divisibility: int) -> int:
+        return lcm(max(self.model.backbone.size_divisibility, 1), max(size_divisibility, 1))
 
     @torch.no_grad()
     def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
@@ -289,8 +409,7 @@ class FrozenTeacher:
         if input_format != self.input_format:
             images = [x.flip(0) for x in images]
         images = [(x - model.pixel_mean) / model.pixel_std for x in images]
-        both = lcm(max(model.backbone.size_divisibility, 1), max(size_divisibility, 1))
-        return ImageList.from_tensors(images, both)
+        return ImageList.from_tensors(images, self._divisor(size_divisibility))
 
 
 @contextmanager
@@ -308,6 +427,17 @@ def _tf32(device: torch.device, allowed: Optional[bool]) -> Iterator[None]:
     finally:
         for switch, value in zip(switches, before):
             switch.allow_tf32 = value
+
+
+def _options(module: nn.Module) -> Dict[str, Any]:
+    """What a module computes by, beside its tensors: strides, epsilons, kinds of sums and the like."""
+    plain = (bool, int, float, str)
+    return {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if name != "training"
+        and all(isinstance(x, plain) for x in (value if isinstance(value, tuple) else [value]))
+    }
 
 
 def _change(before: Dict[int, Tensor], after: Dict[int, Tensor]) -> Dict[int, float]:

@@ -60,6 +60,7 @@ class Pair:
             )
         exactly(cfg)
         cfg.model.teacher.precision = "float32"
+        cfg.model.teacher.cache = None  # whose maps are rounded, and which is for training images
         if cfg.train.seed >= 0:
             seed_all_rng(cfg.train.seed)  # as the run did: the same initial weights
         self.model = build(cfg).eval()

@@ -46,6 +46,7 @@ FREE = (
     "model.teacher.sha256",
     "model.teacher.trust_checkpoint",
     "model.teacher.compile",
+    "model.teacher.cache",
     "train.output_dir",
     "train.force_resume",
 )

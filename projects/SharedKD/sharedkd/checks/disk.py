@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from typing import Dict, Iterable, Mapping
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
-__all__ = ["check_disk", "checkpoint_bytes", "existing_folder", "tensor_bytes"]
+__all__ = ["check_disk", "check_folder", "checkpoint_bytes", "existing_folder", "tensor_bytes"]
 
 
 def existing_folder(path: str) -> str:
@@ -19,6 +20,27 @@ def existing_folder(path: str) -> str:
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     return path
+
+
+def check_folder(key: str, path: str) -> None:
+    """Check that files can be written to a folder.
+
+    Args:
+        key: the config key that names it, for messages.
+        path: need not exist.
+
+    Raises:
+        ConfigError: it is a file, or below one, or cannot be written to.
+    """
+    there = existing_folder(path)
+    if not os.path.isdir(there):
+        raise ConfigError(key, path, f"{there} is a file", "choose a folder")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as e:
+        raise ConfigError(
+            key, path, f"{there} cannot be written to ({e.strerror})", "choose another folder"
+        ) from e
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

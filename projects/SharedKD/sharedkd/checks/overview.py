@@ -40,7 +40,8 @@ def describe(cfg: DictConfig, parts: Parts, findings: Findings) -> Dict[str, Any
     Returns:
         ``student`` and ``teacher`` (``family``, ``backbone``, ``parameters``, ``classes``,
         ``masks``, ``weights``); ``levels``, ``stages``: a dict per row; ``data``: split to its numbers;
-        ``disk``: see :func:`~sharedkd.checks.disk.check_disk`; ``max_iter``, ``images_per_step``,
+        ``disk``: see :func:`~sharedkd.checks.disk.check_disk`; ``teacher_maps``: see
+        :func:`~sharedkd.checks.teacher_maps.check_teacher_maps`; ``max_iter``, ``images_per_step``,
         ``image_size`` (height and width of the first image as the student gets it, in pixels);
         ``output_dir``, ``device``, ``processes``.
     """
@@ -57,8 +58,7 @@ def describe(cfg: DictConfig, parts: Parts, findings: Findings) -> Dict[str, Any
             if summaries
         },
     }
-    if findings.facts.get("disk"):
-        found["disk"] = findings.facts["disk"]
+    found.update({k: findings.facts[k] for k in ("disk", "teacher_maps") if findings.facts.get(k)})
     model = parts.model
     if model is FAILED:
         return found
@@ -220,6 +220,14 @@ def advise(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
         fix = "keep fewer by train.checkpointer.max_to_keep, or choose another disk"
         warn("train.output_dir", train.output_dir, problem, fix)
     _advise_precision(cfg, model, findings)
+    maps = findings.facts.get("teacher_maps")
+    if maps and maps["most_mb"] > maps["needed_mb"]:
+        problem = (
+            "images are padded to the largest of their batch, and are kept at each size: up to "
+            f"{_amount(maps['most_mb'])} of maps, and the teacher runs whenever a size is new"
+        )
+        fix = "use one size, or batches of one image"
+        warn("model.teacher.cache", maps["folder"], problem, fix)
     _advise_optimizer(cfg, parts.optimizer, findings)
     _advise_data(findings)
     if model is not FAILED and losses_of(model):
@@ -355,6 +363,10 @@ def _table(rows: List[List[Any]], head: List[str]) -> str:
     return tabulate(rows, head, tablefmt="simple", missingval="-", disable_numparse=True)
 
 
+def _amount(mb: float) -> str:
+    return f"{mb / 1024:.1f} GB" if mb >= 1024 else f"{mb:.1f} MB"
+
+
 def _costs(found: Dict[str, Any]) -> List[str]:
     lines: List[str] = []
     train = found["data"].get("train")
@@ -369,6 +381,13 @@ def _costs(found: Dict[str, Any]) -> List[str]:
         lines.append(
             f"disk: {disk['kept']} checkpoints of {disk['checkpoint_mb']:.0f} MB, "
             f"{disk['needed_mb']:.0f} MB with the one being written; {disk['free_mb']:.0f} MB free"
+        )
+    maps = found.get("teacher_maps")
+    if maps:
+        lines.append(
+            f"the teacher's maps: up to {_amount(maps['needed_mb'])} in {maps['folder']} ({maps['images']} "
+            f"images x {maps['variants']} variants), {_amount(maps['there_mb'])} are there; "
+            f"{_amount(maps['free_mb'])} free"
         )
     measured = found.get("measured")
     if measured:

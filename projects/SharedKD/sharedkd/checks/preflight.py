@@ -128,16 +128,24 @@ def _time(cfg: DictConfig, step: Callable[[], None]) -> float:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Within it, the model may be trained; after it, its state and all random states are as before."""
-    student = getattr(model, "student", model)
+    """Within it, the model may be trained; after it, its state and all random states are as before.
+
+    What its teacher computes meanwhile is not kept.
+    """
+    student, teacher = getattr(model, "student", model), getattr(model, "teacher", None)
+    cache = getattr(teacher, "cache", None)
     modules = (student, losses_of(model))
     states = [copy.deepcopy(m.state_dict()) for m in modules]
     normalizer = getattr(student, "loss_normalizer", None)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         try:
+            if cache is not None:
+                teacher.cache = None
             yield
         finally:
+            if cache is not None:
+                teacher.cache = cache
             for module, state in zip(modules, states):
                 module.load_state_dict(state)
             if normalizer is not None:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sharedkd.checks.rules import check_choice, check_number, check_switch
 from sharedkd.errors import ConfigError, Findings
+from sharedkd.speed.teacher_cache import DIGEST, image_digest
 
 from .faults import POLICIES, BadImages, Loaded, WorkerDied, batches_of, load, worker_error
 
@@ -162,6 +163,7 @@ class TrainLoader:
             before its checkpoint tells where to go on.  Batches before it are skipped without
             loading an image.
         pin_memory: put images where a GPU can copy them from without being waited for.
+        digests: give each record its image's digest, by which the teacher's kept maps are found.
         bad_images: counts the images that were passed over.
     """
 
@@ -175,13 +177,23 @@ class TrainLoader:
         bad_images: BadImages,
     ):
         self.first_batch = 0
-        self.pin_memory = False
+        self.pin_memory = self.digests = False
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.bad_images = bad_images
         self._samples = samples
         self._groups = groups
+
+    @property
+    def mapper(self) -> Callable[[Dict[str, Any]], Any]:
+        """What makes a sample of a dataset dict."""
+        return self._samples.mapper
+
+    @property
+    def dataset(self) -> Sequence[Dict[str, Any]]:
+        """The dataset dicts."""
+        return self._samples.dicts
 
     def first_sample(self) -> Dict[str, Any]:
         """A sample as training will get it, of the first images that can be loaded.
@@ -230,6 +242,7 @@ class TrainLoader:
                 )
 
     def _loader(self, start: int) -> DataLoader:
+        self._samples.digests = self.digests
         return DataLoader(
             self._samples,
             batch_sampler=self._keys(start),
@@ -264,8 +277,9 @@ class _SeededSamples(Dataset):
         most: int,
     ):
         # One serialised buffer instead of many small objects: workers share it with their parent.
-        self._dicts = DatasetFromList(list(dataset), copy=False, serialize=True)
-        self._mapper = PicklableWrapper(mapper)
+        self.dicts = DatasetFromList(list(dataset), copy=False, serialize=True)
+        self.mapper = PicklableWrapper(mapper)
+        self.digests = False
         self._seed = seed
         self._groups = np.array(groups, dtype=np.int8)
         self._most = most
@@ -275,8 +289,10 @@ class _SeededSamples(Dataset):
         faults = []
         for candidate in self._candidates(index, position):
             with _seeded(self._seed, position):
-                sample, fault = load(self._mapper, self._dicts[candidate])
+                sample, fault = load(self.mapper, self.dicts[candidate])
             if fault is None:
+                if self.digests:
+                    sample[DIGEST] = image_digest(sample["image"])
                 return Loaded(sample, faults)
             faults.append(fault)
             if not fault.in_image or len(faults) > self._most:
@@ -294,7 +310,7 @@ class _SeededSamples(Dataset):
 
     def name(self, index: int) -> str:
         """The image's file, for messages."""
-        return self._dicts[index].get("file_name", f"number {index} of the dataset")
+        return self.dicts[index].get("file_name", f"number {index} of the dataset")
 
 
 def _check_batch_size(total_batch_size: int) -> None:

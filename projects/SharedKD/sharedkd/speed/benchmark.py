@@ -42,6 +42,7 @@ from ..running.record import hardware, peak_memory_mb, versions
 from ..teacher import FrozenTeacher
 from ..trainer import SharedKDTrainer
 from .malloc import keep_freed_memory
+from .teacher_cache import DIGEST, image_digest
 
 __all__ = ["Benchmark", "efficiency", "growth", "measure"]
 
@@ -389,7 +390,7 @@ class Benchmark:
         pair = self._pair("distill")
         maps = self.teacher.features(
             self.records,
-            pair._taps([n for n in pair.stages if "teacher" in pair.losses[n].needs]),
+            pair.taught_taps,
             self.cfg.model.get("input_format", "BGR"),
         )
         return {
@@ -660,7 +661,13 @@ def _record(size: Sequence[int], seed: int) -> Dict[str, Any]:
     truth.gt_boxes, truth.gt_masks = Boxes(boxes), BitMasks(masks)
     truth.gt_classes = torch.zeros(OBJECTS, dtype=torch.int64)
     image = torch.randint(0, 256, (3, height, width), generator=draw, dtype=torch.uint8)
-    return {"image": image, "height": height, "width": width, "instances": truth}
+    return {
+        "image": image,
+        "height": height,
+        "width": width,
+        "instances": truth,
+        DIGEST: image_digest(image),  # as the training loader's processes add it
+    }
 
 
 def _tame(model: nn.Module) -> nn.Module:
