@@ -46,7 +46,8 @@ ROUNDS ?= 5
 MEASURE = .venv/bin/python tools/benchmark.py --device $(DEVICE) --image-size $(SIZE) \
 	--batch-size $(BATCH) --rounds $(ROUNDS) --json output/benchmark/$(DEVICE)_$(SIZE)x$(BATCH)_$(1).json --config-file configs/$(2)
 RIVALS = --methods semckd,fgd,mgd,reviewkd
-VARIANTS = $(addprefix --variant ,train.keep_memory=False train.channels_last=False train.fold_norms=False train.fast_roi_align=False model.teacher.fold=False \
+VARIANTS = $(addprefix --variant ,train.keep_memory=False train.channels_last=False train.channels_last=True train.fold_norms=False \
+	train.fast_roi_align=False model.teacher.fold=False model.teacher.cache=output/benchmark/maps \
 	$(if $(HAS_BF16),$(BF16) train.amp.enabled=True) train.activation_checkpointing=True model.teacher.compile=True train.compile=True)
 BF16 = model.teacher.precision=bfloat16
 # A CPU without instructions for bfloat16 has nothing to show in it.

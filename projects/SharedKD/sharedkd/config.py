@@ -48,7 +48,7 @@ TRAIN_DEFAULTS = dict(
         enabled=False,  # mixed precision
         dtype=None,  # float16 or bfloat16; None: float16 on CUDA, else bfloat16
     ),
-    channels_last=True,  # memory layout of student and teacher: faster convolutions, equal up to rounding
+    channels_last=None,  # memory layout of student and teacher, equal up to rounding; None: the faster one
     fold_norms=True,  # the student's frozen norms, in each step: faster, equal up to rounding
     fast_roi_align=True,  # RoIAlign in training on a CPU reads listed positions: faster, equal up to rounding
     keep_memory=True,  # on a CPU, use freed memory again instead of returning it: faster (glibc)
@@ -84,6 +84,7 @@ TRAIN_RULES: Dict[str, Callable[..., Any]] = {
     "output_dir": lambda key, x: check_text(key, x, empty=False),
     "init_checkpoint": lambda key, x: x is None or check_text(key, x),
     "max_iter": partial(check_number, least=1, whole=True),
+    "channels_last": lambda key, x: x is None or check_switch(key, x),
     "amp.dtype": lambda key, x: x is None or check_choice(key, x, ("float16", "bfloat16")),
     "clip_grad_norm": partial(check_number, above=0, or_null=True),
     "accumulate": partial(check_number, least=1, whole=True),

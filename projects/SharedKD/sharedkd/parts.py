@@ -27,6 +27,7 @@ from .meta_arch import SharedKD, check_image_format
 from .running.lock import check_free
 from .running.record import count_parameters
 from .speed.backbones import compile_backbone, recompute_blocks
+from .speed.cpu import trains_channels_last
 from .speed.folding import fold_in_training
 from .speed.roi_align import use_listed_positions
 from .stages import Stage
@@ -39,6 +40,7 @@ __all__ = [
     "build",
     "check_output",
     "losses_of",
+    "memory_layout",
     "num_classes",
     "rewire",
 ]
@@ -239,8 +241,15 @@ def _inherit(cfg: DictConfig, student: nn.Module, teacher: Any) -> List[str]:
 
 
 def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:
-    layout = torch.channels_last if cfg.train.channels_last else torch.preserve_format
-    return model.to(cfg.train.device, memory_format=layout)
+    return model.to(cfg.train.device, memory_format=memory_layout(cfg))
+
+
+def memory_layout(cfg: DictConfig) -> torch.memory_format:
+    """Of convolutions' weights and maps, as ``cfg.train.channels_last`` says."""
+    wanted = cfg.train.channels_last
+    if wanted is None:
+        wanted = torch.device(cfg.train.device).type != "cpu" or trains_channels_last()
+    return torch.channels_last if wanted else torch.preserve_format
 
 
 def _prepare(teacher: Any, dtype: Optional[torch.dtype], placed: nn.Module) -> None:

@@ -37,7 +37,7 @@ from ..errors import ConfigError
 from ..features import pyramid_shapes
 from ..losses.base import Batch, Maps
 from ..meta_arch import SharedKD
-from ..parts import amp_dtype, rewire
+from ..parts import amp_dtype, memory_layout, rewire
 from ..running.record import hardware, peak_memory_mb, versions
 from ..teacher import FrozenTeacher
 from ..trainer import SharedKDTrainer
@@ -120,7 +120,7 @@ class Benchmark:
 
     @property
     def _layout(self) -> torch.memory_format:
-        return torch.channels_last if self.cfg.train.channels_last else torch.preserve_format
+        return memory_layout(self.cfg)
 
     @cached_property
     def _eager(self) -> FrozenTeacher:

@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["has_bfloat16"]
+__all__ = ["has_bfloat16", "trains_channels_last"]
 
 
 def has_bfloat16() -> bool:
@@ -12,3 +12,12 @@ def has_bfloat16() -> bool:
     """
     ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return ask is None or bool(ask())
+
+
+def trains_channels_last() -> bool:
+    """Whether a training step is faster here with channels last in memory.
+
+    With AVX2 alone, a convolution's gradient by its weight takes twice as long that way.
+    docs/performance.md has what was measured of both kinds.
+    """
+    return torch.backends.cpu.get_cpu_capability() != "AVX2"

@@ -1,0 +1,46 @@
+"""What a CPU is good at decides how a step is computed, unless the config does."""
+
+import pytest
+import tiny
+import torch
+
+from sharedkd.config import load_config
+from sharedkd.parts import build, memory_layout
+from sharedkd.speed import cpu
+
+QUICKSTART = str(tiny.ROOT / "configs/quickstart/plain.py")
+
+
+def config(*overrides):
+    return load_config(QUICKSTART, ["train.device=cpu", *overrides], without_data=True)
+
+
+@pytest.mark.parametrize("capability, expected", [("AVX2", False), ("AVX512", True)])
+def test_the_layout_is_the_faster_one_of_this_cpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    layouts = {False: torch.preserve_format, True: torch.channels_last}
+    assert memory_layout(config()) == layouts[expected]
+    for said in (False, True):
+        assert memory_layout(config(f"train.channels_last={said}")) == layouts[said]
+    on_gpu = config()
+    on_gpu.train.device = "cuda"
+    assert memory_layout(on_gpu) == torch.channels_last
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_a_model_has_the_layout(said):
+    model = build(config(f"train.channels_last={said}"))
+    weights = [p for p in model.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+    assert len(weights) > 20
+    assert all(p.is_contiguous(memory_format=torch.channels_last) == said for p in weights)
+
+
+def test_bfloat16_is_what_pytorch_says(monkeypatch):
+    class Operations:
+        pass
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Operations())
+    assert cpu.has_bfloat16()  # it cannot tell
+    for said in (False, True):
+        Operations._is_mkldnn_bf16_supported = staticmethod(lambda said=said: said)
+        assert cpu.has_bfloat16() is said
