@@ -90,6 +90,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
+    if min(args.rounds, args.starts) < 1:
+        parser.error("--rounds and --starts are 1 or more")
     try:
         bench = benchmark(args)
         if args.memory_of:

@@ -644,6 +644,7 @@ def settings(folder, **changes):
         ("model.stages.cross.weight", 2.0, "model.stages.cross.weight=2.0: was 1.0"),
         ("model.stages.cross.strides", [4, 16], "model.stages.cross.strides.1=16: was 8"),
         ("model.stages.cross.start", 5, "model.stages.cross.start=5: was not set"),
+        ("model.teacher.cache", "maps", "model.teacher.cache=maps: was not set"),
         ("data.classes", 4, "model.student.classes=4: was 3"),  # through the reference to it
         ("optimizer.lr", 0.2, "optimizer.lr=0.2: was 0.1"),
         ("train.seed", 1, "train.seed=1: was 0"),
@@ -711,13 +712,24 @@ def test_resume_refuses_what_it_cannot_compare(tmp_path, sharedkd_log, then, now
 
 @pytest.mark.parametrize(
     "key, value",
-    [("train.max_iter", 7), ("model.teacher.weights", "moved.pth"), ("train.eval_period", 5)],
+    [("train.max_iter", 7), ("model.teacher.weights", "moved.pth"), ("train.eval_period", 5)]
+    + [("model.teacher.cache", None)],  # as a run from before there was that key
 )
 def test_a_run_may_be_extended_and_files_may_move(tmp_path, key, value):
     from detectron2.config import LazyConfig
 
     LazyConfig.save(settings(tmp_path), str(tmp_path / "config.yaml"))
     check_settings(settings(tmp_path, **{key: value}))
+
+
+def test_the_teachers_maps_may_move_and_not_go(tmp_path):
+    from detectron2.config import LazyConfig
+
+    kept = {"model.teacher.cache": "here"}
+    LazyConfig.save(settings(tmp_path, **kept), str(tmp_path / "config.yaml"))
+    check_settings(settings(tmp_path, **{"model.teacher.cache": "there"}))
+    with pytest.raises(ConfigError, match="model.teacher.cache=None: was here"):
+        check_settings(settings(tmp_path, **{"model.teacher.cache": None}))
 
 
 def test_the_config_of_a_run_is_never_half_written(tmp_path):

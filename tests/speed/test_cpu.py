@@ -35,12 +35,15 @@ def test_a_model_has_the_layout(said):
     assert all(p.is_contiguous(memory_format=torch.channels_last) == said for p in weights)
 
 
-def test_bfloat16_is_what_pytorch_says(monkeypatch):
-    class Operations:
-        pass
+@pytest.mark.parametrize("there", ["avx512_bf16", "amx_tile", None])
+def test_bfloat16_takes_instructions_for_it(monkeypatch, there):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for kind in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{kind}_supported", lambda kind=kind: kind == there)
+    assert cpu.has_bfloat16() is (there is not None)
 
-    monkeypatch.setattr(torch.ops, "mkldnn", Operations())
-    assert cpu.has_bfloat16()  # it cannot tell
-    for said in (False, True):
-        Operations._is_mkldnn_bf16_supported = staticmethod(lambda said=said: said)
-        assert cpu.has_bfloat16() is said
+
+def test_bfloat16_where_pytorch_cannot_tell(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert cpu.has_bfloat16() is True

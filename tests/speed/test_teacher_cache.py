@@ -509,8 +509,23 @@ def test_a_disk_without_room_is_refused_unless_the_maps_are_there(model, monkeyp
     monkeypatch.setattr(teacher_maps, "room", lambda folder: needed - 1)
     with pytest.raises(ConfigError, match=r"^model\.teacher\.cache=.*make room"):
         check_teacher_maps(model, made)
+    model.teacher.features([{**A, "image": A["image"][:, :32]}], FPN, "RGB", 32)
+    with pytest.raises(ConfigError, match=r"^model\.teacher\.cache=.*make room"):
+        check_teacher_maps(model, made)  # what is there is of another size
     model.teacher.features([A], FPN, "RGB", 32)
     check_teacher_maps(model, made)
+
+
+def test_a_short_run_needs_no_more_than_it_sees(model, monkeypatch):
+    made = loader([(64, 96)] * 5, [T.RandomFlip()])
+    needed = map_bytes(64, 96)
+    every = check_teacher_maps(model, made)
+    assert every["needed_mb"] * 2**20 == pytest.approx(10 * needed)
+    monkeypatch.setattr(teacher_maps, "room", lambda folder: 10 * needed - 1)
+    with pytest.raises(ConfigError, match="make room"):
+        check_teacher_maps(model, made, batches=100)
+    found = check_teacher_maps(model, made, batches=3)
+    assert found["needed_mb"] * 2**20 == pytest.approx(3 * made.total_batch_size * needed)
 
 
 # --- whole runs ---------------------------------------------------------------------------------

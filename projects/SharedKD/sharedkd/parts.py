@@ -127,7 +127,9 @@ def assemble(
         parts.sample = step(parts.loader.first_sample)
         step(_check_sample, student, parts.sample)
     if keeps_maps(parts.model) and parts.sample is not FAILED:
-        findings.facts["teacher_maps"] = step(check_teacher_maps, parts.model, parts.loader)
+        findings.facts["teacher_maps"] = step(
+            check_teacher_maps, parts.model, parts.loader, cfg.train.max_iter * cfg.train.accumulate
+        )
     return parts
 
 

@@ -135,7 +135,7 @@ class FrozenTeacher:
             for name, module in self.model.backbone.named_modules()
         ]
         pixels = [x.tolist() for x in (self.model.pixel_mean, self.model.pixel_std)]
-        computing = (self.input_format, self.precision, self.fold)
+        computing = (self.input_format, self.precision, self.fold, self.compile)
         digest = blake2b(repr((settings, pixels, computing)).encode(), digest_size=8).hexdigest()
         return TeacherCache(os.path.join(self.cache, f"{self.fingerprint}-{digest}"))
 
@@ -302,7 +302,7 @@ class FrozenTeacher:
         sizes = [x["image"].shape[-2:] for x in batched_inputs]
         height, width = self.canvas(sizes, size_divisibility)
         dtype = self._computes_in()
-        setting = f"{input_format}-{height}x{width}-{str(dtype)[6:]}"
+        setting = self.kept_setting((height, width), input_format)
         digests = [x.get(DIGEST) or image_digest(x["image"]) for x in batched_inputs]
         strides = {tap: list(self.shapes[tap]) for tap in sorted(taps)}
 
@@ -316,6 +316,21 @@ class FrozenTeacher:
             tap: {s: self._stacked([maps[tap][s] for maps in found], dtype) for s in levels}
             for tap, levels in strides.items()
         }
+
+    def kept_setting(self, canvas: Tuple[int, int], input_format: str) -> str:
+        """How an image's maps are computed, as far as it is not settled before a step: part of their names.
+
+        Args:
+            canvas: (height, width) of the padded batch.
+            input_format: the channel order of the images.
+        """
+        dtype, device = self._computes_in(), self.model.pixel_mean.device.type
+        how = [input_format, "x".join(map(str, canvas)), str(dtype)[6:], device]
+        if self._layout() is torch.channels_last:
+            how.append("channels_last")
+        if device == "cuda" and dtype is torch.float32 and torch.backends.cudnn.allow_tf32:
+            how.append("tf32")
+        return "-".join(how)
 
     def _stacked(self, maps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Kept maps (H, W, C) as the teacher itself would give them, (N, C, H, W)."""

@@ -46,7 +46,6 @@ FREE = (
     "model.teacher.sha256",
     "model.teacher.trust_checkpoint",
     "model.teacher.compile",
-    "model.teacher.cache",
     "train.output_dir",
     "train.force_resume",
 )
@@ -127,7 +126,8 @@ Change = Tuple[str, Any, Any]  # key, value then, value now
 
 
 def changes(folder: Union[str, Path], cfg: DictConfig) -> List[Change]:
-    """What differs between the config of the run in ``folder`` and ``cfg``, save for :data:`FREE`.
+    """What differs between the config of the run in ``folder`` and ``cfg``, save for :data:`FREE` and the place of
+    the teacher's cache.
 
     Raises:
         ConfigError: the two cannot be compared: the run's config is not there or cannot be read, or
@@ -138,7 +138,14 @@ def changes(folder: Union[str, Path], cfg: DictConfig) -> List[Change]:
         path = os.path.join(temporary, "config.yaml")
         LazyConfig.save(cfg, path)  # which does not raise where it cannot
         now = _plain(path, folder, "the config to go on with, written as yaml,")
-    return [change for change in _differences("", then, now) if not _below(change[0], FREE)]
+    found = [change for change in _differences("", then, now) if not _below(change[0], FREE)]
+    return [change for change in found if not _kept_elsewhere(*change)]
+
+
+def _kept_elsewhere(key: str, then: Any, now: Any) -> bool:
+    """The folder of the teacher's maps may be another; with one they are rounded, without they are not."""
+    kept = [folder not in (None, "not set") for folder in (then, now)]
+    return key == "model.teacher.cache" and kept[0] == kept[1]
 
 
 def differences(then: str, now: str) -> List[Change]:

@@ -4,7 +4,7 @@ from collections import Counter
 from functools import partial
 from itertools import product
 from math import prod
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.data import transforms as T
 from detectron2.utils import comm
@@ -28,7 +28,9 @@ def keeps_maps(model: nn.Module) -> bool:
     return cache is not None and bool(model.taught_taps)
 
 
-def check_teacher_maps(model: nn.Module, loader: Any) -> Mapping[str, Any]:
+def check_teacher_maps(
+    model: nn.Module, loader: Any, batches: Optional[int] = None
+) -> Mapping[str, Any]:
     """Compare what the teacher's cache will hold with what its disk has.
 
     An image counts once for each of its variants (sizes, mirror images), padded as if it were alone.
@@ -37,11 +39,12 @@ def check_teacher_maps(model: nn.Module, loader: Any) -> Mapping[str, Any]:
     Args:
         model: a :class:`~sharedkd.meta_arch.SharedKD` whose teacher has a cache, prepared.
         loader: of the training images.
+        batches: how many the run takes; None: enough for all variants of all images.
 
     Returns:
-        ``folder``; ``images``; ``variants`` of each; ``needed_mb`` for all of them; ``most_mb``, if each
-        meets every size of batch that there can be; ``there_mb``, already in the folder;
-        ``free_mb``.
+        ``folder``; ``images``; ``variants`` of each; ``needed_mb`` for all that are seen; ``most_mb``, if
+        each meets every size of batch that there can be; ``there_mb``, already in the folder, of
+        these sizes, perhaps of other images; ``free_mb``.
 
     Raises:
         ConfigError: the augmentation makes another image each time, or what it makes is not known; the
@@ -55,9 +58,9 @@ def check_teacher_maps(model: nn.Module, loader: Any) -> Mapping[str, Any]:
     steps = _steps(loader.mapper, folder)
     canvases = _canvases(loader.dataset, steps, folder, partial(_canvas, model))
     needed = sum(_bytes(model, canvas) * count for canvas, count in canvases.items())
+    heights, widths = ({canvas[i] for canvas in canvases} for i in (0, 1))
     most = needed
     if loader.total_batch_size > comm.get_world_size():
-        heights, widths = ({canvas[i] for canvas in canvases} for i in (0, 1))
         most = sum(
             count * _bytes(model, larger)
             for (height, width), count in canvases.items()
@@ -65,7 +68,12 @@ def check_teacher_maps(model: nn.Module, loader: Any) -> Mapping[str, Any]:
                 (h for h in heights if h >= height), (w for w in widths if w >= width)
             )
         )
-    there = sum(teacher.kept.size(tap) for tap in model.taught_taps)
+    if batches is not None:
+        largest = _bytes(model, (max(heights), max(widths)))
+        seen = batches * loader.total_batch_size * largest
+        needed, most = min(needed, seen), min(most, seen)
+    endings = [f"-{teacher.kept_setting(canvas, model.input_format)}" for canvas in canvases]
+    there = sum(teacher.kept.size(tap, endings) for tap in model.taught_taps)
     free = room(existing_folder(folder))
     if free < needed - there:
         raise ConfigError(

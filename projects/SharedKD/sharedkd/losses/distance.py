@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -123,10 +123,13 @@ class _StandardisedMSE(torch.autograd.Function):
 
 def _sum(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
     """Sum of a map (N, C, P) over ``dims``, in float32 at least."""
-    if mask is None:
-        return x.sum(dims, keepdim=True, dtype=precision(x))
-    parts = _blocks(x, mask)
-    total = sum((precise(part) * inside).sum(2, keepdim=True) for part, inside in parts)
+    if mask is None and x.dtype == precision(x):
+        return x.sum(dims, keepdim=True)
+    # Not by sum's own dtype: on a CPU it converts the whole map first.
+    total: Any = 0
+    for part, inside in _blocks(x, mask):
+        exact = precise(part) if inside is None else precise(part) * inside
+        total = total + exact.sum(2, keepdim=True)
     return total.sum(0, keepdim=True) if 0 in dims else total
 
 

@@ -1,5 +1,7 @@
 """What this machine's CPU has instructions for."""
 
+import platform
+
 import torch
 
 __all__ = ["has_bfloat16", "trains_channels_last"]
@@ -10,8 +12,11 @@ def has_bfloat16() -> bool:
 
     True also where PyTorch cannot tell.
     """
-    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return ask is None or bool(ask())
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)())
+    # What PyTorch calls supported is also what AVX-512 without these instructions makes up for.
+    kinds = [getattr(torch.cpu, f"_is_{x}_supported", None) for x in ("avx512_bf16", "amx_tile")]
+    return None in kinds or any(ask() for ask in kinds)
 
 
 def trains_channels_last() -> bool:

@@ -71,13 +71,14 @@ class TeacherCache:
         """
         return os.path.join(self.folder, tap, name[:2], f"{name}.safetensors")
 
-    def size(self, tap: str) -> int:
-        """Bytes of all files of ``tap``."""
+    def size(self, tap: str, endings: Sequence[str]) -> int:
+        """Bytes of the files of ``tap`` that belong to names with one of these ``endings``."""
+        files = tuple(f"{ending}.safetensors" for ending in endings)
         return sum(
             os.stat(os.path.join(folder, name)).st_size
             for folder, _, names in os.walk(os.path.join(self.folder, tap))
             for name in names
-            if name.endswith(".safetensors")
+            if name.endswith(files)
         )
 
     def maps(
