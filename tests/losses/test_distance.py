@@ -336,5 +336,5 @@ def test_nothing_of_full_size_is_written_but_the_gradient(
     assert full == [student]
     exact = x.detach().float().requires_grad_()
     Distance("mse", normalize)(exact, y.float(), mask).backward()
-    rounding = 0 if student == torch.float32 else 1e-2
+    rounding = 1e-5 if student == torch.float32 else 1e-2  # sums have another order
     assert (x.grad.float() - exact.grad).abs().max() <= rounding * exact.grad.abs().max()
