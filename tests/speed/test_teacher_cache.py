@@ -368,7 +368,9 @@ def test_a_record_may_bring_its_digest(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("sharedkd.teacher.image_digest", None)  # nobody may call it
     teacher().features([{**A, DIGEST: "ab" * 16}], FPN, "RGB")
     (path,) = (tmp_path / "maps").rglob("*.safetensors")
-    assert path.parent.name == "ab" and path.name == f"{'ab' * 16}-RGB-64x96-float32.safetensors"
+    assert (
+        path.parent.name == "ab" and path.name == f"{'ab' * 16}-RGB-64x96-float32-cpu.safetensors"
+    )
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -609,7 +611,8 @@ def test_preflight_shows_what_maps_take_and_keeps_none(workspace, tmp_path):
     assert f"the teacher's maps: up to 1.0 MB in {maps} (4 images x 2 variants)" in report(found)
     assert "model.teacher.cache" not in json.dumps(found["warnings"])
 
-    found = preflight(config, [*workspace, *opts, "data.short_edge=[32,64]"], measure=False)
+    opts += ["data.short_edge=[32,64]", "train.max_iter=100"]  # long enough to meet all sizes
+    found = preflight(config, [*workspace, *opts], measure=False)
     (warning,) = (x for x in found["warnings"] if x["key"] == "model.teacher.cache")
     # those of 64 x 32 on these and on 64 x 64, 96 x 32 and 96 x 64, too
     most = 16 * map_bytes(96, 64) + 8 * sum(map_bytes(*x) for x in ((64, 32), (64, 64), (96, 32)))
