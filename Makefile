@@ -62,9 +62,9 @@ benchmark: .venv/.ready
 	$(call MEASURE,faster_rcnn_r50_r18,$(R50_R18)) $(RIVALS) $(VARIANTS) --growth --processes 2
 	$(call MEASURE,retinanet_r50_r18,$(RETINANET_R50_R18))
 	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
-	$(call MEASURE,mask_rcnn_r101_r50,$(MASK))
-	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py)
-	$(call MEASURE,faster_rcnn_r101_r50_no_means,faster_rcnn_sharedkd.py) $(NO_MEANS)
+	$(call MEASURE,mask_rcnn_r101_r50,$(MASK)) --starts 1
+	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) --starts 1
+	$(call MEASURE,faster_rcnn_r101_r50_no_means,faster_rcnn_sharedkd.py) $(NO_MEANS) --starts 1
 	$(if $(HAS_BF16),$(call MEASURE,faster_rcnn_r50_r18_bf16,$(R50_R18)) $(BF16))
 	$(if $(HAS_BF16),$(call MEASURE,retinanet_r50_r18_bf16,$(RETINANET_R50_R18)) $(BF16))
 	$(if $(HAS_BF16),$(call MEASURE,faster_rcnn_r101_r50_bf16,faster_rcnn_sharedkd.py) $(BF16))
