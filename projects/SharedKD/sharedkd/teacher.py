@@ -301,7 +301,7 @@ class FrozenTeacher:
         self.check_cacheable(taps)
         sizes = [x["image"].shape[-2:] for x in batched_inputs]
         height, width = self.canvas(sizes, size_divisibility)
-        dtype = self._computes_in()
+        dtype, layout = self._computes_in(), self._layout()
         setting = self.kept_setting((height, width), input_format)
         digests = [x.get(DIGEST) or image_digest(x["image"]) for x in batched_inputs]
         strides = {tap: list(self.shapes[tap]) for tap in sorted(taps)}
@@ -313,7 +313,7 @@ class FrozenTeacher:
 
         found = self.kept.maps([f"{x}-{setting}" for x in digests], strides, compute)
         return {
-            tap: {s: self._stacked([maps[tap][s] for maps in found], dtype) for s in levels}
+            tap: {s: self._stacked([maps[tap][s] for maps in found], dtype, layout) for s in levels}
             for tap, levels in strides.items()
         }
 
@@ -332,7 +332,9 @@ class FrozenTeacher:
             how.append("tf32")
         return "-".join(how)
 
-    def _stacked(self, maps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def _stacked(
+        self, maps: Sequence[Tensor], dtype: torch.dtype, layout: torch.memory_format
+    ) -> Tensor:
         """Kept maps (H, W, C) as the teacher itself would give them, (N, C, H, W)."""
         height, width, channels = maps[0].shape
         device = self.model.pixel_mean.device
@@ -340,7 +342,7 @@ class FrozenTeacher:
             (len(maps), channels, height, width),
             dtype=dtype,
             device=device,
-            memory_format=self._layout(),
+            memory_format=layout,
         )
         for into, x in zip(whole, maps):
             into.copy_(x.to(device).permute(2, 0, 1))
