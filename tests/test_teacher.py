@@ -453,10 +453,27 @@ def test_lower_precision_stays_near_and_is_measured(raw, precision, step):
 def test_precision_does_not_depend_on_the_code_around(raw):
     teacher = raw(precision="float32", fold=False)
     teacher.prepare(torch.bfloat16)
-    expected = raw().features(BATCH, FPN, "RGB")
+    same = raw()
+    same.model.to(memory_format=torch.channels_last)
+    expected = same.features(BATCH, FPN, "RGB")
     with torch.autocast("cpu", torch.bfloat16):
         found = teacher.features(BATCH, FPN, "RGB")
     assert all(torch.equal(found["fpn"][s], x) for s, x in expected["fpn"].items())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_its_maps_have_the_layout_that_it_was_placed_in(raw, layout):
+    """It computes with channels last on a CPU, whatever the student does."""
+    teacher, taps = raw(), frozenset({"fpn", "backbone"})
+    expected = teacher.features(BATCH, taps, "RGB")
+    teacher.model.to(memory_format=layout)
+    teacher.prepare()
+    weights = [x for x in teacher.model.parameters() if x.dim() == 4]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in weights)
+    found = teacher.features(BATCH, taps, "RGB")
+    for tap, levels in found.items():
+        assert all(x.is_contiguous(memory_format=layout) for x in levels.values()), tap
+    assert max(error({"fpn": found[tap]}, {"fpn": expected[tap]}) for tap in taps) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

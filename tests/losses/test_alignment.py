@@ -91,6 +91,20 @@ def test_a_map_pooled_on_the_way_has_the_same_numbers(size):
     torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [(4, 4), (12, 2), (2, 12), (1, 1), (5, 4), (6, 7)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "cropped"])
+def test_pooling_and_its_gradient_are_those_of_adaptive_pooling(layout, size):
+    """In every layout, whether both sides divide, one or none."""
+    x = torch.randn(2, 5, 12, 12, dtype=torch.float64)
+    x = x[:, :3] if layout == "cropped" else x.contiguous(memory_format=layout)
+    x.requires_grad_()
+    found, expected = pool_to(x, size), F.adaptive_avg_pool2d(x, size)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 def test_a_map_is_read_once_for_all_sizes(monkeypatch):
     read = []
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from sharedkd.errors import ConfigError
 from sharedkd.losses.distance import NORMALIZATIONS as NORMALIZED
-from sharedkd.losses.distance import Distance, _blocks
+from sharedkd.losses.distance import Distance, _channels, _positions
 
 KINDS = ("mse", "l1", "smooth_l1", "cosine")
 NORMALIZATIONS = ("none", "channel", "instance", "position")
@@ -132,9 +132,11 @@ def test_large_maps_are_read_in_blocks(monkeypatch, normalize, mask, positions, 
     else:
         x, y = (each.contiguous(memory_format=layout) for each in (x, y))
     n, c, h, w = x.shape
-    monkeypatch.setattr("sharedkd.losses.distance.CPU_BLOCK", positions * n * c)
-    sizes = [part.shape[2] for (part,) in _blocks(x.flatten(2))]
-    assert sum(sizes) == h * w and len(sizes) == -(-h * w // positions)
+    block = positions * n * c
+    read_in_blocks_of(block, monkeypatch)
+    found = blocks(x.flatten(2))
+    assert sum(found) == x.numel() and max(found) <= block
+    assert len(found) >= -(-h * w // positions)
 
     def distance(x, y):
         return Distance("mse", normalize)(x, y, mask)
@@ -144,11 +146,39 @@ def test_large_maps_are_read_in_blocks(monkeypatch, normalize, mask, positions, 
     assert torch.autograd.gradcheck(distance, (x.requires_grad_(), y.requires_grad_()))
 
 
+def read_in_blocks_of(numbers, monkeypatch):
+    for name in ("CPU_BLOCK", "ONE_THREAD"):
+        monkeypatch.setattr(f"sharedkd.losses.distance.{name}", numbers)
+
+
+def blocks(x):
+    """How many numbers of a map (N, C, P) are read at a time."""
+    return [part.numel() for some in _channels(x) for (part,) in _positions(*some)]
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def test_blocks_follow_the_size_of_a_map_and_its_layout():
+    for layout in LAYOUTS:
+        large, small = (
+            torch.zeros(2, 64, side, side).contiguous(memory_format=layout).flatten(2)
+            for side in (100, 30)
+        )
+        assert max(blocks(large)) > 2**17 and max(blocks(small)) < 2**15
+    # channels whose positions lie side by side stay whole
+    first, last = (torch.zeros(2, 64, 90, 100).contiguous(memory_format=x) for x in LAYOUTS)
+    assert {part.shape[2] for (part,) in _channels(first.flatten(2))} == {9000}
+    assert [part.shape[1] for (part,) in _channels(last.flatten(2))] == [64]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("normalize", ["channel", "instance"])
-def test_blocks_of_a_large_map_keep_its_layout(normalize):
-    x = torch.randn(2, 256, 24, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+def test_blocks_of_a_large_map_keep_its_layout(monkeypatch, normalize, layout):
+    read_in_blocks_of(2**15, monkeypatch)
+    x = torch.randn(2, 256, 24, 32).contiguous(memory_format=layout).requires_grad_()
     y = torch.randn(2, 256, 24, 32)
-    assert len(list(_blocks(x.flatten(2)))) > 10
+    assert len(blocks(x.flatten(2))) > 10
     found = Distance("mse", normalize)(x, y)
     standard = (NORMALIZED[normalize](each.double(), None) for each in (x, y))
     expected = torch.nn.functional.mse_loss(*standard)
@@ -319,14 +349,15 @@ def is_map(x):
 @pytest.mark.parametrize("normalize", ["channel", "instance"])
 @pytest.mark.parametrize("student", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_of_full_size_is_written_but_the_gradient(
-    monkeypatch, normalize, mask, student, teacher
+    monkeypatch, normalize, mask, student, teacher, layout
 ):
-    monkeypatch.setattr("sharedkd.losses.distance.CPU_BLOCK", 2**10)
+    read_in_blocks_of(2**10, monkeypatch)
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 2, 8, 30, 30, generator=draw).unbind()
-    x = x.to(student).contiguous(memory_format=torch.channels_last).requires_grad_()
-    y = y.to(teacher).contiguous(memory_format=torch.channels_last)
+    x = x.to(student).contiguous(memory_format=layout).requires_grad_()
+    y = y.to(teacher).contiguous(memory_format=layout)
     if mask is not None:
         mask = (torch.arange(30) < 23).view(1, 1, 30, 1).expand(2, 1, 30, 30)
     with _Written() as written:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from .base import precise, precision
 __all__ = ["Distance", "DISTANCES", "NORMALIZATIONS"]
 
 EPS = 1e-6  # added to a variance: a constant map has a gradient of zero, not NaN
-# How many numbers of a map are read at a time: as many as stay in a core's cache with what is computed
-# of them, and that PyTorch leaves to one thread (to wake a second one takes longer than the operation);
-# on a GPU, enough for all of it.
-CPU_BLOCK, GPU_BLOCK = 2**15 - 1, 2**24
+# How many numbers of a map are read at a time: as many as stay in the cache with what is computed of
+# them.  Of a small map on a CPU, no more than PyTorch leaves to one thread: to wake a second one takes
+# longer than the operation.  On a GPU, enough for all of it.
+CPU_BLOCK, ONE_THREAD, GPU_BLOCK = 2**19, 2**15 - 1, 2**24
 
 
 def _mean(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
@@ -83,11 +83,8 @@ class _StandardisedMSE(torch.autograd.Function):
         else:
             count = mask.sum(dims, keepdim=True).clamp(min=1)
             total = mask.sum().clamp(min=1)
-        mx, my = (_sum(each, mask, dims) / count for each in (x, y))
-        products = _products(x, y, mask, mx, my)
-        if 0 in dims:
-            products = products.sum(1, keepdim=True)
-        vx, vy, covariance = products / count
+        moments = [_moments(a, b, mask, dims, count) for a, b in _channels(x, y)]
+        mx, my, vx, vy, covariance = torch.cat(moments, 2)
         ix, iy = (vx + EPS).rsqrt(), (vy + EPS).rsqrt()
         ux, uy, r = vx * ix.square(), vy * iy.square(), covariance * ix * iy
         ctx.save_for_backward(x, y, mask, mx, my, ix, iy, ux, uy, r)
@@ -109,16 +106,30 @@ class _StandardisedMSE(torch.autograd.Function):
                 found.append(None)
                 continue
             own, whole = scale * (1 - ua + r) * ia.square(), torch.empty_like(a)
-            for into, part, beside, inside in _blocks(whole, a, b, mask):
-                exact = into if into.dtype == own.dtype else None
-                exact = torch.sub(precise(part), ma, out=exact)
-                exact.mul_(own).addcmul_(precise(beside) - mb, other)
-                if inside is not None:
-                    exact.mul_(inside)
-                if exact is not into:
-                    into.copy_(exact)
+            for some in _channels(whole, a, b, ma, mb, own, other):
+                _write_gradient(some, mask)
             found.append(whole)
         return (*found, None, None)
+
+
+def _moments(
+    x: Tensor, y: Tensor, mask: Optional[Tensor], dims: Sequence[int], count: Union[int, Tensor]
+) -> Tensor:
+    """Means of x, y, cx^2, cy^2 and cx cy over ``dims``: (5, N or 1, C, 1).
+
+    Centred before they are multiplied: a constant map gives zeros, not rounding times 1 / EPS.
+    """
+    mx, my = (_sum(each, mask, dims) / count for each in (x, y))
+    sums: Any = 0  # a tensor from the first block on
+    for a, b, inside in _positions(x, y, mask):
+        cx, cy = precise(a) - mx, precise(b) - my
+        if inside is not None:
+            cx.mul_(inside)
+            cy.mul_(inside)
+        products = cx * cy
+        each = (cx.square_(), cy.square_(), products)
+        sums = sums + torch.stack([x.sum(dims, keepdim=True) for x in each])
+    return torch.cat([torch.stack([mx, my]), sums / count])
 
 
 def _sum(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
@@ -127,37 +138,46 @@ def _sum(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
         return x.sum(dims, keepdim=True)
     # Not by sum's own dtype: on a CPU it converts the whole map first.
     total: Any = 0
-    for part, inside in _blocks(x, mask):
+    for part, inside in _positions(x, mask):
         exact = precise(part) if inside is None else precise(part) * inside
-        total = total + exact.sum(2, keepdim=True)
-    return total.sum(0, keepdim=True) if 0 in dims else total
+        total = total + exact.sum(dims, keepdim=True)
+    return total
 
 
-def _products(x: Tensor, y: Tensor, mask: Optional[Tensor], mx: Tensor, my: Tensor) -> Tensor:
-    """Sums over the positions of cx^2, cy^2 and cx cy: (3, N, C, 1).
-
-    Centred before they are multiplied: a constant map gives zeros, not rounding times 1 / EPS.
-    """
-    sums = None
-    for a, b, inside in _blocks(x, y, mask):
-        cx, cy = precise(a) - mx, precise(b) - my
+def _write_gradient(some: Tuple[Tensor, ...], mask: Optional[Tensor]) -> None:
+    """own (a - ma) + other (b - mb), of some channels, into the first of what is given."""
+    into, a, b, ma, mb, own, other = some
+    for there, part, beside, inside in _positions(into, a, b, mask):
+        exact = there if there.dtype == own.dtype else None
+        exact = torch.sub(precise(part), ma, out=exact)
+        exact.mul_(own).addcmul_(precise(beside) - mb, other)
         if inside is not None:
-            cx.mul_(inside)
-            cy.mul_(inside)
-        pairs = (cx, cx), (cy, cy), (cx, cy)
-        if sums is None:
-            sums = [u * v for u, v in pairs]
-            continue
-        for total, (u, v) in zip(sums, pairs):
-            total[..., : u.shape[2]].addcmul_(u, v)
-    return torch.stack([total.sum(2, keepdim=True) for total in sums])
+            exact.mul_(inside)
+        if exact is not there:
+            there.copy_(exact)
 
 
-def _blocks(*maps: Optional[Tensor]) -> Iterator[Tuple[Optional[Tensor], ...]]:
-    """The same positions of each map (N, C, P), some at a time, so that no temporary has full size."""
+def _channels(x: Tensor, *others: Tensor) -> Iterator[Tuple[Tensor, ...]]:
+    """Maps (N, C, P) and numbers (N or 1, C, 1), some channels at a time.
+
+    As many as are a block where the positions of a channel lie side by side, else all.
+    """
+    n, c, positions = x.shape
+    size = max(1, _block(x) // (n * positions)) if x.stride(2) == 1 else c
+    return zip(*(each.split(size, 1) for each in (x, *others)))
+
+
+def _positions(*maps: Optional[Tensor]) -> Iterator[Tuple[Optional[Tensor], ...]]:
+    """The same positions of each map (N, C, P), a block at a time, so that no temporary has full size."""
     n, c, _ = maps[0].shape
-    size = max(1, (CPU_BLOCK if maps[0].device.type == "cpu" else GPU_BLOCK) // (n * c))
+    size = max(1, _block(maps[0]) // (n * c))
     return zip(*(repeat(None) if x is None else x.split(size, 2) for x in maps))
+
+
+def _block(x: Tensor) -> int:
+    if x.device.type != "cpu":
+        return GPU_BLOCK
+    return CPU_BLOCK if x.numel() >= CPU_BLOCK // 4 else ONE_THREAD
 
 
 @dataclass(frozen=True)

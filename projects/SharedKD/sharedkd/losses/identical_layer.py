@@ -62,7 +62,10 @@ class IdenticalLayer(DistillationLoss):
         return ", ".join(words) or "as they are"
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
-        targets = shared_targets(batch.teacher[self.tap], self.strides, self.share)
+        # A mean is one of each channel: those that the student does not have need none.
+        width = max(batch.student[self.tap][stride].shape[1] for stride in self.strides)
+        maps = {stride: x[:, :width] for stride, x in batch.teacher[self.tap].items()}
+        targets = shared_targets(maps, self.strides, self.share)
         terms = {}
         for stride in self.strides:
             s, t = align(batch.student[self.tap][stride], targets[stride].detach())
