@@ -58,7 +58,7 @@ RETINANET_R50_R18 = custom_coco_retinanet.py model.teacher.config=COCO-Detection
 R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
 
 benchmark: .venv/.ready
-	rm -rf output/benchmark/maps
+	rm -rf output/benchmark
 	$(call MEASURE,faster_rcnn_r50_r18,$(R50_R18)) $(RIVALS) $(VARIANTS) --growth --processes 2
 	$(call MEASURE,retinanet_r50_r18,$(RETINANET_R50_R18))
 	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
@@ -70,7 +70,7 @@ benchmark: .venv/.ready
 	$(if $(HAS_BF16),$(call MEASURE,faster_rcnn_r101_r50_bf16,faster_rcnn_sharedkd.py) $(BF16))
 	$(if $(HAS_BF16),$(call MEASURE,mask_rcnn_r101_r50_bf16,$(MASK)) $(BF16))
 	$(if $(HAS_BF16),$(call MEASURE,retinanet_r101_r50_bf16,retinanet_sharedkd.py) $(BF16))
-	.venv/bin/python tools/benchmark_tables.py output/benchmark docs/performance.md
+	.venv/bin/python tools/benchmark_tables.py output/benchmark docs/results/performance docs/performance.md
 
 # `*.*` leaves out __pycache__, which an installation touches.
 .venv/.ready: requirements.txt setup.py packaging/setup_env.py $(wildcard packaging/detectron2/*.*)

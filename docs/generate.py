@@ -250,7 +250,8 @@ def _choice(records: Mapping[str, Mapping[str, Any]]) -> str:
         m for m in records["two"]["methods"] if all(m in r["methods"] for r in records.values())
     ]
     baseline = records["two"]["baseline"]
-    times = step_ratios((ROOT / "docs/performance.md").read_text())
+    measured = (ROOT / "docs/results/performance").glob("*/cpu_320x2_faster_rcnn_r50_r18.json")
+    times = step_ratios(json.loads(min(measured).read_text()))
     rows = []
     for method in common:
         if method == baseline:
@@ -274,17 +275,15 @@ def _choice(records: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(titles, rows)
 
 
-def step_ratios(page: str) -> Dict[str, str]:
-    """Recipe -> its step over the plain student's, of the methods that docs/performance.md measures.
+def step_ratios(result: Mapping[str, Any]) -> Dict[str, str]:
+    """Recipe -> its step over the plain student's, of the methods that a benchmark measured.
 
     The other methods were timed beside Shared-KD: theirs is its ratio over "Shared-KD / method".
     """
-    row = re.search(r"^\| cpu_320x2_faster_rcnn_r50_r18 .*$", page, re.M)
-    ours = float(row[0].split("|")[4].split()[0])
-    others = re.findall(
-        r"^\| (\w+) +\| [\d.]+ +\| ([\d.]+) \([\d.]+ to [\d.]+\) +\| [\d.]+ ", page, re.M
-    )
-    return {"shared_kd": f"{ours:.2f}", **{n: f"{ours / float(x):.2f}" for n, x in others}}
+    medians = {name: x["median"] for name, x in result["ratios"].items()}
+    ours, beside = medians["over_plain"], "distill/"
+    others = {k[len(beside) :]: ours / x for k, x in medians.items() if k.startswith(beside)}
+    return {name: f"{x:.2f}" for name, x in {"shared_kd": ours, **others}.items()}
 
 
 def _finished(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]:

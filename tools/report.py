@@ -21,7 +21,8 @@ import argparse
 from pathlib import Path
 
 from sharedkd.analysis.report import write_report
-from sharedkd.analysis.tensorboard import comparison_record, write_events
+from sharedkd.analysis.scores import read_comparison
+from sharedkd.analysis.tensorboard import write_events
 from sharedkd.errors import ConfigError
 from sharedkd.running.runs import short
 
@@ -41,7 +42,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         if args.tensorboard:
-            write_events(args.folder, comparison_record(args.folder))
+            write_events(args.folder, read_comparison(args.folder, "--tensorboard"))
         path = write_report(args.folder, args.output, args.features, args.detections)
     except ConfigError as e:
         sys.exit(f"error: {e}")

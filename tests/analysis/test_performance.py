@@ -9,6 +9,7 @@ from sharedkd.analysis.performance import (
     END,
     document,
     growth,
+    keep,
     operations,
     rivals,
     summary,
@@ -26,7 +27,7 @@ def result(**changes):
         "precision": "float32",
         "teacher_precision": "bfloat16",
         "teacher_deviation": {"4": 0.002, "8": 0.004},
-        "hardware": "some CPU",
+        "hardware": "some CPU (AVX2), 2 thread(s)",
         "overhead": 0.8,
         "versions": {"torch": "2"},
         "ratios": {
@@ -110,23 +111,50 @@ def test_growth():
 
 
 def test_document_is_filled_between_its_markers_and_can_be_filled_again(tmp_path):
-    (tmp_path / "pair.json").write_text(json.dumps(result()))
+    measured, records = tmp_path / "measured", tmp_path / "records"
+    measured.mkdir()
+    (measured / "pair.json").write_text(json.dumps(result()))
+    keep(measured, records)
     path = tmp_path / "performance.md"
     path.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end\n")
-    document(tmp_path, path)
+    document(records, path)
     text = path.read_text()
     assert text.startswith("# Title\n\n") and text.endswith("\n\nThe end\n") and "old" not in text
+    assert "### some CPU (AVX2), 2 thread(s)\n" in text
     assert "teacher in bfloat16 (its maps of a random image change by 0.4 % at most)" in text
     assert "`tools/benchmark.py --rounds 3`" in text
-    assert (tmp_path / "images/benchmark_parts.png").read_bytes().startswith(b"\x89PNG")
-    document(tmp_path, path)
+    plot = "images/benchmark_some_cpu_avx2_2_thread_s.png"
+    assert f"]({plot})" in text and (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+    document(records, path)
     assert path.read_text() == text
 
 
+def test_machines_keep_their_records_side_by_side(tmp_path):
+    measured, records, path = tmp_path / "measured", tmp_path / "records", tmp_path / "page.md"
+    measured.mkdir()
+    path.write_text(f"{BEGIN}{END}")
+    for hardware, overhead in (("CPU A", 0.8), ("CPU B", 0.6), ("CPU A", 0.7)):
+        found = result(hardware=hardware)
+        found["ratios"]["overhead"] = {"median": overhead, "low": 0.5, "high": 1.0}
+        (measured / "pair.json").write_text(json.dumps(found))
+        keep(measured, records)
+    document(records, path)
+    first, second = path.read_text().split("### CPU ")[1:]
+    assert cells(first, "pair")[1] == "0.700 (0.500 to 1.000)"  # the later one
+    assert cells(second, "pair")[1] == "0.600 (0.500 to 1.000)"
+
+
 def test_nothing_to_write(tmp_path):
-    path = tmp_path / "performance.md"
+    path, records = tmp_path / "performance.md", tmp_path / "records"
+    path.write_text("no markers")
+    with pytest.raises(ValueError, match="no .*json in"):
+        keep(tmp_path, records)
+    path.write_text(f"{BEGIN}{END}")
+    with pytest.raises(ValueError, match="no .*json in"):
+        document(records, path)
     path.write_text("no markers")
     (tmp_path / "pair.json").write_text(json.dumps(result()))
-    with pytest.raises(ValueError, match="no markers|no <!-- benchmark"):
-        document(tmp_path, path)
+    keep(tmp_path, records)
+    with pytest.raises(ValueError, match="no <!-- benchmark"):
+        document(records, path)
     assert path.read_text() == "no markers"

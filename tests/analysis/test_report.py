@@ -553,7 +553,7 @@ def test_folders_that_hold_nothing(tmp_path):
     with pytest.raises(ConfigError, match="holds neither a run nor a comparison"):
         write_report(tmp_path)
     (tmp_path / "results.json").write_text('{"arms": [')
-    with pytest.raises(ConfigError, match="results.json that cannot be read"):
+    with pytest.raises(ConfigError, match=r"results\.json: cannot be read"):
         write_report(tmp_path)
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from sharedkd.analysis.tensorboard import comparison_record, write_events
+from sharedkd.analysis.scores import read_comparison
+from sharedkd.analysis.tensorboard import write_events
 from sharedkd.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ def written(tmp_path):
     folder = folders.comparison(tmp_path / "cmp", {"none": [30.0, 31.0], "a": [32.5, None]})
     Image.new("RGB", (8, 4), (0, 128, 255)).save(folder / "cost.png")
     folders.features(folder / "features")
-    record = comparison_record(folder)
+    record = read_comparison(folder, "--tensorboard")
     for _ in range(2):  # the second replaces the first
         write_events(folder, record)
     return folder / "tensorboard"
@@ -64,10 +65,10 @@ def test_pictures(written):
 
 def test_a_run_is_no_comparison(tmp_path):
     with pytest.raises(ConfigError, match="holds no comparison"):
-        comparison_record(folders.run(tmp_path / "run"))
+        read_comparison(folders.run(tmp_path / "run"), "--tensorboard")
 
 
 def test_a_damaged_comparison(tmp_path):
     (tmp_path / "results.json").write_text('{"arms": [')
     with pytest.raises(ConfigError, match=r"results\.json: cannot be read: .*compare once more"):
-        comparison_record(tmp_path)
+        read_comparison(tmp_path, "--tensorboard")

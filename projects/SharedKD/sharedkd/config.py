@@ -48,7 +48,7 @@ TRAIN_DEFAULTS = dict(
         enabled=False,  # mixed precision
         dtype=None,  # float16 or bfloat16; None: float16 on CUDA, else bfloat16
     ),
-    channels_last=None,  # memory layout of student and teacher, equal up to rounding; None: the faster one
+    channels_last=None,  # memory layout of student and maps, equal up to rounding; None: the faster one
     fold_norms=True,  # the student's frozen norms, in each step: faster, equal up to rounding
     fast_roi_align=True,  # RoIAlign in training on a CPU reads listed positions: faster, equal up to rounding
     keep_memory=True,  # on a CPU, use freed memory again instead of returning it: faster (glibc)

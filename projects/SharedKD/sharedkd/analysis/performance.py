@@ -6,6 +6,9 @@ A result is a plain dict as ``tools/benchmark.py --json`` writes it, see
 
 import json
 import os
+import re
+import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Dict, List, Mapping
 
@@ -17,6 +20,7 @@ from ..checkpoints.files import replace
 __all__ = [
     "document",
     "growth",
+    "keep",
     "operations",
     "plot_parts",
     "rivals",
@@ -26,7 +30,6 @@ __all__ = [
 ]
 
 BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
-PLOT = "benchmark_parts.png"
 KEPT = ("teacher_weights", "teacher_maps", "gradients")
 # Of Okabe and Ito's palette, which people with any colour vision can tell apart.
 PARTS = dict(
@@ -206,25 +209,53 @@ def plot_parts(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def document(folder: Path, path: Path) -> None:
-    """Put the tables of all benchmarks of a folder between the markers of a Markdown file.
+def keep(folder: Path, records: Path) -> None:
+    """Put what was measured beside the records of other machines, over older ones of the same.
 
     Args:
         folder: holds ``<name>.json`` files.
-        path: the document; the plot goes to ``images/`` beside it.
+        records: of all machines; a file becomes ``<machine>/<name>.json`` in it.
+
+    Raises:
+        ValueError: no such files.
+    """
+    found = sorted(folder.glob("*.json"))
+    if not found:
+        raise ValueError(f"no *.json in {folder}")
+    for path in found:
+        machine = re.sub(r"\W+", "_", json.loads(path.read_text())["hardware"]).strip("_").lower()
+        os.makedirs(records / machine, exist_ok=True)
+        shutil.copyfile(path, records / machine / path.name)
+
+
+def document(records: Path, path: Path) -> None:
+    """Put the tables of all benchmarks between the markers of a Markdown file, by machine.
+
+    Args:
+        records: see :func:`keep`.
+        path: the document; plots go to ``images/`` beside it.
 
     Raises:
         ValueError: no benchmarks, or no markers.
     """
-    results = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
-    text = path.read_text()
-    if not results or BEGIN not in text or END not in text:
-        raise ValueError(f"no *.json in {folder}, or no {BEGIN} ... {END} in {path}")
-    blocks: List[str] = [
-        summary(results),
-        f"![Parts of a step](images/{PLOT})",
-        operations(results),
-    ]
+    text, files = path.read_text(), sorted(records.glob("*/*.json"))
+    if not files or BEGIN not in text or END not in text:
+        raise ValueError(f"no */*.json in {records}, or no {BEGIN} ... {END} in {path}")
+    os.makedirs(path.parent / "images", exist_ok=True)
+    blocks: List[str] = []
+    for machine, some in groupby(files, lambda file: file.parent.name):
+        results = {file.stem: json.loads(file.read_text()) for file in some}
+        plot = f"images/benchmark_{machine}.png"
+        replace(str(path.parent / plot), lambda f: plot_parts(results).savefig(f, dpi=120))
+        blocks += [f"### {next(iter(results.values()))['hardware']}", *_section(results, plot)]
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    filled = "\n\n".join([head + BEGIN, *blocks, END + tail])
+    replace(str(path), lambda f: f.write(filled.encode()))
+
+
+def _section(results: Mapping[str, Dict[str, Any]], plot: str) -> List[str]:
+    """The tables of one machine."""
+    blocks = [summary(results), f"![Parts of a step]({plot})", operations(results)]
     for name, result in results.items():
         if len(_methods(result)) > 1:
             blocks.append(f"{name}, beside other methods:\n\n{rivals(result)}")
@@ -232,12 +263,7 @@ def document(folder: Path, path: Path) -> None:
             blocks.append(f"{name}, in other ways:\n\n{variants(result)}")
         if "growth" in result:
             blocks.append(f"{name}, other sizes:\n\n{growth(result)}")
-    blocks += [_circumstances(name, result) for name, result in results.items()]
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    filled = "\n\n".join([head + BEGIN, *blocks, END + tail])
-    os.makedirs(path.parent / "images", exist_ok=True)
-    replace(str(path.parent / "images" / PLOT), lambda f: plot_parts(results).savefig(f, dpi=120))
-    replace(str(path), lambda f: f.write(filled.encode()))
+    return [*blocks, *(_circumstances(name, result) for name, result in results.items())]
 
 
 def _circumstances(name: str, result: Dict[str, Any]) -> str:
@@ -251,7 +277,7 @@ def _circumstances(name: str, result: Dict[str, Any]) -> str:
     return (
         f"`{name}`: {len(result['images'])} images of {height} x {width}, step in "
         f"{result['precision']}, teacher in {result['teacher_precision']} (its maps of a random image "
-        f"change by {100 * deviation:.2g} % at most); {result['hardware']}; {versions}. Command: "
+        f"change by {100 * deviation:.2g} % at most); {versions}. Command: "
         f"`{' '.join(result['command'])}`.{several}"
     )
 

@@ -15,12 +15,16 @@ All functions read one record, a plain dict as ``results.json`` holds it:
 A value that is NaN or None counts as one that is not there.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from scipy.stats import t
+
+from ..errors import ConfigError
 
 __all__ = [
     "CONFIDENCE",
@@ -37,6 +41,7 @@ __all__ = [
     "mean_of",
     "measured",
     "minutes_of",
+    "read_comparison",
     "score_of",
     "scores_of",
     "tasks_of",
@@ -45,6 +50,21 @@ __all__ = [
 CONFIDENCE = 0.95  #: of every interval
 TASKS = {"bbox": "box", "segm": "mask"}  #: as Detectron2's evaluator calls them -> in words
 MORE_METRICS = ("AP50", "AP75", "APs", "APm", "APl")
+
+
+def read_comparison(folder: Path, key: str) -> Dict[str, Any]:
+    """The record of the comparison in ``folder``, which the user named by ``key``.
+
+    Raises:
+        ConfigError: the folder has none, or a damaged one.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise ConfigError(key, folder, "holds no comparison", "name the folder of one")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise ConfigError(key, path, f"cannot be read: {e}", "compare once more") from e
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[float, float]:

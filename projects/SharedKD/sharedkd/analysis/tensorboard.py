@@ -4,7 +4,6 @@ The scalars of each arm, stage by stage, are in the arms' own folders, where Det
 them during training; ``tensorboard --logdir DIR`` shows both.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Dict, Mapping
 
@@ -13,34 +12,13 @@ from PIL import Image
 
 from ..checks.plain_config import leaves
 from ..compare import folder_name
-from ..errors import ConfigError
 from .scores import TASKS
 
-__all__ = ["comparison_record", "write_events"]
+__all__ = ["write_events"]
 
 FOLDER = "tensorboard"
 _PICTURES = (".", "features", "detections")  # folders
 _SETTINGS = ("model.stages.", "optimizer.lr", "train.max_iter")  # what arms may differ in
-
-
-def comparison_record(folder: Path) -> Mapping[str, Any]:
-    """The results.json of the comparison in ``folder``.
-
-    Raises:
-        ConfigError: the folder has none, or a damaged one.
-    """
-    path = folder / "results.json"
-    if not path.is_file():
-        raise ConfigError(
-            "--tensorboard",
-            folder,
-            "holds no comparison",
-            "name the folder of one, or leave it out",
-        )
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise ConfigError("--tensorboard", path, f"cannot be read: {e}", "compare once more") from e
 
 
 def write_events(folder: Path, record: Mapping[str, Any]) -> None:

@@ -138,14 +138,13 @@ def changes(folder: Union[str, Path], cfg: DictConfig) -> List[Change]:
         path = os.path.join(temporary, "config.yaml")
         LazyConfig.save(cfg, path)  # which does not raise where it cannot
         now = _plain(path, folder, "the config to go on with, written as yaml,")
-    found = [change for change in _differences("", then, now) if not _below(change[0], FREE)]
-    return [change for change in found if not _kept_elsewhere(*change)]
+    return [change for change in _differences("", then, now) if not _is_free(*change)]
 
 
-def _kept_elsewhere(key: str, then: Any, now: Any) -> bool:
+def _is_free(key: str, then: Any, now: Any) -> bool:
     """The folder of the teacher's maps may be another; with one they are rounded, without they are not."""
     kept = [folder not in (None, "not set") for folder in (then, now)]
-    return key == "model.teacher.cache" and kept[0] == kept[1]
+    return _below(key, FREE) or (key == "model.teacher.cache" and kept[0] == kept[1])
 
 
 def differences(then: str, now: str) -> List[Change]:

@@ -1,7 +1,7 @@
 """What a single value of a config may be."""
 
 import math
-from typing import Any, Sequence
+from typing import Any, Collection, Sequence
 
 from ..errors import ConfigError
 
@@ -76,7 +76,7 @@ def check_names(key: str, value: Any) -> None:
         raise ConfigError(key, repr(value), "is no list of names", "use [], [A] or [A,B]")
 
 
-def check_choice(key: str, value: Any, known: Sequence[str]) -> None:
+def check_choice(key: str, value: Any, known: Collection[str]) -> None:
     """Raises:
     ConfigError: ``value``, that of ``key``, is none of the ``known`` names.
     """

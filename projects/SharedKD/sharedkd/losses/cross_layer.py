@@ -5,6 +5,7 @@ from typing import Dict, List, Optional, Tuple
 
 from torch import Tensor
 
+from ..checks.rules import check_choice
 from ..errors import ConfigError
 from .alignment import Pooled, align
 from .base import Batch, DistillationLoss, Shapes
@@ -54,9 +55,8 @@ class CrossLayer(DistillationLoss):
         ignore_padding: bool = True,
     ):
         super().__init__(tap, strides)
-        for key, value, known in (("pairs", pairs, PAIRS), ("direction", direction, DIRECTIONS)):
-            if value not in known:
-                raise ConfigError(key, value, "no such name", f"use one of {', '.join(known)}")
+        check_choice("pairs", pairs, PAIRS)
+        check_choice("direction", direction, DIRECTIONS)
         self.pairs = pairs
         self.direction = direction
         self.distance = Distance(distance, normalize)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..errors import ConfigError
+from ..checks.rules import check_choice
 from .base import precise, precision
 
 __all__ = ["Distance", "DISTANCES", "NORMALIZATIONS"]
@@ -126,10 +126,19 @@ def _moments(
         if inside is not None:
             cx.mul_(inside)
             cy.mul_(inside)
-        products = cx * cy
-        each = (cx.square_(), cy.square_(), products)
-        sums = sums + torch.stack([x.sum(dims, keepdim=True) for x in each])
+        products = (cx * cy).sum(dims, keepdim=True)
+        squares = [_sum_of_squares(each, dims) for each in (cx, cy)]
+        sums = sums + torch.stack([*squares, products])
     return torch.cat([torch.stack([mx, my]), sums / count])
+
+
+def _sum_of_squares(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Sum of the squares of ``x`` (N, C, P) over ``dims``; ``x`` may be overwritten."""
+    if x.stride(2) != 1:
+        return x.square_().sum(dims, keepdim=True)
+    # Positions that lie side by side are read once, and nothing is written.
+    each = torch.linalg.vector_norm(x, dim=2, keepdim=True).square_()
+    return each.sum(0, keepdim=True) if 0 in dims else each
 
 
 def _sum(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
@@ -203,12 +212,8 @@ class Distance:
     normalize: str = "none"
 
     def __post_init__(self) -> None:
-        for key, value, known in (
-            ("distance", self.kind, DISTANCES),
-            ("normalize", self.normalize, NORMALIZATIONS),
-        ):
-            if value not in known:
-                raise ConfigError(key, value, "no such name", f"use one of {', '.join(known)}")
+        check_choice("distance", self.kind, DISTANCES)
+        check_choice("normalize", self.normalize, NORMALIZATIONS)
 
     def __call__(self, x: Tensor, y: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """

@@ -4,7 +4,7 @@ from typing import Dict, List, Optional
 
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..checks.rules import check_choice
 from .alignment import align
 from .base import Batch, DistillationLoss
 from .distance import Distance
@@ -47,8 +47,7 @@ class IdenticalLayer(DistillationLoss):
         ignore_padding: bool = True,
     ):
         super().__init__(tap, strides)
-        if share not in SHARES:
-            raise ConfigError("share", share, "no such name", f"use one of {', '.join(SHARES)}")
+        check_choice("share", share, SHARES)
         self.share = share
         self.distance = Distance(distance, normalize)
         self.ignore_padding = ignore_padding

@@ -5,7 +5,7 @@ from typing import Dict, List, Optional
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..checks.rules import check_choice
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes
 from .distance import Distance
@@ -63,9 +63,7 @@ class PKD(DistillationLoss):
         ignore_padding: bool = False,
     ):
         super().__init__(tap, strides)
-        if statistics not in STATISTICS:
-            known = ", ".join(STATISTICS)
-            raise ConfigError("statistics", statistics, "no such name", f"use one of {known}")
+        check_choice("statistics", statistics, STATISTICS)
         self.statistics = statistics
         self.adapter = adapter
         self.ignore_padding = ignore_padding

@@ -1,6 +1,5 @@
 """What a report is made from: the files of a run, of a comparison, or of a folder of runs."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from ...compare import folder_name
 from ...errors import ConfigError
 from ...running.record import read_record
 from ..pictures import read_curves
+from ..scores import read_comparison
 
 __all__ = ["RunData", "Source", "is_distilled", "read_source"]
 
@@ -134,12 +134,7 @@ def _has_trained(folder: Path) -> bool:
 
 
 def _comparison(folder: Path) -> Source:
-    try:
-        record = json.loads((folder / "results.json").read_text())
-    except ValueError as e:
-        raise ConfigError(
-            "DIR", folder, f"has a results.json that cannot be read: {e}", "compare once more"
-        ) from e
+    record = read_comparison(folder, "DIR")
     # Recipes are known by their names here, whatever folder they are from.
     record["methods"] = [folder_name(method) for method in record["methods"]]
     record["configs"] = {folder_name(m): c for m, c in (record.get("configs") or {}).items()}
