@@ -38,7 +38,7 @@ torture: .venv/.ready
 	.venv/bin/python tools/torture.py --kills $(KILLS) --steps $(STEPS) --arms $(ARMS)
 	HYPOTHESIS_PROFILE=torture FUZZ_EXAMPLES=$(FUZZ) .venv/bin/python -m pytest -q -s tests/data/test_fuzz_coco.py
 
-# Fills docs/performance.md: make benchmark DEVICE=cuda SIZE=800 BATCH=8
+# Fills docs/results/performance and docs/performance.md: make benchmark DEVICE=cuda SIZE=800 BATCH=8
 DEVICE ?= cpu
 SIZE ?= 320
 BATCH ?= 2
@@ -58,12 +58,12 @@ RETINANET_R50_R18 = custom_coco_retinanet.py model.teacher.config=COCO-Detection
 R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
 
 benchmark: .venv/.ready
-	rm -rf output/benchmark
+	rm -rf output/benchmark/maps
 	$(call MEASURE,faster_rcnn_r50_r18,$(R50_R18)) $(RIVALS) $(VARIANTS) --growth --processes 2
 	$(call MEASURE,retinanet_r50_r18,$(RETINANET_R50_R18))
 	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
 	$(call MEASURE,mask_rcnn_r101_r50,$(MASK)) --starts 1
-	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) --starts 1
+	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) --starts 1 --rounds 6
 	$(call MEASURE,faster_rcnn_r101_r50_no_means,faster_rcnn_sharedkd.py) $(NO_MEANS) --starts 1
 	$(if $(HAS_BF16),$(call MEASURE,faster_rcnn_r50_r18_bf16,$(R50_R18)) $(BF16))
 	$(if $(HAS_BF16),$(call MEASURE,retinanet_r50_r18_bf16,$(RETINANET_R50_R18)) $(BF16))

@@ -166,10 +166,25 @@ def test_blocks_follow_the_size_of_a_map_and_its_layout():
             for side in (100, 30)
         )
         assert max(blocks(large)) > 2**17 and max(blocks(small)) < 2**15
-    # channels whose positions lie side by side stay whole
-    first, last = (torch.zeros(2, 64, 90, 100).contiguous(memory_format=x) for x in LAYOUTS)
-    assert {part.shape[2] for (part,) in _channels(first.flatten(2))} == {9000}
-    assert [part.shape[1] for (part,) in _channels(last.flatten(2))] == [64]
+    # channels whose positions lie side by side stay whole, in parts of about one size
+    first, last = (
+        torch.zeros(2, 64, 90, 100).contiguous(memory_format=x).flatten(2) for x in LAYOUTS
+    )
+    assert blocks(first) == [2 * channels * 9000 for channels in (22, 21, 21)]
+    assert [part.shape[1] for (part,) in _channels(last)] == [64]
+    assert [part.shape[1] for part, _ in _channels(first, last)] == [64]  # of one map they do not
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_equal_large_maps_rounding_is_left(layout):
+    x = torch.randn(1, 8, 200, 334, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    loss = Distance("mse", "channel")(x, x.detach().clone(memory_format=torch.preserve_format))
+    assert 0 <= loss.item() < 1e-5
+    loss.backward()
+    other = Distance("mse", "channel")(x, x.detach().flip(0, 2, 3))
+    (usual,) = torch.autograd.grad(other, x)
+    assert x.grad.abs().max() < 1e-4 * usual.abs().max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -87,6 +87,7 @@ def test_command_line(tmp_path):
         *("--starts", "1"),
         *("--processes", "2", "--variant", "train.channels_last=False"),
         *("--json", str(tmp_path / "deeper/out.json"), "train.amp.enabled=False"),
+        "train.keep_memory=False",  # no process for Detectron2's arms
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

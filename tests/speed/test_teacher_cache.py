@@ -124,13 +124,17 @@ def test_an_entry_does_not_depend_on_the_other_images_of_its_batch(teacher, tmp_
     assert not torch.equal(together, apart)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_memory_layout_is_that_of_the_teachers_own_maps(teacher, layout):
+def test_memory_layout_is_that_of_the_teachers_own_maps(teacher, layout, prepared):
     cached, plain = teacher(), teacher(cache=None)
     for each in (cached, plain):
         each.model.to(memory_format=layout)
+        if prepared:
+            each.prepare()
     found, expected = (each.features([A, B], FPN, "RGB")["fpn"] for each in (cached, plain))
     assert [x.stride() for x in found.values()] == [x.stride() for x in expected.values()]
+    assert all(x.is_contiguous(memory_format=layout) for x in found.values())
 
 
 def test_another_canvas_is_another_entry(teacher, tmp_path):

@@ -247,7 +247,7 @@ def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:
 
 
 def memory_layout(cfg: DictConfig) -> torch.memory_format:
-    """Of convolutions' weights and maps, as ``cfg.train.channels_last`` says."""
+    """Of the student's weights and of all maps that losses read, as ``cfg.train.channels_last`` says."""
     wanted = cfg.train.channels_last
     if wanted is None:
         wanted = torch.device(cfg.train.device).type != "cpu" or trains_channels_last()

@@ -118,9 +118,8 @@ class FrozenTeacher:
         self.fold, self.precision, self.compile, self.cache = fold, precision, compile, cache
         self._tap = FeatureTap(self.model)
         self.dtype: Optional[torch.dtype] = None  # None: as the code around it computes
-        self._gives: Optional[torch.memory_format] = (
-            None  # None: maps as its convolutions write them
-        )
+        # The layout that maps are brought to; None: as convolutions write them.
+        self._gives: Optional[torch.memory_format] = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -198,8 +197,8 @@ class FrozenTeacher:
         self.dtype = dtype
         if dtype is not torch.float32:
             self.model.backbone.to(dtype)
-        self._gives = self._layout()
-        if device.type == "cpu":
+        if device.type == "cpu" and self._layout() is not torch.channels_last:
+            self._gives = self._layout()
             self.model.to(memory_format=torch.channels_last)
         if self.compile:
             compile_backbone(self.model)
@@ -287,7 +286,13 @@ class FrozenTeacher:
         if self.cache is not None:
             return self._kept_features(batched_inputs, taps, input_format, size_divisibility)
         images = self.preprocess(batched_inputs, input_format, size_divisibility)
-        return self._run(images.tensor, taps)
+        maps = self._run(images.tensor, taps)
+        if self._gives is not None:
+            for levels in maps.values():
+                for stride, x in levels.items():
+                    if x.is_contiguous(memory_format=torch.channels_last):  # a convolution's
+                        levels[stride] = x.contiguous(memory_format=self._gives)
+        return maps
 
     def _run(self, images: Tensor, taps: FrozenSet[str]) -> Maps:
         """The maps of images that :meth:`preprocess` made."""
@@ -295,12 +300,7 @@ class FrozenTeacher:
             pyramid = self.model.backbone(images)
             if taps & HEAD_TAPS:
                 self._tap.head.run(pyramid)
-        if self._gives is None:
-            return maps
-        return {
-            tap: {s: x.contiguous(memory_format=self._gives) for s, x in levels.items()}
-            for tap, levels in maps.items()
-        }
+        return maps
 
     def _kept_features(
         self,

@@ -1,6 +1,5 @@
 """Which trained detectors are looked at: by name, from a run, from a comparison, with their teacher."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -14,6 +13,7 @@ from ..config import construct, load_config, student_only
 from ..errors import ConfigError
 from ..parts import num_classes
 from ..teacher import FrozenTeacher
+from .scores import read_comparison
 
 __all__ = ["Detector", "Source", "load_detectors", "sources"]
 
@@ -121,7 +121,7 @@ def _has_teacher(config: Path) -> bool:
 
 
 def _of_comparison(folder: Path, methods: Sequence[str], seed: Optional[int]) -> List[Source]:
-    record = json.loads((folder / "results.json").read_text())
+    record = read_comparison(folder, "DIR")
     runs: Dict[str, Dict[int, Path]] = {}
     for arm in record["arms"]:
         # An arm's config has the name of its method's folder.

@@ -1,6 +1,6 @@
 """What a comparison of methods measured: scores over seeds, their intervals, paired differences.
 
-All functions read one record, a plain dict as ``results.json`` holds it:
+All functions but :func:`read_comparison` take one record, a plain dict as ``results.json`` holds it:
 
 * "methods": names in the order of the report; "a@b" is method a trained for the time of method b;
 * "baseline": the method that the others are compared with;

@@ -169,11 +169,12 @@ def _write_gradient(some: Tuple[Tensor, ...], mask: Optional[Tensor]) -> None:
 def _channels(x: Tensor, *others: Tensor) -> Iterator[Tuple[Tensor, ...]]:
     """Maps (N, C, P) and numbers (N or 1, C, 1), some channels at a time.
 
-    As many as are a block where the positions of a channel lie side by side, else all.
+    About as many as are a block where the positions of a channel lie side by side, else all.
     """
     n, c, positions = x.shape
-    size = max(1, _block(x) // (n * positions)) if x.stride(2) == 1 else c
-    return zip(*(each.split(size, 1) for each in (x, *others)))
+    together = all(each.stride(2) == 1 for each in (x, *others))
+    size = max(1, _block(x) // (n * positions)) if together else c
+    return zip(*(each.tensor_split(-(-c // size), 1) for each in (x, *others)))
 
 
 def _positions(*maps: Optional[Tensor]) -> Iterator[Tuple[Optional[Tensor], ...]]:
