@@ -476,6 +476,20 @@ def test_its_maps_have_the_layout_that_it_was_placed_in(raw, layout):
     assert max(error({"fpn": found[tap]}, {"fpn": expected[tap]}) for tap in taps) < 1e-5
 
 
+def test_maps_of_a_prepared_dense_head():
+    """They are what they were, and anchors are still one copy for all images."""
+    teacher = FrozenTeacher(tiny.detector("retinanet", seed=1), "", input_format="RGB")
+    taps = frozenset({"fpn", "logits", "deltas", "boxes", "anchors"})
+    expected = teacher.features(BATCH, taps, "RGB")
+    teacher.prepare()
+    found = teacher.features(BATCH, taps, "RGB")
+    assert found.keys() == expected.keys() == taps
+    for tap in taps:
+        assert error({"fpn": found[tap]}, {"fpn": expected[tap]}) < 1e-5, tap
+    assert {x.stride(0) for x in found["anchors"].values()} == {0}
+    assert all(x.is_contiguous() for x in found["logits"].values())
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_prepared_teacher_still_detects(raw, precision):
     expected = raw().predict(BATCH, "RGB")[0]["instances"]
