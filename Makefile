@@ -42,7 +42,7 @@ torture: .venv/.ready
 DEVICE ?= cpu
 SIZE ?= 320
 BATCH ?= 2
-ROUNDS ?= 3
+ROUNDS ?= 5
 MEASURE = .venv/bin/python tools/benchmark.py --device $(DEVICE) --image-size $(SIZE) \
 	--batch-size $(BATCH) --rounds $(ROUNDS) --json output/benchmark/$(DEVICE)_$(SIZE)x$(BATCH)_$(1).json --config-file configs/$(2)
 RIVALS = --methods semckd,fgd,mgd,reviewkd
@@ -50,9 +50,10 @@ VARIANTS = $(addprefix --variant ,train.keep_memory=False train.channels_last=Fa
 	train.fast_roi_align=False model.teacher.fold=False model.teacher.cache=output/benchmark/maps \
 	$(if $(HAS_BF16),$(BF16) train.amp.enabled=True) train.activation_checkpointing=True model.teacher.compile=True train.compile=True)
 BF16 = model.teacher.precision=bfloat16
-# A CPU without instructions for bfloat16 has nothing to show in it.
-HAS_BF16 = $(if $(filter cpu,$(DEVICE)),$(shell .venv/bin/python -W ignore -c "from sharedkd.speed.cpu import has_bfloat16; print('yes' if has_bfloat16() else '')"),yes)
-NO_MEANS = train.keep_memory=False train.channels_last=False train.fold_norms=False train.fast_roi_align=False model.teacher.fold=False
+# A CPU without instructions for bfloat16 has nothing to show in it. Asked once.
+HAS_BF16 = $(eval HAS_BF16 := $(if $(filter cpu,$(DEVICE)),$(shell .venv/bin/python -W ignore -c "from sharedkd.speed.cpu import has_bfloat16; print('yes' if has_bfloat16() else '')"),yes))$(HAS_BF16)
+NO_MEANS = train.keep_memory=False train.channels_last=False train.fold_norms=False train.fast_roi_align=False train.fast_focal_loss=False \
+	model.teacher.fold=False
 MASK = mask_rcnn_sharedkd.py model.teacher.config=COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml
 RETINANET_R50_R18 = custom_coco_retinanet.py model.teacher.config=COCO-Detection/retinanet_R_50_FPN_3x.yaml
 R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
@@ -62,9 +63,9 @@ benchmark: .venv/.ready
 	$(call MEASURE,faster_rcnn_r50_r18,$(R50_R18)) $(RIVALS) $(VARIANTS) --growth --processes 2
 	$(call MEASURE,retinanet_r50_r18,$(RETINANET_R50_R18))
 	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
-	$(call MEASURE,mask_rcnn_r101_r50,$(MASK)) --starts 1
-	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) --starts 1 --rounds 6
-	$(call MEASURE,faster_rcnn_r101_r50_no_means,faster_rcnn_sharedkd.py) $(NO_MEANS) --starts 1
+	$(call MEASURE,mask_rcnn_r101_r50,$(MASK))
+	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py)
+	$(call MEASURE,faster_rcnn_r101_r50_no_means,faster_rcnn_sharedkd.py) $(NO_MEANS)
 	$(if $(HAS_BF16),$(call MEASURE,faster_rcnn_r50_r18_bf16,$(R50_R18)) $(BF16))
 	$(if $(HAS_BF16),$(call MEASURE,retinanet_r50_r18_bf16,$(RETINANET_R50_R18)) $(BF16))
 	$(if $(HAS_BF16),$(call MEASURE,faster_rcnn_r101_r50_bf16,faster_rcnn_sharedkd.py) $(BF16))

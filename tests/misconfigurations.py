@@ -139,6 +139,7 @@ PLAIN = {
     ),
     "norms folded perhaps": train("fold_norms", 2, "True or False"),
     "RoIAlign fast perhaps": train("fast_roi_align", "maybe", "True or False"),
+    "focal loss fast perhaps": train("fast_focal_loss", 2, "True or False"),
     "layout perhaps": train("channels_last", "nhwc", "True or False"),
     "memory kept perhaps": train("keep_memory", "some", "True or False"),
     "development run": train("fast_dev_run", "please", "True or False"),

@@ -110,11 +110,14 @@ def test_threads_sleep_and_only_warnings_of_the_users_code_are_shown(tmp_path):
         "import os, warnings\n"
         "for module in ('torch', 'detectron2.layers', 'torchmine', 'mine.torch'):\n"
         "    warnings.warn_explicit(f'of {module}', UserWarning, 'file', 1, module=module)\n"
-        "print(os.environ['OMP_WAIT_POLICY'])\n"
+        "print(*map(os.environ.get, ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')))\n"
     )
-    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-        env.update({"OMP_WAIT_POLICY": given} if given else {})
+    for given, expected in (
+        ({}, "PASSIVE 500"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+        ({"GOMP_SPINCOUNT": "0"}, "PASSIVE 0"),
+    ):
+        env = {k: v for k, v in os.environ.items() if k[:4] not in ("OMP_", "GOMP")} | given
         done = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True)
         assert done.stdout.strip() == expected
         said = [line.split(": ")[-1] for line in done.stderr.splitlines() if "UserWarning" in line]

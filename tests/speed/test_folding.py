@@ -140,6 +140,44 @@ def test_a_trained_network_keeps_maps_and_gradients(bias):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(8, 6), (9, 7)])
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2}, {"stride": (3, 1)}, {"stride": 2, "groups": 2}, {"stride": 2, "padding": 1}],
+    ids=str,
+)
+def test_a_convolution_with_a_stride_keeps_maps_and_gradients(options, size, layout):
+    draw = torch.Generator().manual_seed(0)
+    plain = statistics(Conv2d(4, 6, 1, norm=FrozenBatchNorm2d(6), **options)).double()
+    folded = copy.deepcopy(plain)
+    assert fold_in_training(folded) == 1
+    x = torch.randn(2, 4, *size, dtype=torch.float64, generator=draw)
+    found = []
+    for model in (plain, folded):
+        inputs = x.clone(memory_format=layout).requires_grad_()
+        y = model(inputs)
+        (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+        found.append([y, inputs.grad, model.weight.grad])
+    for expected, each in zip(*found):
+        torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_1x1_convolution_reads_only_what_its_stride_leaves(monkeypatch):
+    read = []
+    convolve = nn.functional.conv2d
+    monkeypatch.setattr(
+        nn.functional, "conv2d", lambda x, *args: read.append(x.shape) or convolve(x, *args)
+    )
+    conv = Conv2d(4, 6, 1, stride=2, norm=FrozenBatchNorm2d(6))
+    fold_in_training(conv)
+    x = torch.randn(2, 4, 9, 6)
+    conv(x)
+    conv(x.to(memory_format=torch.channels_last))
+    conv.eval()(x)
+    assert [tuple(shape[2:]) for shape in read] == [(5, 3), (9, 6), (9, 6)]
+
+
 def frozen(family):
     """A small detector with frozen norms in its backbone."""
     node = tiny.node(family)

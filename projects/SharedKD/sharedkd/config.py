@@ -51,6 +51,7 @@ TRAIN_DEFAULTS = dict(
     channels_last=None,  # memory layout of student and maps, equal up to rounding; None: the faster one
     fold_norms=True,  # the student's frozen norms, in each step: faster, equal up to rounding
     fast_roi_align=True,  # RoIAlign in training on a CPU reads listed positions: faster, equal up to rounding
+    fast_focal_loss=True,  # RetinaNet's and FCOS's on a CPU, value and gradient in one pass: faster, equal up to rounding
     keep_memory=True,  # on a CPU, use freed memory again instead of returning it: faster (glibc)
     activation_checkpointing=False,  # keep no activations of the student's blocks: less memory, more time
     compile=False,  # torch.compile for the student's bottom-up network

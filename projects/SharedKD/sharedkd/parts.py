@@ -28,6 +28,7 @@ from .running.lock import check_free
 from .running.record import count_parameters
 from .speed.backbones import compile_backbone, recompute_blocks
 from .speed.cpu import trains_channels_last
+from .speed.focal_loss import use_one_pass
 from .speed.folding import fold_in_training
 from .speed.roi_align import use_listed_positions
 from .stages import Stage
@@ -261,7 +262,7 @@ def _prepare(teacher: Any, dtype: Optional[torch.dtype], placed: nn.Module) -> N
 def rewire(cfg: DictConfig, student: nn.Module) -> None:
     """Make ``student`` run as ``cfg.train`` says.
 
-    By its ``fold_norms``, ``fast_roi_align``, ``activation_checkpointing`` and ``compile``.
+    By its ``fold_norms``, ``fast_roi_align``, ``fast_focal_loss``, ``activation_checkpointing`` and ``compile``.
 
     Raises:
         ConfigError: the last two exclude each other; see also
@@ -271,6 +272,8 @@ def rewire(cfg: DictConfig, student: nn.Module) -> None:
         fold_in_training(student)
     if cfg.train.fast_roi_align:
         use_listed_positions(student)
+    if cfg.train.fast_focal_loss:
+        use_one_pass(student)
     if cfg.train.activation_checkpointing and cfg.train.compile:
         raise ConfigError(
             "train.compile", True, "excludes train.activation_checkpointing=True", "use one of them"

@@ -115,7 +115,7 @@ class Pair:
 def exactly(cfg: DictConfig) -> None:
     """Have a model computed in float32 as Detectron2 itself would: nothing is timed here."""
     cfg.train.amp.enabled = cfg.train.compile = cfg.train.activation_checkpointing = False
-    cfg.train.fold_norms = cfg.train.fast_roi_align = False
+    cfg.train.fold_norms = cfg.train.fast_roi_align = cfg.train.fast_focal_loss = False
 
 
 def _run_folder(config_file: str, cfg: DictConfig) -> Optional[Path]:

@@ -64,7 +64,8 @@ def fold_in_training(module: nn.Module) -> int:
     The formula is that of :func:`fold_norms`.  The convolution's weight stays the parameter that it
     was, names and checkpoints too; in training, the product ``w * s`` takes the norm's place, so that
     no map is written twice.  Outputs and gradients are equal up to rounding.  In eval mode, nothing
-    changes at all.
+    changes at all.  Of a 1x1 convolution with a stride, only the positions that it reads are passed on:
+    oneDNN's gradient of one takes twice as long on a CPU with channels first.
 
     Args:
         module: its Detectron2 ``Conv2d`` layers with a ``FrozenBatchNorm2d`` are changed in place.
@@ -95,8 +96,15 @@ class _FoldedConv2d(Conv2d):
         if self.bias is not None:
             shift = shift + self.bias * scale
         weight = self.weight * scale.view(-1, 1, 1, 1)
-        x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        stride = self.stride
+        if self.kernel_size == (1, 1) and self.padding == (0, 0) and _channels_first_on_cpu(x):
+            x, stride = x[:, :, :: stride[0], :: stride[1]], 1
+        x = F.conv2d(x, weight, shift, stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+
+def _channels_first_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _pairs(module: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.Conv2d]]:
