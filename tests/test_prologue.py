@@ -115,6 +115,7 @@ def test_threads_sleep_and_only_warnings_of_the_users_code_are_shown(tmp_path):
     for given, expected in (
         ({}, "PASSIVE 500"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "PASSIVE None"),
         ({"GOMP_SPINCOUNT": "0"}, "PASSIVE 0"),
     ):
         env = {k: v for k, v in os.environ.items() if k[:4] not in ("OMP_", "GOMP")} | given

@@ -4,7 +4,7 @@ Nothing comes from the current directory by accident: an empty entry of PYTHONPA
 `python -m` and spawned processes put it before the standard library. It stays where PYTHONPATH names it.
 
 Idle OpenMP threads sleep: such as spin slow a CPU run down several times as soon as anything else wants
-a core. They spin for as long as Python takes from one operation to the next, though: to wake one takes
+a core. GNU's spin for as long as Python takes from one operation to the next, though: to wake one takes
 several times that. A user's own OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone.
 What Detectron2 and PyTorch warn about in their own code is not shown.
 """

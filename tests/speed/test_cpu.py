@@ -3,10 +3,15 @@
 import pytest
 import tiny
 import torch
+from detectron2.modeling import RetinaNet
 
+from sharedkd.analysis.pair import exactly
 from sharedkd.config import load_config
 from sharedkd.parts import build, memory_layout
 from sharedkd.speed import cpu
+from sharedkd.speed.focal_loss import ONE_PASS
+from sharedkd.speed.folding import _FoldedConv2d
+from sharedkd.speed.roi_align import _ListedROIAlign
 
 QUICKSTART = str(tiny.ROOT / "configs/quickstart/plain.py")
 
@@ -33,6 +38,23 @@ def test_a_model_has_the_layout(said):
     weights = [p for p in model.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
     assert len(weights) > 20
     assert all(p.is_contiguous(memory_format=torch.channels_last) == said for p in weights)
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_a_model_computes_as_its_keys_say(said):
+    keys = ("fold_norms", "fast_roi_align", "fast_focal_loss")
+    found = set()
+    for name in ("retinanet_plain", "faster_rcnn_plain"):
+        overrides = ["train.device=cpu", "train.init_checkpoint="]
+        cfg = load_config(str(tiny.ROOT / f"configs/{name}.py"), overrides, without_data=True)
+        assert all(cfg.train[key] for key in keys)  # the default
+        for key in keys:
+            cfg.train[key] = said
+        found |= {type(m) for m in build(cfg).modules()}
+        exactly(cfg)
+        assert not any(cfg.train[key] for key in keys)
+    fast = {_FoldedConv2d, _ListedROIAlign, ONE_PASS[RetinaNet]}
+    assert found & fast == (fast if said else set())
 
 
 @pytest.mark.parametrize("there", ["avx512_bf16", "amx_tile", None])

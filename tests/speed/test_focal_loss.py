@@ -60,13 +60,41 @@ def test_values_by_hand():
 
 
 def test_16_bits_are_summed_in_32():
-    x = torch.full((3000, 2), -1.0, dtype=torch.bfloat16, requires_grad=True)
-    loss = sigmoid_focal_loss(x, torch.zeros(3000, 2), 0.25, 2, "sum")
-    exact = by_the_paper(x.detach().double(), torch.zeros(3000, 2).double(), 0.25, 2)
+    x = torch.randn(3000, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    target = torch.zeros(3000, 2)
+    target[::7] = 1
+    loss = sigmoid_focal_loss(leaf, target, 0.25, 2, "sum")
+    expected = by_the_paper(exact, target.double(), 0.25, 2)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
-    loss.backward()
-    assert x.grad.dtype == torch.bfloat16 and x.grad.unique().numel() == 1
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        gradient.double(), *torch.autograd.grad(expected, exact), rtol=1e-2, atol=0
+    )
+
+
+def test_a_map_that_is_not_contiguous():
+    x, target = torch.randn(3, 5, dtype=torch.float64).t().requires_grad_(), torch.eye(5, 3)
+    found = sigmoid_focal_loss(x, target, 0.25, 2, "sum")
+    expected = by_the_paper(x, target, 0.25, 2)
+    torch.testing.assert_close(found, expected)
+    for each in zip(*(torch.autograd.grad(loss, x) for loss in (found, expected))):
+        torch.testing.assert_close(*each)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_seen(number, target):
+    x = torch.tensor([0.5, number])
+    assert not sigmoid_focal_loss(x, torch.tensor([0.0, target]), 0.25, 2, "sum").isfinite()
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (9,), (4, 3)])
+def test_a_target_for_each_logit(shape):
+    with pytest.raises(ValueError, match="targets"):
+        sigmoid_focal_loss(torch.zeros(5, 3), torch.zeros(shape), 0.25, 2, "sum")
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -175,7 +175,11 @@ def test_a_1x1_convolution_reads_only_what_its_stride_leaves(monkeypatch):
     conv(x)
     conv(x.to(memory_format=torch.channels_last))
     conv.eval()(x)
-    assert [tuple(shape[2:]) for shape in read] == [(5, 3), (9, 6), (9, 6)]
+    for options in ({"stride": 1}, {"stride": 2, "padding": 1}, {"stride": 2, "kernel_size": 3}):
+        other = Conv2d(4, 6, **{"kernel_size": 1, **options}, norm=FrozenBatchNorm2d(6))
+        fold_in_training(other)
+        other(x)
+    assert [tuple(shape[2:]) for shape in read] == [(5, 3), *[(9, 6)] * 5]
 
 
 def frozen(family):

@@ -227,8 +227,8 @@ class SharedKDTrainer(SimpleTrainer):
             ),
             torch.jit.optimized_execution(self.device_type == "cuda"),
         ):
-            # fvcore's scripted focal loss rounds in another way once the JIT has warmed up,
-            # which a resumed run does again; on the CPU a resumed run is to be exact.
+            # fvcore's scripted focal loss, where ours does not take its place, rounds in another way once
+            # the JIT has warmed up, which a resumed run does again; on the CPU that is to be exact.
             return model(batch, weights) if self.stages else model(batch)
 
     def repeat(

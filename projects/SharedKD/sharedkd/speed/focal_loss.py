@@ -7,16 +7,15 @@ import torch
 from detectron2.modeling.meta_arch import fcos, retinanet
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from ..losses.base import precise
 
 __all__ = ["sigmoid_focal_loss", "use_one_pass"]
 
-BLOCK = (
-    2**17
-)  # numbers that are read at a time: they stay in the cache with what is computed of them
+# Numbers that are read at a time: fewer than a distance's, as more is computed of each before the next.
+BLOCK = 2**17
 
 
 def use_one_pass(module: nn.Module) -> int:
@@ -40,6 +39,8 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     """fvcore's function of this name, whose sum on a CPU keeps one map for the gradient instead of eight.
 
+    There is no gradient for targets, and no second one.
+
     Focal loss (ICCV 2017), equations 4 and 5.  With z = x where the target is 0 and -x where it is 1,
     s = sigmoid(z) and a the weight of the target::
 
@@ -48,15 +49,21 @@ def sigmoid_focal_loss(
 
     Args:
         inputs: logits of any shape.
-        targets: 0 or 1 for each.
+        targets: 0 or 1 for each, in the same shape.
         alpha: weight of targets that are 1, those that are 0 have 1 - alpha; negative: all have 1.
         gamma: exponent.
-        reduction: ``sum``, or ``mean`` and ``none``, which are left to fvcore.
+        reduction: ``sum``, or ``mean`` and ``none``, which are left to fvcore as float16 is.
 
     Returns:
         scalar tensor, in float32 at least; with ``none`` one for each.
+
+    Raises:
+        ValueError: inputs and targets differ in shape.
     """
-    if inputs.device.type != "cpu" or reduction != "sum":
+    if inputs.shape != targets.shape:
+        raise ValueError(f"{tuple(inputs.shape)} logits, {tuple(targets.shape)} targets")
+    # A gradient in float16 would be lost before a loss scale reaches it.
+    if inputs.device.type != "cpu" or reduction != "sum" or inputs.dtype == torch.float16:
         return sigmoid_focal_loss_jit(inputs, targets, alpha, gamma, reduction)
     return _OnePass.apply(inputs, targets, alpha, gamma)
 
@@ -80,10 +87,14 @@ class _OnePass(torch.autograd.Function):
             slope = (1 - s).mul_(softplus).mul_(gamma).add_(s).mul_(power)
             into.copy_(slope.mul_(sign))
             total += power.mul_(softplus).sum()
+            total += (
+                x - x
+            ).sum()  # NaN for infinite logits of a right guess, which are no good sign
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
         (own,) = ctx.saved_tensors
         return own * gradient, None, None, None
@@ -98,4 +109,8 @@ def _one_pass(detector: Type[nn.Module]) -> Type[nn.Module]:
 
 
 RetinaNet, FCOS = map(_one_pass, (retinanet.RetinaNet, fcos.FCOS))
-ONE_PASS = {retinanet.RetinaNet: RetinaNet, fcos.FCOS: FCOS}
+ONE_PASS = {
+    theirs: ours
+    for theirs, ours in ((retinanet.RetinaNet, RetinaNet), (fcos.FCOS, FCOS))
+    if "sigmoid_focal_loss_jit" in theirs.losses.__code__.co_names
+}

@@ -97,10 +97,13 @@ class _FoldedConv2d(Conv2d):
             shift = shift + self.bias * scale
         weight = self.weight * scale.view(-1, 1, 1, 1)
         stride = self.stride
-        if self.kernel_size == (1, 1) and self.padding == (0, 0) and _channels_first_on_cpu(x):
+        if stride != (1, 1) and self._reads_positions() and _channels_first_on_cpu(x):
             x, stride = x[:, :, :: stride[0], :: stride[1]], 1
         x = F.conv2d(x, weight, shift, stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+    def _reads_positions(self) -> bool:
+        return self.kernel_size == (1, 1) and self.padding == (0, 0)
 
 
 def _channels_first_on_cpu(x: Tensor) -> bool:
