@@ -92,14 +92,14 @@ def test_a_gain_of_the_model_zoo_by_hand():
 
 
 def test_the_costs_that_the_readme_quotes(generate):
-    """0.68 to 0.96, nearly four times, three per cent."""
+    """0.69 to 0.95, four times, sixteen per cent."""
     files = [x for x in generate.QUOTED.glob("cpu_*.json") if "no_means" not in x.name]
     results = {x.stem: json.loads(x.read_text()) for x in files}
     overheads = [round(result["overhead"], 2) for result in results.values()]
-    assert (min(overheads), max(overheads)) == (0.68, 0.96)
+    assert (min(overheads), max(overheads)) == (0.69, 0.95)
     ratios = results["cpu_320x2_faster_rcnn_r50_r18"]["ratios"]
-    assert 3.5 < 1 / ratios["distill/semckd"]["median"] < 4.5
-    assert 1.02 < 1 / ratios["distill/fgd"]["median"] < 1.05
+    assert 3.8 < 1 / ratios["distill/semckd"]["median"] < 4.2
+    assert 1.155 < 1 / ratios["distill/fgd"]["median"] < 1.165
 
 
 def test_step_ratios_by_hand(generate):
