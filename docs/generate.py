@@ -32,9 +32,6 @@ PAIRS = {
     "mask": "Mask R-CNN R50 -> R18, nuclei, 300 iterations",
 }
 
-#: The comparisons of a teacher's precision, each with a teacher and seeds of its own.
-PRECISION = ("precision",)
-
 __all__ = [
     "arguments",
     "data_keys",
@@ -200,18 +197,12 @@ def measured() -> Dict[Tuple[str, str], str]:
     records = {name: _record(name) for name in PAIRS}
     found = {("MODEL_ZOO.md", name): _zoo(record) for name, record in records.items()}
     found["README.md", "choice"] = _choice(records)
-    found["docs/performance.md", "precision"] = _precision(_joined(*PRECISION))
+    found["docs/performance.md", "precision"] = _precision(_record("precision"))
     return found
 
 
 def _record(name: str) -> Dict[str, Any]:
     return json.loads((ROOT / f"docs/results/{name}.json").read_text())
-
-
-def _joined(*names: str) -> Dict[str, Any]:
-    """The arms of several comparisons with the same methods, each of other seeds, as of one."""
-    records = [_record(name) for name in names]
-    return {**records[0], "arms": [arm for record in records for arm in record["arms"]]}
 
 
 def _precision(record: Mapping[str, Any]) -> str:
