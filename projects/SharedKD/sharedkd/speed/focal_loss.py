@@ -87,9 +87,8 @@ class _OnePass(torch.autograd.Function):
             slope = (1 - s).mul_(softplus).mul_(gamma).add_(s).mul_(power)
             into.copy_(slope.mul_(sign))
             total += power.mul_(softplus).sum()
-            total += (
-                x - x
-            ).sum()  # NaN for infinite logits of a right guess, which are no good sign
+            # Infinite logits of a right guess would be a loss of zero: NaN, as no network should have them.
+            total += (x - x).sum()
         ctx.save_for_backward(gradient)
         return total
 
@@ -108,9 +107,11 @@ def _one_pass(detector: Type[nn.Module]) -> Type[nn.Module]:
     return type(detector.__name__, (detector,), {"losses": losses, "__module__": __name__})
 
 
+# By their own names here, so that they can be pickled.
 RetinaNet, FCOS = map(_one_pass, (retinanet.RetinaNet, fcos.FCOS))
+# Detectron2's detector -> ours, where its losses call that function.
 ONE_PASS = {
-    theirs: ours
-    for theirs, ours in ((retinanet.RetinaNet, RetinaNet), (fcos.FCOS, FCOS))
-    if "sigmoid_focal_loss_jit" in theirs.losses.__code__.co_names
+    ours.__base__: ours
+    for ours in (RetinaNet, FCOS)
+    if "sigmoid_focal_loss_jit" in ours.losses.__code__.co_names
 }

@@ -97,17 +97,15 @@ class _FoldedConv2d(Conv2d):
             shift = shift + self.bias * scale
         weight = self.weight * scale.view(-1, 1, 1, 1)
         stride = self.stride
-        if stride != (1, 1) and self._reads_positions() and _channels_first_on_cpu(x):
+        if self._skips_positions(x):
             x, stride = x[:, :, :: stride[0], :: stride[1]], 1
         x = F.conv2d(x, weight, shift, stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
-    def _reads_positions(self) -> bool:
-        return self.kernel_size == (1, 1) and self.padding == (0, 0)
-
-
-def _channels_first_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not x.is_contiguous(memory_format=torch.channels_last)
+    def _skips_positions(self, x: Tensor) -> bool:
+        skips = self.stride != (1, 1) and self.kernel_size == (1, 1) and self.padding == (0, 0)
+        first = not x.is_contiguous(memory_format=torch.channels_last)
+        return skips and first and x.device.type == "cpu"
 
 
 def _pairs(module: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.Conv2d]]:
