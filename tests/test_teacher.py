@@ -437,8 +437,13 @@ def test_preparing_keeps_the_maps_up_to_rounding(raw):
     assert prepared.fingerprint == before  # of the weights as they were loaded
 
 
+@pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("precision, step", [("bfloat16", None), (None, torch.bfloat16)])
-def test_lower_precision_stays_near_and_is_measured(raw, precision, step):
+def test_lower_precision_stays_near_and_is_measured(
+    raw, monkeypatch, precision, step, instructions
+):
+    """Whether the CPU has instructions for it or not."""
+    monkeypatch.setattr(teacher_module, "has_bfloat16", lambda: instructions)
     teacher = raw(precision=precision)
     change = teacher.prepare(step)
     expected = raw().features(BATCH, FPN, "RGB")
@@ -447,7 +452,9 @@ def test_lower_precision_stays_near_and_is_measured(raw, precision, step):
         assert {x.dtype for x in found["fpn"].values()} == {torch.bfloat16}
         assert 1e-4 < error(found, expected) < 0.05
     assert all(1e-4 < x < 0.05 for x in change.values())
-    assert {p.dtype for p in teacher.model.backbone.parameters()} == {torch.bfloat16}
+    weights = [x for x in teacher.model.backbone.parameters() if x.dim() == 4]
+    assert {x.dtype for x in weights} == {torch.bfloat16 if instructions else torch.float32}
+    assert all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in weights)
 
 
 def test_precision_does_not_depend_on_the_code_around(raw):
@@ -490,8 +497,10 @@ def test_maps_of_a_prepared_dense_head():
     assert all(x.is_contiguous() for x in found["logits"].values())
 
 
+@pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_prepared_teacher_still_detects(raw, precision):
+def test_a_prepared_teacher_still_detects(raw, monkeypatch, precision, instructions):
+    monkeypatch.setattr(teacher_module, "has_bfloat16", lambda: instructions)
     expected = raw().predict(BATCH, "RGB")[0]["instances"]
     teacher = raw(precision=precision)
     teacher.prepare()

@@ -24,7 +24,9 @@ from .features import FeatureTap, pyramid_shapes
 from .heads import region_logits
 from .losses.base import HEAD_TAPS, Maps, precise
 from .speed.backbones import compile_backbone
+from .speed.cpu import has_bfloat16
 from .speed.folding import fold_norms
+from .speed.rounding import round_layers
 from .speed.teacher_cache import DIGEST, TeacherCache, image_digest
 
 __all__ = ["FrozenTeacher"]
@@ -197,6 +199,8 @@ class FrozenTeacher:
         self.dtype = dtype
         if dtype is not torch.float32:
             self.model.backbone.to(dtype)
+            if device.type == "cpu" and not has_bfloat16():
+                round_layers(self.model, dtype)
         if device.type == "cpu" and self._layout() is not torch.channels_last:
             self._gives = self._layout()
             self.model.to(memory_format=torch.channels_last)

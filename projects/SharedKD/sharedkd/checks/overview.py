@@ -237,14 +237,14 @@ def advise(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
 def _advise_precision(cfg: DictConfig, model: nn.Module, findings: Findings) -> None:
     if torch.device(cfg.train.device).type != "cpu" or has_bfloat16():
         return
-    problem = "this CPU has no instructions for bfloat16, which takes about ten times as long"
+    problem = "this CPU has no instructions for bfloat16"
     if cfg.train.amp.enabled and cfg.train.amp.dtype in (None, "bfloat16"):
         fix = "use train.amp.enabled=False"
-        findings.warn("train.amp.enabled", True, problem, fix)
+        findings.warn("train.amp.enabled", True, f"{problem}: about ten times as long", fix)
     teacher = getattr(model, "teacher", None)
     if teacher is not None and teacher.precision == "bfloat16":
         fix = "use model.teacher.precision=float32"
-        findings.warn("model.teacher.precision", "bfloat16", problem, fix)
+        findings.warn("model.teacher.precision", "bfloat16", f"{problem}: not faster", fix)
 
 
 def _advise_optimizer(

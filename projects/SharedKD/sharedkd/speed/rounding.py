@@ -1,0 +1,37 @@
+"""A frozen network in 16 bits, on a CPU that has no instructions for it."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["round_layers"]
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+@torch.no_grad()
+def round_layers(module: nn.Module, dtype: torch.dtype) -> int:
+    """Convolutions and linear layers compute in float32, and round what they read and write.
+
+    Instructions for 16 bits do just that: they multiply rounded numbers, sum the products in float32
+    and round the sum.  PyTorch without them does it too, many times slower than in float32; this takes
+    as long as float32.
+
+    Args:
+        module: a frozen network; its layers are changed in place.
+        dtype: what they are to have computed in, ``torch.bfloat16`` or ``torch.float16``.
+
+    Returns:
+        how many layers compute so.
+    """
+    layers = [m for m in module.modules() if isinstance(m, LAYERS)]
+    for layer in layers:
+        layer.to(dtype).float()
+        layer.forward = partial(_forward, layer, dtype)
+    return len(layers)
+
+
+def _forward(layer: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return type(layer).forward(layer, x.to(dtype).float()).to(dtype)
