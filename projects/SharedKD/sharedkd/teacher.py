@@ -1,4 +1,4 @@
-"""The teacher: built by name, path or config, loaded and verified, frozen, run up to its FPN."""
+"""The teacher: loaded and verified, frozen, made fast, run up to its FPN."""
 
 import logging
 import os
@@ -10,11 +10,9 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Seq
 
 import torch
 import torch.nn.functional as F
-from detectron2 import model_zoo
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.modeling import build_model
+from detectron2.config import CfgNode
 from detectron2.structures import Boxes, ImageList
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from .checkpoints.checkpointer import fingerprint, load_trained
@@ -28,12 +26,11 @@ from .speed.cpu import has_bfloat16
 from .speed.folding import fold_norms
 from .speed.rounding import round_layers
 from .speed.teacher_cache import DIGEST, TeacherCache, image_digest
+from .teacher_config import KEY, build_detector, read_config, zoo_weights
 
 __all__ = ["FrozenTeacher"]
 
 logger = logging.getLogger("detectron2.sharedkd")
-
-KEY = "model.teacher"
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -96,8 +93,10 @@ class FrozenTeacher:
             )
         self.name = config if isinstance(config, str) else type(config).__name__
         if isinstance(config, str):
-            config = _read(config)  # before its weights, so that a misspelt name is called that
-            weights = _zoo_weights(self.name) if weights is None else weights
+            config = read_config(
+                config
+            )  # before its weights, so that a misspelt name is called that
+            weights = zoo_weights(self.name) if weights is None else weights
         if weights is None:
             raise ConfigError(
                 f"{KEY}.weights",
@@ -106,7 +105,7 @@ class FrozenTeacher:
                 "set it to the teacher's .pth or .pkl file",
             )
         self.weights = weights
-        self.model, configured_format = _build(config)
+        self.model, configured_format = build_detector(config)
         self.input_format = (
             input_format or configured_format or getattr(self.model, "input_format", None) or "BGR"
         )
@@ -480,64 +479,3 @@ def _change(before: Dict[int, Tensor], after: Dict[int, Tensor]) -> Dict[int, fl
         .item()
         for stride, x in before.items()
     }
-
-
-def _zoo_weights(name: str) -> Optional[str]:
-    try:
-        return model_zoo.get_checkpoint_url(name)
-    except RuntimeError:
-        return None
-
-
-def _build(config: Union[CfgNode, DictConfig, nn.Module]) -> Tuple[nn.Module, Optional[str]]:
-    """(model on the CPU, the input format its config names or None)"""
-    if isinstance(config, nn.Module):
-        return getattr(config, "student", config), None
-    if isinstance(config, CfgNode):
-        config = config.clone()
-        config.defrost()
-        config.MODEL.DEVICE = "cpu"
-        config.MODEL.WEIGHTS = ""
-        return build_model(config), config.INPUT.FORMAT
-    node = config.model if "model" in config else config
-    if "student" in node:
-        node = node.student
-    try:
-        model = instantiate(node)
-    except Exception as e:
-        raise ConfigError(
-            f"{KEY}.config",
-            str(node.get("_target_")),
-            f"cannot be built: {e}",
-            "correct that config",
-        ) from e
-    return model, OmegaConf.select(config, "dataloader.train.mapper.image_format", default=None)
-
-
-def _read(name: str) -> Union[CfgNode, DictConfig]:
-    path = name
-    if not os.path.isfile(path):
-        try:
-            path = model_zoo.get_config_file(name)
-        except RuntimeError:
-            raise ConfigError(
-                f"{KEY}.config",
-                name,
-                "is neither a file nor a name in Detectron2's model zoo",
-                "train that teacher first if it is your own; or use the path of another config, or a "
-                "name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
-            ) from None
-    try:
-        if path.endswith(".py") or _is_lazy_yaml(path):
-            return LazyConfig.load(path)
-        config = get_cfg()
-        config.merge_from_file(path)
-        return config
-    except Exception as e:
-        raise ConfigError(f"{KEY}.config", name, f"cannot be read: {e}", "correct that file") from e
-
-
-def _is_lazy_yaml(path: str) -> bool:
-    """A LazyConfig saved as yaml has a `model` node; Detectron2's classic configs have `MODEL`."""
-    with open(path) as f:
-        return any(line.startswith("model:") for line in f)
