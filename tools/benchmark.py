@@ -18,8 +18,9 @@ import prologue  # noqa: F401
 import argparse
 import json
 import logging
-import subprocess
 from pathlib import Path
+
+import torch
 
 from sharedkd.analysis.performance import table
 from sharedkd.checkpoints.files import replace
@@ -41,15 +42,6 @@ def benchmark(args) -> Benchmark:
     methods = {name: with_method(cfg, name, RECIPES) for name in args.methods}
     variants = {override: load(override) for override in args.variant}
     return Benchmark(cfg, methods, args.image_size, args.batch_size, variants)
-
-
-def memory_of(arm: str) -> float:
-    """MB of an arm, measured by this command in a process of its own."""
-    command = [sys.executable, *sys.argv, "--memory-of", arm]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"error: the memory of {arm} could not be measured, see above")
-    return float(done.stdout.split()[-1])
 
 
 if __name__ == "__main__":
@@ -85,19 +77,17 @@ if __name__ == "__main__":
         "--processes", type=int, default=0, metavar="N", help="efficiency of N processes, too"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument(
-        "--memory-of", metavar="ARM", help="print the MB of one arm alone, and stop"
-    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
-    if min(args.rounds, args.starts) < 1:
-        parser.error("--rounds and --starts are 1 or more")
+    if min(args.rounds, args.starts, args.batch_size) < 1:
+        parser.error("--rounds, --starts and --batch-size are 1 or more")
+    if args.image_size < 32:
+        parser.error("--image-size is 32 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
     try:
         bench = benchmark(args)
-        if args.memory_of:
-            print(bench.memory(args.memory_of))
-            sys.exit()
-        result = {"command": sys.argv, **measure(bench, args.rounds, memory_of, args.starts)}
+        result = {"command": sys.argv, **measure(bench, args.rounds, args.starts)}
         if args.growth:
             result["growth"] = growth(bench, args.rounds)
         if args.processes:

@@ -7,9 +7,11 @@ import pytest
 from sharedkd.analysis.performance import (
     BEGIN,
     END,
+    aims,
     document,
     growth,
     keep,
+    loss_operations,
     operations,
     rivals,
     summary,
@@ -23,6 +25,7 @@ def result(**changes):
     seconds.update({"losses/distill": 0.25, "losses/fgd": 0.5})
     return {
         "command": ["tools/benchmark.py", "--rounds", "3"],
+        "device": "cpu",
         "images": [[320, 416]] * 2,
         "precision": "float32",
         "teacher_precision": "bfloat16",
@@ -33,6 +36,7 @@ def result(**changes):
         "ratios": {
             "overhead": ratio(0.8),
             "floor": ratio(0.7),
+            "plain": ratio(0.9),
             "over_plain": ratio(1.2),
             "teacher": ratio(0.6),
             "losses": ratio(0.3),
@@ -45,12 +49,17 @@ def result(**changes):
             **dict(data=1, rest=0, whole=8),
         },
         "operations": {"convolutions": 0.75, "all else": 0.25},
+        "loss_operations": {"calls": 1234, "shares": {"aten::sum": 0.5, "aten::mul": 0.125}},
         "memory": {
             "teacher_weights_mb": 200.4,
             "teacher_maps_mb": 20.0,
             "gradients_mb": 21.6,
             "over_student_mb": {"distill": 230.0, "fgd": 1300.0},
             "peak_mb": {"student": 1800.0, "student_sharedkd": 1730.0, "distill": 1960.0},
+            "starts_mb": {
+                "student_sharedkd": [1720.0, 1730.0, 1740.0],
+                "distill": [1960.0, 1930.0, 1970.0],
+            },
         },
         **changes,
     }
@@ -66,13 +75,38 @@ def test_summary():
         "pair",
         "0.800 (0.700 to 0.900)",
         "0.700 (0.600 to 0.800)",
+        "0.900 (0.800 to 1.000)",
         "1.200 (1.100 to 1.300)",
         "0.600 (0.500 to 0.700)",
         "0.300 (0.200 to 0.400)",
         "0.200 (0.100 to 0.300)",
-        "230",
+        "230 ± 30",
         "160",
         "200, 20, 22",
+    ]
+
+
+def test_aims():
+    other = result(overhead=0.96, teacher_precision="float32")
+    other["memory"]["over_student_mb"] = {"distill": 250.0}
+    other["ratios"] = {**other["ratios"], "losses": {"median": 0.0204}}
+    del other["ratios"]["distill/fgd"]
+    off = result(overhead=7.0)  # is to reach nothing
+    table = aims({"pair": result(overhead=0.804), "other": other, "pair_no_means": off})
+    assert cells(table, "overhead, teacher in float32 on a CPU")[1:] == [
+        *("0.95", "0.96", "other (0.96)"),
+    ]
+    assert cells(table, "overhead, teacher in bfloat16 on a CPU")[1:] == ["0.80", "0.80", "-"]
+    assert "on a GPU" not in table and "SemCKD" not in table
+    assert cells(table, "losses / step")[1:] == ["0.020", "0.020 to 0.300", "pair (0.300)"]
+    beyond = cells(table, "MB beyond weights, maps and gradients")
+    assert beyond[1:] == ["0", "-12 to 8", "other (8)"]
+    assert cells(table, "time of FGD")[1:] == ["1.00", "0.50", "-"]
+
+
+def test_loss_operations():
+    assert cells(loss_operations({"pair": result()}), "pair")[1:] == [
+        *("250", "1,234", "sum 50 %, mul 12 %"),
     ]
 
 
@@ -106,8 +140,11 @@ def test_variants():
 def test_growth():
     seconds = {"student_sharedkd": 2.0, "distill": 3.0, "losses/distill": 0.25}
     case = dict(batch_size=4, image_size=320, levels=5, seconds=seconds)
+    case.update(overhead=0.81, over_student_mb=123.4)
     table = growth(result(growth=[case]))
-    assert cells(table, "4") == ["4", "320", "5", "2.000", "1.000", "0.250", "1.500"]
+    assert cells(table, "4") == [
+        *("4", "320", "5", "0.81", "2.000", "1.000", "0.250", "1.500", "123"),
+    ]
 
 
 def test_document_is_filled_between_its_markers_and_can_be_filled_again(tmp_path):

@@ -205,7 +205,16 @@ class FrozenTeacher:
             self.model.to(memory_format=torch.channels_last)
         if self.compile:
             compile_backbone(self.model)
-        change = _change(before, self._pyramid(image))
+        try:
+            after = self._pyramid(image)
+        except Exception as e:
+            if not self.compile:
+                raise
+            reason = str(e).strip().splitlines()[0]
+            raise ConfigError(
+                f"{KEY}.compile", True, f"fails: {reason}", f"use {KEY}.compile=False"
+            ) from e
+        change = _change(before, after)
         shares = ", ".join(f"stride {stride}: {100 * x:.2g} %" for stride, x in change.items())
         logger.info(
             f"The teacher: {folded} batch norms folded, {self.precision or str(dtype)[6:]}"
@@ -218,16 +227,8 @@ class FrozenTeacher:
         """The maps of one image, stride -> (1, C, H, W) in float32."""
         backbone = self.model.backbone
         images = self.preprocess([{"image": image}], self.input_format, 0)
-        try:
-            with self._arithmetic():
-                maps = backbone(images.tensor)
-        except Exception as e:
-            if not self.compile:
-                raise
-            reason = str(e).strip().splitlines()[0]
-            raise ConfigError(
-                f"{KEY}.compile", True, f"fails: {reason}", f"use {KEY}.compile=False"
-            ) from e
+        with self._arithmetic():
+            maps = backbone(images.tensor)
         shapes = backbone.output_shape()
         return {shapes[name].stride: x.float() for name, x in maps.items() if name in shapes}
 

@@ -11,13 +11,13 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from multiprocessing.connection import Connection
 from statistics import median
 from types import MappingProxyType
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,7 @@ OPERATIONS = {
     "matrix products": ("::mm", "::addmm", "::bmm", "::baddbmm"),
     "all else": ("",),
 }
+LARGEST = 8  # operations of the losses that are named
 DETECTRON2 = ("student", "teacher_eager")  # arms that run as they do without this project
 
 
@@ -153,6 +154,10 @@ class Benchmark:
         )
         return pair.to(self.device).train()
 
+    def _with(self, cfg: DictConfig) -> "Benchmark":
+        """Another config of the same pair, alone, at the same size."""
+        return Benchmark(cfg, {}, self.image_size, len(self.records))
+
     # --- arms -----------------------------------------------------------------------------------
 
     def arms(self) -> List[str]:
@@ -171,9 +176,7 @@ class Benchmark:
         if name == "student_sharedkd":
             return self._step_of(self._trainer(self.student))
         if name in self.variants:
-            return Benchmark(self.variants[name], {}, self.image_size, len(self.records)).arm(
-                "distill"
-            )
+            return self._with(self.variants[name]).arm("distill")
         if name.startswith("losses/"):
             return self._losses_arm(name.partition("/")[2])
         if name == "copies":
@@ -307,22 +310,22 @@ class Benchmark:
                         seconds[name].append(elapsed)
         return seconds
 
-    def _placed(self, name: str, children: ExitStack) -> Callable[[], None]:
+    def _placed(self, name: str, children: ExitStack) -> Callable[[], object]:
         """An arm in this process, or in a child if it treats freed memory in another way."""
-        cfg = self._settings(name)
-        if self.device.type != "cpu" or cfg.train.keep_memory == self.cfg.train.keep_memory:
+        kept = self._settings(name).train.keep_memory
+        if self.device.type != "cpu" or kept == self.cfg.train.keep_memory:
             return self.arm(name)
-        work = (
-            cfg,
-            self.image_size,
-            len(self.records),
-            "distill" if name in self.variants else name,
-        )
-        return children.enter_context(_in_child(*work))
+        return children.enter_context(self._apart(name))
+
+    def _apart(self, name: str) -> AbstractContextManager[Callable[[], float]]:
+        """A step's or teacher's arm in a process of its own; a call gives that process's peak in MB."""
+        own = {**self.methods, **self.variants}
+        work = self._settings(name), self.image_size, len(self.records)
+        return _in_child(*work, "distill" if name in own else name)
 
     def _settings(self, name: str) -> DictConfig:
         """An arm's config.  Those of Detectron2 leave memory to the C library."""
-        cfg = self.variants.get(name, self.cfg)
+        cfg = {**self.methods, **self.variants}.get(name, self.cfg)
         if name in DETECTRON2:
             cfg = cfg.copy()
             cfg.train.keep_memory = False
@@ -334,7 +337,7 @@ class Benchmark:
         return time.perf_counter()
 
     def parts(self, rounds: int) -> Dict[str, float]:
-        """Median seconds of the parts of a distillation step, and of the ``whole``.
+        """Seconds of the parts of a distillation step, and of the ``whole``, in the median step.
 
         Args:
             rounds: steps that are timed.
@@ -343,7 +346,7 @@ class Benchmark:
         trainer: SharedKDTrainer = run.trainer  # type: ignore[attr-defined]
         for _ in range(WARM_UP):
             run()
-        found: Dict[str, List[float]] = defaultdict(list)
+        steps: List[Dict[str, float]] = []
         for _ in range(rounds):
             with _marks(trainer, self._now) as marks:
                 start = self._now()
@@ -358,33 +361,55 @@ class Benchmark:
                 data=marks["forward_start"] - start,
             )
             spent["rest"] = whole - sum(spent.values())  # joins terms, takes maps
-            for name, value in {**spent, "whole": whole}.items():
-                found[name].append(value)
-        return {name: median(values) for name, values in found.items()}
+            steps.append({**spent, "whole": whole})
+        return sorted(steps, key=lambda step: step["whole"])[len(steps) // 2]
 
     def operations(self) -> Dict[str, float]:
         """Share of each kind of :data:`OPERATIONS` in a distillation step, of one that is profiled."""
-        run = self.arm("distill")
+        spent = dict.fromkeys(OPERATIONS, 0.0)
+        for name, (_, seconds) in self._profiled("distill").items():
+            kind = next(k for k, names in OPERATIONS.items() if any(n in name for n in names))
+            spent[kind] += seconds
+        return {kind: time / sum(spent.values()) for kind, time in spent.items()}
+
+    def loss_operations(self) -> Dict[str, Any]:
+        """What the losses of a step are made of, forward and backward, of one that is profiled.
+
+        Returns:
+            ``calls`` of operations, and ``shares``: of their time, the operation's name to its share,
+            the greatest first.
+        """
+        found = self._profiled("losses/distill")
+        whole = sum(seconds for _, seconds in found.values())
+        shares = {name: seconds / whole for name, (_, seconds) in found.items()}
+        return {
+            "calls": sum(calls for calls, _ in found.values()),
+            "shares": dict(sorted(shares.items(), key=lambda item: -item[1])[:LARGEST]),
+        }
+
+    def _profiled(self, arm: str) -> Dict[str, Tuple[int, float]]:
+        """Operation -> how often an arm calls it, and seconds in it alone (on CUDA, of its kernels)."""
+        run = self.arm(arm)
         for _ in range(WARM_UP):
             run()
         kinds = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}
         with profile(activities=[*{ProfilerActivity.CPU, kinds[self.device.type]}]) as seen:
             run()
-        spent = dict.fromkeys(OPERATIONS, 0.0)
-        on_gpu = self.device.type == "cuda"
-        for each in seen.key_averages():
-            if each.device_type != DeviceType.CPU:  # a kernel, which counts as its operation's
-                continue
-            kind = next(k for k, names in OPERATIONS.items() if any(n in each.key for n in names))
-            spent[kind] += each.self_device_time_total if on_gpu else each.self_cpu_time_total
-        return {kind: time / sum(spent.values()) for kind, time in spent.items()}
+        time = f"self_{'device' if self.device.type == 'cuda' else 'cpu'}_time_total"
+        return {
+            each.key: (each.count, getattr(each, time) / 1e6)
+            for each in seen.key_averages()
+            if each.device_type == DeviceType.CPU  # not a kernel, which counts as its operation's
+        }
 
-    def memory(self, name: str) -> float:
-        """Peak memory in MB of this process, which should run nothing before the arm ``name``."""
-        run = self.arm(name)
-        for _ in range(2):  # from the second step on there is what the optimizer keeps
-            run()
-        return peak_memory_mb()
+    def peaks(self, name: str, starts: int) -> List[float]:
+        """Peak memory in MB of an arm in so many processes of its own."""
+        found = []
+        for _ in range(starts):
+            with self._apart(name) as run:
+                run()
+                found.append(run())  # from the second step on there is what the optimizer keeps
+        return found
 
     def kept_mb(self) -> Dict[str, float]:
         """What distillation has to hold in memory: the teacher's weights, its maps of a batch, and the
@@ -423,29 +448,27 @@ def ratio(seconds: Mapping[str, Sequence[float]], over: str, *under: str) -> Dic
     return {"median": median(each), "low": min(each), "high": max(each)}
 
 
-def measure(
-    bench: Benchmark, rounds: int, memory: Callable[[str], float], starts: int = 3
-) -> Dict[str, Any]:
+def measure(bench: Benchmark, rounds: int, starts: int = 3) -> Dict[str, Any]:
     """Everything of one input size, as tools/benchmark.py writes it.
 
     Args:
         bench: of that size.
         rounds: see :meth:`Benchmark.times` and :meth:`Benchmark.parts`.
-        memory: gives an arm's :meth:`Benchmark.memory`, measured in a process of its own.
-        starts: such processes of which the median counts, for the plain steps and the distilled one:
+        starts: processes of which the median peak counts, for the plain steps and the distilled one:
             memory varies from start to start.
 
     Returns:
         ``overhead``, the median of distill / (student + teacher_eager); ``ratios``, among them
         ``floor``, what a teacher and losses that cost nothing would leave of it; ``seconds`` (arm to
-        median, low, high); ``parts``; ``operations``; ``memory`` in MB, over the student's step with the same
-        settings.
+        median, low, high); ``parts``; ``operations``; ``loss_operations``; ``memory`` in MB, over this
+        project's step of the plain student, and ``starts_mb`` of each start.
     """
     seconds = bench.times(bench.arms(), rounds)
     rivals = [name for name in bench.methods if name != "distill"]
     ratios = {
         "overhead": ratio(seconds, "distill", "student", "teacher_eager"),
         "floor": ratio(seconds, "student_sharedkd", "student", "teacher_eager"),
+        "plain": ratio(seconds, "student_sharedkd", "student"),
         "over_plain": ratio(seconds, "distill", "student_sharedkd"),
         "teacher": ratio(seconds, "teacher", "teacher_eager"),
         "losses": ratio(seconds, "losses/distill", "distill"),
@@ -455,8 +478,8 @@ def measure(
     }
     steps = ("student", "student_sharedkd", *bench.methods, *bench.variants)
     plain = ("student", "student_sharedkd", "distill")
-    peaks = {name: median(memory(name) for _ in range(starts)) for name in plain}
-    peaks.update({name: memory(name) for name in steps if name not in plain})
+    each = {name: bench.peaks(name, starts if name in plain else 1) for name in steps}
+    peaks = {name: median(mb) for name, mb in each.items()}
     return {
         "overhead": ratios["overhead"]["median"],
         **bench.describe(),
@@ -467,9 +490,11 @@ def measure(
         },
         "parts": bench.parts(rounds),
         "operations": bench.operations(),
+        "loss_operations": bench.loss_operations(),
         "memory": {
             **bench.kept_mb(),
             "peak_mb": peaks,
+            "starts_mb": {name: each[name] for name in plain},
             "over_student_mb": {
                 name: peaks[name] - peaks["student_sharedkd"] for name in steps[2:]
             },
@@ -485,8 +510,9 @@ def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
         rounds: of each case.
 
     Returns:
-        ``batch_size``, ``image_size``, ``levels`` of each case, and the median ``seconds`` of the
-        arms student_sharedkd, distill and losses/distill.
+        of each case ``batch_size``, ``image_size``, ``levels``, ``overhead``, the median ``seconds``
+        of the arms that :func:`measure` has for a config alone, and the MB that a distillation step
+        has ``over_student_mb``.
     """
     size, count = bench.image_size, len(bench.records)
     cases = [(size, count), (size, 2 * count), (round(size * 2**0.5 / 32) * 32, count)]
@@ -504,12 +530,15 @@ def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
 
 
 def _case(bench: Benchmark, strides: Sequence[int], rounds: int) -> Dict[str, Any]:
-    seconds = bench.times(["student_sharedkd", "distill", "losses/distill"], rounds)
+    seconds = bench.times(bench.arms(), rounds)
+    plain, distilled = (bench.peaks(x, 1)[0] for x in ("student_sharedkd", "distill"))
     return dict(
         batch_size=len(bench.records),
         image_size=bench.image_size,
         levels=len(strides),
+        overhead=ratio(seconds, "distill", "student", "teacher_eager")["median"],
         seconds={name: median(x) for name, x in seconds.items()},
+        over_student_mb=distilled - plain,
     )
 
 
@@ -562,8 +591,11 @@ def _in_group(
 
 
 @contextmanager
-def _in_child(*work: Union[DictConfig, int, str]) -> Iterator[Callable[[], None]]:
-    """An arm in a process of its own, which works only while this one waits for it."""
+def _in_child(*work: Union[DictConfig, int, str]) -> Iterator[Callable[[], float]]:
+    """An arm in a process of its own, which works only while this one waits for it.
+
+    A call gives the most MB that the process had so far.
+    """
     ours, theirs = mp.get_context("spawn").Pipe()
     child = mp.get_context("spawn").Process(
         target=_serve, args=(theirs, torch.get_num_threads(), *work), daemon=True
@@ -571,9 +603,9 @@ def _in_child(*work: Union[DictConfig, int, str]) -> Iterator[Callable[[], None]
     child.start()
     theirs.close()
 
-    def run() -> None:
+    def run() -> float:
         ours.send(True)
-        ours.recv()
+        return ours.recv()
 
     try:
         ours.recv()  # it is ready
@@ -590,7 +622,7 @@ def _serve(
     run = Benchmark(cfg, {}, image_size, batch_size).arm(name)
     with suppress(EOFError):  # nobody asks any more
         while True:
-            pipe.send(None)
+            pipe.send(peak_memory_mb())
             pipe.recv()
             run()
 

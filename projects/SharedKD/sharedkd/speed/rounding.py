@@ -15,17 +15,19 @@ def round_layers(module: nn.Module, dtype: torch.dtype) -> int:
     """Convolutions and linear layers compute in float32, and round what they read and write.
 
     Instructions for 16 bits do just that: they multiply rounded numbers, sum the products in float32
-    and round the sum.  PyTorch without them does it too, many times slower than in float32; this takes
-    as long as float32.
+    and round the sum.  PyTorch without them does it too, but many times slower than in float32.
 
     Args:
-        module: a frozen network; its layers are changed in place.
-        dtype: what they are to have computed in, ``torch.bfloat16`` or ``torch.float16``.
+        module: a frozen network; its layers are changed in place.  A convolution that applies a norm
+            before it returns is left as it is: with the instructions its sum is rounded in between.
+        dtype: ``torch.bfloat16``.
 
     Returns:
         how many layers compute so.
     """
-    layers = [m for m in module.modules() if isinstance(m, LAYERS)]
+    layers = [
+        m for m in module.modules() if isinstance(m, LAYERS) and getattr(m, "norm", None) is None
+    ]
     for layer in layers:
         layer.to(dtype).float()
         layer.forward = partial(_forward, layer, dtype)
