@@ -67,7 +67,7 @@ benchmark: .venv/.ready
 	$(call MEASURE,retinanet_r50_r18,$(RETINANET_R50_R18)) $(AMP) --variant train.fast_focal_loss=False
 	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py) $(AMP) --variant train.fast_roi_align=False
 	$(call MEASURE,mask_rcnn_r101_r50,$(MASK)) $(AMP)
-	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) $(AMP) --rounds 15
+	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) $(AMP) --rounds 9
 	$(call MEASURE,faster_rcnn_r101_r50_no_means,faster_rcnn_sharedkd.py) $(AMP) $(NO_MEANS)
 	$(if $(HAS_BF16),$(call MEASURE,faster_rcnn_r50_r18_bf16,$(R50_R18)) $(AMP) $(BF16))
 	$(if $(HAS_BF16),$(call MEASURE,mask_rcnn_r50_r18_bf16,$(MASK_R50_R18)) $(AMP) $(BF16))

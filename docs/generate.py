@@ -11,7 +11,7 @@ import re
 import tokenize
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from sharedkd import config, losses
 from sharedkd.analysis.scores import difference, interval
@@ -24,6 +24,9 @@ from sharedkd.teacher import FrozenTeacher
 ROOT = Path(__file__).resolve().parents[1]
 #: The benchmarks that README.md quotes, of one machine.
 QUOTED = ROOT / "docs/results/performance/amd_epyc_avx2_without_bfloat16_2_thread_s"
+
+#: Comparisons of a teacher's precisions, each on one machine and with a teacher of its own.
+PRECISION = ("precision", "precision_rounded")
 
 #: A file of docs/results -> what was trained in it.
 PAIRS = {
@@ -197,7 +200,7 @@ def measured() -> Dict[Tuple[str, str], str]:
     records = {name: _record(name) for name in PAIRS}
     found = {("MODEL_ZOO.md", name): _zoo(record) for name, record in records.items()}
     found["README.md", "choice"] = _choice(records)
-    found["docs/performance.md", "precision"] = _precision(_record("precision"))
+    found["docs/performance.md", "precision"] = _precision([_record(name) for name in PRECISION])
     return found
 
 
@@ -205,19 +208,30 @@ def _record(name: str) -> Dict[str, Any]:
     return json.loads((ROOT / f"docs/results/{name}.json").read_text())
 
 
-def _precision(record: Mapping[str, Any]) -> str:
-    """What the teacher's precision does to AP; the last row is paired by seed."""
+def _precision(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the teacher's precision does to AP: a row for each machine, and one for all seeds."""
     exact = "shared_kd"
     lower = f"{exact}:model.teacher.precision=bfloat16"
+    arms = [
+        {**arm, "seed": (number, arm["seed"])}
+        for number, record in enumerate(records)
+        for arm in record["arms"]
+    ]
     rows = []
-    for title, method in (("float32", exact), ("bfloat16", lower)):
-        row = [title]
+    for record in [*records, {"arms": arms}]:
+        whole = record not in records
+        row = ["together" if whole else record["arms"][0]["hardware"]]
+        row.append(str(len(_finished(record, lower))))
         for task in ("bbox", "segm"):
-            mean, half = interval([x["results"][task]["AP"] for x in _finished(record, method)])
-            row.append(f"{mean:.1f} ± {half:.1f}")
+            for method in (exact, lower):
+                mean = fmean(x["results"][task]["AP"] for x in _finished(record, method))
+                row.append("" if whole else f"{mean:.1f}")
+            row.append(_gain(record, lower, task, exact))
         rows.append(tuple(row))
-    gains = [_gain(record, lower, task, exact) for task in ("bbox", "segm")]
-    return _table("teacher | box AP | mask AP", [*rows, ("difference", *gains)])
+    titles = [
+        f"{task} AP, {x}" for task in ("box", "mask") for x in ("float32", "bfloat16", "difference")
+    ]
+    return _table(" | ".join(["machine", "seeds", *titles]), rows)
 
 
 def _zoo(record: Mapping[str, Any]) -> str:

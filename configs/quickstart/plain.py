@@ -9,6 +9,7 @@ import torch
 from detectron2.config import LazyCall as L
 
 from sharedkd.data.shapes import CLASSES, make_shapes
+from sharedkd.speed.cpu import has_bfloat16
 
 from ..common.small_models import tiny_mask_rcnn
 from ..custom_coco_mask_plain import data, dataloader, lr_multiplier, optimizer, train
@@ -33,7 +34,5 @@ dataloader.train.total_batch_size = 8
 model = tiny_mask_rcnn(depth=18, num_classes="${data.num_classes}")
 optimizer.lr = 1e-3  # from random weights
 train.update(max_iter=200, eval_period=0, output_dir=str(_root / "output/demo/plain"))
-# bfloat16 pays on CPUs that have it in hardware; torch has no public way to ask.
-_has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-train.amp.enabled = torch.cuda.is_available() or _has_bf16()
+train.amp.enabled = torch.cuda.is_available() or has_bfloat16()
 train.checkpointer.update(period=50, max_to_keep=1)

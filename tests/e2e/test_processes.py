@@ -64,8 +64,9 @@ def main(args):
     records = [tiny.record(seed=i, boxes=((8, 8, 40 + 4 * i, 40),)) for i in range(4)]
     mine = records[comm.get_rank()::comm.get_world_size()]
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    static = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun's processes, train.ddp.static_graph=True
     trainer = SharedKDTrainer(
-        create_ddp_model(model, device_ids=None, broadcast_buffers=False),
+        create_ddp_model(model, device_ids=None, broadcast_buffers=False, static_graph=static),
         iter(lambda: mine, None), sgd, max_iter=3,
     )
     trainer.train(0, 3)

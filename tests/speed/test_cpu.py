@@ -65,6 +65,13 @@ def test_bfloat16_takes_instructions_for_it(monkeypatch, there):
     assert cpu.has_bfloat16() is (there is not None)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_on_other_processors_is_what_pytorch_says(monkeypatch, there):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there)
+    assert cpu.has_bfloat16() is there
+
+
 def test_bfloat16_where_pytorch_cannot_tell(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")

@@ -65,7 +65,7 @@ def fold_in_training(module: nn.Module) -> int:
     was, names and checkpoints too; in training, the product ``w * s`` takes the norm's place, so that
     no map is written twice.  Outputs and gradients are equal up to rounding.  In eval mode, nothing
     changes at all.  Of a 1x1 convolution with a stride, only the positions that it reads are passed on:
-    oneDNN's gradient of one takes twice as long on a CPU with channels first.
+    oneDNN's gradient of one takes longer on a CPU with channels first.
 
     Args:
         module: its Detectron2 ``Conv2d`` layers with a ``FrozenBatchNorm2d`` are changed in place.
