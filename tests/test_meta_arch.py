@@ -520,3 +520,25 @@ def test_classic_config_with_the_published_weights(classic_pair):
     stages = build_model(cfg).stages
     assert [s.weight for s in stages.values()] == [2, 2]
     assert all(s.loss.distance.normalize == "none" for s in stages.values())
+
+
+# --- a teacher in lower precision ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+def test_a_teacher_in_bfloat16_gives_nearly_the_same_gradient(family):
+    """What distillation tells the student's backbone differs by less than a hundredth."""
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        teacher = FrozenTeacher(tiny.detector(family, seed=1), "", "RGB", precision=precision)
+        teacher.prepare()
+        model = SharedKD(
+            student=tiny.detector(family), teacher=teacher, stages=stages(), input_format="RGB"
+        )
+        losses = step(model)
+        total = sum(losses[name] for name in terms(losses))
+        weights = [x for x in model.student.backbone.parameters() if x.requires_grad]
+        found = torch.autograd.grad(total, weights, allow_unused=True)
+        gradients.append(torch.cat([x.flatten() for x in found if x is not None]).double())
+    exact, lower = gradients
+    assert 0 < (lower - exact).norm() < 0.01 * exact.norm()
