@@ -53,7 +53,7 @@ def _is_lazy_yaml(path: str) -> bool:
 
 
 def zoo_weights(name: str) -> Optional[str]:
-    """Where the model zoo has the weights of that name; None: nowhere."""
+    """Where the model zoo has the weights of the config ``name``; None: nowhere."""
     try:
         return model_zoo.get_checkpoint_url(name)
     except RuntimeError:

@@ -403,7 +403,12 @@ class Benchmark:
         }
 
     def peaks(self, name: str, starts: int) -> List[float]:
-        """Peak memory in MB of an arm in so many processes of its own."""
+        """Peak memory in MB of an arm, in processes of its own.
+
+        Args:
+            name: of a step's arm.
+            starts: how many processes, one after the other.
+        """
         found = []
         for _ in range(starts):
             with self._apart(name) as run:
