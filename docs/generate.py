@@ -217,9 +217,10 @@ def _precision(records: Sequence[Mapping[str, Any]]) -> str:
         for number, record in enumerate(records)
         for arm in record["arms"]
     ]
+    together = {"arms": arms}
     rows = []
-    for record in [*records, {"arms": arms}]:
-        whole = record not in records
+    for record in [*records, together]:
+        whole = record is together
         row = ["together" if whole else record["arms"][0]["hardware"]]
         row.append(str(len(_finished(record, lower))))
         for task in ("bbox", "segm"):
