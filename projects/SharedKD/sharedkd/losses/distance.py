@@ -1,8 +1,9 @@
 """How far apart two aligned maps are: four distances, each raw or scale-free."""
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import repeat
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,8 @@ __all__ = ["Distance", "DISTANCES", "NORMALIZATIONS"]
 
 EPS = 1e-6  # added to a variance: a constant map has a gradient of zero, not NaN
 # How many numbers of a map are read at a time: as many as stay in the cache with what is computed of
-# them.  Of a small map on a CPU, no more than PyTorch leaves to one thread: to wake a second one takes
-# longer than the operation.  On a GPU, enough for all of it.
-CPU_BLOCK, ONE_THREAD, GPU_BLOCK = 2**19, 2**15 - 1, 2**24
+# them.  On a GPU, enough for all of it.
+CPU_BLOCK, GPU_BLOCK = 2**20, 2**24
 
 
 def _mean(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
@@ -84,31 +84,31 @@ class _StandardisedMSE(torch.autograd.Function):
             count = mask.sum(dims, keepdim=True).clamp(min=1)
             total = mask.sum().clamp(min=1)
         moments = [_moments(a, b, mask, dims, count) for a, b in _channels(x, y)]
-        mx, my, vx, vy, covariance = torch.cat(moments, 2)
-        ix, iy = (vx + EPS).rsqrt(), (vy + EPS).rsqrt()
-        ux, uy, r = vx * ix.square(), vy * iy.square(), covariance * ix * iy
-        ctx.save_for_backward(x, y, mask, mx, my, ix, iy, ux, uy, r)
+        means, variances, (covariance,) = _joined(moments, 2).split([2, 2, 1])
+        inverse = (variances + EPS).rsqrt()
+        both = inverse[0] * inverse[1]
+        r = covariance * both
+        ctx.save_for_backward(x, y, mask, means, inverse, both, r)
         ctx.scale = 2 / (total * x.shape[1])
         # Of equal maps the difference is zero but for rounding.
-        return ((ux + uy - 2 * r).clamp(min=0) * count).sum() * ctx.scale / 2
+        each = (variances * inverse * inverse).sum(0).sub_(r, alpha=2).clamp_(min=0)
+        if mask is not None:
+            return (each * count).sum() * (ctx.scale / 2)
+        return each.sum() * (ctx.scale * count / 2)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
-        x, y, mask, mx, my, ix, iy, ux, uy, r = ctx.saved_tensors
+        x, y, mask, means, inverse, both, r = ctx.saved_tensors
         scale = gradient * ctx.scale
-        other = -scale * ix * iy
-        found = []
-        for needed, a, ma, ia, ua, b, mb in (
-            (ctx.needs_input_grad[0], x, mx, ix, ux, y, my),
-            (ctx.needs_input_grad[1], y, my, iy, uy, x, mx),
-        ):
-            if not needed:
-                found.append(None)
-                continue
-            own, whole = scale * (1 - ua + r) * ia.square(), torch.empty_like(a)
-            for some in _channels(whole, a, b, ma, mb, own, other):
-                _write_gradient(some, mask)
-            found.append(whole)
+        other = both * -scale
+        found: List[Optional[Tensor]] = [None, None]
+        for i, (a, b) in enumerate(((x, y), (y, x))):
+            if ctx.needs_input_grad[i]:
+                square = inverse[i].square()
+                own = torch.add(r, square, alpha=EPS).mul_(square).mul_(scale)
+                found[i] = torch.empty_like(a)
+                for some in _channels(found[i], a, b, means[i], means[1 - i], own, other):
+                    _write_gradient(some, mask)
         return (*found, None, None)
 
 
@@ -119,38 +119,40 @@ def _moments(
 
     Centred before they are multiplied: a constant map gives zeros, not rounding times 1 / EPS.
     """
-    mx, my = (_sum(each, mask, dims) / count for each in (x, y))
-    sums: Any = 0  # a tensor from the first block on
+    mx, my = (_average(each, mask, dims, count) for each in (x, y))
+    sums = []
     for a, b, inside in _positions(x, y, mask):
         cx, cy = precise(a) - mx, precise(b) - my
         if inside is not None:
             cx.mul_(inside)
             cy.mul_(inside)
-        products = (cx * cy).sum(dims, keepdim=True)
         squares = [_sum_of_squares(each, dims) for each in (cx, cy)]
-        sums = sums + torch.stack([*squares, products])
-    return torch.cat([torch.stack([mx, my]), sums / count])
+        products = cx.mul_(cy).sum(dims, keepdim=True)
+        sums.append(torch.stack([*squares, products]))
+    return torch.cat([torch.stack([mx, my]), reduce(torch.add, sums) / count])
 
 
 def _sum_of_squares(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """Sum of the squares of ``x`` (N, C, P) over ``dims``; ``x`` may be overwritten."""
+    """Sum of the squares of ``x`` (N, C, P) over ``dims``."""
     if x.stride(2) != 1:
-        return x.square_().sum(dims, keepdim=True)
+        return x.square().sum(dims, keepdim=True)
     # Positions that lie side by side are read once, and nothing is written.
     each = torch.linalg.vector_norm(x, dim=2, keepdim=True).square_()
     return each.sum(0, keepdim=True) if 0 in dims else each
 
 
-def _sum(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
-    """Sum of a map (N, C, P) over ``dims``, in float32 at least."""
+def _average(
+    x: Tensor, mask: Optional[Tensor], dims: Sequence[int], count: Union[int, Tensor]
+) -> Tensor:
+    """Mean of a map (N, C, P) over ``dims``, in float32 at least."""
     if mask is None and x.dtype == precision(x):
-        return x.sum(dims, keepdim=True)
+        return x.mean(dims, keepdim=True)
     # Not by sum's own dtype: on a CPU it converts the whole map first.
-    total: Any = 0
+    sums = []
     for part, inside in _positions(x, mask):
         exact = precise(part) if inside is None else precise(part) * inside
-        total = total + exact.sum(dims, keepdim=True)
-    return total
+        sums.append(exact.sum(dims, keepdim=True))
+    return reduce(torch.add, sums) / count
 
 
 def _write_gradient(some: Tuple[Tensor, ...], mask: Optional[Tensor]) -> None:
@@ -174,20 +176,26 @@ def _channels(x: Tensor, *others: Tensor) -> Iterator[Tuple[Tensor, ...]]:
     n, c, positions = x.shape
     together = all(each.stride(2) == 1 for each in (x, *others))
     size = max(1, _block(x) // (n * positions)) if together else c
+    if size >= c:
+        return iter([(x, *others)])
     return zip(*(each.tensor_split(-(-c // size), 1) for each in (x, *others)))
 
 
 def _positions(*maps: Optional[Tensor]) -> Iterator[Tuple[Optional[Tensor], ...]]:
     """The same positions of each map (N, C, P), a block at a time, so that no temporary has full size."""
-    n, c, _ = maps[0].shape
+    n, c, positions = maps[0].shape
     size = max(1, _block(maps[0]) // (n * c))
+    if size >= positions:
+        return iter([maps])
     return zip(*(repeat(None) if x is None else x.split(size, 2) for x in maps))
 
 
+def _joined(parts: List[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def _block(x: Tensor) -> int:
-    if x.device.type != "cpu":
-        return GPU_BLOCK
-    return CPU_BLOCK if x.numel() >= CPU_BLOCK // 4 else ONE_THREAD
+    return CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK
 
 
 @dataclass(frozen=True)

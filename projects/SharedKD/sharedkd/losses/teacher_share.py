@@ -1,11 +1,12 @@
 """The teacher share module: what the student is shown at each level."""
 
-from typing import Dict, Iterable
+from typing import Dict, Iterable, List
 
+import torch
 from torch import Tensor
 
 from .alignment import Pooled
-from .base import precision
+from .base import precise
 
 __all__ = ["SHARES", "shared_targets"]
 
@@ -48,11 +49,20 @@ def _target(pools: Dict[int, Pooled], stride: int, share: str) -> Tensor:
     lower = {"dense": lower, "adjacent": lower[-1:], "none": []}[share]
     if not lower:
         return own
-    size, width = own.shape[-2:], own.shape[1]
-    total = own.to(precision(own), copy=True)
-    count = total.new_ones(width)
-    for k in lower:
-        channels = min(width, pools[k].x.shape[1])
-        total[:, :channels] += pools[k].to(size)[:, :channels]
-        count[:channels] += 1
-    return total.div_(count.view(1, -1, 1, 1))
+    maps = [own, *(pools[k].to(own.shape[-2:]) for k in lower)]
+    ends = sorted({min(x.shape[1], own.shape[1]) for x in maps})
+    means = [
+        _mean([x[:, start:end] for x in maps if x.shape[1] >= end])
+        for start, end in zip([0, *ends], ends)
+    ]
+    return means[0] if len(means) == 1 else torch.cat(means, 1)
+
+
+def _mean(maps: List[Tensor]) -> Tensor:
+    """Of maps of one shape, the first of which may be of 16 bits."""
+    if len(maps) == 1:
+        return precise(maps[0])
+    total = precise(maps[0]) + precise(maps[1])
+    for x in maps[2:]:
+        total += x
+    return total.div_(len(maps))
