@@ -60,23 +60,25 @@ DISTANCES: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class _StandardisedMSE(torch.autograd.Function):
-    """The mean squared error of two standardised maps (N, C, P), which are never written.
+    """The mean squared error of two standardised maps (N, C, H, W), which are never written.
 
     With cx = x - mean(x), vx = mean(cx^2), ix = 1 / sqrt(vx + EPS), the same of y, and
     r = mean(cx cy) ix iy, each mean per channel over ``dims``::
 
         mean((cx ix - cy iy)^2) = vx ix^2 + vy iy^2 - 2 r
-        dL/dx = 2 / (positions * channels) * ((1 - vx ix^2 + r) ix^2 cx - ix iy cy)
+        dL/dx = 2 / (positions * channels) * ((EPS ix^2 + r) ix^2 cx - ix iy cy)
 
-    Both maps are read twice here and once for a gradient, which is all that is written; maps of 16
-    bits stay what they are, and become float32 in passing.  Autograd's own way through the same formula
-    writes and reads some thirty maps of full size.
+    as 1 - vx ix^2 = EPS ix^2.  Both maps are read twice here and once for a gradient, which is all that
+    is written; maps of 16 bits stay what they are, and become float32 in passing.  Autograd's own way
+    through the same formula writes and reads some thirty maps of full size.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, y: Tensor, mask: Optional[Tensor], dims: Sequence[int]
     ) -> Tensor:
+        ctx.size = x.shape[2:]
+        x, y, mask = (None if each is None else each.flatten(2) for each in (x, y, mask))
         if mask is None:
             total = x.numel() // x.shape[1]
             count = total if 0 in dims else total // len(x)
@@ -106,9 +108,10 @@ class _StandardisedMSE(torch.autograd.Function):
             if ctx.needs_input_grad[i]:
                 square = inverse[i].square()
                 own = torch.add(r, square, alpha=EPS).mul_(square).mul_(scale)
-                found[i] = torch.empty_like(a)
-                for some in _channels(found[i], a, b, means[i], means[1 - i], own, other):
+                whole = torch.empty_like(a)
+                for some in _channels(whole, a, b, means[i], means[1 - i], own, other):
                     _write_gradient(some, mask)
+                found[i] = whole.unflatten(2, ctx.size)
         return (*found, None, None)
 
 
@@ -236,8 +239,7 @@ class Distance:
         if mask is not None:
             mask = mask.to(precision(x))
         if self.kind == "mse" and self.normalize in STATISTICS:
-            flat = (None if each is None else each.flatten(2) for each in (x, y, mask))
-            return _StandardisedMSE.apply(*flat, STATISTICS[self.normalize][:-1])
+            return _StandardisedMSE.apply(x, y, mask, STATISTICS[self.normalize][:-1])
         x, y = precise(x), precise(y)
         normalize = NORMALIZATIONS[self.normalize]
         each = DISTANCES[self.kind](normalize(x, mask), normalize(y, mask))
