@@ -60,21 +60,21 @@ MASK = mask_rcnn_sharedkd.py model.teacher.config=COCO-InstanceSegmentation/mask
 RETINANET_R50_R18 = custom_coco_retinanet.py model.teacher.config=COCO-Detection/retinanet_R_50_FPN_3x.yaml
 R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
 
+# Name, config, and flags of the first run; the second one, with the teacher in bfloat16, only where that is fast.
+define BOTH
+$(call MEASURE,$(1),$(2)) $(AMP) $(3)
+$(if $(HAS_BF16),$(call MEASURE,$(1)_bf16,$(2)) $(AMP) $(BF16))
+endef
+
 benchmark: .venv/.ready
 	rm -rf output/benchmark
-	$(call MEASURE,faster_rcnn_r50_r18,$(R50_R18)) $(AMP) $(RIVALS) $(VARIANTS) --growth --processes 2
-	$(call MEASURE,mask_rcnn_r50_r18,$(MASK_R50_R18)) $(AMP)
-	$(call MEASURE,retinanet_r50_r18,$(RETINANET_R50_R18)) $(AMP) --variant train.fast_focal_loss=False
-	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py) $(AMP) --variant train.fast_roi_align=False
-	$(call MEASURE,mask_rcnn_r101_r50,$(MASK)) $(AMP)
-	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) $(AMP) --rounds 9
+	$(call BOTH,faster_rcnn_r50_r18,$(R50_R18),$(RIVALS) $(VARIANTS) --growth --processes 2)
+	$(call BOTH,mask_rcnn_r50_r18,$(MASK_R50_R18))
+	$(call BOTH,retinanet_r50_r18,$(RETINANET_R50_R18),--variant train.fast_focal_loss=False)
+	$(call BOTH,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py,--variant train.fast_roi_align=False)
+	$(call BOTH,mask_rcnn_r101_r50,$(MASK))
+	$(call BOTH,retinanet_r101_r50,retinanet_sharedkd.py,--rounds 9)
 	$(call MEASURE,faster_rcnn_r101_r50_no_means,faster_rcnn_sharedkd.py) $(AMP) $(NO_MEANS)
-	$(if $(HAS_BF16),$(call MEASURE,faster_rcnn_r50_r18_bf16,$(R50_R18)) $(AMP) $(BF16))
-	$(if $(HAS_BF16),$(call MEASURE,mask_rcnn_r50_r18_bf16,$(MASK_R50_R18)) $(AMP) $(BF16))
-	$(if $(HAS_BF16),$(call MEASURE,retinanet_r50_r18_bf16,$(RETINANET_R50_R18)) $(AMP) $(BF16))
-	$(if $(HAS_BF16),$(call MEASURE,faster_rcnn_r101_r50_bf16,faster_rcnn_sharedkd.py) $(AMP) $(BF16))
-	$(if $(HAS_BF16),$(call MEASURE,mask_rcnn_r101_r50_bf16,$(MASK)) $(AMP) $(BF16))
-	$(if $(HAS_BF16),$(call MEASURE,retinanet_r101_r50_bf16,retinanet_sharedkd.py) $(AMP) $(BF16))
 	.venv/bin/python tools/benchmark_tables.py output/benchmark docs/results/performance docs/performance.md
 
 # `*.*` leaves out __pycache__, which an installation touches.
