@@ -1,6 +1,7 @@
-"""Recipes of methods: each trains each family it claims, any two stack, and names mean what they say."""
+"""Recipes of methods: each trains each family it claims, methods stack, and names mean what they say."""
 
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -18,10 +19,8 @@ from sharedkd.methods import FAMILIES, Method, family, known_methods, with_metho
 FOLDER = tiny.ROOT / "configs/common/methods"
 METHODS = {method.name: method for method in known_methods(FOLDER)}
 CLAIMS = [(name, kind) for name, method in METHODS.items() for kind in method.stages]
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
-]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 PUBLISHED = {
     "fitnets",
     "fitnets_plain",
@@ -101,39 +100,59 @@ def test_a_recipe_trains_a_step_of_each_family_it_claims(name, kind, device, pai
     assert all(p.grad is None for p in teacher.model.parameters())
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name, kind", CLAIMS)
-def test_a_recipe_trains_under_autocast(name, kind, device):
-    student = tiny.detector(kind)
-    teacher = FrozenTeacher(tiny.detector(kind, seed=1), weights="", input_format="RGB")
-    stages = instantiate(METHODS[name].stages[kind])
-    model = SharedKD(student=student, teacher=teacher, stages=stages, input_format="RGB")
-    model.to(device).train()
-    before = [p.detach().clone() for p in model.losses.parameters()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    dtype = torch.bfloat16 if device == "cpu" else torch.float16
-    options = dict(max_iter=1, amp_dtype=dtype, clip_grad_norm=10.0)
-    loader = iter(records, None)  # small: bfloat16 is slow on a CPU without instructions for it
-    SharedKDTrainer(model, loader, optimizer, **options).train(0, 1)
-    after = list(model.losses.parameters())
-    assert all(torch.isfinite(p).all() for p in (*after, *student.parameters()))
-    if after and device == "cpu":  # float16 may skip its first step
-        assert any(not torch.equal(a, b) for a, b in zip(after, before))
-
-
-@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
-def test_any_two_methods_stack(kind, pairs):
-    student, teacher = pairs(kind)
-    batch = records()
+def stack(kind, names):
+    """The stages of several recipes in one pair."""
     cfg = OmegaConf.create(
         {"model": {"student": tiny.node(kind), "stages": None}}, flags={"allow_objects": True}
     )
-    names = [name for name, method in METHODS.items() if kind in method.stages]
+    return with_method(cfg, "+".join(names), FOLDER).model.stages
+
+
+# A CPU may have no instructions for bfloat16: all recipes of a family in one step.
+TOGETHER = {kind: [name for name, claimed in CLAIMS if claimed == kind] for kind in FAMILIES}
+UNDER_AUTOCAST = [pytest.param("cpu", kind, names, id=kind) for kind, names in TOGETHER.items()]
+UNDER_AUTOCAST += [
+    pytest.param("cuda", kind, [name], id=f"{name}-{kind}-cuda", marks=NEEDS_GPU)
+    for name, kind in CLAIMS
+]
+
+
+@pytest.mark.parametrize("device, kind, names", UNDER_AUTOCAST)
+def test_recipes_train_under_autocast(device, kind, names):
+    student = tiny.detector(kind)
+    teacher = FrozenTeacher(tiny.detector(kind, seed=1), weights="", input_format="RGB")
+    stages = instantiate(stack(kind, names))
+    model = SharedKD(student=student, teacher=teacher, stages=stages, input_format="RGB")
+    model.to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dtype = torch.bfloat16 if device == "cpu" else torch.float16
+    options = dict(max_iter=1, amp_dtype=dtype, clip_grad_norm=10.0)
+    trainer = SharedKDTrainer(model, iter(records, None), optimizer, **options)
+    trainer.train(0, 1)
+    terms = {k: v.latest() for k, v in trainer.storage.histories().items() if "distill/" in k}
+    assert {k.split("/")[1] for k in terms} >= set(stages) and all(
+        map(math.isfinite, terms.values())
+    )
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    for name, loss in model.losses.items():
+        gradients = [p.grad for p in loss.parameters()]
+        if gradients and device == "cpu":  # float16 may skip its first step
+            assert all(torch.isfinite(x).all() for x in gradients), name
+            assert any(x.any() for x in gradients), name
+
+
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_methods_stack(kind, pairs):
+    """Any two have stages of their own; each trains beside the next one, and all do so together."""
+    names = TOGETHER[kind]
+    own = {name: len(METHODS[name].stages[kind]) - 1 for name in names}
     for a, b in itertools.combinations(names, 2):
-        stages = instantiate(with_method(cfg, f"{a}+{b}", FOLDER).model.stages)
-        assert len(stages) == sum(len(METHODS[n].stages[kind]) - 1 for n in (a, b)), (a, b)
-        _, losses = step(student, teacher, stages, batch)
-        assert {k.split("/")[1] for k in losses if k.startswith("distill/")} == set(stages), (a, b)
+        assert len(stack(kind, [a, b])) - 1 == own[a] + own[b], (a, b)
+    for some in (names, *zip(names, [*names[1:], names[0]])):
+        stages = instantiate(stack(kind, some))
+        assert len(stages) == sum(own[name] for name in some), some
+        _, losses = step(*pairs(kind), stages, records())
+        assert {k.split("/")[1] for k in losses if k.startswith("distill/")} == set(stages), some
 
 
 def test_stacked_terms_are_those_of_each_alone(pairs):

@@ -2,6 +2,8 @@
 
 import torch
 from detectron2.structures import Boxes, Instances
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sharedkd.losses import Batch
 
@@ -121,3 +123,20 @@ def awake(loss, seed=3):
         random = torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2
         p.data.copy_(random.to(p.dtype))
     return loss
+
+
+class Written(TorchDispatchMode):
+    """How many numbers each operation writes into memory of its own, and of which type they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = filter(torch.is_tensor, tree_leaves((args, kwargs)))
+        before = {x.untyped_storage().data_ptr() for x in given}
+        out = function(*args, **(kwargs or {}))
+        for x in filter(torch.is_tensor, tree_leaves(out)):
+            if x.untyped_storage().data_ptr() not in before:
+                self.sizes.append((x.untyped_storage().nbytes() // x.element_size(), x.dtype))
+        return out

@@ -70,11 +70,14 @@ def test_gradient_reaches_only_the_cells_and_channels_used(size):
     assert not x.grad[:, 2].any()
 
 
-def test_inputs_are_left_as_they_are():
-    x, y = grid(4, 4, 2), grid(2, 2, 3)
+@pytest.mark.parametrize("size", [(2, 2), (12, 2), (2, 12), (12, 1), (1, 12), (1, 1)])
+def test_inputs_are_left_as_they_are(size):
+    x, y = grid(12, 12, 2), grid(*size, 3)
     before = x.clone(), y.clone()
-    align(x, y)
+    a, _ = align(x, y)
     assert torch.equal(x, before[0]) and torch.equal(y, before[1])
+    a += 1  # nor is what comes out a part of what went in
+    assert torch.equal(x, before[0])
 
 
 @pytest.mark.parametrize("size", [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3), (24, 20), (1, 1)])

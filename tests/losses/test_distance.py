@@ -6,8 +6,7 @@ from math import sqrt
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from losses.harness import Written
 
 from sharedkd.errors import ConfigError
 from sharedkd.losses.distance import NORMALIZATIONS as NORMALIZED
@@ -339,26 +338,6 @@ def test_gradients_of_constant_maps_are_not_rounding(normalize, size):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
-class _Written(TorchDispatchMode):
-    """How many numbers each operation writes into memory of its own, and of which type they are."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_map(x)}
-        out = function(*args, **(kwargs or {}))
-        for x in filter(is_map, tree_leaves(out)):
-            if x.untyped_storage().data_ptr() not in before:
-                self.sizes.append((x.untyped_storage().nbytes() // x.element_size(), x.dtype))
-        return out
-
-
-def is_map(x):
-    return isinstance(x, torch.Tensor)
-
-
 @pytest.mark.parametrize("mask", [None, True])
 @pytest.mark.parametrize("normalize", ["channel", "instance"])
 @pytest.mark.parametrize("student", [torch.float32, torch.bfloat16])
@@ -374,7 +353,7 @@ def test_nothing_of_full_size_is_written_but_the_gradient(
     y = y.to(teacher).contiguous(memory_format=layout)
     if mask is not None:
         mask = (torch.arange(30) < 23).view(1, 1, 30, 1).expand(2, 1, 30, 30)
-    with _Written() as written:
+    with Written() as written:
         Distance("mse", normalize)(x, y, mask).backward()
     assert x.grad.dtype == student
     full = [dtype for numbers, dtype in written.sizes if numbers >= x.numel() // 2]

@@ -8,6 +8,7 @@ import torch
 from losses.harness import (
     ONE_STAGE,
     TWO_STAGE,
+    Written,
     batch,
     bound,
     check_gradients,
@@ -344,6 +345,16 @@ def test_a_wider_lower_level_is_cropped():
     wide = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     target = shared_targets({8: wide, 16: torch.ones(1, 2, 1, 1)}, [16], "dense")[16]
     assert target.flatten().tolist() == pytest.approx([0.5, 1.0])
+
+
+@pytest.mark.parametrize("channels, pooled", [(4, 1), ({8: 2, 16: 4}, 0)])
+def test_a_target_of_16_bits_is_written_once(channels, pooled):
+    teacher = maps((8, 16), channels, images=3, dtype=torch.bfloat16)
+    with Written() as written:
+        target = shared_targets(teacher, [16])[16]
+    assert target.dtype == torch.float32
+    # ... beside the finer map pooled to its size, if that is as wide
+    assert [numbers for numbers, _ in written.sizes].count(target.numel()) == 1 + pooled
 
 
 def test_shared_target_uses_lower_levels_that_the_student_lacks():

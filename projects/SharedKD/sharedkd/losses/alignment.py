@@ -39,6 +39,7 @@ class _RowsPooled(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, kernel: Tuple[int, int]) -> Tensor:
         ctx.kernel = kernel
         rows = _every(x, 2, kernel[0])
+        # In place: one side of a kernel is above 1, so that this is no longer the map itself.
         return _every(rows, 3, kernel[1]).div_(kernel[0] * kernel[1])
 
     @staticmethod
@@ -51,11 +52,13 @@ class _RowsPooled(torch.autograd.Function):
 
 def _every(x: Tensor, dim: int, count: int) -> Tensor:
     """Sums of ``count`` neighbours each along ``dim``; of one, the map itself."""
+    if count == 1:
+        return x
     apart = x.unflatten(dim, (-1, count))
     if count >= 8:  # from here on the faster one
         return apart.sum(dim + 1)
     steps = apart.unbind(dim + 1)
-    total = steps[0] if count == 1 else steps[0] + steps[1]
+    total = steps[0] + steps[1]
     for step in steps[2:]:
         total += step
     return total

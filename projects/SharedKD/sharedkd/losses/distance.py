@@ -69,8 +69,8 @@ class _StandardisedMSE(torch.autograd.Function):
         dL/dx = 2 / (positions * channels) * ((EPS ix^2 + r) ix^2 cx - ix iy cy)
 
     as 1 - vx ix^2 = EPS ix^2.  Both maps are read twice here and once for a gradient, which is all that
-    is written; maps of 16 bits stay what they are, and become float32 in passing.  Autograd's own way
-    through the same formula writes and reads some thirty maps of full size.
+    is written of full size; maps of 16 bits stay what they are, and become float32 in passing.
+    Autograd's own way through the same formula writes and reads some thirty maps of full size.
     """
 
     @staticmethod
@@ -149,7 +149,8 @@ def _average(
 ) -> Tensor:
     """Mean of a map (N, C, P) over ``dims``, in float32 at least."""
     if mask is None and x.dtype == precision(x):
-        return x.mean(dims, keepdim=True)
+        # Not x.mean(): on a GPU that multiplies by 1 / count, and constant maps would not give zeros.
+        return x.sum(dims, keepdim=True).div_(count)
     # Not by sum's own dtype: on a CPU it converts the whole map first.
     sums = []
     for part, inside in _positions(x, mask):
@@ -185,7 +186,7 @@ def _channels(x: Tensor, *others: Tensor) -> Iterator[Tuple[Tensor, ...]]:
 
 
 def _positions(*maps: Optional[Tensor]) -> Iterator[Tuple[Optional[Tensor], ...]]:
-    """The same positions of each map (N, C, P), a block at a time, so that no temporary has full size."""
+    """The same positions of each map (N, C, P), a block at a time, so that no temporary is larger."""
     n, c, positions = maps[0].shape
     size = max(1, _block(maps[0]) // (n * c))
     if size >= positions:

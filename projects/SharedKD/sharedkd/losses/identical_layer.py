@@ -63,11 +63,11 @@ class IdenticalLayer(DistillationLoss):
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         # A mean is one of each channel: those that the student does not have need none.
         width = max(batch.student[self.tap][stride].shape[1] for stride in self.strides)
-        maps = {stride: x[:, :width] for stride, x in batch.teacher[self.tap].items()}
+        maps = {stride: x[:, :width].detach() for stride, x in batch.teacher[self.tap].items()}
         targets = shared_targets(maps, self.strides, self.share)
         terms = {}
         for stride in self.strides:
-            s, t = align(batch.student[self.tap][stride], targets[stride].detach())
+            s, t = align(batch.student[self.tap][stride], targets[stride])
             mask = batch.inside(s, stride) if self.ignore_padding else None
             terms[f"s{stride}"] = self.distance(s, t, mask)
         return terms

@@ -1,12 +1,12 @@
 """The teacher share module: what the student is shown at each level."""
 
-from typing import Dict, Iterable, List
+from typing import Dict, Iterable
 
 import torch
 from torch import Tensor
 
 from .alignment import Pooled
-from .base import precise
+from .base import precise, precision
 
 __all__ = ["SHARES", "shared_targets"]
 
@@ -26,7 +26,7 @@ def shared_targets(
     channel c does not take part in the mean of channel c, so that T~_l keeps the width of T_l.
 
     Args:
-        maps: stride -> (N, C, H, W), the teacher's pyramid.
+        maps: stride -> (N, C, H, W), the teacher's pyramid, without gradient.
         strides: the levels l.
         share: ``dense`` (all lower levels), ``adjacent`` (the next lower one), ``none`` (T~_l = T_l).
 
@@ -51,18 +51,15 @@ def _target(pools: Dict[int, Pooled], stride: int, share: str) -> Tensor:
         return own
     maps = [own, *(pools[k].to(own.shape[-2:]) for k in lower)]
     ends = sorted({min(x.shape[1], own.shape[1]) for x in maps})
-    means = [
-        _mean([x[:, start:end] for x in maps if x.shape[1] >= end])
-        for start, end in zip([0, *ends], ends)
-    ]
-    return means[0] if len(means) == 1 else torch.cat(means, 1)
-
-
-def _mean(maps: List[Tensor]) -> Tensor:
-    """Of maps of one shape, the first of which may be of 16 bits."""
-    if len(maps) == 1:
-        return precise(maps[0])
-    total = precise(maps[0]) + precise(maps[1])
-    for x in maps[2:]:
-        total += x
-    return total.div_(len(maps))
+    means = torch.empty_like(own, dtype=precision(own))
+    for start, end in zip([0, *ends], ends):
+        some = [x[:, start:end] for x in maps if x.shape[1] >= end]
+        total = means[:, start:end]
+        if len(some) == 1:
+            total.copy_(some[0])
+            continue
+        torch.add(some[0], precise(some[1]), out=total)
+        for x in some[2:]:
+            total += x
+        total /= len(some)
+    return means

@@ -568,7 +568,7 @@ def efficiency(
         for world in (1, processes):
             path = os.path.join(folder, f"{world}.json")
             arguments = (world, f"{path}.store", path, cfg, image_size, batch_size, rounds)
-            mp.start_processes(_in_group, arguments, nprocs=world, start_method="spawn")
+            mp.start_processes(_in_group, arguments, nprocs=world, start_method="forkserver")
             with open(path) as f:
                 seconds.append({name: median(x) for name, x in json.load(f).items()})
     return {name: seconds[0][name] / seconds[1][name] for name in seconds[0]}
@@ -602,8 +602,9 @@ def _in_child(*work: Union[DictConfig, int, str]) -> Iterator[Callable[[], float
 
     A call gives the most MB that the process had so far.
     """
-    ours, theirs = mp.get_context("spawn").Pipe()
-    child = mp.get_context("spawn").Process(
+    context = mp.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    child = context.Process(
         target=_serve, args=(theirs, torch.get_num_threads(), *work), daemon=True
     )
     child.start()
