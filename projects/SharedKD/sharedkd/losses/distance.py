@@ -86,7 +86,7 @@ class _StandardisedMSE(torch.autograd.Function):
             count = mask.sum(dims, keepdim=True).clamp(min=1)
             total = mask.sum().clamp(min=1)
         moments = [_moments(a, b, mask, dims, count) for a, b in _channels(x, y)]
-        means, variances, (covariance,) = _joined(moments, 2).split([2, 2, 1])
+        means, variances, (covariance,) = torch.cat(moments, 2).split([2, 2, 1])
         inverse = (variances + EPS).rsqrt()
         both = inverse[0] * inverse[1]
         r = covariance * both
@@ -94,9 +94,7 @@ class _StandardisedMSE(torch.autograd.Function):
         ctx.scale = 2 / (total * x.shape[1])
         # Of equal maps the difference is zero but for rounding.
         each = (variances * inverse * inverse).sum(0).sub_(r, alpha=2).clamp_(min=0)
-        if mask is not None:
-            return (each * count).sum() * (ctx.scale / 2)
-        return each.sum() * (ctx.scale * count / 2)
+        return (each * count).sum() * (ctx.scale / 2)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
@@ -192,10 +190,6 @@ def _positions(*maps: Optional[Tensor]) -> Iterator[Tuple[Optional[Tensor], ...]
     if size >= positions:
         return iter([maps])
     return zip(*(repeat(None) if x is None else x.split(size, 2) for x in maps))
-
-
-def _joined(parts: List[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _block(x: Tensor) -> int:
