@@ -52,7 +52,7 @@ VARIANTS = $(addprefix --variant ,train.keep_memory=False train.channels_last=Fa
 BF16 = model.teacher.precision=bfloat16
 AMP = $(if $(filter cuda,$(DEVICE)),train.amp.enabled=True)
 # A CPU without instructions for bfloat16 gains nothing by it. Asked once.
-HAS_BF16 = $(eval HAS_BF16 := $(if $(filter cpu,$(DEVICE)),$(shell .venv/bin/python -W ignore -c "from sharedkd.speed.cpu import has_bfloat16; print('yes' if has_bfloat16() else '')"),yes))$(HAS_BF16)
+HAS_BF16 = $(eval HAS_BF16 := $(if $(filter cpu,$(DEVICE)),$(shell .venv/bin/python -W ignore -c "from sharedkd.modeling.hardware import has_bfloat16; print('yes' if has_bfloat16() else '')"),yes))$(HAS_BF16)
 NO_MEANS = train.keep_memory=False train.channels_last=False train.fold_norms=False train.fast_roi_align=False train.fast_focal_loss=False \
 	model.teacher.fold=False
 MASK_R50_R18 = custom_coco_mask.py model.teacher.config=COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml

@@ -13,13 +13,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
-from sharedkd import config, losses
-from sharedkd.analysis.scores import difference, interval
+from sharedkd import losses
+from sharedkd.config import defaults
 from sharedkd.data.loader import build_train_loader
+from sharedkd.lab.scores import difference, interval
 from sharedkd.losses import DistillationLoss
 from sharedkd.methods import known_methods
-from sharedkd.stages import Stage
-from sharedkd.teacher import FrozenTeacher
+from sharedkd.modeling.stages import Stage
+from sharedkd.modeling.teachers.frozen import FrozenTeacher
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The benchmarks that README.md quotes, of one machine.
@@ -64,7 +65,7 @@ def tables() -> Dict[str, str]:
 
 def train_keys() -> List[Tuple[str, str, str]]:
     """Key, default and meaning of everything in ``sharedkd.config.TRAIN_DEFAULTS``."""
-    source = Path(config.__file__).read_text()
+    source = Path(defaults.__file__).read_text()
     call = next(
         node.value
         for node in ast.parse(source).body

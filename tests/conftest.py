@@ -6,14 +6,6 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-@pytest.fixture(autouse=True)
-def memory_kept(monkeypatch):
-    """A process of tests, with hundreds of models, gives its memory back. Counts who would not."""
-    calls = []
-    monkeypatch.setattr("sharedkd.engine.keep_freed_memory", lambda: calls.append(1))
-    return calls
-
-
 @pytest.fixture
 def sharedkd_log(caplog):
     """What the package and Detectron2 log, also after a run has set up loggers that do not propagate."""

@@ -416,7 +416,7 @@ def memory():
 
 
 def read_all(ordinary):
-    from sharedkd.checkpoints.weights import read_weights
+    from sharedkd.weights.reading import read_weights
 
     read_weights(ordinary)  # what is imported or prepared once
     with open("/proc/self/statm") as f:

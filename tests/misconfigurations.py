@@ -83,7 +83,7 @@ def train(key, value, *words):
 def fitnets(options):
     """A stage of the command line's."""
     loss = f"{{_target_:sharedkd.losses.FitNets,{options}}}"
-    return f"{{_target_:sharedkd.stages.Stage,loss:{loss}}}"
+    return f"{{_target_:sharedkd.modeling.stages.Stage,loss:{loss}}}"
 
 
 TEACHER, INIT, JSON = "model.teacher.weights", "train.init_checkpoint", "data.train_json"
@@ -137,11 +137,11 @@ PLAIN = {
         "train.amp.dtype",
         ["float16", "bfloat16"],
     ),
-    "norms folded perhaps": train("fold_norms", 2, "True or False"),
-    "RoIAlign fast perhaps": train("fast_roi_align", "maybe", "True or False"),
-    "focal loss fast perhaps": train("fast_focal_loss", 2, "True or False"),
+    "norms folded, which is gone": train("fold_norms", True, "is gone", "leave it out"),
+    "RoIAlign fast, which is gone": train("fast_roi_align", False, "is gone", "leave it out"),
+    "focal loss fast, which is gone": train("fast_focal_loss", 2, "is gone", "leave it out"),
     "layout perhaps": train("channels_last", "nhwc", "True or False"),
-    "memory kept perhaps": train("keep_memory", "some", "True or False"),
+    "memory kept, which is gone": train("keep_memory", True, "is gone", "leave it out"),
     "development run": train("fast_dev_run", "please", "True or False"),
     "device not there": train("device", "cuda:77", "train.device=cpu"),
     "device name": train("device", "gpu", "train.device=cpu"),
@@ -386,18 +386,7 @@ PAIR = {
         "model.teacher.precision",
         ["float16", "bfloat16"],
     ),
-    "cache of another type": (["model.teacher.cache=5"], CACHE, ["5", "as text"]),
-    "cache is a file": (
-        lambda bad: bad.file(CACHE, b"something", "notes.txt"),
-        CACHE,
-        ["is a file", "choose a folder"],
-    ),
-    "cache of images that are never seen again": (
-        [f"{CACHE}={MISSING}", f"{LOADER}.mapper.augmentations.0.sample_style=range"]
-        + ["data.short_edge=[64,80]"],
-        CACHE,
-        ["ResizeShortestEdge", "from 64 to 80", f"{CACHE}=null"],
-    ),
+    "cache of the teacher, which is gone": (["model.teacher.cache=maps"], CACHE, ["maps", "is gone", "every step"]),
     "option of the teacher": (["model.teacher.speed=9"], "model.teacher", ["speed"]),
     "part to inherit": (["train.inherit=[tail]"], "train.inherit", ["tail", "neck"]),
     "no teacher for a stage": (["model.teacher=null"], f"{SAME}.loss", ["needs a teacher"]),

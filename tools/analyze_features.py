@@ -22,8 +22,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from sharedkd.analysis.features import analyze_features, named_checkpoints
 from sharedkd.errors import ConfigError
+from sharedkd.lab.analysis.features import analyze_features, named_checkpoints
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from sharedkd.analysis.performance import table
-from sharedkd.checkpoints.files import replace
 from sharedkd.config import load_config
 from sharedkd.errors import ConfigError
+from sharedkd.files import replace
+from sharedkd.lab.benchmark import Benchmark, efficiency, growth, measure
+from sharedkd.lab.performance import table
 from sharedkd.methods import with_method
-from sharedkd.speed.benchmark import Benchmark, efficiency, growth, measure
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs/common/methods"
 logging.getLogger("detectron2.sharedkd").setLevel(logging.ERROR)  # teachers are not trained here

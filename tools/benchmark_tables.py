@@ -14,7 +14,7 @@ import prologue  # noqa: F401
 import argparse
 from pathlib import Path
 
-from sharedkd.analysis.performance import document, keep
+from sharedkd.lab.performance import document, keep
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -27,12 +27,12 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from sharedkd.analysis.report import write_report
-from sharedkd.compare import run_comparison
+from sharedkd.engine.interrupt import interruptible
 from sharedkd.errors import ConfigError
+from sharedkd.lab.compare.comparison import run_comparison
+from sharedkd.lab.report import write_report
+from sharedkd.lab.runs import short
 from sharedkd.methods import known_methods
-from sharedkd.running.interrupt import interruptible
-from sharedkd.running.runs import short
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,9 +17,9 @@ import prologue  # noqa: F401
 import argparse
 from pathlib import Path
 
-from sharedkd.demo import run_demo
+from sharedkd.engine.interrupt import interruptible
 from sharedkd.errors import ConfigError
-from sharedkd.running.interrupt import interruptible
+from sharedkd.lab.demo import run_demo
 
 ROOT = Path(__file__).resolve().parent.parent
 

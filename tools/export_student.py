@@ -27,12 +27,12 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from sharedkd.checkpoints.checkpointer import has_run
-from sharedkd.checkpoints.files import replace
 from sharedkd.config import load_config
+from sharedkd.engine.checkpoint import has_run
 from sharedkd.errors import ConfigError
-from sharedkd.export import FORMATS, export_student
-from sharedkd.export.table import table
+from sharedkd.files import replace
+from sharedkd.lab.export import FORMATS, export_student
+from sharedkd.lab.export.table import table
 
 
 def names(text: str):

@@ -18,8 +18,8 @@ import prologue  # noqa: F401
 # isort: split
 from detectron2.engine import default_argument_parser
 
-from sharedkd.engine import run
-from sharedkd.running.launch import launch
+from sharedkd.engine.launch import launch
+from sharedkd.engine.run import run
 
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)

@@ -16,8 +16,8 @@ import prologue  # noqa: F401
 import argparse
 import json
 
-from sharedkd.checkpoints.files import replace
-from sharedkd.checks.preflight import preflight, report
+from sharedkd.files import replace
+from sharedkd.lab.preflight import preflight, report
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -20,11 +20,11 @@ import prologue  # noqa: F401
 import argparse
 from pathlib import Path
 
-from sharedkd.analysis.report import write_report
-from sharedkd.analysis.scores import read_comparison
-from sharedkd.analysis.tensorboard import write_events
 from sharedkd.errors import ConfigError
-from sharedkd.running.runs import short
+from sharedkd.lab.compare.events import write_events
+from sharedkd.lab.report import write_report
+from sharedkd.lab.runs import short
+from sharedkd.lab.scores import read_comparison
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

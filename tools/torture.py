@@ -39,14 +39,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from detectron2.config import LazyConfig, instantiate
 
-import sharedkd.engine  # noqa: F401  once for all runs
-from sharedkd.checkpoints.checkpointer import check_complete
-from sharedkd.checkpoints.files import replace
+import sharedkd.engine.run  # noqa: F401  once for all runs
 from sharedkd.data.shapes import CLASSES, make_shapes
-from sharedkd.running.metrics import CLOCKS
+from sharedkd.engine.checkpoint import check_complete
+from sharedkd.engine.hooks.metrics import CLOCKS
+from sharedkd.files import replace
 
 ROOT = Path(__file__).resolve().parent.parent
-# What is imported here is there for all commands.  sharedkd.compare must not be: it names its
+# What is imported here is there for all commands.  sharedkd.lab.compare.comparison must not be: it names its
 # temporary files once per process.
 FORK = multiprocessing.get_context("fork")
 METHODS = ("none", "shared_kd")  # of every comparison

@@ -24,9 +24,9 @@ import argparse
 import shlex
 from pathlib import Path
 
-from sharedkd.analysis.models import sources
-from sharedkd.analysis.visualize import visualize
 from sharedkd.errors import ConfigError
+from sharedkd.lab.analysis.models import sources
+from sharedkd.lab.analysis.visualize import visualize
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

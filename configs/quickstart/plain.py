@@ -9,7 +9,7 @@ import torch
 from detectron2.config import LazyCall as L
 
 from sharedkd.data.shapes import CLASSES, make_shapes
-from sharedkd.speed.cpu import has_bfloat16
+from sharedkd.modeling.hardware import has_bfloat16
 
 from ..common.small_models import tiny_mask_rcnn
 from ..custom_coco_mask_plain import data, dataloader, lr_multiplier, optimizer, train

@@ -20,9 +20,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from sharedkd.data.faults import WorkerDied, batches_of, load
 from sharedkd.data.loader import build_test_loader, build_train_loader
 from sharedkd.data.shapes import make_shapes
-from sharedkd.engine import run
+from sharedkd.engine.launch import launch
+from sharedkd.engine.run import run
 from sharedkd.errors import ConfigError, DataError
-from sharedkd.running.launch import launch
 
 COUNT, HEIGHT, WIDTH = 12, 24, 40
 

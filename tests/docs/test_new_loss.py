@@ -10,7 +10,7 @@ from detectron2.data.detection_utils import Image
 from detectron2.engine import default_argument_parser
 
 from sharedkd.data.coco import check_coco
-from sharedkd.engine import run
+from sharedkd.engine.run import run
 
 
 def test_the_loss_of_the_page_trains_a_pair(blocks, workspace, tmp_path, monkeypatch, capsys):

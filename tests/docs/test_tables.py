@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tiny
 
-from sharedkd.analysis.performance import document
 from sharedkd.config import TRAIN_DEFAULTS
+from sharedkd.lab.performance import document
 from sharedkd.losses import DistillationLoss
 from sharedkd.methods import known_methods
 

@@ -8,7 +8,7 @@ import torch
 from tiny import arguments
 
 from sharedkd.data.shapes import CLASSES, make_shapes
-from sharedkd.engine import run
+from sharedkd.engine.run import run
 
 
 @pytest.fixture(scope="session")

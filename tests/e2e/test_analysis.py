@@ -15,11 +15,11 @@ from PIL import Image
 from tiny import arguments
 
 from sharedkd import ConfigError
-from sharedkd.analysis.detections import Truth, average_precision, detect, mistakes
-from sharedkd.analysis.features import named_checkpoints
-from sharedkd.analysis.models import Detector, Source, sources
-from sharedkd.analysis.pair import Pair, saved_checkpoints
-from sharedkd.engine import run
+from sharedkd.engine.run import run
+from sharedkd.lab.analysis.detections import Truth, average_precision, detect, mistakes
+from sharedkd.lab.analysis.features import named_checkpoints
+from sharedkd.lab.analysis.models import Detector, Source, sources
+from sharedkd.lab.analysis.pair import Pair, saved_checkpoints
 
 
 @pytest.fixture(scope="module")

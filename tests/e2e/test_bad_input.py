@@ -10,7 +10,7 @@ import torch
 from tiny import arguments
 
 from sharedkd import ConfigError
-from sharedkd.engine import run
+from sharedkd.engine.run import run
 
 
 def test_weights_without_a_run_are_not_overwritten(workspace, tmp_path):

@@ -16,10 +16,10 @@ import torch
 from detectron2.config import LazyConfig
 
 from sharedkd import ConfigError
-from sharedkd.analysis.pair import Pair
-from sharedkd.analysis.pictures import read_curves
-from sharedkd.compare import Comparison, run_comparison
-from sharedkd.running.lock import BusyError
+from sharedkd.engine.lock import BusyError
+from sharedkd.lab.analysis.pair import Pair
+from sharedkd.lab.analysis.pictures import read_curves
+from sharedkd.lab.compare.comparison import Comparison, run_comparison
 
 ROOT = tiny.ROOT
 CONFIG = str(ROOT / "configs/custom_coco.py")
@@ -214,7 +214,7 @@ def test_a_failed_arm_is_shown_and_the_others_are_trained(overrides, tmp_path, c
     bad.write_text(
         "from detectron2.config import LazyCall as L\n"
         "from sharedkd import IdenticalLayer, Stage\n"
-        "from sharedkd.stages import stage_dict\n"
+        "from sharedkd.modeling.stages import stage_dict\n"
         "paper = 'none'\n"
         "stages = dict(faster_rcnn=L(stage_dict)("
         "bad=L(Stage)(loss=L(IdenticalLayer)(), weight=1e38, ramp=2)))\n"
@@ -272,7 +272,7 @@ def test_methods_have_their_seeds_in_several_shards(overrides, tmp_path, monkeyp
     trained = {0: set(), 1: set()}
     for i, found in trained.items():
         monkeypatch.setattr(
-            "sharedkd.running.runs.Run.train",
+            "sharedkd.lab.runs.Run.train",
             lambda run, root, iterations, say, found=found: found.add(
                 (run.folder.parent.name, run.folder.name)
             ),

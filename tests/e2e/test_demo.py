@@ -11,8 +11,8 @@ import torch
 from omegaconf import OmegaConf
 
 from sharedkd.config import load_config
-from sharedkd.demo import TITLES, run_demo, seconds_per_image
 from sharedkd.errors import ConfigError
+from sharedkd.lab.demo import TITLES, run_demo, seconds_per_image
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ import shutil
 import torch
 
 from sharedkd import IdenticalLayer
-from sharedkd.running.record import read_record
+from sharedkd.engine.hooks.record import read_record
 
 
 def test_a_run_that_skips_a_step_and_is_watched(train, tmp_path, monkeypatch):

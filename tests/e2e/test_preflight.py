@@ -11,9 +11,9 @@ from detectron2.config import LazyConfig, instantiate
 from misconfigurations import PAIR, PLAIN, Bad
 
 from sharedkd import ConfigError
-from sharedkd.checks.preflight import preflight, report
 from sharedkd.config import load_config
-from sharedkd.engine import run
+from sharedkd.engine.run import run
+from sharedkd.lab.preflight import preflight, report
 
 MISSING = "/no/such/file"
 
@@ -224,9 +224,9 @@ def test_a_disk_that_is_too_small(good, tmp_path, monkeypatch):
 
 
 def test_measuring_changes_neither_weights_nor_draws(good, tmp_path):
-    from sharedkd.checks.preflight import _measure
+    from sharedkd.engine.parts import assemble
     from sharedkd.errors import Findings
-    from sharedkd.parts import assemble
+    from sharedkd.lab.preflight import _measure
 
     findings = Findings()
     cfg = load_config(good["pair"], [f"train.output_dir={tmp_path}/run"])
@@ -264,7 +264,7 @@ def test_warnings_do_not_stop_a_run(good, tmp_path, key):
 @pytest.mark.parametrize("key", ["train.amp.enabled", "model.teacher.precision"])
 @pytest.mark.parametrize("there", [True, False])
 def test_bfloat16_on_a_cpu_without_it_is_warned_of(good, tmp_path, monkeypatch, key, there):
-    monkeypatch.setattr("sharedkd.checks.overview.has_bfloat16", lambda: there)
+    monkeypatch.setattr("sharedkd.engine.overview.has_bfloat16", lambda: there)
     value = {"train.amp.enabled": "True", "model.teacher.precision": "bfloat16"}[key]
     overrides = [f"train.output_dir={tmp_path}/run", f"{key}={value}", "train.device=cpu"]
     found = preflight(good["pair"], overrides, measure=False)

@@ -9,7 +9,7 @@ import tiny
 import torch
 from tiny import command
 
-from sharedkd.running.launch import _free_port
+from sharedkd.engine.launch import _free_port
 
 STEP = """
 import os
@@ -25,9 +25,9 @@ from detectron2.modeling.meta_arch import ProposalNetwork
 from detectron2.utils import comm
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.config import shared_kd_stages
-from sharedkd.running.launch import launch
+from sharedkd.engine.launch import launch
 from sharedkd.losses.base import DistillationLoss
-from sharedkd.stages import Stage
+from sharedkd.modeling.stages import Stage
 
 OUT = os.environ["OUT"]
 
@@ -164,7 +164,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
-from sharedkd.running.launch import launch
+from sharedkd.engine.launch import launch
 from sharedkd.methods import known_methods
 
 METHODS = known_methods(tiny.ROOT / "configs/common/methods")

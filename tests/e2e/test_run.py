@@ -24,10 +24,10 @@ from omegaconf import OmegaConf
 from tiny import arguments
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer, engine
-from sharedkd.checkpoints.checkpointer import StudentCheckpointer
 from sharedkd.config import load_config, shared_kd_stages, student_only
-from sharedkd.engine import evaluate, run
-from sharedkd.parts import build
+from sharedkd.engine.checkpoint import StudentCheckpointer
+from sharedkd.engine.parts import build
+from sharedkd.engine.run import evaluate, run
 from sharedkd.running import cost
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -227,12 +227,6 @@ def test_fast_dev_run(train, monkeypatch):
     assert evaluated == [3]
 
 
-def test_freed_memory_is_kept_unless_the_config_says_otherwise(train, memory_kept):
-    plain = "custom_coco_plain.py"
-    train(plain, "train.max_iter=1", "train.keep_memory=False")
-    assert not memory_kept
-    train(plain, "train.max_iter=2", flags=("--resume",))
-    assert len(memory_kept) == 1
 
 
 def test_the_teacher_is_evaluated_first(train, sharedkd_log):

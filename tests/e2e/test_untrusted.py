@@ -18,7 +18,7 @@ CONFIG = "custom_coco_retinanet.py"
 def finished(workspace, tmp_path_factory):
     from tiny import arguments
 
-    from sharedkd.engine import run
+    from sharedkd.engine.run import run
 
     output = tmp_path_factory.mktemp("finished") / "run"
     opts = [*workspace.data, *workspace.pair, f"train.output_dir={output}"]

@@ -4,7 +4,7 @@ from detectron2.config import LazyCall as L
 
 from sharedkd import Stage
 from sharedkd.losses import FGD
-from sharedkd.stages import stage_dict
+from sharedkd.modeling.stages import stage_dict
 
 paper = "Focal and Global Knowledge Distillation for Detectors, CVPR 2022"
 

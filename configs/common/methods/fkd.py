@@ -4,15 +4,15 @@ from detectron2.config import LazyCall as L
 
 from sharedkd import Stage
 from sharedkd.losses import FKD
-from sharedkd.stages import stage_dict
+from sharedkd.modeling.stages import stage_dict
 
 paper = (
     "Improve Object Detection with Feature-based Knowledge Distillation: "
     "Towards Accurate and Efficient Detectors, ICLR 2021"
 )
 
-# Weights, temperature, levels and blocks of mmrazor's port; copies of the authors' code have the
-# same and use p6 too.
+# Weights, temperature and levels of mmrazor's port; copies of the authors' code have the same and use
+# p6 too.  The non-local blocks pool once, as the authors' do; mmrazor's pool twice.
 _two_stage = L(stage_dict)(
     fkd=L(Stage)(
         loss=L(FKD)(

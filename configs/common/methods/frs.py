@@ -4,7 +4,7 @@ from detectron2.config import LazyCall as L
 
 from sharedkd import Stage
 from sharedkd.losses import FRS
-from sharedkd.stages import stage_dict
+from sharedkd.modeling.stages import stage_dict
 
 paper = "Distilling Object Detectors with Feature Richness, NeurIPS 2021"
 

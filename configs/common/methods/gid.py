@@ -4,7 +4,7 @@ from detectron2.config import LazyCall as L
 
 from sharedkd import Stage
 from sharedkd.losses import GID
-from sharedkd.stages import stage_dict
+from sharedkd.modeling.stages import stage_dict
 
 paper = "General Instance Distillation for Object Detection, CVPR 2021"
 
@@ -22,11 +22,13 @@ def _stages(positions):
         crop=10,
         match=0.5,
         positions=positions,
-        beta=0.1,
+        beta=0.0,
     )
     return L(stage_dict)(gid=L(Stage)(loss=loss, weight=1.0))
 
 
+# beta 0.0 is L1, as Detectron2's own detectors regress their boxes; the authors use 0.1 with students
+# that are trained with smooth L1.
 # Student's family -> what `model.stages` becomes.  The code has RetinaNet only; that the others, where
 # a two-stage detector's RPN is the dense head, have its numbers is ours.  So is what is matched with
 # instances for FCOS: around its points are squares of a stride's size, which no instance is like.

@@ -4,7 +4,7 @@ from detectron2.config import LazyCall as L
 
 from sharedkd import Stage
 from sharedkd.losses import SemCKD
-from sharedkd.stages import stage_dict
+from sharedkd.modeling.stages import stage_dict
 
 paper = "adapted from Cross-Layer Distillation with Semantic Calibration, AAAI 2021"
 

@@ -3,12 +3,12 @@
 config -> pair -> student and teacher features -> losses -> stages -> trainer -> student checkpoint
 """
 
-from .errors import ConfigError, NonFiniteLossError
-from .losses import CrossLayer, DistillationLoss, IdenticalLayer
-from .meta_arch import SharedKD
-from .stages import Stage
-from .teacher import FrozenTeacher
-from .trainer import SharedKDTrainer
+from sharedkd.engine.trainer import SharedKDTrainer
+from sharedkd.errors import ConfigError, NonFiniteLossError
+from sharedkd.losses import CrossLayer, DistillationLoss, IdenticalLayer
+from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.stages import Stage
+from sharedkd.modeling.teachers.frozen import FrozenTeacher
 
 __all__ = [
     "ConfigError",

@@ -17,10 +17,10 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from .config import override
-from .errors import ConfigError
-from .running.record import count_parameters
-from .stages import stage_dict
+from sharedkd.config import override
+from sharedkd.errors import ConfigError
+from sharedkd.modeling.detectors import count_parameters
+from sharedkd.modeling.stages import stage_dict
 
 __all__ = ["FAMILIES", "PLAIN", "OWN", "Method", "family", "known_methods", "with_method"]
 

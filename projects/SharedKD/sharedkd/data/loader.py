@@ -21,9 +21,8 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from sharedkd.checks.rules import check_choice, check_number, check_switch
 from sharedkd.errors import ConfigError, Findings
-from sharedkd.speed.teacher_cache import DIGEST, image_digest
+from sharedkd.values import check_choice, check_number, check_switch
 
 from .faults import POLICIES, BadImages, Loaded, WorkerDied, batches_of, load, worker_error
 
@@ -163,7 +162,6 @@ class TrainLoader:
             before its checkpoint tells where to go on.  Batches before it are skipped without
             loading an image.
         pin_memory: put images where a GPU can copy them from without being waited for.
-        digests: give each record its image's digest, by which the teacher's kept maps are found.
         bad_images: counts the images that were passed over.
     """
 
@@ -177,7 +175,7 @@ class TrainLoader:
         bad_images: BadImages,
     ):
         self.first_batch = 0
-        self.pin_memory = self.digests = False
+        self.pin_memory = False
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -242,7 +240,6 @@ class TrainLoader:
                 )
 
     def _loader(self, start: int) -> DataLoader:
-        self._samples.digests = self.digests
         return DataLoader(
             self._samples,
             batch_sampler=self._keys(start),
@@ -279,7 +276,6 @@ class _SeededSamples(Dataset):
         # One serialised buffer instead of many small objects: workers share it with their parent.
         self.dicts = DatasetFromList(list(dataset), copy=False, serialize=True)
         self.mapper = PicklableWrapper(mapper)
-        self.digests = False
         self._seed = seed
         self._groups = np.array(groups, dtype=np.int8)
         self._most = most
@@ -291,8 +287,6 @@ class _SeededSamples(Dataset):
             with _seeded(self._seed, position):
                 sample, fault = load(self.mapper, self.dicts[candidate])
             if fault is None:
-                if self.digests:
-                    sample[DIGEST] = image_digest(sample["image"])
                 return Loaded(sample, faults)
             faults.append(fault)
             if not fault.in_image or len(faults) > self._most:

@@ -4,7 +4,7 @@ from typing import Dict, Iterable, Optional
 
 from torch import nn
 
-from ..errors import ConfigError
+from sharedkd.errors import ConfigError
 
 __all__ = ["adapters"]
 

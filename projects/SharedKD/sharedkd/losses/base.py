@@ -7,8 +7,8 @@ from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set
 import torch
 from torch import Tensor, nn
 
-from ..checks.rules import check_choice, check_number
-from ..errors import ConfigError
+from sharedkd.errors import ConfigError
+from sharedkd.values import check_choice, check_number
 
 __all__ = [
     "HEAD_TAPS",

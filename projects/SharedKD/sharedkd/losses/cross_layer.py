@@ -5,8 +5,9 @@ from typing import Dict, List, Optional, Tuple
 
 from torch import Tensor
 
-from ..checks.rules import check_choice
-from ..errors import ConfigError
+from sharedkd.errors import ConfigError
+from sharedkd.values import check_choice
+
 from .alignment import Pooled, align
 from .base import Batch, DistillationLoss, Shapes
 from .distance import Distance

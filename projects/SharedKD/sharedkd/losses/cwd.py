@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks.rules import check_number
+from sharedkd.values import check_number
+
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes
 
@@ -25,7 +26,8 @@ class CWD(DistillationLoss):
     A constant added to a channel changes nothing; a factor does.  The port has no f_l and needs
     equal widths: the 1x1 convolution where they differ is ours, as is ``ignore_padding``.  Without
     it the distributions extend over the padding, so an image's loss depends on the size of its
-    batch's canvas, as in the port; with it the loss is the mean of the images' own losses.
+    batch's canvas, as in the port; with it the loss is the mean of the images' own losses.  A second
+    public version uses weight 5 on four levels, where the port has 10 on all.
 
     Shapes per level: student (N, C_s, H, W), teacher (N, C_t, H, W).  No parameters where widths
     agree, else C_s*C_t + C_t per level (``adapter=None``).

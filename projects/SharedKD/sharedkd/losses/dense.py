@@ -2,7 +2,8 @@
 
 from typing import Iterable
 
-from ..errors import ConfigError
+from sharedkd.errors import ConfigError
+
 from .base import Shapes
 
 __all__ = ["check_same_head"]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..checks.rules import check_choice
+from sharedkd.values import check_choice
+
 from .base import precise, precision
 
 __all__ = ["Distance", "DISTANCES", "NORMALIZATIONS"]

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
-from ..checks.rules import check_number
+from sharedkd.values import check_number
+
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..checks.rules import check_number
+from sharedkd.values import check_number
+
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes
 

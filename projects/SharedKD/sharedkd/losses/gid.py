@@ -9,7 +9,8 @@ from detectron2.structures import Boxes
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
-from ..errors import ConfigError
+from sharedkd.errors import ConfigError
+
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights, precise
 from .dense import check_same_head

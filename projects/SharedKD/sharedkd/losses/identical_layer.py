@@ -4,7 +4,8 @@ from typing import Dict, List, Optional
 
 from torch import Tensor
 
-from ..checks.rules import check_choice
+from sharedkd.values import check_choice
+
 from .alignment import align
 from .base import Batch, DistillationLoss
 from .distance import Distance

@@ -5,7 +5,8 @@ from typing import Dict, List, Optional
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from sharedkd.errors import ConfigError
+
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
 

@@ -5,7 +5,8 @@ from typing import Dict, List, Optional
 import torch
 from torch import Tensor
 
-from ..checks.rules import check_choice
+from sharedkd.values import check_choice
+
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes
 from .distance import Distance

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from sharedkd.errors import ConfigError
+
 from .alignment import pool_to
 from .base import Batch, DistillationLoss, Shapes
 

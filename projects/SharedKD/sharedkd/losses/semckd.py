@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks.rules import check_number
-from ..errors import ConfigError
+from sharedkd.errors import ConfigError
+from sharedkd.values import check_number
+
 from .alignment import pool_to
 from .base import Batch, DistillationLoss, Shapes
 

@@ -1,1 +1,0 @@
-"""Weights and training states: read from anybody, written so that a kill at any moment loses none."""

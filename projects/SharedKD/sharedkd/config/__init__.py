@@ -1,0 +1,21 @@
+"""LazyConfig: reading a run's config, its defaults, and a pair in a few lines."""
+
+from sharedkd.modeling.shared_kd import ONE_STAGE_WEIGHT, published_stages, shared_kd_stages
+
+from .build import construct
+from .classic import add_sharedkd_config
+from .load import TRAIN_DEFAULTS, load_config, override, student_only
+from .pair import distill
+
+__all__ = [
+    "ONE_STAGE_WEIGHT",
+    "TRAIN_DEFAULTS",
+    "add_sharedkd_config",
+    "construct",
+    "distill",
+    "load_config",
+    "override",
+    "published_stages",
+    "shared_kd_stages",
+    "student_only",
+]

@@ -1,0 +1,72 @@
+"""Objects from their config nodes, with every mistake in one go."""
+
+from typing import Any, Dict, Mapping
+
+from detectron2.config import instantiate
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+
+from sharedkd.errors import ConfigError, Findings
+
+__all__ = ["construct", "not_set"]
+
+
+def not_set(key: str) -> ConfigError:
+    """What to say of a key that a config leaves to the command line."""
+    return ConfigError(key, "???", "is not set", f"add {key}=... to the command")
+
+
+def construct(node: DictConfig, key: str) -> Any:
+    """Detectron2's ``instantiate``, which says of every part of the config that fails why it does.
+
+    Args:
+        node: a LazyConfig node.
+        key: its place in the config.
+
+    Raises:
+        ConfigError: an unknown class, an unknown or missing option, or whatever a class raises; all
+            that its parts raise.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(key, node, "is nothing that can be built", "use L(CLASS)(OPTION=...)")
+    findings = Findings()
+    findings.step(_check_target, node, key)
+    parts: Dict[str, Any] = {}
+    for name in node:  # in this order: they may draw random weights
+        child = findings.step(_value, node, name, f"{key}.{name}")
+        recursive = isinstance(child, DictConfig) and "_target_" in child
+        parts[name] = findings.step(construct, child, f"{key}.{name}") if recursive else child
+    findings.raise_errors()
+    try:
+        return instantiate(parts)
+    except ConfigError as e:
+        for each in e.errors:
+            # Classes know their options, but not where they are in the config.
+            findings.add(each.below(key) if each.key in parts else each)
+    except Exception as e:
+        reason = f"cannot be built: {str(e) or type(e).__name__}"
+        target = node.get("_target_")
+        target = target if isinstance(target, str) else getattr(target, "__name__", target)
+        findings.add(ConfigError(key, target, reason, "correct this part of the config"))
+    findings.raise_errors()
+
+
+def _check_target(node: Mapping, key: str) -> None:
+    target = node["_target_"]
+    if not isinstance(target, str):
+        return
+    try:
+        found = locate(target)
+    except Exception:
+        found = None
+    if found is None:
+        raise ConfigError(f"{key}._target_", target, "there is no such class", "correct its name")
+
+
+def _value(node: Mapping, name: str, key: str) -> Any:
+    if isinstance(node, DictConfig) and OmegaConf.is_missing(node, name):
+        raise not_set(key)
+    try:
+        return node[name]
+    except Exception as e:  # a reference that leads nowhere
+        raise ConfigError(key, "", f"cannot be read: {e}", "correct this key") from e

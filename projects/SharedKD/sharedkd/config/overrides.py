@@ -1,0 +1,82 @@
+"""Overrides of the command line are data: they set values, and name no code to be run."""
+
+import inspect
+import re
+from typing import Any, Iterator
+
+from detectron2.utils.registry import locate
+
+# Detectron2 builds that make do without it read values in ways of their own, `eval` among them.
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from sharedkd.errors import ConfigError
+
+__all__ = ["check_override", "not_applicable"]
+
+TARGET = "_target_"
+#: Where a class has to be defined that an override may choose.
+PACKAGES = (
+    "detectron2.",
+    "fvcore.common.param_scheduler.",
+    "fvcore.transforms.",
+    "sharedkd.",
+    "torch.nn.",
+    "torch.optim.",
+)
+
+
+def check_override(override: str) -> None:
+    """Check ``override``, one ``key=value`` of the command line.
+
+    Raises:
+        ConfigError: it cannot be parsed, calls one of OmegaConf's resolvers, or names code other than
+            a class of Detectron2, of this package or of PyTorch's layers and optimizers.
+    """
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        value = parsed.value()
+    except Exception as e:
+        raise not_applicable(override, e) from e
+    if re.search(r"\$\{[^{}]*:", override):
+        raise ConfigError("override", override, "calls a resolver", "write the value itself")
+    for target in _targets(parsed.key_or_group.rpartition(".")[2], value):
+        if not _is_class(target):
+            raise ConfigError(
+                "override",
+                override,
+                f"names code to be run, {target}",
+                "overrides may name classes of sharedkd, detectron2, torch.nn and torch.optim; write "
+                "anything else into a config file",
+            )
+
+
+def not_applicable(override: str, reason: Exception) -> ConfigError:
+    """What to say of ``override``, which cannot be parsed or applied to a config for ``reason``."""
+    return ConfigError(
+        "override",
+        override,
+        f"cannot be applied: {reason}",
+        "write key=value, and a value with special characters as key=\"'value'\"",
+    )
+
+
+def _targets(key: Any, value: Any) -> Iterator[str]:
+    if str(key) == TARGET:
+        yield str(value)
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield from _targets(name, child)
+    if isinstance(value, list):
+        for child in value:
+            yield from _targets("", child)
+
+
+def _is_class(target: str) -> bool:
+    if not target.startswith(PACKAGES):  # before it is imported
+        return False
+    try:
+        found = locate(target)
+    except Exception:
+        return True  # there is none: said where it is built
+    # A module of ours that imports another one leads to all that this one has, as to a shell.
+    return inspect.isclass(found) and f"{found.__module__}.".startswith(PACKAGES)

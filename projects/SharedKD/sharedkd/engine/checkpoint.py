@@ -1,0 +1,315 @@
+"""When a run saves its checkpoints, which of them it keeps, and what it does if it cannot."""
+
+import atexit
+import glob
+import logging
+import os
+import re
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Iterator, List, Optional, Set, Union
+
+import torch
+from detectron2.engine import hooks
+from detectron2.utils import comm
+from torch import nn
+
+from sharedkd.errors import ConfigError
+from sharedkd.files import replace
+from sharedkd.weights.loading import DataCheckpointer
+
+from .interrupt import Stopped, StopRequest, resume_command
+
+__all__ = [
+    "Checkpoints",
+    "SaveError",
+    "SaveErrors",
+    "StudentCheckpointer",
+    "check_complete",
+    "has_run",
+    "quiet",
+    "written",
+]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+FINAL = "model_final"
+
+NUMBERED = re.compile(r"model_\d{7}\.pth")
+
+
+class StudentCheckpointer(DataCheckpointer):
+    """Saves so that a run killed while saving leaves the previous checkpoint as it was.
+
+    The ``model`` entry of a file is the plain student's state, whatever model is saved (see
+    :meth:`SharedKD.state_dict`); trainer state and parameters owned by losses are other entries.
+
+    Args:
+        model: a detector or a :class:`~sharedkd.modeling.meta_arch.SharedKD`, which DDP may wrap.
+        save_dir: where files go; it must exist before :meth:`save`, which does nothing without one.
+        save_to_disk: whether this process writes; None: only the main process does.
+        checkpointables: entry -> the object whose state it is.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``name``.pth under a temporary name, read it again, rename it, then point to it.
+
+        Args:
+            name: without the ending.
+            kwargs: further entries of the file.
+
+        Raises:
+            OSError: it cannot be written; the checkpoints that were there still are.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **states, **kwargs}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        replace(path, lambda f: torch.save(data, f), verify=check_complete)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        replace(path, lambda f: f.write(last_filename_basename.encode()))
+
+
+def check_complete(path: str) -> None:
+    """Compare the file ``path``, a checkpoint of ours, with its checksums; cheap beside writing it.
+
+    Raises:
+        OSError, zipfile.BadZipFile: a byte is wrong or missing.
+    """
+    with zipfile.ZipFile(path) as f:
+        broken = f.testzip()
+    if broken:
+        raise OSError(f"{path}: {broken} has another checksum than when it was written")
+
+
+def has_run(folder: Union[str, Path]) -> bool:
+    """Whether ``folder``, which need not exist, holds a run's checkpoint."""
+    if os.path.isfile(os.path.join(folder, "last_checkpoint")):
+        return True
+    # A run that was killed between its first checkpoint and the file that points to it.
+    ours = glob.glob(os.path.join(glob.escape(str(folder)), "model_*.pth"))
+    recorded = os.path.isfile(os.path.join(folder, "run.json"))
+    return recorded and any(zipfile.is_zipfile(path) for path in ours)
+
+
+class SaveError(ConfigError):
+    """The output folder cannot be written any more.
+
+    Args:
+        key, value, problem, fix: see :class:`~sharedkd.errors.ConfigError`.
+    """
+
+
+class SaveErrors:
+    """What becomes of a run whose disk is full, or whose folder has become read-only.
+
+    Args:
+        folder: the run's output folder.
+        policy: ``stop``; or ``continue``: it is said once per kind of file, and training goes on.
+
+    Raises:
+        ConfigError: another policy.
+    """
+
+    def __init__(self, folder: str, policy: str):
+        if policy not in ("stop", "continue"):
+            raise ConfigError("train.on_save_error", policy, "is no policy", "use stop or continue")
+        self.folder, self.stops = folder, policy == "stop"
+        self._stopping = False
+        self._said: Set[str] = set()
+
+    @contextmanager
+    def handled(self, what: str) -> Iterator[None]:
+        """For a block that writes ``what``, in the words of a message.
+
+        Raises:
+            SaveError: the disk refused what the block wrote, and the policy is to stop.
+        """
+        try:
+            yield
+        except OSError as e:
+            if self._stopping:
+                return  # the run ends, and it has been said of what
+            if self.stops:
+                self._stopping = True
+                raise self.error(what, e) from None
+            if what not in self._said:
+                logger.error(f"{self.folder}: cannot write {what} ({e}); training goes on")
+            self._said.add(what)
+        else:
+            self._said.discard(what)
+
+    def error(self, what: str, error: OSError) -> SaveError:
+        """What to raise where the disk refused ``what`` with ``error``."""
+        return SaveError(
+            "train.output_dir",
+            self.folder,
+            f"cannot write {what} ({error}); {_newest(self.folder)}",
+            f"make room, then: {resume_command()} (train.on_save_error=continue would train on)",
+        )
+
+
+@contextmanager
+def written(folder: str, what: str) -> Iterator[None]:
+    """For a block that writes before training or without it, where there is nothing to go on with.
+
+    Args:
+        folder: where it writes.
+        what: is written, in the words of a message.
+
+    Raises:
+        SaveError: the disk refused what the block wrote.
+    """
+    try:
+        yield
+    except OSError as e:
+        raise SaveError(
+            "train.output_dir",
+            folder,
+            f"cannot write {what} ({e})",
+            "make room, or choose another folder",
+        ) from None
+
+
+def quiet(folder: str) -> None:
+    """Keep Python from printing a traceback for every line of a log that the disk refuses.
+
+    Args:
+        folder: the run's output folder, whose logs are open already.
+    """
+    for name in ("detectron2", "fvcore"):
+        for handler in logging.getLogger(name).handlers:
+            handler.handleError = _log_failed
+            stream = getattr(handler, "stream", None)
+            if str(getattr(stream, "name", "")).startswith(folder):
+                # Before Detectron2 does, at the end of the program, without a catch.
+                atexit.register(_close, stream)
+
+
+def _log_failed(record: logging.LogRecord) -> None:
+    """The console has the message; the metrics and checkpoints decide about the run."""
+
+
+def _close(stream: IO) -> None:
+    with suppress(OSError):
+        stream.close()
+
+
+def _newest(folder: str) -> str:
+    try:
+        with open(os.path.join(folder, "last_checkpoint")) as f:
+            return f"{f.read()} is intact"
+    except OSError:
+        return "there is no checkpoint yet"
+
+
+class Checkpoints(hooks.HookBase):
+    """Saves every so many steps, after the last one, and when the run is asked to stop.
+
+    A file is deleted only after a newer one is on the disk and has been read again.  In a run of
+    several processes each has this hook; the first one writes.
+
+    Args:
+        checkpointer: of the model and the trainer.
+        stop: tells whether the run is asked to stop.
+        errors: what to do if a file cannot be written.
+        period: iterations between two checkpoints.
+        max_to_keep: how many numbered checkpoints the folder holds at most; None: all.
+    """
+
+    def __init__(
+        self,
+        checkpointer: StudentCheckpointer,
+        stop: StopRequest,
+        errors: SaveErrors,
+        period: int,
+        max_to_keep: Optional[int] = None,
+    ):
+        self.checkpointer, self.stop, self.errors = checkpointer, stop, errors
+        self.period, self.max_to_keep = period, max_to_keep
+
+    def before_train(self) -> None:
+        self.saved = self.trainer.start_iter - 1  # the last iteration that is on the disk
+        last = os.path.basename(self.checkpointer.get_checkpoint_file())
+        self.final = self.trainer.start_iter == self.trainer.max_iter and last == f"{FINAL}.pth"
+
+    def after_step(self) -> None:
+        now, ends = self.trainer.iter + 1, self.trainer.iter + 1 == self.trainer.max_iter
+        if now % self.period == 0 and self.saved < self.trainer.iter:
+            self._save(f"model_{self.trainer.iter:07d}")
+        if ends:
+            if not self.final:
+                self._save(FINAL)
+        elif now % self.trainer.read_period == 0:
+            number = self.stop.agreed(next(self.trainer.module.parameters()).device)
+            if number:
+                self.leave(number)
+
+    def leave(self, number: int) -> None:
+        """Save what is not saved yet, say how to go on, and end the program.
+
+        Raises:
+            Stopped: always, with 128 + ``number``, the signal that asked for it.
+            SaveError: it cannot be saved, and the policy is to stop.
+        """
+        done = min(self.trainer.iter, self.trainer.max_iter - 1)
+        if self.saved < done:
+            self._save(f"model_{done:07d}")
+        logger.warning(
+            f"Stopped after iteration {done}; {_newest(self.checkpointer.save_dir)}.  To go on: "
+            f"{resume_command()}"
+        )
+        raise Stopped(128 + number)
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """An evaluation of ``model``, which a signal ends at the next batch.
+
+        With several processes, which have to stop together, it goes on to its end.
+        """
+        if comm.get_world_size() > 1:
+            yield
+            return
+
+        def leave(*unused: object) -> None:
+            if self.stop.signal:
+                self.leave(self.stop.signal)
+
+        handle = model.register_forward_pre_hook(leave)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def finish(self) -> None:
+        """Raises:
+        SaveError: the last state could not be saved, not even now that training is over.
+        """
+        if not self.final:
+            self.errors.stops = True
+            self.trainer.iter = self.trainer.max_iter - 1  # Detectron2 has counted on
+            self._save(FINAL)
+
+    def _save(self, name: str) -> None:
+        with self.errors.handled(f"{name}.pth"):
+            self.checkpointer.save(name, iteration=self.trainer.iter)
+            self.saved, self.final = self.trainer.iter, name == FINAL
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        if self.max_to_keep is None or not self.checkpointer.save_to_disk:
+            return
+        folder = self.checkpointer.save_dir
+        for name in _numbered(folder)[: -self.max_to_keep]:
+            os.remove(os.path.join(folder, name))
+
+
+def _numbered(folder: str) -> List[str]:
+    """The numbered checkpoints of a folder, oldest first."""
+    return sorted(name for name in os.listdir(folder) if NUMBERED.fullmatch(name))

@@ -1,0 +1,114 @@
+"""What a run's checkpoints will take on the disk, known before the first is written."""
+
+import os
+import shutil
+import tempfile
+from typing import Dict, Iterable, Mapping
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from sharedkd.errors import ConfigError
+
+__all__ = ["check_disk", "check_folder", "checkpoint_bytes", "existing_folder", "tensor_bytes"]
+
+
+def existing_folder(path: str) -> str:
+    """The nearest thing above ``path`` that exists, as an absolute path; itself if it does."""
+    path = os.path.abspath(path)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def check_folder(key: str, path: str) -> None:
+    """Check that files can be written to a folder.
+
+    Args:
+        key: the config key that names it, for messages.
+        path: need not exist.
+
+    Raises:
+        ConfigError: it is a file, or below one, or cannot be written to.
+    """
+    there = existing_folder(path)
+    if not os.path.isdir(there):
+        raise ConfigError(key, path, f"{there} is a file", "choose a folder")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as e:
+        raise ConfigError(
+            key, path, f"{there} cannot be written to ({e.strerror})", "choose another folder"
+        ) from e
+
+
+def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of a checkpoint: the student of ``model``, what its losses own, and the state that
+    ``optimizer`` has after a step.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    losses = getattr(model, "losses", None)
+    owned = losses.state_dict().values() if isinstance(losses, nn.Module) else ()
+    return int(
+        tensor_bytes(model.state_dict().values())
+        + tensor_bytes(owned)
+        + _state_per_parameter(optimizer) * tensor_bytes(trained)
+    )
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of ``tensors``, in memory as on the disk; what else is among them does not count."""
+    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+
+
+def _state_per_parameter(optimizer: torch.optim.Optimizer) -> float:
+    """How many numbers an optimizer keeps of each that it trains: what it does with a few tells."""
+    few = nn.Parameter(torch.zeros(8, 8))
+    few.grad = torch.zeros_like(few)
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k in optimizer.defaults}
+    try:
+        twin = type(optimizer)([{"params": [few], **options}])
+        twin.step()
+    except Exception:  # one that needs more than its options: as much as Adam keeps
+        return 2.0
+    kept = [x for x in twin.state[few].values() if isinstance(x, Tensor) and x.dim()]
+    return tensor_bytes(kept) / tensor_bytes([few])
+
+
+def check_disk(
+    cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Mapping[str, float]:
+    """Compare what the output folder will hold with what its disk has.
+
+    Args:
+        cfg: the run's, of which ``train`` is read.
+        model, optimizer: what its checkpoints hold, see :func:`checkpoint_bytes`.
+
+    Returns:
+        ``checkpoint_mb``; ``kept``, how many there are at most at the same time; ``needed_mb``, for
+        these and the one that is being written; ``free_mb``.
+
+    Raises:
+        ConfigError: there is no room for one checkpoint beside the one before it.
+    """
+    train = cfg.train
+    periodic = train.max_iter // train.checkpointer.period
+    if train.checkpointer.max_to_keep is not None:
+        periodic = min(periodic, train.checkpointer.max_to_keep)
+    size = checkpoint_bytes(model, optimizer) / 2**20
+    found: Dict[str, float] = {
+        "checkpoint_mb": size,
+        "kept": periodic + 1,  # and the final one
+        "needed_mb": size * (periodic + 2),
+        "free_mb": shutil.disk_usage(existing_folder(train.output_dir)).free / 2**20,
+    }
+    if found["free_mb"] < 2 * size:
+        raise ConfigError(
+            "train.output_dir",
+            train.output_dir,
+            f"{found['free_mb']:.0f} MB are free on its disk, one checkpoint of {size:.0f} MB and the "
+            "one before it do not fit",
+            "make room, or choose a folder on another disk",
+        )
+    return found

@@ -1,0 +1,191 @@
+"""run.json: what a training run was, on what it ran, what it cost and what came out."""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import shlex
+import sys
+from argparse import Namespace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Union
+
+import torch
+from detectron2.engine import hooks
+from detectron2.utils import comm
+from torch import nn
+
+from sharedkd.engine.checkpoint import SaveErrors
+from sharedkd.engine.interrupt import command_line
+from sharedkd.errors import ConfigError
+from sharedkd.files import replace
+from sharedkd.modeling.detectors import count_parameters
+from sharedkd.modeling.hardware import has_bfloat16
+from sharedkd.weights.loading import fingerprint
+
+__all__ = [
+    "RunRecord",
+    "hardware",
+    "origin",
+    "peak_memory_mb",
+    "read_record",
+    "versions",
+]
+
+FILE = "run.json"
+_PACKAGES = ("torchvision", "detectron2", "numpy")
+
+
+class RunRecord(hooks.HookBase):
+    """Writes run.json at the start of a run and again at its end.
+
+    Keys: ``command``, ``config_file`` and ``overrides`` (with which it was started), ``fast_dev_run``,
+    ``initial_weights`` (fingerprint of the student before its first step), ``parameters``
+    (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
+    ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on a CPU the resident memory of the
+    training process), ``skipped`` (numbers of ``steps`` and ``images`` that were left out, see
+    ``train.on_nonfinite`` and ``on_bad_image``; of images, the main process's) and ``results`` (of
+    the last evaluation).
+
+    Args:
+        folder: the run's output folder.
+        student: the detector that is trained.
+        losses: the distillation losses; an empty module for a plain detector.
+        started: the first four keys.
+        results: a dict that holds the last evaluation's results when the run ends.
+        resuming: keep what the run's own record says of its start.
+        errors: what to do if it cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        student: nn.Module,
+        losses: nn.Module,
+        started: Mapping[str, Any],
+        results: Dict[str, Any],
+        resuming: bool,
+        errors: SaveErrors,
+    ):
+        self.path = os.path.join(folder, FILE)
+        self.errors = errors
+        self.results = results
+        before = read_record(folder) if resuming else {}
+        self.record = {
+            **{key: before.get(key, value) for key, value in started.items()},
+            "initial_weights": before.get("initial_weights") if resuming else fingerprint(student),
+            "parameters": {
+                "student": count_parameters(student),
+                "losses": count_parameters(losses),
+            },
+            "hardware": hardware(next(student.parameters()).device),
+            "processes": comm.get_world_size(),
+            "versions": versions(),
+        }
+        self.memory: Optional[float] = None
+
+    def before_train(self) -> None:
+        self._write()
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 == self.trainer.max_iter:
+            self.memory = peak_memory_mb()
+
+    def after_train(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:
+            return  # it failed or was stopped, perhaps in its last step
+        self.record["iterations"] = self.trainer.max_iter
+        self.record["peak_memory_mb"] = self.memory  # null if nothing was left to train
+        self.record["skipped"] = {
+            "steps": self.trainer.bad_steps.total,
+            "images": len(self.trainer.bad_images),
+        }
+        self.record["results"] = self.results
+        self._write()
+
+    def _write(self) -> None:
+        with self.errors.handled(FILE):
+            replace(self.path, lambda f: f.write(json.dumps(self.record, indent=1).encode()))
+
+
+def origin(args: Namespace) -> Dict[str, Any]:
+    """How a training run is started.
+
+    Args:
+        args: of Detectron2's ``default_argument_parser``.
+    """
+    return {
+        "command": shlex.join(command_line()),
+        "config_file": args.config_file,
+        "overrides": list(args.opts),
+    }
+
+
+def read_record(folder: Union[str, Path]) -> Dict[str, Any]:
+    """The record of the run in ``folder``; empty if there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = os.path.join(folder, FILE)
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise ConfigError(
+            FILE, path, f"cannot be read: {e}", "delete it; only what it tells is lost"
+        ) from e
+
+
+def hardware(device: torch.device) -> str:
+    """The name of ``device`` if it is a GPU, else the CPU's with its instructions and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    instructions = (
+        f"{torch.backends.cpu.get_cpu_capability()}{'' if has_bfloat16() else ' without bfloat16'}"
+    )
+    return f"{_cpu_name()} ({instructions}), {torch.get_num_threads()} thread(s)"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> Dict[str, str]:
+    """Of Python and of what computes; of this package a digest of its files."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a source tree on the path
+            pass
+    found["sharedkd"] = _source_digest()
+    return found
+
+
+def _source_digest() -> str:
+    """Of this package's files: its version number alone does not tell two states of the code apart."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def peak_memory_mb() -> float:
+    """The most memory so far: allocated on the GPU, or on a CPU resident in this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:  # Linux's getrusage counts the process that started this one, too
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2**10
+    except (OSError, StopIteration):
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,159 @@
+"""A look at who trains the student: its detector's own losses, or one term that drowns the others?"""
+
+import logging
+import math
+from collections import deque
+from typing import Any, Deque, Dict, List, Optional, Tuple
+
+import torch
+from detectron2.engine import hooks
+from detectron2.utils import comm
+
+from sharedkd.engine.snapshot import without_trace
+from sharedkd.engine.trainer import DISTILL, SharedKDTrainer
+from sharedkd.errors import ConfigError
+
+__all__ = ["Watchdog", "gradient_norms"]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+DETECTOR = "detector"
+DOMINANT = 0.9  # share of the gradient norm from which a term is reported
+WINDOW = 3  # measurements from which a report is made
+LEAST = 4  # measurements in a run, however short
+SHORTEST = 20  # iterations between them
+
+
+class Watchdog(hooks.HookBase):
+    """Measures now and then how much of the student's gradient each distillation term gives.
+
+    The share of a term is the norm of its gradient with respect to all of the student's parameters
+    over the sum of these norms, the detector's losses together being one more; so it compares losses
+    wherever they act, on maps of the backbone or of the FPN, or on logits.  Shares are logged as
+    ``watch/<stage>/<term>`` and ``watch/detector``.  A term whose share is above :data:`DOMINANT` on
+    average, or zero throughout, over :data:`WINDOW` measurements in a row is reported; then its next
+    window begins.
+
+    A measurement runs one more forward, of one image a process, and a backward for each term.  It
+    leaves no trace in the training: no parameter, gradient, statistic or random draw changes.
+
+    Args:
+        period: a measurement every so many iterations.
+        max_iter: length of the run; one that is too short for :data:`LEAST` of them has a shorter
+            period, of :data:`SHORTEST` iterations or more.
+
+    Raises:
+        ConfigError: a period below 1.
+    """
+
+    def __init__(self, period: int, max_iter: float = math.inf):
+        if period < 1:
+            raise ConfigError(
+                "train.watch_period", period, "is not a number of iterations", "use 0 to switch off"
+            )
+        self.period = min(period, max(SHORTEST, max_iter // LEAST))
+        self._windows: Dict[str, Deque[Tuple[int, float]]] = {}  # (iteration, share)
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self.period == 0:
+            self._measure()
+
+    def _measure(self) -> None:
+        trainer = self.trainer
+        # Most distillation losses have something to say where there are objects.
+        record = max(trainer.batch, key=lambda x: len(x.get("instances", ())))
+        norms = _mean_over_ranks(gradient_norms(trainer, [record]))
+        total = sum(x for x in norms.values() if x is not None)
+        if not 0 < total < float("inf"):
+            return  # the numbers are bad, or the image has nothing to learn from
+        shares = {name: x / total for name, x in norms.items() if x is not None}
+        trainer.storage.put_scalars(
+            smoothing_hint=False, **{f"watch/{name}": share for name, share in shares.items()}
+        )
+        shares.pop(DETECTOR)
+        # A term that is not there, because its stage is off, begins anew when it comes back.
+        self._windows = {k: self._windows.get(k, deque(maxlen=WINDOW)) for k in shares}
+        for name, window in self._windows.items():
+            window.append((trainer.iter, shares[name]))
+            if len(window) == WINDOW:
+                self._report(name, window)
+
+    def _report(self, name: str, window: Deque[Tuple[int, float]]) -> None:
+        (stage, term), shares = name.split("/", 1), [share for _, share in window]
+        mean = sum(shares) / len(shares)
+        when = f"Watchdog, iterations {window[0][0]} to {window[-1][0]}: stage {stage}, term {term}"
+        key = f"model.stages.{stage}.weight"
+        now = self.trainer.stage_weights()[stage]
+        if mean > DOMINANT:
+            logger.warning(
+                f"{when} has {100 * mean:.0f} % of the student's gradient norm, the detector's "
+                f"losses and all other terms have the rest; lower {key}, now {now:g}"
+            )
+        elif not any(shares):
+            logger.warning(
+                f"{when} has 0 % of the student's gradient norm: it teaches the student nothing; "
+                f"check what this loss compares, or save its time with {key}=0, now {now:g}"
+            )
+        else:
+            return
+        window.clear()
+
+
+def gradient_norms(
+    trainer: SharedKDTrainer, records: List[Dict[str, Any]]
+) -> Optional[Dict[str, Optional[float]]]:
+    """Norm of the gradient with respect to the student's parameters, of each part of the total loss.
+
+    Args:
+        trainer: between two steps.
+        records: what the forward runs on.
+
+    Returns:
+        ``detector`` (its losses together) and ``<stage>/<term>`` -> norm, each as it counts in the
+        total; None for a term that by construction trains the parameters of its loss alone, as that
+        of a discriminator does.  None instead of all: the detector refused its own numbers.
+    """
+    params = [p for p in trainer.detector.parameters() if p.requires_grad]
+    students = set(params)
+    owned = [p for p in trainer.module.parameters() if p.requires_grad and p not in students]
+    scale = trainer.scaler.get_scale()  # so that float16 gradients do not vanish
+    with without_trace(trainer.module, trainer.detector):
+        try:
+            _, counted = trainer.repeat(records, 0, trainer.iter, trainer.stage_weights())
+        except FloatingPointError:
+            return None
+        parts = {DETECTOR: sum(x for k, x in counted.items() if not k.startswith(DISTILL))}
+        parts.update({k[len(DISTILL) :]: x for k, x in counted.items() if k.startswith(DISTILL)})
+        norms: Dict[str, Optional[float]] = {}
+        for name, loss in parts.items():
+            found = _gradients(scale * loss, params)
+            if found:
+                norm = torch.stack([x.double().norm() for x in found]).norm()
+                norms[name] = norm.item() / scale
+            else:
+                norms[name] = None if _gradients(loss, owned) else 0.0
+    return norms
+
+
+def _gradients(loss: torch.Tensor, params: List[torch.Tensor]) -> List[torch.Tensor]:
+    """Of those parameters that the loss depends on."""
+    if not (loss.requires_grad and params):
+        return []
+    found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    return [x for x in found if x is not None]
+
+
+def _mean_over_ranks(norms: Optional[Dict[str, Optional[float]]]) -> Dict[str, Optional[float]]:
+    """The mean of what the ranks measured; empty if one of them could not."""
+    ranks = comm.all_gather(norms)
+    if None in ranks:
+        return {}
+    common = [name for name in ranks[0] if all(name in each for each in ranks)]
+    return {
+        name: (
+            None
+            if ranks[0][name] is None
+            else sum(each[name] or 0.0 for each in ranks) / len(ranks)
+        )
+        for name in common
+    }

@@ -1,0 +1,126 @@
+"""Optional writers of what a run logs: Weights & Biases and MLflow, where they are installed."""
+
+import os
+from abc import abstractmethod
+from collections import defaultdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from detectron2.utils.events import EventWriter, get_event_storage
+
+from sharedkd.config.plain import leaves, read_plain
+
+__all__ = [
+    "WRITERS",
+    "MLflowWriter",
+    "ServiceWriter",
+    "WandbWriter",
+    "open_writers",
+]
+
+_PARAMETERS = 100  # that MLflow takes at once
+_LONGEST = 500  # letters of a parameter's value that every version of MLflow takes
+
+
+def open_writers(names: Sequence[str], folder: str, first: int, window: int) -> List[EventWriter]:
+    """The writers of these names.
+
+    Args:
+        names: keys of :data:`WRITERS`.
+        folder: the run's output folder, with its config.yaml.
+        first: the first iteration that will be logged; above 0 a resumed run goes on.
+        window: values of which the median is logged.
+    """
+    return [WRITERS[name](folder, first > 0, window) for name in names]
+
+
+class ServiceWriter(EventWriter):
+    """Sends the scalars to a service, as Detectron2's own writers put them into files.
+
+    The service's name of the run is kept in the output folder: a resumed run continues it.
+    """
+
+    package: str  #: that is imported once the writer is made
+
+    def __init__(self, folder: str, resuming: bool, window: int = 20):
+        """
+        Args:
+            folder: the run's output folder, with its config.yaml.
+            resuming: go on with the run of that folder.
+            window: values of which the median is sent.
+        """
+        self._window, self._last_write = window, -1
+        self.service = import_module(self.package)
+        kept = Path(folder, f"{self.package}_run.txt")
+        known = kept.read_text() if resuming and kept.is_file() else None
+        path = Path(folder).resolve()
+        config = read_plain(path / "config.yaml") or {}
+        kept.write_text(self._start(path, f"{path.parent.name}/{path.name}", config, known))
+
+    @abstractmethod
+    def _start(
+        self, folder: Path, name: str, config: Mapping[str, Any], known: Optional[str]
+    ) -> str:
+        """Begin a run, or continue the ``known`` one; returns the service's name of it."""
+
+    @abstractmethod
+    def _send(self, values: Dict[str, float], iteration: int) -> None:
+        """The scalars of an iteration."""
+
+    def write(self) -> None:
+        found: Dict[int, Dict[str, float]] = defaultdict(dict)
+        latest = get_event_storage().latest_with_smoothing_hint(self._window)
+        for name, (value, iteration) in latest.items():
+            if iteration > self._last_write:
+                found[iteration][name] = value
+        for iteration in sorted(found):
+            self._send(found[iteration], iteration)
+        self._last_write = max([self._last_write, *found])
+
+
+class WandbWriter(ServiceWriter):
+    """Weights & Biases; its own environment variables say where to, as WANDB_PROJECT and WANDB_MODE."""
+
+    package = "wandb"
+
+    def _start(
+        self, folder: Path, name: str, config: Mapping[str, Any], known: Optional[str]
+    ) -> str:
+        project = os.environ.get("WANDB_PROJECT", "sharedkd")
+        self.run = self.service.init(
+            project=project, name=name, dir=str(folder), config=config, id=known, resume="allow"
+        )
+        return self.run.id
+
+    def _send(self, values: Dict[str, float], iteration: int) -> None:
+        self.run.log(values, step=iteration)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MLflowWriter(ServiceWriter):
+    """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where to."""
+
+    package = "mlflow"
+
+    def _start(
+        self, folder: Path, name: str, config: Mapping[str, Any], known: Optional[str]
+    ) -> str:
+        if known:
+            return self.service.start_run(run_id=known).info.run_id
+        run = self.service.start_run(run_name=name)
+        parameters = [(key, text[:_LONGEST]) for key, text in leaves(config)]
+        for i in range(0, len(parameters), _PARAMETERS):
+            self.service.log_params(dict(parameters[i : i + _PARAMETERS]))
+        return run.info.run_id
+
+    def _send(self, values: Dict[str, float], iteration: int) -> None:
+        self.service.log_metrics(values, step=iteration)
+
+    def close(self) -> None:
+        self.service.end_run()
+
+
+WRITERS = {writer.package: writer for writer in (WandbWriter, MLflowWriter)}

@@ -1,0 +1,192 @@
+"""SIGTERM and Ctrl-C: the step is finished and saved, then the program ends as its caller expects."""
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from functools import cache
+from types import FrameType
+from typing import Any, Callable, Iterator, List, Optional
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+
+__all__ = [
+    "Interrupted",
+    "StopRequest",
+    "Stopped",
+    "command_line",
+    "forward_signals",
+    "interruptible",
+    "resume_command",
+]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Ctrl-C reaches every process of a terminal, and a parent may pass it on: that is one wish, not two.
+ONE_WISH = 1.0  # seconds
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the program, where there is nothing to save."""
+
+
+class Stopped(SystemExit):
+    """A signal has ended the training, and a checkpoint is saved.  Its code is 128 + the signal."""
+
+
+class _Once:
+    """Handles the first signal, ignores its echoes, and lets a later one end the process at once."""
+
+    def __init__(self, first: Callable[[int], None]):
+        self.signal: Optional[int] = None
+        self._first = first
+
+    def __call__(self, number: int, frame: Optional[FrameType]) -> None:
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+            self._first(number)
+        elif time.monotonic() - self._since > ONE_WISH:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+@contextmanager
+def _handling(handler: Callable[[int, Optional[FrameType]], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python hands signals to the main thread alone
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class StopRequest:
+    """Notes the wish to stop while it is entered, for a trainer that asks between its steps."""
+
+    _current: Optional["StopRequest"] = None
+
+    def __enter__(self) -> "StopRequest":
+        _shield_workers()
+        self._handler = _Once(self._announce)
+        self._handling = _handling(self._handler)
+        self._handling.__enter__()
+        StopRequest._current = self
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        StopRequest._current = None
+        self._handling.__exit__(*error)
+
+    @property
+    def signal(self) -> Optional[int]:
+        """The signal that asked this process to stop, if one did."""
+        return self._handler.signal
+
+    @staticmethod
+    def _announce(number: int) -> None:
+        if comm.is_main_process():  # not by print, which the signal may have interrupted
+            name = signal.Signals(number).name
+            text = f"\n{name}: stops after this step; a second one stops at once\n"
+            os.write(sys.__stderr__.fileno(), text.encode())
+
+    def agreed(self, device: torch.device) -> Optional[int]:
+        """The signal that any process got, if one did.
+
+        With several processes, all of them must ask at the same time, each with the ``device`` on
+        which their backend reduces.
+        """
+        own = self.signal or 0
+        if comm.get_world_size() == 1:
+            return own or None
+        largest = torch.full((), own, device=device, dtype=torch.int32)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest) or None
+
+
+def _shield_worker() -> None:
+    """A data loader's worker ends when its parent says so, and not with a whole process group.
+
+    Whoever signals the group, a terminal or a scheduler, means the training, which needs its workers to
+    finish the step.
+    """
+    if StopRequest._current is not None and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+@cache
+def _shield_workers() -> None:
+    """From the first training on: an import changes nothing."""
+    os.register_at_fork(after_in_child=_shield_worker)
+
+
+def command_line() -> List[str]:
+    """The words with which this program was started."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _command_of(os.getppid()) or ["torchrun", *sys.argv]
+    return [sys.executable, *sys.argv]
+
+
+def resume_command() -> str:
+    """What to type to go on: this program's command line with --resume."""
+    started = command_line()
+    if "--resume" not in started:
+        script = started.index(sys.argv[0])
+        started.insert(script + 1, "--resume")
+    return shlex.join(started)
+
+
+def _command_of(process: int) -> Optional[List[str]]:
+    try:
+        with open(f"/proc/{process}/cmdline") as f:
+            command = f.read().split("\0")[:-1]
+    except OSError:
+        return None
+    return command if sys.argv[0] in command else None
+
+
+@contextmanager
+def forward_signals() -> Iterator[None]:
+    """For a process that only waits for those that it has started with multiprocessing."""
+
+    def forward(number: int, frame: Optional[FrameType]) -> None:
+        for child in multiprocessing.active_children():
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, number)
+
+    with _handling(forward):
+        yield
+
+
+@contextmanager
+def interruptible(advice: str) -> Iterator[None]:
+    """For a program's outermost block: a signal becomes :class:`Interrupted`, then one line.
+
+    Args:
+        advice: what that line says after "interrupted".
+    """
+
+    def interrupt(number: int) -> None:
+        raise Interrupted(number)
+
+    with _handling(_Once(interrupt)):
+        try:
+            yield
+        except KeyboardInterrupt as e:
+            print(f"\ninterrupted; {advice}", file=sys.stderr, flush=True)
+            number = e.args[0] if isinstance(e, Interrupted) else signal.SIGINT
+            sys.exit(128 + number)

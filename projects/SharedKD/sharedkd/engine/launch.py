@@ -1,0 +1,161 @@
+"""Starting a run's processes: Detectron2's launch where it works, torchrun, and several CPU processes."""
+
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from argparse import Namespace
+from contextlib import nullcontext
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import TrainerBase
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+
+from sharedkd.errors import ConfigError, DataError, NonFiniteLossError
+
+from .interrupt import forward_signals, interruptible
+
+__all__ = ["launch"]
+
+GRACE = 20  # seconds that other ranks give rank 0 to say the same
+
+
+def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
+    """Run ``main(args)`` in as many processes as the command line asks for; never returns an error.
+
+    Under ``torchrun`` this process joins the group it finds in the environment.  Otherwise
+    ``--num-gpus`` processes are started on this machine: one per GPU, or CPU processes over gloo
+    where there is no GPU (Detectron2 0.6 cannot do that).  A ConfigError or NonFiniteLossError ends
+    the program with one line and exit status 1.
+
+    Args:
+        main: a function that a new process can import; what it returns is lost.
+        args: of Detectron2's ``default_argument_parser``.
+    """
+    world_size = args.num_gpus * args.num_machines
+    cuda = _uses_cuda(args)
+    try:
+        if "LOCAL_RANK" in os.environ:
+            _worker(int(os.environ["LOCAL_RANK"]), main, args, cuda, from_environment=True)
+        elif world_size > 1 and not cuda:
+            if args.dist_url == "auto":
+                if args.num_machines > 1:
+                    raise ConfigError(
+                        "--dist-url",
+                        "auto",
+                        f"cannot join --num-machines={args.num_machines}",
+                        "use tcp://HOST:PORT of the first machine",
+                    )
+                args.dist_url = f"tcp://127.0.0.1:{_free_port()}"
+            with forward_signals():
+                mp.start_processes(
+                    _worker, nprocs=args.num_gpus, args=(main, args, cuda), start_method="spawn"
+                )
+        else:
+            _check_gpus(args)
+            with forward_signals() if world_size > 1 else nullcontext():
+                detectron2_launch(
+                    _guarded,
+                    args.num_gpus,
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(main, args),
+                )
+    except mp.ProcessExitedException as e:  # the process itself has said why
+        sys.exit(e.exit_code if e.exit_code >= 0 else 128 - e.exit_code)
+    except ConfigError as e:
+        _say_and_exit(e)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _check_gpus(args: Namespace) -> None:
+    if args.num_gpus > max(1, torch.cuda.device_count()):
+        raise ConfigError(
+            "--num-gpus",
+            args.num_gpus,
+            f"this machine has {torch.cuda.device_count()}",
+            "ask for no more than that",
+        )
+
+
+def _guarded(main: Callable[[Namespace], Any], args: Namespace) -> None:
+    if sys.platform == "linux":
+        # In a process that was spawned, data loaders would spawn theirs, too: those take seconds to
+        # start, and nothing keeps a signal to the whole group from them (see interrupt.py).
+        multiprocessing.set_start_method("fork", force=True)
+    logging.getLogger(TrainerBase.__module__).addFilter(_without_traceback)
+    try:
+        with interruptible("nothing is to be saved yet"):
+            main(args)
+    except (ConfigError, NonFiniteLossError) as e:
+        _say_and_exit(e)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """For the log of Detectron2's training loop: an error that says it all in a line has just that."""
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, (ConfigError, NonFiniteLossError)):
+        record.msg, record.args, record.exc_info = f"Training stops: {error}", (), None
+    return True
+
+
+def _say_and_exit(error: Exception) -> None:
+    if not isinstance(error, DataError) and not comm.is_main_process():
+        # Rank 0 speaks for an error that all ranks meet, and this process then ends with it.
+        time.sleep(GRACE)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def _uses_cuda(args: Namespace) -> bool:
+    return torch.cuda.is_available() and "train.device=cpu" not in args.opts
+
+
+def _worker(
+    local_rank: int,
+    main: Callable[[Namespace], Any],
+    args: Namespace,
+    cuda: bool,
+    from_environment: bool = False,
+) -> None:
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if from_environment:
+        dist.init_process_group("nccl" if cuda else "gloo")
+        per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
+    else:
+        per_machine = args.num_gpus
+        dist.init_process_group(
+            "gloo",
+            init_method=args.dist_url,
+            world_size=per_machine * args.num_machines,
+            rank=per_machine * args.machine_rank + local_rank,
+        )
+    _form_local_group(per_machine)
+    try:
+        _guarded(main, args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _form_local_group(per_machine: int) -> None:
+    """Tell Detectron2 which ranks share this machine."""
+    if hasattr(comm, "create_local_process_group"):
+        return comm.create_local_process_group(per_machine)
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    for first in range(0, world_size, per_machine):
+        group = dist.new_group(list(range(first, first + per_machine)))
+        if first <= rank < first + per_machine:
+            comm._LOCAL_PROCESS_GROUP = group

@@ -1,0 +1,235 @@
+"""Going on with an interrupted run: from which checkpoint, with which settings, with what is left to do."""
+
+import glob
+import logging
+import os
+import re
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
+
+from detectron2.config import LazyConfig
+from detectron2.engine import hooks
+from omegaconf import DictConfig, OmegaConf
+
+from sharedkd.errors import ConfigError
+
+from .checkpoint import check_complete
+
+__all__ = [
+    "FinishStep",
+    "changes",
+    "check_settings",
+    "config_kept",
+    "differences",
+    "latest_checkpoint",
+    "saved_config",
+    "saved_seed",
+]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+OURS = re.compile(r"model_(\d{7}|final)\.pth")
+
+#: A checkpoint means something under these settings only: the model and what it learns from, the
+#: optimizer, whose saved values replace those of the config, and the place in the data.
+FIXED = (
+    "model",
+    "optimizer",
+    "train.seed",
+    "train.accumulate",
+    "dataloader.train.total_batch_size",
+)
+#: The teacher itself is known by its weights' fingerprint, wherever its file lies.
+FREE = (
+    "model.teacher.weights",
+    "model.teacher.sha256",
+    "model.teacher.trust_checkpoint",
+    "model.teacher.compile",
+    "train.output_dir",
+    "train.force_resume",
+)
+
+
+def latest_checkpoint(folder: str) -> str:
+    """Path of the newest complete checkpoint in ``folder``; another one than the last is logged.
+
+    Raises:
+        ConfigError: none is.
+    """
+    ours = [p for p in glob.glob(os.path.join(glob.escape(folder), "*.pth")) if _is_ours(p)]
+    newest_first = sorted(ours, key=lambda p: (os.stat(p).st_mtime_ns, p), reverse=True)
+    with suppress(OSError):
+        with open(os.path.join(folder, "last_checkpoint")) as f:
+            last = os.path.join(folder, f.read().strip())
+        newest_first = [last, *(p for p in newest_first if p != last)]
+    problems = []
+    for path in newest_first:
+        try:
+            check_complete(path)
+        except Exception as e:
+            # Whatever a torn file makes its reader raise, it cannot be used.
+            reason = "no such file" if not os.path.isfile(path) else f"cannot be read ({e})"
+            problems.append(f"{os.path.basename(path)}: {reason}")
+            continue
+        if problems:
+            logger.warning(
+                f"{'; '.join(problems)}: goes on from {os.path.basename(path)} instead, the newest "
+                "checkpoint that is complete"
+            )
+        return path
+    raise ConfigError(
+        "train.output_dir",
+        folder,
+        f"has no complete checkpoint ({'; '.join(problems)})",
+        "start anew in another folder",
+    )
+
+
+def _is_ours(path: str) -> bool:
+    return OURS.fullmatch(os.path.basename(path)) is not None
+
+
+def saved_config(folder: Union[str, Path]) -> str:
+    """Path of the config that the run in ``folder`` was started with; there may be no such file."""
+    before = _before(folder)
+    return before if os.path.isfile(before) else os.path.join(folder, "config.yaml")
+
+
+def _before(folder: Union[str, Path]) -> str:
+    return os.path.join(folder, "config.before.yaml")
+
+
+@contextmanager
+def config_kept(folder: str) -> Iterator[None]:
+    """For a block that writes a new config.yaml into ``folder``: Detectron2 writes in place.
+
+    Until the new one is complete, the one before stays beside it under another name.
+    """
+    before, path = _before(folder), os.path.join(folder, "config.yaml")
+    if os.path.isfile(path) and not os.path.isfile(before):
+        os.replace(path, before)
+    yield
+    with suppress(FileNotFoundError):
+        os.remove(before)
+
+
+def saved_seed(folder: str) -> int:
+    """The seed of the run in ``folder``, which may have drawn it; -1 if that is not known."""
+    try:
+        return int(LazyConfig.load(saved_config(folder)).train.seed)
+    except Exception:
+        return -1  # what is wrong with the file is said where it is compared
+
+
+Change = Tuple[str, Any, Any]  # key, value then, value now
+
+
+def changes(folder: Union[str, Path], cfg: DictConfig) -> List[Change]:
+    """What differs between the config of the run in ``folder`` and ``cfg``, save for :data:`FREE`.
+
+    Raises:
+        ConfigError: the two cannot be compared: the run's config is not there or cannot be read, or
+            ``cfg`` cannot be written in words.
+    """
+    then = _plain(saved_config(folder), folder, "its config.yaml")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = os.path.join(temporary, "config.yaml")
+        LazyConfig.save(cfg, path)  # which does not raise where it cannot
+        now = _plain(path, folder, "the config to go on with, written as yaml,")
+    return [change for change in _differences("", then, now) if not _below(change[0], FREE)]
+
+
+def differences(then: str, now: str) -> List[Change]:
+    """What differs between the files ``then`` and ``now``, saved configs, with references resolved.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    plain = [_plain(path, os.path.dirname(path), os.path.basename(path)) for path in (then, now)]
+    return list(_differences("", *plain))
+
+
+def _plain(path: str, folder: Union[str, Path], what: str) -> Any:
+    try:
+        return OmegaConf.to_container(LazyConfig.load(path), resolve=True)
+    except Exception as e:
+        # Whatever is wrong with it, it is not known to be the same; yaml says it in several lines.
+        reason = " ".join(str(e).split()) if os.path.isfile(path) else "there is none"
+        raise ConfigError(
+            "train.output_dir",
+            folder,
+            f"{what} cannot be read ({reason})",
+            "add train.force_resume=True to resume without comparing settings",
+        ) from e
+
+
+def _differences(key: str, then: Any, now: Any) -> Iterator[Change]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*then, *now]):
+            inner = f"{key}.{name}" if key else str(name)
+            yield from _differences(inner, then.get(name, "not set"), now.get(name, "not set"))
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for i, (a, b) in enumerate(zip(then, now)):
+            yield from _differences(f"{key}.{i}", a, b)
+    elif then != now and not (then != then and now != now):  # NaN is no change
+        yield key, then, now
+
+
+def _below(key: str, groups: Sequence[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Compare ``cfg`` with the config of the run in its output folder; what may change is logged.
+
+    Raises:
+        ConfigError: another model, teacher or stage, another optimizer, or another order of the data,
+            and not ``train.force_resume``.
+    """
+    folder = cfg.train.output_dir
+    try:
+        found = changes(folder, cfg)
+    except ConfigError as e:
+        if not cfg.train.force_resume:
+            raise
+        logger.warning(f"train.force_resume: {e}")
+        return
+    fixed = [change for change in found if _below(change[0], FIXED)]
+    if fixed and not cfg.train.force_resume:
+        key, then, now = fixed[0]
+        others = f" (and so {', '.join(x[0] for x in fixed[1:])})" if fixed[1:] else ""
+        raise ConfigError(
+            key,
+            _short(now),
+            f"was {_short(then)} in the run to resume{others}",
+            "resume with the same settings, start anew in another train.output_dir, or add "
+            "train.force_resume=True",
+        )
+    for key, then, now in found:
+        logger.warning(f"resumes with {key}={_short(now)}, which was {_short(then)}")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class FinishStep(hooks.HookBase):
+    """Does what an interrupted iteration had still to do after its checkpoint.
+
+    Args:
+        others: the one that saves and the hooks behind it, in their order; they must be registered
+            before.
+    """
+
+    def __init__(self, others: Sequence[Optional[hooks.HookBase]]):
+        self.others = others
+
+    def before_train(self) -> None:
+        trainer, start = self.trainer, self.trainer.start_iter
+        trainer.iter = trainer.storage.iter = start - 1
+        for hook in self.others:
+            hook.after_step()
+        trainer.iter = trainer.storage.iter = start

@@ -1,0 +1,362 @@
+"""A run from its config: build, train, evaluate.  The command lines in tools/ only call this."""
+
+import copy
+import logging
+import os
+from argparse import Namespace
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from logging.handlers import MemoryHandler
+from types import MappingProxyType
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_setup, hooks
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import nn
+
+from sharedkd.config import load_config, student_only
+from sharedkd.engine.checkpoint import StudentCheckpointer
+from sharedkd.engine.hooks.cost import Cost
+from sharedkd.engine.hooks.metrics import Metrics
+from sharedkd.engine.hooks.record import FILE as RECORD
+from sharedkd.engine.hooks.record import RunRecord, origin
+from sharedkd.engine.hooks.shares import Watchdog
+from sharedkd.engine.hooks.writers import open_writers
+from sharedkd.engine.parts import Parts, amp_dtype, assemble, check_output, losses_of
+from sharedkd.errors import Findings
+from sharedkd.files import remove_unfinished
+from sharedkd.modeling.detectors import num_classes
+from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.weights.loading import load_trained
+from sharedkd.weights.reading import write_safetensors
+
+from .checkpoint import Checkpoints, SaveErrors, quiet, written
+from .evaluators import Handled, build_evaluators
+from .interrupt import StopRequest
+from .lock import locked
+from .overview import advise, as_text, describe
+from .progress import live_log
+from .resume import FinishStep, config_kept, latest_checkpoint
+from .trainer import SharedKDTrainer
+
+__all__ = ["run", "build_trainer", "ddp", "train", "evaluate"]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+DEV_RUN_IMAGES = 50  # evaluated under train.fast_dev_run
+
+
+def run(args: Namespace) -> Dict[str, Any]:
+    """Train, or with ``--eval-only`` evaluate, what the command line names.
+
+    Everything that can be wrong is built and checked before anything is written.
+
+    Args:
+        args: of Detectron2's ``default_argument_parser``.
+
+    Returns:
+        the last evaluation's results; empty without an evaluator.
+
+    Raises:
+        ConfigError: the config, an override, the data or a checkpoint cannot work.
+        SaveError: the output folder cannot be written to, see ``train.on_save_error``.
+        NonFiniteLossError: see :meth:`SharedKDTrainer.run_step`.
+        Stopped: by a signal; the state is saved.
+    """
+    with ExitStack() as held, _log_later() as log_opens:
+        findings = Findings()
+        cfg = findings.step(load_config, args.config_file, args.opts, findings=findings)
+        if args.eval_only:
+            cfg = findings.step(student_only, cfg)
+        parts = findings.step(assemble, cfg, args.eval_only, args.resume, findings=findings)
+        findings.raise_errors()
+        model, resuming = parts.model, parts.resuming
+        if args.eval_only:
+            # Not a run's own folder, whose config.yaml says how it was trained, nor one of several runs.
+            cfg.train.output_dir = os.path.join(cfg.train.output_dir, "eval")
+        else:
+            trainer = build_trainer(cfg, parts)
+        checkpoint = latest_checkpoint(cfg.train.output_dir) if resuming else None
+        if resuming:
+            entries = load_trained(
+                trainer.detector, checkpoint, "train.output_dir", cfg.train.trust_checkpoint
+            )
+            trainer.check_resumable(entries["trainer"])
+        folder = cfg.train.output_dir
+        with written(folder, "what a run begins with"):
+            owns = comm.is_main_process() and not args.eval_only
+            if owns:
+                held.enter_context(_own(folder, args.resume))
+            with config_kept(folder) if owns else nullcontext(), log_opens():
+                _set_up(cfg, args)
+        held.enter_context(live_log(cfg.train.max_iter))
+        if args.eval_only:
+            return evaluate(cfg, model)
+        if comm.is_main_process():
+            _say(cfg, parts, findings)
+        return train(cfg, trainer, checkpoint, origin(args))
+
+
+def _set_up(cfg: DictConfig, args: Namespace) -> None:
+    """Detectron2's own, which logs that it cannot write the config and goes on.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    saving, said = logging.getLogger(LazyConfig.__module__), logging.raiseExceptions
+    saving.addFilter(_raise_disk_error)
+    logging.raiseExceptions = False  # until there are handlers of the log to be made quiet
+    try:
+        default_setup(cfg, args)
+    finally:
+        quiet(cfg.train.output_dir)
+        logging.raiseExceptions = said
+        saving.removeFilter(_raise_disk_error)
+
+
+def _raise_disk_error(record: logging.LogRecord) -> bool:
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, OSError):
+        raise error
+    return True
+
+
+def _say(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
+    """Log what will be trained, and what about it may not be meant."""
+    advise(cfg, parts, findings)
+    logger.info("The run:\n" + as_text(describe(cfg, parts, findings)))
+    for warning in findings.warnings:
+        logger.warning(str(warning))
+
+
+@contextmanager
+def _own(folder: str, resume: bool) -> Iterator[None]:
+    """Keep other runs out of a folder, and clear away what a killed one could not."""
+    with locked(folder):
+        check_output(folder, resume)  # another run may have come and gone since it was checked
+        for pattern in ("*.pth", "last_checkpoint", RECORD):
+            remove_unfinished(folder, pattern)
+        yield
+
+
+def build_trainer(cfg: DictConfig, parts: Parts) -> SharedKDTrainer:
+    """DDP and trainer around the model, optimizer and data of ``parts``, as ``cfg.train`` says.
+
+    Raises:
+        ConfigError: see :class:`SharedKDTrainer`.
+    """
+    return SharedKDTrainer(
+        ddp(cfg, parts.model),
+        parts.loader,
+        parts.optimizer,
+        max_iter=cfg.train.max_iter,
+        seed=cfg.train.seed,
+        amp_dtype=amp_dtype(cfg),
+        clip_grad_norm=cfg.train.clip_grad_norm,
+        accumulate=cfg.train.accumulate,
+        log_period=cfg.train.log_period,
+        on_nonfinite=cfg.train.on_nonfinite,
+        max_skipped_steps=cfg.train.max_skipped_steps,
+    )
+
+
+def ddp(cfg: DictConfig, model: nn.Module) -> nn.Module:
+    """``model``, in DistributedDataParallel by ``cfg.train.ddp`` if there are several processes."""
+    on_cpu = torch.device(cfg.train.device).type == "cpu"
+    return create_ddp_model(model, **cfg.train.ddp, **(dict(device_ids=None) if on_cpu else {}))
+
+
+def train(
+    cfg: DictConfig,
+    trainer: SharedKDTrainer,
+    checkpoint: Optional[str] = None,
+    started: Mapping[str, Any] = MappingProxyType({}),
+) -> Dict[str, Any]:
+    """Train to ``train.max_iter``, from a checkpoint on if there is one.
+
+    Args:
+        cfg: of :func:`~sharedkd.config.load.load_config`.
+        trainer: of :func:`build_trainer`.
+        checkpoint: the file of this run to go on from; None: from the first iteration.
+        started: how, for the record: :func:`~sharedkd.engine.hooks.record.origin`.
+
+    Returns:
+        the last evaluation's results; empty without an evaluator.
+
+    Raises:
+        NonFiniteLossError: see :meth:`SharedKDTrainer.run_step`.
+        Stopped: by a signal; the state is saved.
+        SaveError: the output folder cannot be written to, see ``train.on_save_error``.
+    """
+    model, module = trainer.model, trainer.module
+    extra = {"distillation": module.losses} if isinstance(module, SharedKD) else {}
+    checkpointer = StudentCheckpointer(model, cfg.train.output_dir, trainer=trainer, **extra)
+    results: Dict[str, Any] = {}
+    folder, stop = cfg.train.output_dir, StopRequest()
+    errors = SaveErrors(folder, cfg.train.on_save_error)
+    checkpoints = Checkpoints(checkpointer, stop, errors, **cfg.train.checkpointer)
+
+    def test() -> Dict[str, Any]:
+        with checkpoints.watching(model):
+            found = evaluate(cfg, model, errors.handled)
+        results.clear()
+        results.update(found)
+        return results
+
+    # Those whose work for an iteration comes after its checkpoint.
+    late = [
+        hooks.EvalHook(cfg.train.eval_period, test),
+        Metrics(
+            folder,
+            cfg.train.max_iter,
+            cfg.train.log_period,
+            errors,
+            partial(open_writers, cfg.train.writers, folder),
+        ),
+    ]
+    trainer.register_hooks(
+        [
+            Cost() if comm.is_main_process() else None,
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            (
+                Watchdog(cfg.train.watch_period, cfg.train.max_iter)
+                if trainer.stages and cfg.train.watch_period
+                else None
+            ),
+            checkpoints,
+            *late,
+            (
+                RunRecord(
+                    folder,
+                    trainer.detector,
+                    losses_of(module),
+                    {**started, "fast_dev_run": cfg.train.fast_dev_run},
+                    results,
+                    checkpoint is not None,
+                    errors,
+                )
+                if comm.is_main_process()
+                else None
+            ),
+            FinishStep([checkpoints, *late]) if checkpoint else None,
+        ]
+    )
+    start = 0
+    if checkpoint:
+        checkpointer.trusted = cfg.train.trust_checkpoint
+        checkpointer.load(checkpoint)
+        start = trainer.iter + 1
+        trainer.data_loader.first_batch = start * cfg.train.accumulate
+    elif cfg.train.eval_teacher:
+        evaluate_teacher(cfg, module, errors.handled)
+    with stop:
+        trainer.train(start, cfg.train.max_iter)
+        checkpoints.finish()
+    if cfg.train.safetensors and comm.is_main_process():
+        with errors.handled("model_final.safetensors"):
+            write_safetensors(module.state_dict(), os.path.join(folder, "model_final.safetensors"))
+    return results
+
+
+def evaluate(
+    cfg: DictConfig,
+    model: Callable[[List[Dict[str, Any]]], Any],
+    handled: Optional[Handled] = None,
+) -> Dict[str, Any]:
+    """Run ``dataloader.evaluator`` (any DatasetEvaluator, or a list of them) on ``dataloader.test``.
+
+    With ``train.fast_dev_run`` on its first images alone.
+
+    Args:
+        cfg: of :func:`~sharedkd.config.load.load_config`.
+        model: a detector, which is in evaluation mode meanwhile, or any function from Detectron2's
+            records to what a detector returns for them.
+        handled: what becomes of an evaluator's files that cannot be written, as
+            :meth:`SaveErrors.handled`; without it, that is an error.
+
+    Returns:
+        task -> metric -> value; empty without an evaluator, and with Detectron2's in every process
+        but the first.
+
+    Raises:
+        SaveError: the disk refused an evaluator's files, and ``handled`` does not let it pass.
+    """
+    if cfg.dataloader.get("evaluator") is None:
+        return {}
+    if cfg.train.fast_dev_run and "dataset" in cfg.dataloader.test:
+        cfg = copy.deepcopy(cfg)
+        cfg.dataloader.test.dataset = L(first_records)(
+            records=cfg.dataloader.test.dataset, count=DEV_RUN_IMAGES
+        )
+        logger.warning(
+            f"train.fast_dev_run: evaluates {DEV_RUN_IMAGES} images; the figures mean nothing"
+        )
+    results = inference_on_dataset(
+        model,
+        instantiate(cfg.dataloader.test),
+        build_evaluators(
+            cfg.dataloader.evaluator, handled or partial(written, cfg.train.output_dir)
+        ),
+    )
+    if comm.is_main_process():
+        print_csv_format(results)
+    return dict(results or {})
+
+
+def first_records(records: List[Dict[str, Any]], count: int) -> List[Dict[str, Any]]:
+    """At most the first ``count`` records of a data set."""
+    return records[:count]
+
+
+def evaluate_teacher(
+    cfg: DictConfig, model: nn.Module, handled: Optional[Handled] = None
+) -> Dict[str, Any]:
+    """Evaluate the teacher on the student's validation data, and log its results."""
+    teacher = getattr(model, "teacher", None)
+    if teacher is None:
+        return {}
+    ours, theirs = num_classes(model.student), num_classes(teacher.model)
+    if ours != theirs:
+        logger.warning(
+            f"train.eval_teacher: the teacher has {theirs} classes and the data {ours}: its head "
+            "cannot be evaluated here"
+        )
+        return {}
+    logger.info("The teacher's results, before the first iteration:")
+    return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format), handled)
+
+
+@contextmanager
+def _log_later() -> Iterator[Callable[[], ContextManager[None]]]:
+    """Keep Detectron2's log messages for a log that is not open yet.
+
+    Yields:
+        the context in which it is opened, after which it has them.
+    """
+    memory = MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
+    for each in loggers:
+        each.addHandler(memory)
+        each.setLevel(logging.INFO)
+
+    @contextmanager
+    def opens() -> Iterator[None]:
+        for each in loggers:
+            each.removeHandler(memory)  # what is said meanwhile goes to the log itself
+        yield
+        for record in memory.buffer:
+            logging.getLogger(record.name).handle(record)
+        memory.buffer.clear()
+
+    try:
+        yield opens
+    finally:
+        for each in loggers:
+            each.removeHandler(memory)

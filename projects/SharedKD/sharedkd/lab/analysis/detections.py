@@ -1,0 +1,211 @@
+"""What detectors find on a validation set: AP per class and size, kinds of mistakes, image by image."""
+
+import copy
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any, Dict, List, Mapping, Sequence, Union
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from sharedkd.errors import ConfigError
+
+from .mistakes import CORRECT, KINDS, Match, ap50, costs, match
+from .models import Detector
+
+__all__ = [
+    "Found",
+    "Truth",
+    "average_precision",
+    "detect",
+    "match_image",
+    "matches",
+    "mistakes",
+]
+
+Found = Dict[int, List[Dict[str, Any]]]  #: image id -> detections as in COCO's result files
+
+_SIZES = {"APs": 1, "APm": 2, "APl": 3}  # COCO's areas; 0 is all of them
+
+
+class Truth:
+    """A COCO-format validation set, or some images of it.
+
+    Args:
+        dataset: its registered name.
+        records: the images of it that count.
+
+    Attributes:
+        coco: all of its annotations.
+        image_ids: the images that count.
+        classes: names, by category id, in the order of the model's classes.
+
+    Raises:
+        ConfigError: a dataset that no COCO json stands behind.
+    """
+
+    def __init__(self, dataset: str, records: Sequence[Mapping[str, Any]]):
+        metadata = MetadataCatalog.get(dataset)
+        if not metadata.get("json_file"):
+            raise ConfigError(
+                "dataloader.test.dataset.names", dataset, "has no COCO json", "use COCO-format data"
+            )
+        with redirect_stdout(StringIO()):  # pycocotools prints
+            self.coco = COCO(metadata.json_file)
+        self.image_ids = [record["image_id"] for record in records]
+        to_model = metadata.get("thing_dataset_id_to_contiguous_id")
+        self.category_ids = sorted(to_model, key=to_model.get)
+        self.classes = dict(zip(self.category_ids, metadata.thing_classes))
+
+    @property
+    def has_masks(self) -> bool:
+        notes = [note for i in self.image_ids for note in self.coco.imgToAnns[i]]
+        return all(note.get("segmentation") for note in notes)
+
+    def objects(self, image_id: int) -> List[Dict[str, Any]]:
+        """The annotations of the image whose id is ``image_id``, crowd regions too."""
+        return self.coco.imgToAnns[image_id]
+
+    def geometry(self, note: Mapping[str, Any], task: str) -> Union[List[float], Dict[str, Any]]:
+        """What pycocotools compares of the annotation ``note``.
+
+        For the ``task`` "bbox" it is the box (x, y, width, height) in pixels, for "segm" RLE.
+        """
+        return note["bbox"] if task == "bbox" else self.coco.annToRLE(note)
+
+
+@torch.no_grad()
+def detect(detector: Detector, records: Sequence[Mapping[str, Any]], truth: Truth) -> Found:
+    """Run a detector over the images; categories are those of the dataset.
+
+    Args:
+        detector: as :func:`~.models.load_detectors` returns it.
+        records: the dataset's, before the detector's mapper.
+        truth: of the same dataset.
+    """
+    found: Found = {}
+    for record in records:
+        mapped = detector.mapper(copy.deepcopy(dict(record)))
+        instances = detector.model([mapped])[0]["instances"].to("cpu")
+        results = instances_to_coco_json(instances, record["image_id"])
+        for result in results:
+            result["category_id"] = truth.category_ids[result["category_id"]]
+        found[record["image_id"]] = results
+    return found
+
+
+def average_precision(truth: Truth, found: Found, task: str, most: int = 100) -> Dict[str, Any]:
+    """COCO's metrics, computed by pycocotools.
+
+    Args:
+        truth: whose images count.
+        found: the detections of each of them.
+        task: "bbox" or "segm".
+        most: detections that count per image and class.
+
+    Returns:
+        "AP", "AP50", "AP75", "APs", "APm", "APl" and "classes" (name -> AP) as percentages; NaN
+        where there are no objects.
+    """
+    results = [dict(x) for i in truth.image_ids for x in found[i]]
+    for result in results:
+        if task == "segm":  # or else sizes are those of the boxes
+            result.pop("bbox", None)
+        else:
+            result.pop("segmentation", None)
+    with redirect_stdout(StringIO()):
+        evaluation = COCOeval(truth.coco, _loaded(truth.coco, results), task)
+        evaluation.params.imgIds = sorted(truth.image_ids)
+        evaluation.params.maxDets = [1, 10, most]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., -1]  # IoU, recall, class, area
+    means = {"AP": precision[..., 0], "AP50": precision[0, ..., 0], "AP75": precision[5, ..., 0]}
+    means.update({name: precision[..., area] for name, area in _SIZES.items()})
+    by_class = zip(evaluation.params.catIds, np.moveaxis(precision[..., 0], 2, 0))
+    classes = {i: _percentage(values) for i, values in by_class}
+    return {
+        **{name: _percentage(values) for name, values in means.items()},
+        "classes": {name: classes[i] for i, name in truth.classes.items()},
+    }
+
+
+def _loaded(coco: COCO, results: List[Dict[str, Any]]) -> COCO:
+    if results:
+        return coco.loadRes(results)
+    nothing = COCO()  # which loadRes cannot read
+    nothing.dataset = {**coco.dataset, "annotations": []}
+    nothing.createIndex()
+    return nothing
+
+
+def _percentage(values: np.ndarray) -> float:
+    known = values[values > -1]
+    return 100 * float(known.mean()) if known.size else float("nan")
+
+
+def matches(
+    truth: Truth, found: Found, task: str, score_threshold: float = 0.0
+) -> Dict[int, Match]:
+    """Every image's detections matched to its objects.
+
+    Args:
+        truth: whose images count.
+        found: the detections of each of them.
+        task: what the IoU is of: "bbox" or "segm".
+        score_threshold: detections with a lower score, from 0 to 1, are left out.
+
+    Returns:
+        image id -> match.
+    """
+    return {i: match_image(truth, found, i, task, score_threshold) for i in truth.image_ids}
+
+
+def match_image(
+    truth: Truth, found: Found, image_id: int, task: str, score_threshold: float
+) -> Match:
+    """The image whose id is ``image_id`` alone.
+
+    ``truth``, ``found``, ``task`` and ``score_threshold`` are those of :func:`matches`.
+    """
+    sure = [x for x in found[image_id] if x["score"] >= score_threshold]
+    objects = truth.objects(image_id)
+    crowd = [note.get("iscrowd", 0) for note in objects]
+    iou = np.zeros((len(sure), len(objects)))
+    if iou.size:
+        ours = [x["bbox"] if task == "bbox" else x["segmentation"] for x in sure]
+        iou = mask_util.iou(ours, [truth.geometry(note, task) for note in objects], crowd)
+    return match(
+        [x["score"] for x in sure],
+        [x["category_id"] for x in sure],
+        iou,
+        [note["category_id"] for note in objects],
+        crowd,
+    )
+
+
+def mistakes(truth: Truth, found: Found, task: str, score_threshold: float) -> Dict[str, Any]:
+    """What detections.json says of a model's mistakes.
+
+    Args:
+        truth, found, task: as in :func:`matches`.
+        score_threshold: for the counts alone.
+
+    Returns:
+        "counts": correct detections and each kind of mistake among the detections that are at least
+        as sure as the threshold; "costs": kind -> points of AP50, over all detections; "AP50".
+    """
+    every = list(matches(truth, found, task).values())
+    shown = matches(truth, found, task, score_threshold).values()
+    counts = dict.fromkeys((CORRECT, *KINDS), 0)
+    for each in shown:
+        counts["missed"] += len(each.missed)
+        for kind in each.kinds:
+            if kind in counts:
+                counts[kind] += 1
+    return {"AP50": ap50(every), "counts": counts, "costs": costs(every)}

@@ -1,0 +1,252 @@
+"""Gaps between the levels of two pyramids: teacher-student, teacher-teacher and student-student.
+
+The maps of one tap of a pair are the nodes ("student", stride) and ("teacher", stride); every pair of
+nodes is measured on every image, or for CKA on every minibatch of images.
+"""
+
+from itertools import combinations
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharedkd.lab.scores import interval
+from sharedkd.losses.alignment import Pooled
+from sharedkd.losses.base import Batch, precise
+
+from .similarity import MEASURES, aligned, cka, gap, hsic, u_centred
+
+__all__ = ["KINDS", "QUANTITIES", "GapMeter", "Gaps", "paired"]
+
+Node = Tuple[str, int]  #: ("student" or "teacher", stride)
+
+#: The matrices: rows and columns.
+KINDS = {
+    "student-teacher": ("student", "teacher"),
+    "student-student": ("student", "student"),
+    "teacher-teacher": ("teacher", "teacher"),
+}
+#: What the verdicts are about, each a mean over level pairs; l < k are strides that both have.
+QUANTITIES = {
+    "identical": "student l - teacher l: the same level of both",
+    "inner": "student l - student k: cross-layer, inside the student",
+    "cross": "student l - teacher k and student k - teacher l: cross-layer, to the teacher",
+    "teacher": "teacher l - teacher k: cross-layer, inside the teacher",
+}
+
+
+class GapMeter:
+    """Takes the maps of a tap image by image and measures every pair of levels.
+
+    MSE and cosine compare maps as the losses do: the larger is pooled to the smaller's size, the
+    wider is cropped to the narrower's first channels, padding is left out.  CKA compares the same
+    pooled maps with all channels of both; its examples are positions, drawn at random from the
+    images of a minibatch, the same ones for all maps.
+
+    Args:
+        normalize: of the MSE, as in the pair's loss.
+        minibatch: images per minibatch of CKA.
+        positions: how many positions of an image are examples, at most.
+        seed: of their draw, which is the same for each meter of that seed.
+    """
+
+    def __init__(
+        self, normalize: str = "instance", minibatch: int = 8, positions: int = 32, seed: int = 0
+    ):
+        self.normalize, self.minibatch, self.positions = normalize, minibatch, positions
+        self._draw = np.random.default_rng(seed)
+        self.nodes: List[Node] = []
+        self._images: Dict[str, List[np.ndarray]] = {"mse": [], "cosine": []}
+        self._hsic: List[np.ndarray] = []
+        self._examples: Dict[Tuple[Node, int], List[Tensor]] = {}
+        self._waiting = 0
+
+    def add(
+        self,
+        student: Mapping[int, Tensor],
+        teacher: Mapping[int, Tensor],
+        image_size: Tuple[int, int],
+    ) -> None:
+        """Measure one image.
+
+        Args:
+            student, teacher: stride -> (1, C, H, W); at a stride that both have, of one size.
+            image_size: (height, width) in pixels, without padding.
+        """
+        maps = {("student", s): Pooled(precise(x)) for s, x in sorted(student.items())}
+        maps.update({("teacher", s): Pooled(precise(x)) for s, x in sorted(teacher.items())})
+        self.nodes = list(maps)
+        batch = Batch({"": dict(student)}, None, [image_size])
+        sizes, masks, picks = {}, {}, {}
+        for (_, stride), pool in maps.items():
+            if stride not in sizes:
+                sizes[stride] = tuple(pool.x.shape[-2:])
+                masks[stride] = batch.inside(pool.x, stride)
+                picks[stride] = self._pick(sizes[stride], masks[stride])
+        found = {name: np.zeros((len(maps),) * 2) for name in self._images}
+        found["cosine"] += np.eye(len(maps))
+        for (i, a), (j, b) in combinations(enumerate(maps), 2):
+            mask = masks[max(a[1], b[1])]
+            for name, value in aligned(maps[a], maps[b], self.normalize, mask).items():
+                found[name][i, j] = found[name][j, i] = value
+        for name, values in found.items():
+            self._images[name].append(values)
+        for node, pool in maps.items():
+            for stride, size in sizes.items():
+                if stride >= node[1]:  # where it meets a map of that stride
+                    rows = pool.to(size)[0].flatten(1).T[picks[stride]]
+                    self._examples.setdefault((node, stride), []).append(rows.cpu())
+        self._waiting += 1
+        if self._waiting == self.minibatch:
+            self._close_minibatch()
+
+    def _pick(self, size: Tuple[int, int], mask: Optional[Tensor]) -> Tensor:
+        there = np.arange(size[0] * size[1])
+        if mask is not None:
+            there = there[mask.flatten().cpu().numpy()]
+        return torch.from_numpy(
+            self._draw.permutation(there)[: self.positions]
+        )  # fewer where there are not as many
+
+    def _close_minibatch(self) -> None:
+        grams = {key: u_centred(torch.cat(rows)) for key, rows in self._examples.items()}
+        found = np.full((len(self.nodes), len(self.nodes), 3), np.nan)
+        for i, a in enumerate(self.nodes):
+            for j, b in enumerate(self.nodes):
+                stride = max(a[1], b[1])
+                x, y = grams[a, stride], grams[b, stride]
+                found[i, j] = hsic(x, y), hsic(x, x), hsic(y, y)
+        self._hsic.append(found)
+        self._examples.clear()
+        self._waiting = 0
+
+    def result(self) -> "Gaps":
+        """What was measured; images left over from the last minibatch are one of their own."""
+        if self._waiting:
+            self._close_minibatch()
+        estimates = np.stack(self._hsic)  # (minibatches, nodes, nodes, 3)
+        size = range(len(self.nodes))
+        of = lambda x: np.array([[cka(*x[:, i, j].T) for j in size] for i in size])  # noqa: E731
+        values = {name: np.stack(arrays) for name, arrays in self._images.items()}
+        values["cka"] = np.stack([of(x[None]) for x in estimates])
+        return Gaps(self.nodes, values, of(estimates))
+
+
+class Gaps:
+    """What a :class:`GapMeter` measured of all level pairs.
+
+    Args:
+        nodes: the maps.
+        values: measure -> (images, nodes, nodes), or of CKA (minibatches, nodes, nodes).
+        cka: (nodes, nodes), over all minibatches.
+    """
+
+    def __init__(self, nodes: List[Node], values: Dict[str, np.ndarray], cka: np.ndarray):
+        self.nodes, self.values, self.cka = nodes, values, cka
+
+    def strides(self, who: str) -> List[int]:
+        """The strides of ``who``, "student" or "teacher", in ascending order."""
+        return [stride for name, stride in self.nodes if name == who]
+
+    def matrix(self, kind: str, measure: str) -> Dict[str, Any]:
+        """One measure of one kind of level pairs, as it is and not as a gap.
+
+        Args:
+            kind: one of :data:`KINDS`.
+            measure: one of :data:`~.similarity.MEASURES`.
+
+        Returns:
+            "rows" and "columns" (strides), "mean", "sd" and "half_width" (of the 95 % interval)
+            over images or minibatches, and "count", the number of these.  The "mean" of CKA is its
+            estimate from all minibatches together.
+        """
+        rows, columns = KINDS[kind]
+        index = np.ix_(
+            *([i for i, n in enumerate(self.nodes) if n[0] == w] for w in (rows, columns))
+        )
+        values = np.stack([x[index] for x in self.values[measure]])
+        bounds = np.array([[interval(v) for v in row] for row in values.transpose(1, 2, 0)])
+        return {
+            "rows": self.strides(rows),
+            "columns": self.strides(columns),
+            "mean": (self.cka[index] if measure == "cka" else bounds[..., 0]).tolist(),
+            "sd": (values.std(0, ddof=1) if len(values) > 1 else values[0] * np.nan).tolist(),
+            "half_width": bounds[..., 1].tolist(),
+            "count": len(values),
+        }
+
+    def level_pairs(self) -> List[Tuple[int, int]]:
+        """(l, k), l < k, of the strides that both have."""
+        both = [s for s in self.strides("student") if s in self.strides("teacher")]
+        return list(combinations(both, 2))
+
+    def quantity(
+        self, name: str, measure: str, pairs: Sequence[Tuple[int, int]] = ()
+    ) -> np.ndarray:
+        """One of :data:`QUANTITIES` as a gap, a value per image, or of CKA per minibatch.
+
+        Args:
+            name: the quantity.
+            measure: one of :data:`~.similarity.MEASURES`.
+            pairs: (l, k); by default all.
+        """
+        pairs = pairs or self.level_pairs()
+        ends = {
+            "identical": [
+                (("student", fine), ("teacher", fine)) for fine in sorted({*sum(pairs, ())})
+            ],
+            "inner": [(("student", fine), ("student", deep)) for fine, deep in pairs],
+            "teacher": [(("teacher", fine), ("teacher", deep)) for fine, deep in pairs],
+            "cross": [
+                (("student", a), ("teacher", b))
+                for fine, deep in pairs
+                for a, b in ((fine, deep), (deep, fine))
+            ],
+        }[name]
+        at = self.nodes.index
+        values = np.stack([self.values[measure][:, at(a), at(b)] for a, b in ends], axis=1)
+        return gap(measure, values).mean(axis=1)
+
+    def record(self) -> Dict[str, Any]:
+        """For features.json: "matrices" (kind -> measure), "quantities", and "inner_minus_cross"."""
+        return {
+            "matrices": {k: {m: self.matrix(k, m) for m in MEASURES} for k in KINDS},
+            "quantities": {
+                m: {q: _interval(self.quantity(q, m)) for q in QUANTITIES} for m in MEASURES
+            },
+            "inner_minus_cross": {m: self._inner_minus_cross(m) for m in MEASURES},
+        }
+
+    def _inner_minus_cross(self, measure: str) -> Dict[str, Any]:
+        difference = lambda *pairs: paired(  # noqa: E731
+            self.quantity("inner", measure, pairs), self.quantity("cross", measure, pairs)
+        )
+        by_pair = {f"{fine}-{deep}": difference((fine, deep)) for fine, deep in self.level_pairs()}
+        return {**difference(), "pairs": by_pair}
+
+
+def _interval(values: np.ndarray) -> Dict[str, Any]:
+    mean, half_width = interval(values[~np.isnan(values)])
+    return {"mean": mean, "half_width": half_width}
+
+
+def paired(ours: np.ndarray, theirs: np.ndarray) -> Dict[str, Any]:
+    """The mean of ``ours - theirs`` with its 95 % t interval, and what may be said of it.
+
+    Args:
+        ours, theirs: values of the same images, or minibatches, in the same order.
+
+    Returns:
+        "mean", "low", "high", "count", and "verdict": "smaller" or "larger" only where the interval
+        excludes zero.
+    """
+    values = ours - theirs
+    values = values[~np.isnan(values)]
+    mean, half_width = interval(values)
+    low, high = mean - half_width, mean + half_width
+    if len(values) < 2:
+        verdict = "too few for an interval"
+    else:
+        verdict = "smaller" if high < 0 else "larger" if low > 0 else "no difference shown"
+    return {"mean": mean, "low": low, "high": high, "count": len(values), "verdict": verdict}

@@ -1,0 +1,164 @@
+"""A pair as it was at several points of its training, and its maps of validation images."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.env import seed_all_rng
+from omegaconf import DictConfig
+
+from sharedkd.config import load_config
+from sharedkd.engine.checkpoint import has_run
+from sharedkd.engine.hooks.record import read_record
+from sharedkd.engine.parts import build
+from sharedkd.errors import ConfigError
+from sharedkd.losses.base import Maps
+from sharedkd.losses.distance import Distance
+from sharedkd.modeling.taps import FeatureTap, same_pixels
+from sharedkd.weights.loading import fingerprint, load_trained
+
+__all__ = ["Checkpoint", "Pair", "saved_checkpoints", "validation_records"]
+
+TAPS = ("fpn", "backbone")
+INITIAL = "initial"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The student at some point.
+
+    Args:
+        name: for tables and plots.
+        file: None: the initial weights.
+        iteration: finished ones; None if nobody knows.
+    """
+
+    name: str
+    file: Optional[Path] = None
+    iteration: Optional[int] = None
+
+
+class Pair:
+    """Student and teacher of a config in float32, in evaluation mode, the student with any weights.
+
+    Args:
+        config_file: of a pair: a config, or the config.yaml of a run.
+        overrides: ``key=value``.
+
+    Raises:
+        ConfigError: no pair, no teacher, or whatever else is wrong with the config.
+    """
+
+    def __init__(self, config_file: str, overrides: Sequence[str] = ()):
+        self.cfg = cfg = load_config(config_file, overrides, keep_teacher=True)
+        if cfg.model.get("teacher") is None:
+            raise ConfigError(
+                "model.teacher", None, "there is no teacher to compare with", "use a pair's config"
+            )
+        exactly(cfg)
+        cfg.model.teacher.precision = "float32"
+        if cfg.train.seed >= 0:
+            seed_all_rng(cfg.train.seed)  # as the run did: the same initial weights
+        self.model = build(cfg).eval()
+        self._tap = FeatureTap(self.model.student)
+        self._initial = {k: x.clone() for k, x in self.model.student.state_dict().items()}
+        #: The folder of its run; None if it was not trained yet.
+        self.folder = _run_folder(config_file, cfg)
+        known = read_record(self.folder).get("initial_weights") if self.folder else None
+        #: Whether the run started from these initial weights; None if nobody knows.
+        self.initial_is_the_runs = known and known == fingerprint(self.model.student)
+
+    @property
+    def normalize(self) -> str:
+        """What the pair's first loss with a distance does to maps; the project's default without one."""
+        distances = (getattr(loss, "distance", None) for loss in self.model.losses.values())
+        found = [x.normalize for x in distances if isinstance(x, Distance)]
+        return found[0] if found else "instance"
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Give the student the weights of ``checkpoint``.
+
+        Raises:
+            ConfigError: they do not fit.
+        """
+        if checkpoint.file is None:
+            self.model.student.load_state_dict(self._initial)
+        else:
+            load_trained(
+                self.model.student,
+                str(checkpoint.file),
+                "--checkpoint",
+                self.cfg.train.trust_checkpoint,
+            )
+
+    @torch.no_grad()
+    def maps(self, record: Dict[str, Any]) -> Tuple[Maps, Maps]:
+        """The student's and the teacher's maps of one image, tap -> stride -> (1, C, H, W).
+
+        Args:
+            record: what the test-time mapper makes of the dataset's.
+        """
+        student = self.model.student
+        taps = frozenset(TAPS)
+        with self._tap.capture(taps) as ours:
+            student.backbone(student.preprocess_image([record]).tensor)
+        theirs = self.model.teacher.features(
+            [record], taps, self.model.input_format, student.backbone.size_divisibility
+        )
+        return ours, same_pixels(theirs, ours)
+
+
+def exactly(cfg: DictConfig) -> None:
+    """Have a model computed in float32 as Detectron2 itself would: nothing is timed here."""
+    cfg.train.amp.enabled = cfg.train.compile = cfg.train.activation_checkpointing = False
+
+
+def _run_folder(config_file: str, cfg: DictConfig) -> Optional[Path]:
+    path = Path(config_file)
+    folder = path.parent if path.name == "config.yaml" else Path(cfg.train.output_dir)
+    return folder if has_run(folder) else None
+
+
+def saved_checkpoints(folder: Path, last: int) -> List[Checkpoint]:
+    """The checkpoints of a run in the order of training, each state once.
+
+    Args:
+        folder: of the run.
+        last: how many iterations the whole run has.
+    """
+    found = [
+        _at(int(number[1]) + 1, path)
+        for path in sorted(folder.glob("model_*.pth"))
+        if (number := re.fullmatch(r"model_(\d+)", path.stem))
+    ]
+    final = folder / "model_final.pth"
+    if final.exists():
+        found = [x for x in found if x.iteration < last] + [_at(last, final)]
+    return found
+
+
+def _at(iteration: int, path: Path) -> Checkpoint:
+    return Checkpoint(f"iteration {iteration}", path, iteration)
+
+
+def validation_records(cfg: DictConfig, count: Optional[int]) -> List[Dict[str, Any]]:
+    """Records of the validation set of ``cfg``.
+
+    Args:
+        count: how many, evenly spread over the set; None, or more than there are: all.
+
+    Raises:
+        ConfigError: it is empty, or ``count`` is not positive.
+    """
+    records = instantiate(cfg.dataloader.test.dataset)
+    if not records:
+        raise ConfigError("dataloader.test.dataset", "[]", "has no image", "name other data")
+    if count is None or count >= len(records):
+        return list(records)
+    if count < 1:
+        raise ConfigError("--images", count, "is below 1", "use 1 or more")
+    return [records[i] for i in np.linspace(0, len(records) - 1, count).round().astype(int)]

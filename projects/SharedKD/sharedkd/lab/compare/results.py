@@ -1,0 +1,289 @@
+"""The report of a comparison of methods: Markdown with tables and notes, plots, results.json.
+
+The records are those of :mod:`~sharedkd.lab.scores`.
+"""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import IO, Any, Callable, List, Mapping, Sequence
+
+from tabulate import tabulate
+
+from sharedkd.files import replace
+from sharedkd.lab.scores import (
+    CONFIDENCE,
+    MORE_METRICS,
+    TASKS,
+    Difference,
+    costs_of,
+    difference,
+    finished_arms,
+    interval,
+    is_known,
+    loss_parameters_of,
+    mean_of,
+    minutes_of,
+    score_of,
+    scores_of,
+    tasks_of,
+)
+from sharedkd.lab.strict_json import strict_json
+
+from .plots import plot_ap, plot_cost, plot_sizes
+
+__all__ = ["notes", "report", "write"]
+
+
+def notes(record: Mapping[str, Any]) -> List[str]:
+    """What a reader of the numbers in ``record`` must know, as Markdown paragraphs and lists."""
+    found = [*_warnings(record), *_equal_time_notes(record)]
+    gaps = _gaps(record)
+    return [*found, *(["\n".join(gaps)] if gaps else []), _caveats(record)]
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """``record`` in Markdown: warnings, a table per task, costs, gaps, and how to read it."""
+    parts = ["# Comparison of distillation methods", *_warnings(record)]
+    for task in tasks_of(record):
+        parts += [f"## {TASKS[task].capitalize()} AP", _ap_table(record, task)]
+    parts += ["## Cost", _cost_table(record), *_equal_time_notes(record)]
+    gaps = _gaps(record)
+    if gaps:
+        parts += ["## Arms to know of", "\n".join(gaps)]
+    parts += ["## How to read this", _caveats(record), "\n".join(_origin(record))]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
+    """Write ``results.json``, ``report.md`` and the plots ``ap.png``, ``cost.png``, ``sizes.png``.
+
+    Each file appears complete or not at all.  The JSON is strict: values that are not finite become
+    null.
+
+    Args:
+        record: as :mod:`~sharedkd.lab.scores` describes it.
+        folder: created if it does not exist.
+        writer: see :func:`~sharedkd.files.replace`.
+
+    Raises:
+        OSError: the folder cannot be created, or a file not written.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+
+    def put(name: str, fill: Callable[[IO[bytes]], Any]) -> None:
+        replace(str(target / name), fill, writer)
+
+    # The measurements first: all else can be made from them again.
+    put("results.json", lambda f: f.write(strict_json(record)))
+    plots = {"ap": plot_ap, "cost": plot_cost, "sizes": plot_sizes}
+    titles = {"ap": "AP", "cost": "AP against training time", "sizes": "AP by size of the objects"}
+    for name, plot in plots.items():
+        put(f"{name}.png", lambda f: plot(record, f))
+    links = "\n\n".join(f"![{title}]({name}.png)" for name, title in titles.items())
+    hint = (
+        "The plots show intervals of the means. What all methods of a seed share widens these, but "
+        "not those of the paired differences in the tables, which the verdicts rest on."
+    )
+    text = f"{report(record)}\n## Plots\n\n{hint}\n\n{links}\n"
+    put("report.md", lambda f: f.write(text.encode()))
+
+
+def _ap_table(record: Mapping[str, Any], task: str) -> str:
+    headers = ["method", "AP", *MORE_METRICS]
+    headers += ["difference to baseline [low, high]", "verdict", "seeds", "common seeds"]
+    planned = len({arm["seed"] for arm in record["arms"]})
+    rows = []
+    for method in record["methods"]:
+        scores = scores_of(record, method, task)
+        row = [method, _with_half_width(*interval(list(scores.values())))]
+        for metric in MORE_METRICS:
+            row.append(_number(mean_of(list(scores_of(record, method, task, metric).values()))))
+        if method == record["baseline"]:
+            row += ["-", "baseline"]
+            common = "-"
+        else:
+            gain = difference(record, method, record["baseline"], task)
+            row += [_with_bounds(gain), gain.verdict]
+            common = str(gain.seeds)
+        rows.append(row + [f"{len(scores)} of {planned}", common])
+    if is_known(score_of(record.get("teacher"), task)):
+        values = [_number(score_of(record["teacher"], task, m)) for m in ("AP", *MORE_METRICS)]
+        rows.append(["teacher", *values, "-", "-", "-", "-"])
+    return _table(rows, headers, left=("method", "verdict"))
+
+
+def _cost_table(record: Mapping[str, Any]) -> str:
+    headers = ["method", "iterations", "s / step", "its seeds", "time ratio", "training minutes"]
+    headers += ["peak memory MB", "memory ratio", "parameters of the losses"]
+    rows = []
+    for method in record["methods"]:
+        seconds, memory = (
+            [mean_of(costs_of(record, name, cost)) for name in (method, record["baseline"])]
+            for cost in ("seconds_per_step", "peak_memory_mb")
+        )
+        spread = costs_of(record, method, "seconds_per_step")
+        rows.append(
+            [
+                method,
+                _range(costs_of(record, method, "iterations")),
+                _number(seconds[0], ".3f"),
+                f"{min(spread):.3f} to {max(spread):.3f}" if spread else "-",
+                _number(_ratio(*seconds)),
+                _number(minutes_of(record, method), ".1f"),
+                _number(memory[0], ",.0f"),
+                _number(_ratio(*memory)),
+                _range(loss_parameters_of(record, method)),
+            ]
+        )
+    return _table(rows, headers, left=("method",))
+
+
+def _equal_time_notes(record: Mapping[str, Any]) -> List[str]:
+    notes = []
+    for method in record["methods"]:
+        trained, at, timed = method.partition("@")
+        if at:
+            who = "the plain student" if trained == record["baseline"] else f"`{trained}`"
+            iterations = costs_of(record, method, "iterations")
+            count = f": {_range(iterations)} iterations" if iterations else ""
+            notes.append(f"- `{method}` is {who} trained for the time of `{timed}`{count}.")
+            for task in tasks_of(record):
+                gain = difference(record, timed, method, task)
+                notes.append(
+                    f"  In that time `{timed}` has {_with_bounds(gain)} {TASKS[task]} AP against it: "
+                    f"{gain.verdict}."
+                )
+    return ["\n".join(notes)] if notes else []
+
+
+def _gaps(record: Mapping[str, Any]) -> List[str]:
+    """A line per arm that failed, never ran, or finished without an AP."""
+    lines = []
+    for arm in record["arms"]:
+        if arm["status"] != "finished":
+            # A message may have several lines, or the character that would end the code span.
+            error = " ".join((arm.get("error") or "").split()).replace("`", "'")
+            lines.append(f"- {_name(arm)}: {arm['status']}" + (f": `{error}`" if error else ""))
+        for task in tasks_of(record) if arm["status"] == "finished" else ():
+            if not is_known(score_of(arm.get("results"), task)):
+                lines.append(
+                    f"- {_name(arm)}: has no {TASKS[task]} AP; it is in none of the means."
+                )
+            if task in arm.get("collapsed", ()):
+                lines.append(
+                    f"- {_name(arm)}: finds nothing; its {TASKS[task]} AP counts as 0 in the means."
+                )
+    return lines
+
+
+def _warnings(record: Mapping[str, Any]) -> List[str]:
+    """A paragraph per property that should be the same in the finished arms, and is not."""
+    found = []
+    for seed in sorted({arm["seed"] for arm in record["arms"]}):
+        arms = [arm for arm in finished_arms(record) if arm["seed"] == seed]
+        found += _disagreement(
+            arms,
+            "initial_weights",
+            f"the initial weights of seed {seed} differ, so its differences between methods are "
+            "not those of students that start alike",
+        )
+    consequence = "timings and results are not comparable across these arms"
+    for key in ("hardware", "versions"):
+        found += _disagreement(finished_arms(record), key, f"the {key} differ; {consequence}")
+    return found
+
+
+def _disagreement(arms: Sequence[Mapping[str, Any]], key: str, problem: str) -> List[str]:
+    groups = defaultdict(list)
+    for arm in arms:
+        if arm.get(key):
+            groups[_text(arm[key])].append(_name(arm))
+    if len(groups) < 2:
+        return []
+    # With dozens of arms, those that differ from the most are the ones to name.
+    *few, most = sorted(groups, key=lambda value: len(groups[value]))
+    details = [f"{', '.join(groups[value])}: {value}" for value in few]
+    return [f"**Warning:** {problem}. {'; '.join(details)}; the rest: {most}."]
+
+
+def _caveats(record: Mapping[str, Any]) -> str:
+    seeds = ", ".join(str(seed) for seed in sorted({arm["seed"] for arm in record["arms"]}))
+    baseline = record["baseline"]
+    compared = [
+        method
+        for method in record["methods"]
+        if method != baseline
+        and any(difference(record, method, baseline, task).seeds > 1 for task in tasks_of(record))
+    ]
+    by_chance = len(compared) * (1 - CONFIDENCE)
+    chance = (
+        f" Methods compared with an interval: {len(compared)}. If none of them differed from the "
+        f"baseline, about {len(compared)} x 0.05 = {by_chance:.2f} of the intervals of a table "
+        "would still exclude zero by chance; no correction is made for this."
+    )
+    return (
+        f"Seeds: {seeds}. The intervals are 95 % t intervals over seeds; those of the differences "
+        f"to the baseline `{baseline}` are of paired differences, arm by arm of the same seed. "
+        "They do not cover the choice of the teacher or of the validation images."
+        + (chance if compared else "")
+    )
+
+
+def _origin(record: Mapping[str, Any]) -> List[str]:
+    overrides = " ".join(record.get("overrides") or [])
+    lines = {
+        "config": f"`{' '.join([record.get('config_file') or '-', overrides]).strip()}`",
+        "command": f"`{record.get('command') or '-'}`",
+    }
+    for key in ("hardware", "versions"):
+        values = dict.fromkeys(_text(arm[key]) for arm in finished_arms(record) if arm.get(key))
+        lines[key] = "; ".join(values) or "-"
+    return [f"- {key}: {value}" for key, value in lines.items()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {version}" for name, version in sorted(value.items()))
+    return str(value)
+
+
+def _name(arm: Mapping[str, Any]) -> str:
+    return f"`{arm['method']}` seed {arm['seed']}"
+
+
+def _table(rows: Sequence[Sequence[str]], headers: Sequence[str], left: Sequence[str] = ()) -> str:
+    # The cells are formatted already: tabulate must not parse them back into numbers.
+    return tabulate(
+        rows,
+        headers,
+        tablefmt="pipe",
+        disable_numparse=True,
+        colalign=["left" if header in left else "right" for header in headers],
+    )
+
+
+def _number(value: float, layout: str = ".2f") -> str:
+    return format(value, layout) if is_known(value) else "-"
+
+
+def _with_half_width(mean: float, half_width: float) -> str:
+    return _number(mean) + (f" ± {half_width:.2f}" if is_known(half_width) else "")
+
+
+def _with_bounds(gain: Difference) -> str:
+    bounds = f" [{gain.low:+.2f}, {gain.high:+.2f}]" if is_known(gain.half_width) else ""
+    return _number(gain.mean, "+.2f") + bounds
+
+
+def _range(values: Sequence[float]) -> str:
+    """Counts that should be the same for all seeds: the one, or the least and the greatest."""
+    if not values:
+        return "-"
+    least, greatest = min(values), max(values)
+    return f"{least:,}" if least == greatest else f"{least:,} to {greatest:,}"
+
+
+def _ratio(value: float, reference: float) -> float:
+    return value / reference if reference else math.nan

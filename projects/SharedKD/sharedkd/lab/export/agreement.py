@@ -1,0 +1,84 @@
+"""Does an exported file find what the eager detector finds?"""
+
+from dataclasses import dataclass
+from typing import Dict, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Agreement", "TOLERANCES", "UNMATCHED", "compare"]
+
+#: How far detections may differ.  Both sides compute in float32, but sum in another order: measured
+#: differences are about 1e-6 of the image and in scores, and these bounds leave room for deeper
+#: networks. COCO's strictest threshold, IoU 0.95, moves a 32-pixel box's edge by more than a pixel.
+TOLERANCES = {
+    "boxes": 1e-4,  # times the longer edge of the image
+    "scores": 1e-4,
+    "masks": 1e-3,
+}
+#: Share of detections that may be on one side alone: a rounding can carry a score over the threshold,
+#: or two boxes' overlap over that of non-maximum suppression.
+UNMATCHED = 0.01
+
+
+@dataclass
+class Agreement:
+    """What a comparison has found, over all images so far.
+
+    Args:
+        images, empty: compared images, and how many of them the eager detector finds nothing in.
+        detections: of the eager detector.
+        unmatched: of either side, without a partner within :data:`TOLERANCES`.
+        largest: tensor -> largest difference of partners; of boxes in pixels.
+    """
+
+    images: int
+    empty: int
+    detections: int
+    unmatched: int
+    largest: Dict[str, float]
+
+    def __add__(self, other: "Agreement") -> "Agreement":
+        return Agreement(
+            self.images + other.images,
+            self.empty + other.empty,
+            self.detections + other.detections,
+            self.unmatched + other.unmatched,
+            {k: max(v, other.largest[k]) for k, v in self.largest.items()},
+        )
+
+    @property
+    def holds(self) -> bool:
+        return self.unmatched <= UNMATCHED * self.detections
+
+
+def compare(
+    names: Sequence[str], eager: Sequence[Tensor], exported: Sequence[Tensor], size: Sequence[int]
+) -> Agreement:
+    """Pair detections of the same class, best score first, with the nearest box.
+
+    Args:
+        names: of the tensors, see :func:`sharedkd.lab.export.formats.outputs_of`.
+        eager, exported: the tensors.
+        size: (H, W) of the image.
+    """
+    a, b = dict(zip(names, eager)), dict(zip(names, exported))
+    largest = {name: 0.0 for name in names if name != "classes"}
+    bounds = {**TOLERANCES, "boxes": TOLERANCES["boxes"] * max(size)}
+    free = torch.ones(len(b["scores"]), dtype=torch.bool)
+    pairs = 0
+    for i in range(len(a["scores"])):
+        distance = (b["boxes"] - a["boxes"][i]).abs().amax(1)
+        distance += (b["scores"] - a["scores"][i]).abs()
+        distance[~free | (b["classes"] != a["classes"][i])] = torch.inf
+        if not distance.isfinite().any():
+            continue
+        j = distance.argmin()
+        apart = {name: (a[name][i] - b[name][j]).abs().max().item() for name in largest}
+        if all(value <= bounds[name] for name, value in apart.items()):
+            free[j] = False
+            pairs += 1
+            largest = {name: max(value, apart[name]) for name, value in largest.items()}
+    count = len(a["scores"])
+    unmatched = count - pairs + int(free.sum())
+    return Agreement(1, int(count == 0), count, unmatched, largest)

@@ -1,0 +1,145 @@
+"""Training runs as child processes: started, followed, continued, and kept once they are finished."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Callable, Dict, List, Sequence, Union
+
+from omegaconf import DictConfig
+
+from sharedkd.config import load_config
+from sharedkd.engine.checkpoint import has_run
+from sharedkd.engine.hooks.record import read_record
+from sharedkd.engine.lock import BusyError, for_child, locked
+from sharedkd.engine.progress import Progress, progress_in
+from sharedkd.engine.resume import changes
+from sharedkd.errors import ConfigError
+
+__all__ = ["BusyError", "Run", "short", "tool"]
+
+
+@dataclass
+class Run:
+    """One training run of tools/lazyconfig_train_net.py.
+
+    Args:
+        config: the config file.
+        overrides: what the command line adds to the config, its output folder too.
+        folder: that output folder.
+    """
+
+    config: Path
+    overrides: Sequence[str]
+    folder: Path
+
+    @cached_property
+    def cfg(self) -> DictConfig:
+        return load_config(str(self.config), self.overrides)
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model_final.pth"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "console.txt"
+
+    @property
+    def started(self) -> bool:
+        return has_run(self.folder)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is trained and evaluated."""
+        return "results" in self.record
+
+    @property
+    def record(self) -> Dict[str, Any]:
+        """See :mod:`sharedkd.engine.hooks.record`."""
+        return read_record(self.folder)
+
+    def has_these_settings(self) -> bool:
+        """Whether what its folder holds, if anything, was started with this very config."""
+        return not (self.started and changes(self.folder, self.cfg))
+
+    def command(self, root: Path) -> Sequence[str]:
+        """The words that start it, or go on with it; ``root`` is the repository."""
+        return [
+            *tool("lazyconfig_train_net.py", root),
+            "--config-file",
+            short(self.config),
+            *(["--resume"] if self.started else []),
+            *self.overrides,
+        ]
+
+    def train(self, root: Path, iterations: int, say: Callable[[Progress], None]) -> None:
+        """Run the training command, or what is left of it.
+
+        Args:
+            root: the repository.
+            iterations: how many there are in all.
+            say: takes one line of progress at a time; the whole output goes to :attr:`log`.
+
+        Raises:
+            BusyError: another process trains it.
+            ConfigError: it failed; the message has the last line that it said.
+        """
+        last = deque(maxlen=20)
+        with locked(self.folder) as lock, open(self.log, "a") as file:
+            command = self.command(root)
+            with subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                bufsize=1,
+                # The child holds the lock, too: it may outlive this process.
+                pass_fds=[lock.fileno()],
+                env=for_child(lock),
+            ) as process:
+                try:
+                    for line in process.stdout:
+                        _write(file, line)
+                        last.append(line)
+                        progress = progress_in(line, iterations)
+                        if progress:
+                            say(progress)
+                except BaseException:
+                    process.terminate()  # it saves what it has
+                    for line in process.stdout:
+                        _write(file, line)
+                    raise
+        if process.returncode:
+            reason = next((x.strip() for x in reversed(last) if x.strip()), "")
+            raise ConfigError(
+                short(self.folder),
+                f"status {process.returncode}",
+                f"is how this run ended: {reason}",
+                f"see {short(self.log)}; the command was: {shlex.join(command)}",
+            )
+
+
+def _write(file: IO[str], line: str) -> None:
+    with suppress(OSError):  # a full disk, about which the run itself decides
+        file.write(line)
+
+
+def tool(name: str, root: Path = Path()) -> List[str]:
+    """The words that start ``name``, a program of tools/, in this environment.
+
+    Args:
+        root: the repository; without it, the command is for someone who stands there.
+    """
+    return [short(sys.executable), short(root / "tools" / name)]
+
+
+def short(path: Union[str, Path]) -> str:
+    """``path`` as seen from the current folder, if that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)

@@ -1,0 +1,252 @@
+"""What a comparison of methods measured: scores over seeds, their intervals, paired differences.
+
+All functions but :func:`read_comparison` take one record, a plain dict as ``results.json`` holds it:
+
+* "methods": names in the order of the report; "a@b" is method a trained for the time of method b;
+* "baseline": the method that the others are compared with;
+* "arms": one mapping per training run, with "method", "seed" and "status" ("finished", "failed" or
+  "missing").  A finished one has "results" (task "bbox" or "segm" to metric name to percentage) and
+  may have "iterations", "seconds_per_step", "peak_memory_mb", "parameters" (of which "losses" is
+  read), "initial_weights" (a digest), "hardware", "versions" and "collapsed" (tasks in which it finds
+  nothing, so that its AP is zero); the others may have "error";
+* optionally "teacher", its results; "config_file", "overrides", "command", and "configs": method to
+  its whole config.
+
+A value that is NaN or None counts as one that is not there.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+from scipy.stats import t
+
+from sharedkd.errors import ConfigError
+
+__all__ = [
+    "CONFIDENCE",
+    "MORE_METRICS",
+    "TASKS",
+    "Difference",
+    "Row",
+    "costs_of",
+    "difference",
+    "finished_arms",
+    "interval",
+    "is_known",
+    "loss_parameters_of",
+    "mean_of",
+    "measured",
+    "minutes_of",
+    "read_comparison",
+    "score_of",
+    "scores_of",
+    "tasks_of",
+]
+
+CONFIDENCE = 0.95  #: of every interval
+TASKS = {"bbox": "box", "segm": "mask"}  #: as Detectron2's evaluator calls them -> in words
+MORE_METRICS = ("AP50", "AP75", "APs", "APm", "APl")
+
+
+def read_comparison(folder: Path, key: str) -> Dict[str, Any]:
+    """The record of the comparison in ``folder``, which the user named by ``key``.
+
+    Raises:
+        ConfigError: the folder has none, or a damaged one.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise ConfigError(key, folder, "holds no comparison", "name the folder of one")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise ConfigError(key, path, f"cannot be read: {e}", "compare once more") from e
+
+
+def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[float, float]:
+    """Student's t interval of the mean of independent values.
+
+    Args:
+        values: one per seed, image or the like; with a NaN the results are NaN.
+        confidence: of the interval, between 0 and 1.
+
+    Returns:
+        The mean and the half width of the interval, in the unit of ``values``.  Of one value the
+        half width is NaN, of none both are.
+
+    >>> "%.3f +- %.3f" % interval([1.0, 2.0, 3.0])
+    '2.000 +- 2.484'
+    """
+    if len(values) == 0:
+        return math.nan, math.nan
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return mean, math.nan
+    quantile = t.ppf((1 + confidence) / 2, df=len(values) - 1)
+    return mean, float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference between two methods, with its 95 % interval.
+
+    Args:
+        mean: in points of the metric; positive where the method has more than the reference.
+        half_width: of the interval; NaN with fewer than two seeds.
+        seeds: how many seeds both methods have.
+    """
+
+    mean: float
+    half_width: float
+    seeds: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half_width
+
+    @property
+    def verdict(self) -> str:
+        """In words; "better" and "worse" only where the interval excludes zero."""
+        if self.seeds == 0:
+            return "no common seed"
+        if self.seeds == 1:
+            return "one seed: no interval"
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "no difference shown"
+
+
+def difference(
+    record: Mapping[str, Any], method: str, reference: str, task: str, metric: str = "AP"
+) -> Difference:
+    """What ``method`` has more than ``reference``, paired over the seeds that both have.
+
+    Args:
+        record: as the module describes it.
+        task: "bbox" or "segm".
+        metric: a name in the arms' results.
+    """
+    ours, theirs = (scores_of(record, name, task, metric) for name in (method, reference))
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return Difference(*interval(pairs), seeds=len(pairs))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one method on one task; NaN where nothing was.
+
+    Args:
+        method: its name.
+        scores: seed to AP.
+        mean, half_width: of AP over seeds, see :func:`interval`.
+        metrics: AP50, AP75, APs, APm and APl to their means.
+        gain: against the baseline; None for the baseline itself.
+        iterations, seconds_per_step, minutes, peak_memory_mb, loss_parameters: means over seeds.
+    """
+
+    method: str
+    scores: Mapping[int, float]
+    mean: float
+    half_width: float
+    metrics: Mapping[str, float]
+    gain: Optional[Difference]
+    iterations: float
+    seconds_per_step: float
+    minutes: float
+    peak_memory_mb: float
+    loss_parameters: float
+
+
+def measured(record: Mapping[str, Any]) -> Dict[str, List[Row]]:
+    """Of each task that ``record`` has results of ("bbox", "segm"), a row per method."""
+    return {task: [_row(record, m, task) for m in record["methods"]] for task in tasks_of(record)}
+
+
+def _row(record: Mapping[str, Any], method: str, task: str) -> Row:
+    scores, baseline = scores_of(record, method, task), record["baseline"]
+    mean, half_width = interval(list(scores.values()))
+    return Row(
+        method,
+        scores,
+        mean,
+        half_width,
+        {m: mean_of(list(scores_of(record, method, task, m).values())) for m in MORE_METRICS},
+        None if method == baseline else difference(record, method, baseline, task),
+        mean_of(costs_of(record, method, "iterations")),
+        mean_of(costs_of(record, method, "seconds_per_step")),
+        minutes_of(record, method),
+        mean_of(costs_of(record, method, "peak_memory_mb")),
+        mean_of(loss_parameters_of(record, method)),
+    )
+
+
+def finished_arms(record: Mapping[str, Any]) -> List[Mapping[str, Any]]:
+    """The arms of ``record`` that were trained and evaluated."""
+    return [arm for arm in record["arms"] if arm["status"] == "finished"]
+
+
+def is_known(value: Optional[float]) -> bool:
+    """Whether ``value`` is there: neither None nor NaN nor infinite."""
+    return value is not None and math.isfinite(value)
+
+
+def score_of(results: Optional[Mapping[str, Any]], task: str, metric: str = "AP") -> float:
+    """``metric`` of ``task`` in an arm's or the teacher's ``results``; NaN where they lack it."""
+    value = ((results or {}).get(task) or {}).get(metric)
+    return value if is_known(value) else math.nan
+
+
+def scores_of(
+    record: Mapping[str, Any], method: str, task: str, metric: str = "AP"
+) -> Dict[int, float]:
+    """Seed to ``metric`` of ``method`` on ``task``, of the seeds in ``record`` that have it."""
+    arms = _finished_of(record, method)
+    scores = {arm["seed"]: score_of(arm.get("results"), task, metric) for arm in arms}
+    return {seed: score for seed, score in scores.items() if is_known(score)}
+
+
+def tasks_of(record: Mapping[str, Any]) -> List[str]:
+    """The tasks that a finished arm of ``record`` was evaluated on."""
+    results = [arm.get("results") or {} for arm in finished_arms(record)]
+    return [task for task in TASKS if any(result.get(task) for result in results)]
+
+
+def costs_of(record: Mapping[str, Any], method: str, name: str) -> List[float]:
+    """The known values of an arm's cost, one per finished arm of ``method`` in ``record``.
+
+    ``name`` is "iterations", "seconds_per_step" or "peak_memory_mb".
+    """
+    values = (arm.get(name) for arm in _finished_of(record, method))
+    return [value for value in values if is_known(value)]
+
+
+def loss_parameters_of(record: Mapping[str, Any], method: str) -> List[int]:
+    """The number of parameters of the losses, per finished arm of ``method`` in ``record``."""
+    values = ((arm.get("parameters") or {}).get("losses") for arm in _finished_of(record, method))
+    return [value for value in values if is_known(value)]
+
+
+def minutes_of(record: Mapping[str, Any], method: str) -> float:
+    """Training time in minutes, the mean over the finished arms of ``method`` in ``record``."""
+    arms = _finished_of(record, method)
+    pairs = [(arm.get("iterations"), arm.get("seconds_per_step")) for arm in arms]
+    return mean_of(
+        [steps * time / 60 for steps, time in pairs if is_known(steps) and is_known(time)]
+    )
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean of ``values``; NaN of none."""
+    return interval(values)[0]
+
+
+def _finished_of(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]:
+    return [arm for arm in finished_arms(record) if arm["method"] == method]

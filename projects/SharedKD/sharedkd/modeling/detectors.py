@@ -1,0 +1,117 @@
+"""Where a teacher's network comes from: a name in the model zoo, a path, a config or a model."""
+
+import os
+from typing import Optional, Tuple, Union
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from sharedkd.errors import ConfigError
+
+__all__ = [
+    "KEY",
+    "build_detector",
+    "count_parameters",
+    "num_classes",
+    "read_config",
+    "zoo_weights",
+]
+
+KEY = "model.teacher"
+
+
+def read_config(name: str) -> Union[CfgNode, DictConfig]:
+    """
+    Args:
+        name: in the model zoo, or a path: a LazyConfig as Python or YAML, or a classic config.
+
+    Raises:
+        ConfigError: there is no such config, or it cannot be read.
+    """
+    path = name
+    if not os.path.isfile(path):
+        try:
+            path = model_zoo.get_config_file(name)
+        except RuntimeError:
+            raise ConfigError(
+                f"{KEY}.config",
+                name,
+                "is neither a file nor a name in Detectron2's model zoo",
+                "train that teacher first if it is your own; or use the path of another config, or a "
+                "name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
+            ) from None
+    try:
+        if path.endswith(".py") or _is_lazy_yaml(path):
+            return LazyConfig.load(path)
+        config = get_cfg()
+        config.merge_from_file(path)
+        return config
+    except Exception as e:
+        raise ConfigError(f"{KEY}.config", name, f"cannot be read: {e}", "correct that file") from e
+
+
+def _is_lazy_yaml(path: str) -> bool:
+    """A LazyConfig saved as yaml has a `model` node; Detectron2's classic configs have `MODEL`."""
+    with open(path) as f:
+        return any(line.startswith("model:") for line in f)
+
+
+def zoo_weights(name: str) -> Optional[str]:
+    """Where the model zoo has the weights of the config ``name``; None: nowhere."""
+    try:
+        return model_zoo.get_checkpoint_url(name)
+    except RuntimeError:
+        return None
+
+
+def build_detector(
+    config: Union[CfgNode, DictConfig, nn.Module],
+) -> Tuple[nn.Module, Optional[str]]:
+    """
+    Args:
+        config: of a detector, as a whole or its LazyConfig node, or a model; of a distillation
+            config or model, the student is taken.
+
+    Returns:
+        the model, on the CPU and without weights, and the channel order that its config names or None.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    if isinstance(config, nn.Module):
+        return getattr(config, "student", config), None
+    if isinstance(config, CfgNode):
+        config = config.clone()
+        config.defrost()
+        config.MODEL.DEVICE = "cpu"
+        config.MODEL.WEIGHTS = ""
+        return build_model(config), config.INPUT.FORMAT
+    node = config.model if "model" in config else config
+    if "student" in node:
+        node = node.student
+    try:
+        model = instantiate(node)
+    except Exception as e:
+        raise ConfigError(
+            f"{KEY}.config",
+            str(node.get("_target_")),
+            f"cannot be built: {e}",
+            "correct that config",
+        ) from e
+    return model, OmegaConf.select(config, "dataloader.train.mapper.image_format", default=None)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers the parameters of ``module`` hold, trained or not."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def num_classes(detector: nn.Module) -> Optional[int]:
+    """How many classes ``detector``, one of Detectron2's, tells apart; None if it does not say."""
+    for module in (detector, getattr(detector, "roi_heads", None)):
+        if hasattr(module, "num_classes"):
+            return module.num_classes
+    return None

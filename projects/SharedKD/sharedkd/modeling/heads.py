@@ -1,0 +1,238 @@
+"""What a detector's heads say: dense predictions, the labels of anchors, the classes of regions."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from torch import Tensor, nn
+
+from sharedkd.errors import ConfigError
+from sharedkd.losses.base import Maps
+
+__all__ = [
+    "DenseHead",
+    "anchor_labels",
+    "check_labels",
+    "check_regions",
+    "RegionTap",
+    "region_logits",
+]
+
+
+@dataclass(frozen=True)
+class DenseHead:
+    """The part of a detector that predicts at every position: a one-stage head, or the RPN.
+
+    Args:
+        module: called with a list of maps, returns a tuple that begins with lists of logits
+            (N, A*K, H, W) and deltas (N, A*4, H, W), one per level.
+        names: the backbone's outputs that it reads, in order.
+        strides: theirs.
+        channels: of ``logits``, ``deltas``, ``boxes`` and ``anchors``.
+        owner: the module with ``anchor_generator`` and ``box2box_transform``.
+    """
+
+    module: nn.Module
+    names: Sequence[str]
+    strides: Sequence[int]
+    channels: Dict[str, int]
+    owner: nn.Module
+
+    @classmethod
+    def of(cls, detector: nn.Module) -> Optional["DenseHead"]:
+        """The dense head of a RetinaNet, FCOS or two-stage ``detector``; None of any other.
+
+        None too if its backbone lacks a level that the head reads.
+        """
+        rpn = getattr(detector, "proposal_generator", None)
+        for owner, module, names, logits, deltas in (
+            (detector, "head", "head_in_features", "cls_score", "bbox_pred"),
+            (rpn, "rpn_head", "in_features", "objectness_logits", "anchor_deltas"),
+        ):
+            head = getattr(owner, module, None)
+            if hasattr(head, logits) and hasattr(owner, "anchor_generator"):
+                specs, levels = detector.backbone.output_shape(), list(getattr(owner, names))
+                if not set(levels) <= set(specs):  # a backbone put in later, without this head
+                    return None
+                width = {"logits": getattr(head, logits), "deltas": getattr(head, deltas)}
+                width = {tap: layer.out_channels for tap, layer in width.items()}
+                width["boxes"] = width["anchors"] = width["deltas"]
+                return cls(head, levels, [specs[name].stride for name in levels], width, owner)
+        return None
+
+    def run(self, features: Dict[str, Tensor]) -> Tuple[List[Tensor], ...]:
+        """What ``module`` returns for ``features``, the backbone's: name -> (N, C, H, W)."""
+        return self.module([features[name] for name in self.names])
+
+    def unpack(self, output: Tuple[List[Tensor], ...]) -> Maps:
+        """The module's ``output`` as maps by tap and stride: ``logits`` and ``deltas``."""
+        return {tap: dict(zip(self.strides, levels)) for tap, levels in zip(_OUTPUTS, output)}
+
+    def anchors(self, deltas: Dict[int, Tensor]) -> Dict[int, Tensor]:
+        """What ``deltas`` are relative to, in their form: stride -> (N, A*4, H, W), XYXY in pixels.
+
+        One copy for all images.  An anchor of FCOS is a square of its stride about its point.
+        """
+        maps = [deltas[stride] for stride in self.strides]
+        anchors = {}
+        for stride, x, level in zip(self.strides, maps, self.owner.anchor_generator(maps)):
+            channels, h, w = x.shape[1:]
+            # Detectron2 lists anchors as (H*W*A, 4).
+            anchors[stride] = level.tensor.view(h, w, channels).permute(2, 0, 1).expand_as(x)
+        return anchors
+
+    def boxes(self, deltas: Dict[int, Tensor]) -> Dict[int, Tensor]:
+        """``deltas`` applied to their anchors, in the same form: (N, A*4, H, W), XYXY in pixels."""
+        boxes = {}
+        for stride, anchors in self.anchors(deltas).items():
+            # (N, A*4, H, W) -> (N, A, H, W, 4)
+            x, anchors = (
+                y.unflatten(1, (-1, 4)).movedim(2, -1) for y in (deltas[stride].float(), anchors)
+            )
+            found = self.owner.box2box_transform.apply_deltas(
+                x.reshape(-1, 4), anchors.reshape(-1, 4)
+            )
+            boxes[stride] = found.view(x.shape).movedim(-1, 2).flatten(1, 2)
+        return boxes
+
+
+_OUTPUTS = ("logits", "deltas")
+
+
+def check_labels(student: nn.Module, key: str) -> None:
+    """Raises:
+    ConfigError: ``student`` labels no anchors by class, and the loss at ``key`` needs ``labels``.
+    """
+    if not hasattr(student, "label_anchors"):
+        raise ConfigError(
+            key,
+            type(student).__name__,
+            "gives its anchors no classes",
+            "use this loss with RetinaNet or FCOS, and its two-stage form elsewhere",
+        )
+
+
+@torch.no_grad()
+def anchor_labels(
+    detector: nn.Module, inputs: List[Dict[str, Any]], logits: Dict[int, Tensor]
+) -> Dict[int, Tensor]:
+    """The classes that a one-stage detector's own matching gives its anchors.
+
+    Args:
+        detector: RetinaNet, FCOS or another with ``label_anchors``.
+        inputs: Detectron2's records.
+        logits: stride -> (N, A*K, H, W), the detector's.
+
+    Returns:
+        stride -> (N, A, H, W) int64; K is background, -1 ignored.
+    """
+    head = DenseHead.of(detector)
+    maps = [logits[stride] for stride in head.strides]
+    truth = [x["instances"].to(detector.device) for x in inputs]
+    anchors = detector.anchor_generator(maps)
+    rows = torch.stack(detector.label_anchors(anchors, truth)[0])
+    levels = rows.split([len(level) for level in anchors], dim=1)
+    return {
+        stride: level.view(len(inputs), *x.shape[-2:], -1).permute(0, 3, 1, 2)
+        for stride, x, level in zip(head.strides, maps, levels)
+    }
+
+
+def _first(module: nn.Module) -> nn.Module:
+    """Of a cascade, the first stage: it alone is trained on proposals as they come from the RPN."""
+    return module[0] if isinstance(module, nn.ModuleList) else module
+
+
+def check_regions(student: nn.Module, teacher: Optional[nn.Module], key: str) -> None:
+    """Check two detectors for a loss that needs ``regions``.
+
+    Args:
+        student, teacher: the detectors; teacher None: there is none.
+        key: the loss's place in the config, for messages.
+
+    Raises:
+        ConfigError: one has no box head on its FPN, or they tell other numbers of classes apart.
+    """
+    for who, detector in (("student", student), ("teacher", teacher)):
+        if detector is not None and not hasattr(getattr(detector, "roi_heads", None), "box_pooler"):
+            raise ConfigError(
+                key,
+                type(detector).__name__,
+                f"is a {who} without a box head for regions of its FPN",
+                "use two-stage detectors, or this loss's one-stage form",
+            )
+    if teacher is not None and teacher.roi_heads.num_classes != student.roi_heads.num_classes:
+        raise ConfigError(
+            key,
+            f"{teacher.roi_heads.num_classes} classes of the teacher",
+            f"are not the student's {student.roi_heads.num_classes}",
+            "use a teacher trained for these classes, or a loss that compares feature maps",
+        )
+
+
+class RegionTap:
+    """Takes a two-stage ``detector``'s sampled regions and class logits from its own forward."""
+
+    def __init__(self, detector: nn.Module):
+        self._heads = detector.roi_heads
+
+    @contextmanager
+    def capture(self) -> Iterator[Dict[str, Any]]:
+        """Within the block, the detector's forward runs; after it, the yielded dict is filled.
+
+        Yields:
+            ``boxes``: per image the sampled Boxes; ``logits``: (R, K + 1), attached to the graph.
+        """
+        found: Dict[str, Any] = {}
+
+        def take_boxes(module: nn.Module, args: Tuple[Any, ...], output: Tensor) -> None:
+            found.setdefault("boxes", args[1])
+
+        def take_logits(
+            module: nn.Module, args: Tuple[Any, ...], output: Tuple[Tensor, Tensor]
+        ) -> None:
+            found.setdefault("logits", output[0])
+
+        handles = [
+            self._heads.box_pooler.register_forward_hook(take_boxes),
+            _first(self._heads.box_predictor).register_forward_hook(take_logits),
+        ]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def labels(self, boxes: List[Boxes], truth: List[Instances]) -> Tensor:
+        """The class of each region, (R,) int64, K for background, by the detector's own matching.
+
+        Args:
+            boxes: the regions of each image, see :meth:`capture`.
+            truth: the ground truth of each image, on the same device.
+        """
+        background = self._heads.num_classes
+        labels = []
+        for found, instances in zip(boxes, truth):
+            match, kind = self._heads.proposal_matcher(pairwise_iou(instances.gt_boxes, found))
+            label = torch.full_like(match, background)
+            if len(instances):
+                label = torch.where(kind == 1, instances.gt_classes[match], label)
+            labels.append(label)
+        return torch.cat(labels)
+
+
+def region_logits(detector: nn.Module, maps: Dict[int, Tensor], boxes: List[Boxes]) -> Tensor:
+    """A two-stage detector's class logits of given regions, (R, K + 1).
+
+    Args:
+        detector: with a box head on its FPN; of a cascade, the first stage answers.
+        maps: stride -> (N, C, H, W), its FPN's outputs.
+        boxes: the regions of each image, in pixels of the images that the maps show.
+    """
+    heads, specs = detector.roi_heads, detector.backbone.output_shape()
+    features = [maps[specs[name].stride] for name in heads.box_in_features]
+    pooled = heads.box_pooler(features, boxes)
+    return _first(heads.box_predictor)(_first(heads.box_head)(pooled))[0]

@@ -1,0 +1,253 @@
+"""The meta-architecture: student and teacher side by side in training, the student alone in inference."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple, Union
+
+import torch
+from detectron2.config import CfgNode, configurable, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from sharedkd.errors import ConfigError, Findings
+from sharedkd.losses.base import Batch, Regions
+
+from .heads import RegionTap, anchor_labels, check_labels, check_regions
+from .shared_kd import published_stages, shared_kd_stages
+from .stages import Stage
+from .taps import FeatureTap, pyramid_shapes, same_pixels
+from .teachers import FrozenTeacher, Teacher
+
+__all__ = ["SharedKD", "check_image_format"]
+
+#: Maps that have to be taken to serve what a loss needs.
+NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
+
+
+def check_image_format(student: nn.Module, image_format: str) -> None:
+    """Raises:
+    ConfigError: the data loader delivers ``image_format``, and ``student`` takes another order.
+    """
+    expected = getattr(student, "input_format", None) or image_format
+    if expected != image_format:
+        raise ConfigError(
+            "dataloader.train.mapper.image_format",
+            image_format,
+            f"contradicts the student's input_format={expected}",
+            "set both to the same order",
+        )
+
+
+@META_ARCH_REGISTRY.register()
+class SharedKD(nn.Module):
+    """An unmodified Detectron2 detector that learns from a frozen one.
+
+    In training the student's own forward runs; forward hooks take its feature maps, the teacher
+    runs up to its FPN on the same pixels, and the stages' losses compare the two.  In inference, and
+    in every checkpoint, there is only the student.
+
+    Args:
+        student: any detector with ``.backbone`` (GeneralizedRCNN, RetinaNet, FCOS, ...).
+        teacher: the source of maps of every stage that names none; None for teacher-free
+            (cross-layer only) distillation.
+        teachers: name -> a further source of maps, for the stages that name it.  Only those run
+            that an active stage needs, each once a step.
+        stages: name -> :class:`Stage`; those of weight zero are left out.
+        input_format: channel order of the images that the data loader delivers.
+
+    Raises:
+        ConfigError: a stage that is no Stage, needs a teacher that is not there, finds no common
+            stride; an image format that contradicts the student's.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Optional[Teacher] = None,
+        teachers: Optional[Mapping[str, Teacher]] = None,
+        stages: Optional[Mapping[str, Stage]] = None,
+        input_format: str = "BGR",
+    ):
+        super().__init__()
+        check_image_format(student, input_format)
+        self.student = student
+        self.teacher = teacher
+        self.teachers: Dict[str, Teacher] = dict(teachers or {})
+        self.stages: Dict[str, Stage] = {}
+        self.input_format = input_format
+        self._tap = FeatureTap(student)
+
+        findings = Findings()
+        for name, stage in (stages or {}).items():
+            findings.step(self._add, name, stage)
+        findings.raise_errors()
+        # Registered for DDP, the optimizer and device moves; most losses have no parameters.
+        self.losses = nn.ModuleDict({name: stage.loss for name, stage in self.stages.items()})
+
+    def _add(self, name: str, stage: Stage) -> None:
+        """Check a stage, and make its loss fit this pair."""
+        key = f"model.stages.{name}"
+        if not isinstance(stage, Stage):
+            raise ConfigError(key, stage, "is not a Stage", "use L(Stage)(loss=..., weight=...)")
+        stage.check(key)
+        if stage.weight == 0:  # what is switched off need not fit
+            return
+        if stage.teacher is not None and stage.teacher not in self.teachers:
+            raise ConfigError(
+                f"{key}.teacher",
+                stage.teacher,
+                "is no source of maps of this model",
+                f"use null, or one of model.teachers: {', '.join(self.teachers) or 'there is none'}",
+            )
+        teacher = self._source(stage)
+        shapes = teacher.shapes if teacher else None
+        stage.loss.bind(pyramid_shapes(self.student), shapes, f"{key}.loss")
+        if "regions" in stage.loss.needs:
+            check_regions(self.student, teacher and teacher.detector, f"{key}.loss")
+        if "labels" in stage.loss.needs:
+            check_labels(self.student, f"{key}.loss")
+        self.stages[name] = stage
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        """The arguments from ``cfg``, a classic yaml config.
+
+        It has the keys of :func:`sharedkd.config.load.add_sharedkd_config`.
+        """
+        keys = cfg.MODEL.SHAREDKD
+        teacher = keys.TEACHER
+        return dict(
+            student=META_ARCH_REGISTRY.get(keys.STUDENT)(cfg),
+            teacher=(
+                FrozenTeacher(
+                    teacher.CONFIG,
+                    teacher.WEIGHTS,
+                    sha256=teacher.SHA256,
+                    trust_checkpoint=teacher.TRUST_CHECKPOINT,
+                )
+                if teacher.CONFIG
+                else None
+            ),
+            stages=instantiate(published_stages() if keys.PUBLISHED else shared_kd_stages()),
+            input_format=cfg.INPUT.FORMAT,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def forward(
+        self, batched_inputs: List[Dict[str, Any]], weights: Optional[Mapping[str, float]] = None
+    ) -> Union[Dict[str, Tensor], List[Dict[str, Any]]]:
+        """
+        Args:
+            batched_inputs: Detectron2's records, as for the student.
+            weights: stage name -> weight in this step, in training; a stage that is left out or
+                weighs zero is not computed.  None: every stage at its full weight.
+
+        Returns:
+            In training: the student's own losses, and ``distill/<stage>/<term>`` for each term of
+            each active stage, times its weight.  In inference: what the student returns.
+        """
+        if not self.training:
+            return self.student(batched_inputs)
+        if weights is None:
+            weights = {name: stage.weight for name, stage in self.stages.items()}
+        active = {name: w for name, w in weights.items() if w}
+        if not active:
+            return self._with_idle_parameters(self.student(batched_inputs))
+
+        needs = frozenset().union(*(self.losses[name].needs for name in active))
+        taps = self._taps(active)
+        groups: Dict[Optional[str], List[str]] = {}  # source -> the stages that learn from it
+        for name in active:
+            if "teacher" in self.losses[name].needs:
+                groups.setdefault(self.stages[name].teacher, []).append(name)
+        # Before the student: the teachers' temporaries are gone when its graph is built.
+        whole = {
+            source: self._source(self.stages[names[0]]).features(
+                batched_inputs,
+                self._taps(names),
+                self.input_format,
+                self.student.backbone.size_divisibility,
+            )
+            for source, names in groups.items()
+        }
+        regions = RegionTap(self.student) if "regions" in needs else None
+        with self._tap.capture(taps) as student:
+            with regions.capture() if regions else nullcontext() as sampled:
+                losses = self.student(batched_inputs)
+        batch = Batch(
+            student=student,
+            teacher=None,
+            image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
+            inputs=batched_inputs,
+        )
+        if "labels" in needs:
+            batch.labels = anchor_labels(self.student, batched_inputs, student["logits"])
+        shown = {source: same_pixels(maps, student) for source, maps in whole.items()}
+        labels = None
+        if regions:
+            truth = [x["instances"].to(self.device) for x in batched_inputs]
+            labels = regions.labels(sampled["boxes"], truth)
+        with torch.autocast(self.device.type, enabled=False):
+            for name, weight in active.items():
+                source = self.stages[name].teacher
+                seen = replace(batch, teacher=shown.get(source))
+                if "regions" in self.losses[name].needs:
+                    seen.regions = Regions(
+                        labels=labels,
+                        student=sampled["logits"],
+                        teacher=self._source(self.stages[name]).region_logits(
+                            whole[source], sampled["boxes"]
+                        ),
+                    )
+                for term, value in self.losses[name](seen).items():
+                    losses[f"distill/{name}/{term}"] = weight * value
+        return self._with_idle_parameters(losses)
+
+    def _with_idle_parameters(self, losses: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """DDP waits for a gradient of every parameter, also of a loss that is switched off."""
+        owned = list(self.losses.parameters())
+        if owned:
+            first = next(iter(losses))
+            losses[first] = losses[first] + 0.0 * sum(p.sum() for p in owned)
+        return losses
+
+    def _taps(self, names: Iterable[str]) -> FrozenSet[str]:
+        losses = [self.stages[name].loss for name in names]
+        taps = set().union(*(loss.taps for loss in losses))
+        needs = set().union(*(loss.needs for loss in losses))
+        return frozenset(taps).union(*(NEEDED_TAPS[need] for need in needs & NEEDED_TAPS.keys()))
+
+    @property
+    def sources(self) -> Dict[Optional[str], Teacher]:
+        """All sources of maps, by the name that a stage uses; None is ``teacher``."""
+        return {**({} if self.teacher is None else {None: self.teacher}), **self.teachers}
+
+    def _source(self, stage: Stage) -> Optional[Teacher]:
+        return self.sources.get(stage.teacher)
+
+    # Teachers are no submodules, yet go where the model goes.
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "SharedKD":
+        for teacher in self.sources.values():
+            teacher.apply_to_tensors(fn)
+        return super()._apply(fn, *args, **kwargs)
+
+    # A checkpoint of this model is a checkpoint of the student, with plain Detectron2's names.
+    # What losses own rides beside it (see sharedkd.engine.run).
+    def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Tensor]:
+        """The student's, which takes ``args`` and ``kwargs``."""
+        return self.student.state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Tuple[List[str], List[str]]:
+        """Load ``state_dict`` into the student, which takes ``args`` and ``kwargs`` too.
+
+        Returns:
+            the missing and the unexpected keys.
+        """
+        return self.student.load_state_dict(state_dict, *args, **kwargs)

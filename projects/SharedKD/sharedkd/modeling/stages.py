@@ -1,0 +1,102 @@
+"""When a distillation loss is on, and how much it weighs."""
+
+from dataclasses import dataclass
+from typing import Dict, Optional, Tuple, Union
+
+from sharedkd.errors import ConfigError, Findings
+from sharedkd.losses.base import DistillationLoss
+from sharedkd.values import check_number, check_switch, check_text
+
+__all__ = ["Stage", "stage_dict"]
+
+
+@dataclass
+class Stage:
+    """One distillation loss with its schedule.
+
+    ``start``, ``ramp`` and ``end`` are iterations when they are ints and fractions of
+    ``train.max_iter`` when they are floats (``end=0.7``: the last 30 % train without this loss).
+
+    Args:
+        loss: the loss.
+        weight: its weight when fully on; the published weight study of Shared-KD prefers 2.
+        start: the first iteration that uses it.
+        ramp: over how many iterations the weight grows linearly from ``weight / ramp`` to ``weight``.
+        end: the first iteration that no longer uses it; None: never ends.
+        relative: the weight is a share of the detector's own loss: the loss is scaled so that
+            weight 0.5 adds half of what the detector's losses sum to in the same step, whatever the
+            raw value.  False: the weight multiplies the raw value, as published.
+        teacher: the name of the source of maps that it learns from, one of the model's ``teachers``;
+            None: the model's ``teacher``.
+    """
+
+    loss: DistillationLoss
+    weight: float = 1.0
+    start: Union[int, float] = 0
+    ramp: Union[int, float] = 0
+    end: Optional[Union[int, float]] = None
+    relative: bool = False
+    teacher: Optional[str] = None
+
+    def check(self, key: str) -> None:
+        """Check what is given; ``key`` is this stage's place in the config, for messages.
+
+        Raises:
+            ConfigError: a loss that is none, a negative or infinite weight or time, or an end that
+                is not after the start.
+        """
+        findings = Findings()
+        if not isinstance(self.loss, DistillationLoss):
+            findings.add(
+                ConfigError(
+                    f"{key}.loss",
+                    self.loss,
+                    "is no distillation loss",
+                    "use L(LOSS)(...) with a class of sharedkd.losses or a subclass of DistillationLoss",
+                )
+            )
+        for name in ("weight", "start", "ramp", "end"):
+            value = getattr(self, name)
+            findings.step(check_number, f"{key}.{name}", value, least=0, or_null=name == "end")
+        findings.step(check_switch, f"{key}.relative", self.relative)
+        if self.teacher is not None:
+            findings.step(check_text, f"{key}.teacher", self.teacher, empty=False)
+        findings.raise_errors()
+        if self.end is not None and type(self.end) is type(self.start) and self.end <= self.start:
+            raise ConfigError(
+                f"{key}.end",
+                self.end,
+                f"is not after start={self.start}",
+                "use end=null or a later end",
+            )
+
+    def span(self, max_iter: int) -> Tuple[int, int]:
+        """The first iteration of ``max_iter`` that uses it and the first that no longer does.
+
+        They are equal if none does.
+        """
+        start, end = (self._iteration(x, max_iter) for x in (self.start, self.end))
+        end = max_iter if end is None else min(end, max_iter)
+        return (start, end) if self.weight > 0 and start < end else (0, 0)
+
+    @staticmethod
+    def _iteration(time: Optional[Union[int, float]], max_iter: int) -> Optional[int]:
+        return round(time * max_iter) if isinstance(time, float) else time
+
+    def weight_at(self, iteration: int, max_iter: int) -> float:
+        """The weight at ``iteration`` of ``max_iter``, counted from 0; zero when the stage is off.
+
+        >>> from sharedkd.losses import CrossLayer
+        >>> stage = Stage(CrossLayer(), weight=2.0, start=2, ramp=4, end=0.8)
+        >>> [stage.weight_at(i, max_iter=10) for i in range(10)]
+        [0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 0.0, 0.0]
+        """
+        start, ramp, end = (self._iteration(x, max_iter) for x in (self.start, self.ramp, self.end))
+        if iteration < start or (end is not None and iteration >= end):
+            return 0.0
+        return self.weight * min(1.0, (iteration - start + 1) / max(ramp, 1))
+
+
+def stage_dict(**stages: Stage) -> Dict[str, Stage]:
+    """``stages``, those of a model by name: a LazyConfig node needs something to call."""
+    return stages

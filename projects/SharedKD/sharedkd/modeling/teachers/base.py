@@ -1,0 +1,95 @@
+"""What a teacher is: a source of feature maps that stages learn from."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional
+
+import torch
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+from sharedkd.losses.base import Maps, Shapes
+
+__all__ = ["Teacher"]
+
+
+class Teacher(ABC):
+    """A source of feature maps.
+
+    It is no ``nn.Module``: the model that holds it does not see its parameters in ``modules()``,
+    ``parameters()`` or ``state_dict()``, and neither do DDP and the optimizer.  ``train()`` does not
+    reach it.
+
+    A subclass has to offer :attr:`shapes` and :meth:`features`.  One that changes while the student
+    trains (an average of the student, a peer) also overrides :meth:`after_step`, and
+    :meth:`state_dict` if it must survive a resume.
+
+    Attributes:
+        shapes: tap -> stride -> channels of the maps that it offers.
+    """
+
+    shapes: Shapes
+
+    @abstractmethod
+    def features(
+        self,
+        batched_inputs: List[Dict[str, Any]],
+        taps: FrozenSet[str],
+        input_format: str = "BGR",
+        size_divisibility: int = 0,
+    ) -> Maps:
+        """Compute its maps of the student's images.
+
+        Args:
+            batched_inputs: Detectron2's records; ``image`` is a (C, H, W) tensor.
+            taps: which maps to return, see :data:`~sharedkd.losses.base.TAPS`.
+            input_format: the channel order of the images.
+            size_divisibility: the student's; both paddings then cover the same pixels.
+
+        Returns:
+            tap -> stride -> (N, C, H, W), without gradient.
+        """
+
+    def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
+        """Compute its class logits of given regions.
+
+        Args:
+            maps: of :meth:`features`, with the tap ``fpn``.
+            boxes: the regions of each image, in pixels.
+
+        Returns:
+            (R, K + 1), without gradient.
+
+        Raises:
+            NotImplementedError: it has no box head.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no box head")
+
+    @property
+    def detector(self) -> Optional[nn.Module]:
+        """The detector whose heads a loss may ask for; None if there is none."""
+        return None
+
+    @property
+    def fingerprint(self) -> Optional[str]:
+        """What tells it from other teachers when a run is resumed; None: nothing fixed."""
+        return None
+
+    def prepare(self, step_dtype: Optional[torch.dtype] = None) -> None:
+        """Make it ready to run; called once, when the model is on its device.
+
+        Args:
+            step_dtype: what the training step computes in under autocast; None: float32.
+        """
+
+    def apply_to_tensors(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``fn``, a move of the model that holds it to a device or type, to its own tensors."""
+
+    def after_step(self, student: nn.Module) -> None:
+        """Follow ``student``, whose weights an optimizer step has just changed."""
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What a resumed run needs of it; empty for one that never changes."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``, of :meth:`state_dict`."""

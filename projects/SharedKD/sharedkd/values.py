@@ -1,0 +1,84 @@
+"""What a single value of a config may be."""
+
+import math
+from typing import Any, Collection, Sequence
+
+from sharedkd.errors import ConfigError
+
+__all__ = ["check_choice", "check_names", "check_number", "check_switch", "check_text"]
+
+
+def check_number(
+    key: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    whole: bool = False,
+    or_null: bool = False,
+) -> None:
+    """Check that a value is a finite number within bounds; a string or a truth value is none.
+
+    Args:
+        key: the config key that holds ``value``, for the message.
+        least, most: inclusive bounds.
+        above: exclusive lower bound.
+        whole: only 3, not 3.0.
+        or_null: None will do, too.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if value is None and or_null:
+        return
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        problem = "is no whole number" if whole else "is no number"
+    elif not math.isfinite(value):
+        problem = "is not finite"
+    elif value < least or value <= above:
+        problem = "is negative" if value < 0 and max(least, above) >= 0 else "is too small"
+    elif value > most:
+        problem = "is too large"
+    else:
+        return
+    words = ["a whole number" if whole else "a number"]
+    words += [f"of {least:g} or more"] if least > -math.inf else []
+    words += [f"above {above:g}"] if above > -math.inf else []
+    words += [f"of {most:g} at most"] if most < math.inf else []
+    raise ConfigError(
+        key, repr(value), problem, f"use {' '.join(words)}{', or null' if or_null else ''}"
+    )
+
+
+def check_switch(key: str, value: Any) -> None:
+    """Raises:
+    ConfigError: ``value``, that of ``key``, is neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(key, repr(value), "is neither true nor false", "use True or False")
+
+
+def check_text(key: str, value: Any, empty: bool = True) -> None:
+    """Raises:
+    ConfigError: ``value``, that of ``key``, is not a string, or is blank and ``empty`` is False.
+    """
+    if not isinstance(value, str) or not (value.strip() or empty):
+        raise ConfigError(key, repr(value), "is not a name or path", "write it as text")
+
+
+def check_names(key: str, value: Any) -> None:
+    """Raises:
+    ConfigError: ``value``, that of ``key``, is no list of names.
+    """
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    if not several or not all(isinstance(x, str) for x in value):
+        raise ConfigError(key, repr(value), "is no list of names", "use [], [A] or [A,B]")
+
+
+def check_choice(key: str, value: Any, known: Collection[str]) -> None:
+    """Raises:
+    ConfigError: ``value``, that of ``key``, is none of the ``known`` names.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(key, value, "no such name", f"use one of {', '.join(known)}")

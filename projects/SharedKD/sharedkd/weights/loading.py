@@ -1,0 +1,265 @@
+"""Weights into a model: a trained detector completely, a student's start as far as it fits."""
+
+import hashlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from sharedkd.errors import ConfigError
+
+from .download import fetch
+from .reading import read_weights
+from .unpickler import Refused
+
+if TYPE_CHECKING:
+    from fvcore.common.checkpoint import _IncompatibleKeys
+
+__all__ = [
+    "DataCheckpointer",
+    "fingerprint",
+    "inherit",
+    "initialise",
+    "load_trained",
+]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+#: Names that a file may lack or have beyond the model: constants from the config, and counters.
+HARMLESS = ("pixel_mean", "pixel_std", "cell_anchors", "num_batches_tracked")
+
+
+class DataCheckpointer(DetectionCheckpointer):
+    """Reads files as data, and finds the names of a bare backbone in the detector.
+
+    Attributes:
+        trusted: run what files ask for.
+    """
+
+    trusted = False
+
+    def _load_file(self, filename: str) -> Dict[str, Any]:
+        data = read_weights(filename, self.trusted)
+        names = {name.removeprefix("module.") for name in data["model"]}
+        if names.isdisjoint(self.model.state_dict()):
+            data["matching_heuristics"] = True
+        return data
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The first 16 digits of the SHA-256 over the names and bytes of the weights of ``model``."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class _RecordingCheckpointer(DataCheckpointer):
+    """Keeps what did not match, which Detectron2 only logs."""
+
+    def _load_model(self, checkpoint: Dict[str, Any]) -> "_IncompatibleKeys":
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+
+def _load(
+    model: nn.Module, path: str, key: str, trusted: bool, sha256: Optional[str]
+) -> Tuple["_IncompatibleKeys", Dict[str, Any]]:
+    """Load what matches; arguments as those of :func:`load_trained`.
+
+    Returns:
+        what did not match (missing and unexpected keys, incorrect shapes), and the file's other
+        entries.
+    """
+    checkpointer = _RecordingCheckpointer(model, save_to_disk=False)
+    checkpointer.trusted = trusted
+    group = key.rpartition(".")[0]
+    sha256_key = f"{group}.init_sha256" if group == "train" else f"{group}.sha256"
+    try:
+        rest = checkpointer.load(fetch(path, sha256, sha256_key))
+    except ConfigError:
+        raise
+    except Refused as e:
+        raise ConfigError(
+            key,
+            path,
+            f"asks for {e.asked}, and not for weights alone: reading it could run any program here",
+            f"get it as .safetensors, or add {group}.trust_checkpoint=True to let it run, if you trust "
+            "its maker as you trust those whose programs you install",
+        ) from e
+    except Exception as e:
+        # Whatever a reader of an unknown file raises, to the user it is one thing.
+        reason = (
+            "no such file" if not _exists(path) else f"cannot be read ({type(e).__name__}: {e})"
+        )
+        raise ConfigError(
+            key, path, reason, "point it at a Detectron2 .pth, .pkl or .safetensors checkpoint"
+        ) from e
+    return checkpointer.incompatible, rest
+
+
+def _exists(path: str) -> bool:
+    return "://" in path or os.path.isfile(path)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _mistakes(found: "_IncompatibleKeys") -> List[str]:
+    """What a load left over: missing, unknown and misshapen tensors, in words."""
+
+    def relevant(name: str) -> bool:
+        return not any(x in name for x in HARMLESS)
+
+    reshaped = {k for k, _, _ in found.incorrect_shapes}  # fvcore reports these as missing as well
+    wrong = {
+        "missing in the file": [k for k in found.missing_keys if relevant(k) and k not in reshaped],
+        "unknown to the model": [k for k in found.unexpected_keys if relevant(k)],
+        "of another shape": [
+            f"{k} {a} against {b}" for k, a, b in found.incorrect_shapes if relevant(k)
+        ],
+    }
+    return [f"{len(names)} {what}: {_shortened(names)}" for what, names in wrong.items() if names]
+
+
+def load_trained(
+    model: nn.Module, path: str, key: str, trusted: bool = False, sha256: Optional[str] = None
+) -> Dict[str, Any]:
+    """Load a trained detector completely, or not at all.
+
+    Args:
+        model: plain Detectron2 model.
+        path: ``detectron2://``, URL, ``.pkl``, ``.pth`` or ``.safetensors``.
+        key: the config key that holds the path, for messages.
+        trusted: read the file with loaders that run what it asks for, see :mod:`.weights`.
+        sha256: of the file, see :func:`.download.fetch`.
+
+    Returns:
+        the file's other entries, such as the trainer's state.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, not the one of that SHA-256, or asks for more
+            than data; or it does not fill the model exactly.
+    """
+    found, rest = _load(model, path, key, trusted, sha256)
+    mistakes = _mistakes(found)
+    if mistakes:
+        raise ConfigError(
+            key,
+            path,
+            f"does not fit this {type(model).__name__} ({'; '.join(mistakes)})",
+            "use the weights of this very model, or the config of these weights",
+        )
+    logger.info(f"{key}={path}: all {len(model.state_dict())} tensors loaded")
+    return rest
+
+
+def initialise(
+    model: nn.Module,
+    path: str,
+    key: str = "train.init_checkpoint",
+    trusted: bool = False,
+    sha256: Optional[str] = None,
+) -> int:
+    """Load a student's initial weights: an ImageNet backbone, or a detector, perhaps of other classes.
+
+    What lies outside the bottom-up network may be missing or differ in shape and is then left at its
+    own initialisation; the log names it.
+
+    Args:
+        model, path, key, trusted, sha256: see :func:`load_trained`; an empty path does nothing.
+
+    Returns:
+        the number of the model's tensors that the file filled.
+
+    Raises:
+        ConfigError: see :func:`load_trained`; or it was made for another bottom-up network.
+    """
+    if not path:
+        return 0
+    found, _ = _load(model, path, key, trusted, sha256)
+    backbone = getattr(model, "backbone", model)
+    bottom_up = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
+    # An ImageNet file has no prefix; what it holds beyond the model keeps its own name.
+    stages = tuple(f"{n}." for n, _ in getattr(backbone, "bottom_up", backbone).named_children())
+
+    def is_convolution(name: str) -> bool:
+        return name.endswith(".weight") and not any(x in name for x in (".norm", "fc", "offset"))
+
+    missing = [k for k in found.missing_keys if k.startswith(bottom_up) and is_convolution(k)]
+    reshaped = [x[0] for x in found.incorrect_shapes if x[0].startswith(bottom_up)]
+    surplus = [
+        k for k in found.unexpected_keys if k.startswith((bottom_up, *stages)) and is_convolution(k)
+    ]
+    if missing and any(k.startswith("layer1.") for k in found.unexpected_keys):
+        raise ConfigError(
+            key,
+            path,
+            "names its tensors as torchvision does (layer1.0.conv1.weight), and not as Detectron2 "
+            "(res2.0.conv1.weight)",
+            "convert it with tools/convert-torchvision-to-d2.py of Detectron2's repository",
+        )
+    if missing or reshaped or surplus:
+        raise ConfigError(
+            key,
+            path,
+            f"was made for another backbone ({len(missing)} of its convolutions missing, "
+            f"{len(reshaped)} of another shape, {len(surplus)} too many: "
+            f"{_shortened([*missing, *reshaped, *surplus])})",
+            "use weights of the student's backbone, or an empty string to start from scratch",
+        )
+    unfilled = {*found.missing_keys, *(x[0] for x in found.incorrect_shapes)}
+    return len(model.state_dict().keys() - unfilled)
+
+
+#: What can be inherited: part -> the beginnings of its parameters' names.
+PARTS: Dict[str, Sequence[str]] = {
+    "neck": ("backbone.",),
+    "head": ("head.", "proposal_generator.", "roi_heads."),
+}
+
+
+def inherit(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> List[str]:
+    """Copy the teacher's neck and head into the student where names and shapes agree.
+
+    Args:
+        student, teacher: plain detectors.
+        parts: any of ``neck`` (the FPN's own convolutions) and ``head``.
+
+    Returns:
+        the names of the tensors copied, which are also logged.
+
+    Raises:
+        ConfigError: an unknown part, or nothing that agrees.
+    """
+    unknown = [p for p in parts if p not in PARTS]
+    if unknown:
+        raise ConfigError("train.inherit", unknown, "no such part", f"use any of {list(PARTS)}")
+    beginnings = tuple(b for part in parts for b in PARTS[part])
+    source, target = teacher.state_dict(), student.state_dict()
+    copied = [
+        name
+        for name, x in target.items()
+        if name.startswith(beginnings)
+        and not name.startswith("backbone.bottom_up.")
+        and name in source
+        and source[name].shape == x.shape
+    ]
+    if parts and not copied:
+        raise ConfigError(
+            "train.inherit",
+            list(parts),
+            f"no tensor of {type(teacher).__name__} fits {type(student).__name__}",
+            "use train.inherit=[]",
+        )
+    with torch.no_grad():
+        for name in copied:
+            target[name].copy_(source[name])
+    logger.info(f"The student inherits {len(copied)} tensors from the teacher: {', '.join(copied)}")
+    return copied

@@ -1,0 +1,93 @@
+"""Overrides are data: nothing in them is evaluated, imported or called, unless it is a class of ours."""
+
+import pytest
+import tiny
+from omegaconf import OmegaConf
+
+from sharedkd import ConfigError
+from sharedkd.config import load_config
+from sharedkd.config.overrides import check_override
+from sharedkd.lab.demo import run_demo
+from sharedkd.lab.preflight import preflight
+
+CONFIG = str(tiny.ROOT / "configs/faster_rcnn_sharedkd.py")
+
+REFUSED = [
+    "optimizer._target_=os.system",
+    "optimizer._target_='os.system'",
+    "+optimizer._target_=os.system",
+    "optimizer={_target_: os.system, command: touch CANARY}",
+    "optimizer={_target_: {_target_: os.system}}",
+    "dataloader.train.mapper=[{a: {_target_: builtins.eval}}]",
+    "model.teacher._target_=detectron2.utils.env.setup_custom_environment",  # no class
+    "model.teacher._target_=torch.hub.load",
+    "model.teacher._target_=torch.nn",
+    "model.teacher._target_=torch.nn.functional.relu",
+    "model.teacher._target_=evil.Module",
+    "model.teacher._target_=torch.nn.modules.module.torch.load",
+    "model.teacher._target_=torch.nn.modules.module.functools.partial",
+    "lr_multiplier.x={_target_: detectron2.utils.collect_env.subprocess.Popen, args: [touch, CANARY]}",
+    "optimizer={_target_: sharedkd.lab.compare.comparison.subprocess.Popen, args: [touch, CANARY]}",
+    "model.teacher._target_=${data.name}",
+    "data.name=${oc.env:HOME}",
+    "data.name=\"${oc.decode:'{_target_: os.system}'}\"",
+    'data.name="${oc.env:${data.x}}"',
+    "optimizer[_target_]=os.system",
+    "train.max_iter=__import__('os').system('touch CANARY')",
+    "train.max_iter=open('CANARY','w')",
+    "train.max_iter=eval(1)",
+    "train.seed=choice(1,2)",
+]
+
+FINE = {
+    "dataloader.train.mapper._target_=detectron2.data.transforms.HFlipTransform": (
+        "dataloader.train.mapper._target_",
+        "detectron2.data.transforms.HFlipTransform",
+    ),
+    "train.max_iter=7": ("train.max_iter", 7),
+    "optimizer._target_=torch.optim.SGD": ("optimizer._target_", "torch.optim.SGD"),
+    "train.output_dir=a/b": ("train.output_dir", "a/b"),
+    "train.output_dir=\"'C:/x y'\"": ("train.output_dir", "'C:/x y'"),
+    'train.output_dir=\'__import__("os").system("touch CANARY")\'': (
+        "train.output_dir",
+        '__import__("os").system("touch CANARY")',
+    ),
+    "model.stages.cross.weight=0.5": ("model.stages.cross.weight", 0.5),
+    "train.eval_period=${train.max_iter}": ("train.eval_period", 180000),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A current directory with a module that must not be imported."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("open('CANARY', 'w')\nclass Module: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    assert not (tmp_path / "CANARY").exists()
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_code_is_refused(override):
+    with pytest.raises(ConfigError, match="^override=") as error:
+        load_config(CONFIG, [override], without_data=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("override", FINE)
+def test_values_are_set(override):
+    key, value = FINE[override]
+    assert OmegaConf.select(load_config(CONFIG, [override], without_data=True), key) == value
+
+
+def test_the_demo_and_preflight_run_none_either(tmp_path):
+    code = "shapes.x={_target_: subprocess.getoutput, cmd: touch CANARY}"
+    with pytest.raises(ConfigError, match="^override=.*names code"):
+        run_demo(tiny.ROOT, tmp_path / "demo", [code])
+    code = "lr_multiplier.x={_target_: sharedkd.lab.compare.comparison.subprocess.Popen, args: [touch, CANARY]}"
+    found = preflight(CONFIG, [code], measure=False)
+    assert "names code" in found["errors"][0]["message"]
+
+
+def test_a_class_that_there_is_not_is_said_later():
+    check_override("model.stages.cross.loss._target_=sharedkd.losses.Nothing")

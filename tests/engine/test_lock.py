@@ -1,0 +1,167 @@
+"""One run in a folder: the lock, whom it names, who inherits it and who does not; and signals."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sharedkd.engine.interrupt import StopRequest, interruptible, resume_command
+from sharedkd.engine.lock import BusyError, check_free, for_child, locked
+from sharedkd.lab.runs import Run
+from sharedkd.running import interrupt
+
+# In a process of its own, for whose parent the folder is locked: it may lock it, others may not.
+CHILD = """
+import sys
+from sharedkd.engine.lock import BusyError, check_free, locked
+check_free(sys.argv[1])
+with locked(sys.argv[1]):
+    try:
+        check_free(sys.argv[1])
+    except BusyError as e:
+        print(e)
+"""
+
+
+def test_the_second_is_refused_and_told_who_is_first(tmp_path):
+    assert check_free(tmp_path / "new") is None and not (tmp_path / "new").exists()
+    with locked(tmp_path / "run"):
+        for attempt in (check_free, lambda folder: locked(folder).__enter__()):
+            with pytest.raises(BusyError) as error:
+                attempt(tmp_path / "run")
+            message = str(error.value)
+            assert f"process {os.getpid()} on {socket.gethostname()}" in message
+            assert str(tmp_path / "run") in message and "\n" not in message
+    check_free(tmp_path / "run")
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_lock_ends_with_its_holder_and_only_with_it(tmp_path):
+    """A forked worker, which may outlive the holder by seconds, does not keep it."""
+    begun, begin = os.pipe()
+    with locked(tmp_path):
+        worker = os.fork()
+        if worker == 0:
+            os.write(begin, b"1")
+            time.sleep(60)
+            os._exit(0)
+        os.read(begun, 1)
+        with pytest.raises(BusyError):
+            check_free(tmp_path)
+    try:
+        with locked(tmp_path):
+            assert os.waitpid(worker, os.WNOHANG) == (0, 0)  # it is still there
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_a_child_trains_in_the_folder_that_its_parent_holds(tmp_path):
+    with locked(tmp_path) as lock:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path)],
+            pass_fds=[lock.fileno()],
+            env=for_child(lock),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        assert (
+            "trains in this folder" in done.stdout and f"process {os.getpid()} " not in done.stdout
+        )
+        with pytest.raises(BusyError):
+            check_free(tmp_path)  # the child's end has not freed it
+
+
+SAVES_AFTER_A_WHILE = """
+import signal, sys, time
+def save(*signal):
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+print("eta: 1:00  iter: 3  total_loss: 1.5", flush=True)
+time.sleep(60)
+"""
+
+
+class Arm(Run):
+    def command(self, root):
+        return [sys.executable, "-S", "-c", SAVES_AFTER_A_WHILE]
+
+
+def test_an_interrupted_comparison_waits_for_its_run_to_save(tmp_path, capsys):
+    def say(line):
+        assert line.startswith("iteration 4/9")
+        signal.raise_signal(signal.SIGTERM)
+
+    arm = Arm(tmp_path / "config.yaml", [], tmp_path / "arm")
+    with pytest.raises(SystemExit) as end, interruptible("the same command continues"):
+        arm.train(tmp_path, 9, say)
+    assert end.value.code == 143
+    assert arm.log.read_text().splitlines()[-1] == "saved"
+    assert "the same command continues" in capsys.readouterr().err
+    check_free(arm.folder)
+
+
+def test_echoes_are_no_second_wish(monkeypatch):
+    """Ctrl-C reaches a child by its terminal and by its parent; only later signals are urgent."""
+    killed = []
+    monkeypatch.setattr(interrupt.os, "kill", lambda pid, number: killed.append((pid, number)))
+    handler = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert stop.signal is None and stop.agreed(None) is None
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGINT and stop.agreed(None) == signal.SIGINT
+        assert killed == []
+        monkeypatch.setattr(interrupt, "ONE_WISH", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == [(os.getpid(), signal.SIGTERM)]
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_workers_end_with_their_parent_and_not_with_the_process_group():
+    with StopRequest():
+        worker = os.fork()
+        if worker == 0:
+            signal.raise_signal(signal.SIGINT)
+            other = os.fork()  # a process that is not the parent
+            if other == 0:
+                os.kill(os.getppid(), signal.SIGTERM)
+                os._exit(0)
+            os.waitpid(other, 0)
+            time.sleep(60)
+            os._exit(9)
+        time.sleep(0.5)
+        assert os.waitpid(worker, os.WNOHANG) == (0, 0)
+        os.kill(worker, signal.SIGTERM)
+        assert os.waitpid(worker, 0)[1] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_program_ends_with_one_line_and_the_status_of_its_signal(number, capsys):
+    with pytest.raises(SystemExit) as end, interruptible("the same command continues"):
+        signal.raise_signal(number)
+    assert end.value.code == 128 + number
+    assert capsys.readouterr().err == "\ninterrupted; the same command continues\n"
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (
+            ["t.py", "--config-file", "c.py", "a=[1, 2]"],
+            "t.py --resume --config-file c.py 'a=[1, 2]'",
+        ),
+        (["t.py", "--resume", "a=1"], "t.py --resume a=1"),
+    ],
+)
+def test_the_command_that_goes_on(monkeypatch, argv, expected):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert resume_command() == f"{sys.executable} {expected}"

@@ -1,0 +1,19 @@
+"""run.json, read."""
+
+import pytest
+
+from sharedkd.engine.hooks.record import read_record
+from sharedkd.errors import ConfigError
+
+
+def test_a_record_that_is_there_or_not(tmp_path):
+    assert read_record(tmp_path) == {}
+    (tmp_path / "run.json").write_text('{"iterations": 3}')
+    assert read_record(tmp_path) == {"iterations": 3}
+
+
+@pytest.mark.parametrize("content", ['{"iterations"', "", "\x00"])
+def test_a_damaged_record_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"run\.json=.*run\.json: cannot be read: .*delete it"):
+        read_record(tmp_path)

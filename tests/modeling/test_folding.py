@@ -1,0 +1,141 @@
+"""Folding of frozen batch norms: equal maps, nothing left to fold, nothing folded that must not be."""
+
+
+import pytest
+import tiny
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+from torch import nn
+
+from sharedkd.modeling.folding import NORMS, fold_norms
+
+
+def statistics(module, seed=0):
+    """Give all norms statistics, scales and shifts that change something."""
+    draw = torch.Generator().manual_seed(seed)
+    for norm in module.modules():
+        if isinstance(norm, NORMS):
+            for tensor, low, high in (
+                (norm.running_mean, -1.0, 1.0),
+                (norm.running_var, 0.2, 3.0),
+                (norm.weight, 0.5, 2.0),
+                (norm.bias, -1.0, 1.0),
+            ):
+                tensor.data.uniform_(low, high, generator=draw)
+    return module
+
+
+def wrapped(norm, bias=False):
+    conv = Conv2d(3, 8, 3, bias=bias, norm=norm(8), activation=nn.functional.relu)
+    return nn.Sequential(conv, Conv2d(8, 4, 1))
+
+
+NORM_KINDS = [FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", NORM_KINDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_maps_stay_equal(norm, bias, layout):
+    model = statistics(wrapped(norm, bias)).eval().requires_grad_(False).double()
+    model.to(memory_format=layout)
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
+    before = model(x)
+    assert fold_norms(model) == 1 and model[0].norm is None
+    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+    assert model[0].weight.is_contiguous(memory_format=layout)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert fold_norms(model) == 0
+
+
+def test_values_of_one_channel():
+    norm = nn.BatchNorm2d(1, eps=0.0)
+    norm.running_mean[:], norm.running_var[:] = 3.0, 4.0
+    norm.weight.data[:], norm.bias.data[:] = 10.0, 1.0
+    conv = Conv2d(1, 1, 1, norm=norm)
+    conv.weight.data[:], conv.bias.data[:] = 2.0, 5.0
+    fold_norms(conv.eval())
+    assert conv.weight.item() == 10.0  # 2 * 10 / 2
+    assert conv.bias.item() == 11.0  # (5 - 3) * 10 / 2 + 1
+
+
+def regnet(norm):
+    return RegNet(
+        stem_class=SimpleStem,
+        stem_width=16,
+        block_class=ResBottleneckBlock,
+        depth=4,
+        w_a=24.48,
+        w_0=24,
+        w_m=2.54,
+        group_width=8,
+        norm=norm,
+        se_ratio=0.25,
+        out_features=["s1", "s2"],
+    )
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
+def test_norms_beside_their_convolutions(norm):
+    model = statistics(regnet(norm)).eval().requires_grad_(False).double()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    before = model(x)
+    norms = sum(isinstance(m, NORMS) for m in model.modules())
+    assert fold_norms(model) == norms > 10
+    assert not any(isinstance(m, NORMS) for m in model.modules())
+    for name, y in model(x).items():
+        torch.testing.assert_close(y, before[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_detectors_keep_their_maps(depth):
+    backbone = statistics(tiny.detector("retinanet", depth)).eval().backbone.requires_grad_(False)
+    x = torch.randn(1, 3, 64, 64)
+    before = backbone(x)
+    assert fold_norms(backbone) >= depth
+    for name, y in backbone(x).items():
+        error = (y - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt()
+        assert error < 1e-5, name
+
+
+def test_what_depends_on_the_input_stays():
+    group = nn.Sequential(Conv2d(3, 32, 1, norm=nn.GroupNorm(4, 32)), nn.Conv2d(32, 4, 1))
+    unfixed = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, track_running_stats=False))
+    activated = nn.Sequential(Conv2d(3, 8, 1, activation=nn.functional.relu), nn.BatchNorm2d(8))
+    apart = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.BatchNorm2d(8))
+    hooked = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    hooked[1].register_forward_hook(lambda *args: None)
+    for model in (group, unfixed, activated, apart, hooked):
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        assert fold_norms(model.eval()) == 0
+        after = model.state_dict()
+        assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_statistics_that_still_move_are_refused():
+    with pytest.raises(ValueError, match="training mode"):
+        fold_norms(wrapped(nn.BatchNorm2d).train())
+
+
+
+
+
+
+
+
+def frozen(family):
+    """A small detector with frozen norms in its backbone."""
+    node = tiny.node(family)
+    node.backbone.bottom_up.stem.norm = node.backbone.bottom_up.stages.norm = "FrozenBN"
+    torch.manual_seed(0)
+    model = statistics(tiny.instantiate(node))
+    for norm in [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)]:
+        norm.weight.fill_(0.5)  # random weights would let maps grow from block to block
+    return model
+
+
+
+
+
+

@@ -1,0 +1,382 @@
+"""Weights in and out: strict loading, initialisation, inheritance, and saves that cannot be torn."""
+
+import copy
+import os
+import pickle
+import re
+
+import pytest
+import tiny
+import torch
+import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
+
+from sharedkd import ConfigError, CrossLayer, SharedKD, Stage
+from sharedkd.engine.checkpoint import StudentCheckpointer
+from sharedkd.weights.loading import inherit, initialise, load_trained
+
+BOTTOM_UP = "backbone.bottom_up."
+
+
+def save(state, path):
+    torch.save({"model": state}, path)
+    return str(path)
+
+
+def snapshot(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def changed(model, before):
+    return {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+
+
+def fails(match, call, *args):
+    with pytest.raises(ConfigError, match=match) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- load_trained ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """State of a Faster R-CNN whose every tensor differs from a fresh one's."""
+    state = tiny.detector("faster_rcnn", seed=1).state_dict()
+    state.update({k: v + 1 for k, v in state.items() if v.is_floating_point()})
+    return state
+
+
+@pytest.fixture
+def model():
+    return tiny.detector("faster_rcnn", seed=0)
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["under model", "bare state"])
+def test_load_trained_fills_every_tensor(model, trained, tmp_path, bare):
+    path = tmp_path / "a.pth"
+    torch.save(dict(trained) if bare else {"model": trained, "iteration": 5}, path)
+    load_trained(model, str(path), "key")
+    assert all(torch.equal(v, trained[k]) for k, v in model.state_dict().items())
+
+
+ANCHORS = "proposal_generator.anchor_generator.cell_anchors.0"
+CLS = "roi_heads.box_predictor.cls_score.weight"
+STRICT = {
+    "as saved": ({}, None),
+    "no counters": ({"num_batches_tracked": None}, None),
+    "no normalisation": ({"pixel_": None}, None),
+    "old anchors": ({ANCHORS: torch.zeros(3, 4)}, None),
+    "a weight missing": ({CLS: None}, f"1 missing in the file: {CLS}\\)"),
+    "a running mean missing": ({"res2.0.conv1.norm.running_mean": None}, "1 missing in the file"),
+    "a weight too many": (
+        {"roi_heads.mask.weight": torch.zeros(1)},
+        "1 unknown to the model: roi_",
+    ),
+    "another shape": (
+        {CLS: torch.zeros(9, 256)},
+        rf"1 of another shape: {CLS} \(9, 256\) against \(4, 256\)\)",
+    ),
+    "many": ({"roi_heads.": None}, "8 missing in the file: .*, .*, .* and 5 more"),
+}
+
+
+@pytest.mark.parametrize("edit, problem", STRICT.values(), ids=STRICT)
+def test_load_trained_is_strict(model, trained, tmp_path, edit, problem):
+    state = copy.copy(trained)  # with the version numbers that make PyTorch expect counters
+    for name, value in edit.items():
+        if value is None:
+            for key in [k for k in state if name in k]:
+                del state[key]
+        else:
+            state[name] = value
+    path = save(state, tmp_path / "a.pth")
+    if problem is None:
+        load_trained(model, path, "key")
+        kept = {k for k in trained if "pixel" not in k and "num_batches" not in k}
+        assert all(torch.equal(model.state_dict()[k], trained[k]) for k in kept)
+    else:
+        fails(f"^key={path}: .*{problem}", load_trained, model, path, "key")
+
+
+# --- initialise ------------------------------------------------------------------------------
+
+
+def imagenet_pkl(path, depth, fc=True, **entries):
+    """A file as Detectron2's torchvision converter writes it; returns its path and its arrays."""
+    bottom_up = tiny.detector("retinanet", depth=depth, seed=4).backbone.bottom_up
+    arrays = {k: v.numpy() for k, v in bottom_up.state_dict().items() if "num_batches" not in k}
+    extra = {
+        "stem.fc.weight": torch.ones(1000, 512).numpy(),
+        "stem.fc.bias": torch.ones(1000).numpy(),
+    }
+    data = {
+        "model": {**arrays, **(extra if fc else {})},
+        "__author__": "torchvision",
+        "matching_heuristics": True,
+        **entries,
+    }
+    path.write_bytes(pickle.dumps(data))
+    return str(path), arrays
+
+
+@pytest.mark.parametrize("fc", [True, False])
+@pytest.mark.parametrize("family", ["retinanet", "mask_rcnn"])
+def test_initialise_with_an_imagenet_backbone(tmp_path, family, fc):
+    path, arrays = imagenet_pkl(tmp_path / "R-18.pkl", 18, fc)
+    assert "stem.conv1.weight" in arrays and "res2.0.conv1.weight" in arrays
+    model = tiny.detector(family)
+    before = snapshot(model)
+    initialise(model, path)
+    state = model.state_dict()
+    assert all(torch.equal(state[BOTTOM_UP + k], torch.from_numpy(v)) for k, v in arrays.items())
+    assert all(name.startswith(BOTTOM_UP) for name in changed(model, before))
+
+
+@pytest.mark.parametrize(
+    "depth, problem",
+    [
+        (34, "0 of its convolutions missing, 0 of another shape, 16 too many"),
+        (50, "convolutions missing"),
+    ],
+)
+def test_imagenet_weights_of_another_depth(tmp_path, depth, problem):
+    path, _ = imagenet_pkl(tmp_path / "other.pkl", depth)
+    model = tiny.detector("retinanet")
+    fails(
+        f"^train.init_checkpoint={path}: was made for another backbone .*{problem}",
+        initialise,
+        model,
+        path,
+    )
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_torchvisions_own_file(tmp_path, depth):
+    """It is refused with the advice to convert it; converted, it fills the whole backbone."""
+    state = getattr(torchvision.models, f"resnet{depth}")().state_dict()
+    model = tiny.detector("retinanet", depth)
+    for given in (state, {"model": state}, {f"module.{k}": x for k, x in state.items()}):
+        torch.save(given, tmp_path / "resnet.pth")
+        message = fails(
+            "^train.init_checkpoint=.*", initialise, model, str(tmp_path / "resnet.pth")
+        )
+        assert "torchvision" in message and "tools/convert-torchvision-to-d2.py" in message
+
+    converted = {}
+    for name, x in state.items():
+        name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
+        name = re.sub(r"bn(\d)", r"conv\1.norm", name)
+        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        converted[name if name.startswith("res") else f"stem.{name}"] = x.numpy()
+    data = {"model": converted, "__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "converted.pkl").write_bytes(pickle.dumps(data))
+    filled = initialise(model, str(tmp_path / "converted.pkl"))
+    bottom_up = model.backbone.bottom_up.state_dict()
+    assert filled == len(bottom_up)
+    for name, x in bottom_up.items():
+        assert torch.equal(x, torch.from_numpy(converted[name])), name
+
+
+def test_imagenet_weights_of_a_shallower_network(tmp_path):
+    path, _ = imagenet_pkl(tmp_path / "R-18.pkl", 18)
+    model = tiny.detector("retinanet", depth=34)
+    fails("another backbone .16 of its convolutions missing", initialise, model, path)
+
+
+def test_initialise_with_a_detector_of_other_classes(tmp_path):
+    source = tiny.detector("retinanet", num_classes=7, seed=6).state_dict()
+    model = tiny.detector("retinanet")
+    before = snapshot(model)
+    initialise(model, save(source, tmp_path / "seven.pth"))
+    head = {"head.cls_score.weight", "head.cls_score.bias"}
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name] if name in head else source[name]), name
+
+
+def test_initialise_with_a_detector_of_another_family(tmp_path):
+    source = tiny.detector("fcos", seed=6).state_dict()
+    model = tiny.detector("faster_rcnn")
+    before = snapshot(model)
+    initialise(model, save(source, tmp_path / "fcos.pth"))
+    state = model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in source.items() if k.startswith(BOTTOM_UP))
+    assert torch.equal(state[CLS], before[CLS])
+
+
+@pytest.mark.parametrize("depth", [34, 50])
+def test_initialise_with_a_detector_of_another_depth(tmp_path, depth):
+    path = save(tiny.detector("retinanet", depth=depth).state_dict(), tmp_path / "a.pth")
+    fails("^key=.*another backbone", initialise, tiny.detector("retinanet"), path, "key")
+
+
+def test_initialise_with_something_else(tmp_path):
+    path = save({"layer.weight": torch.ones(3)}, tmp_path / "a.pth")
+    fails("another backbone", initialise, tiny.detector("retinanet"), path)
+    fails("no such file", initialise, tiny.detector("retinanet"), str(tmp_path / "b.pth"))
+    (tmp_path / "c.pth").write_bytes(b"nonsense\n" * 9)
+    fails("cannot be read", initialise, tiny.detector("retinanet"), str(tmp_path / "c.pth"))
+
+
+def test_nothing_to_initialise_with():
+    model = tiny.detector("retinanet")
+    before = snapshot(model)
+    initialise(model, "")
+    assert not changed(model, before)
+
+
+# --- inherit ---------------------------------------------------------------------------------
+
+LATERALS = {
+    f"backbone.fpn_{kind}{level}.{x}"
+    for kind in ("lateral", "output")
+    for level in (3, 4, 5)
+    for x in ("weight", "bias")
+}
+TOP = {f"backbone.top_block.{level}.{x}" for level in ("p6", "p7") for x in ("weight", "bias")}
+OUTPUTS = {k for k in LATERALS if "output" in k} | {
+    "backbone.fpn_lateral3.bias", "backbone.fpn_lateral4.bias", "backbone.fpn_lateral5.bias",
+    "backbone.top_block.p6.bias", "backbone.top_block.p7.weight", "backbone.top_block.p7.bias",
+}  # fmt: skip
+TOWERS = {
+    f"head.{tower}_subnet.{layer}.{x}"
+    for tower in ("cls", "bbox")
+    for layer in (0, 2)
+    for x in ("weight", "bias")
+} | {"head.bbox_pred.weight", "head.bbox_pred.bias"}
+SCORES = {"head.cls_score.weight", "head.cls_score.bias"}
+INHERITED = {
+    "neck": (["neck"], 34, 3, LATERALS | TOP),
+    "head": (["head"], 34, 3, TOWERS | SCORES),
+    "both": (["neck", "head"], 34, 3, LATERALS | TOP | TOWERS | SCORES),
+    "other classes": (["head"], 34, 7, TOWERS),
+    "a wider backbone": (["neck"], 50, 3, OUTPUTS),
+    "nothing": ([], 34, 3, set()),
+}
+
+
+@pytest.mark.parametrize("parts, depth, classes, names", INHERITED.values(), ids=INHERITED)
+def test_inherit(sharedkd_log, parts, depth, classes, names):
+    student = tiny.detector("retinanet")
+    teacher = tiny.detector("retinanet", depth, classes, seed=1)
+    for p in teacher.parameters():
+        p.data += 1  # biases start at zero in both
+    before, source = snapshot(student), snapshot(teacher)
+    copied = inherit(student, teacher, parts)
+    assert sorted(copied) == sorted(names)
+    assert changed(student, before) == names
+    assert all(torch.equal(student.state_dict()[k], source[k]) for k in names)
+    assert not changed(teacher, source)
+    assert all(name in sharedkd_log.text for name in names)
+    for p in student.parameters():  # a copy, not the same memory
+        p.data += 1
+    assert not changed(teacher, source)
+
+
+def test_inherit_from_a_two_stage_teacher():
+    student, teacher = tiny.detector("faster_rcnn"), tiny.detector("mask_rcnn", 34, seed=1)
+    copied = inherit(student, teacher, ["head"])
+    assert CLS in copied and "proposal_generator.rpn_head.conv.weight" in copied
+    assert all(k.startswith(("proposal_generator.", "roi_heads.box_")) for k in copied)
+
+
+def test_inherit_errors():
+    student, teacher = tiny.detector("retinanet"), tiny.detector("faster_rcnn")
+    fails(
+        r"^train.inherit=\['tail'\]: no such part; .*neck.*head",
+        inherit,
+        student,
+        teacher,
+        ["neck", "tail"],
+    )
+    fails(
+        r"^train.inherit=\['head'\]: no tensor of GeneralizedRCNN fits RetinaNet",
+        inherit,
+        student,
+        teacher,
+        ["head"],
+    )
+
+
+# --- StudentCheckpointer ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair():
+    stages = {"cross": Stage(CrossLayer())}
+    return SharedKD(student=tiny.detector("retinanet"), stages=stages, input_format="RGB")
+
+
+def test_a_file_is_a_plain_students(pair, tmp_path):
+    optimizer = torch.optim.SGD(pair.parameters(), 0.1, momentum=0.9)
+    StudentCheckpointer(pair, str(tmp_path), trainer=optimizer).save("model_0000004", iteration=4)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000004.pth"]
+    data = torch.load(tmp_path / "model_0000004.pth")
+    plain = tiny.detector("retinanet", seed=8)
+    assert data["model"].keys() == plain.state_dict().keys()
+    assert data["iteration"] == 4 and "param_groups" in data["trainer"]
+    # Detectron2 itself, without this package, fills a plain detector with it
+    incompatible = DetectionCheckpointer(plain).load(str(tmp_path / "model_0000004.pth"))
+    assert incompatible["iteration"] == 4
+    assert all(torch.equal(v, pair.student.state_dict()[k]) for k, v in plain.state_dict().items())
+
+
+def test_save_and_load_back(pair, tmp_path):
+    optimizer = torch.optim.SGD(pair.parameters(), 0.1, momentum=0.9)
+    checkpointer = StudentCheckpointer(pair, str(tmp_path), trainer=optimizer)
+    before = snapshot(pair)
+    checkpointer.save("a")
+    for p in pair.parameters():
+        p.data += 1
+    optimizer.param_groups[0]["lr"] = 7
+    assert checkpointer.has_checkpoint()
+    checkpointer.load(checkpointer.get_checkpoint_file())
+    assert not changed(pair, before)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def dying_save(data, f):
+    f.write(b"half of a file")
+    raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize("name", ["model_final", "next"], ids=["over the same name", "a new name"])
+def test_a_save_that_dies_half_way_leaves_the_previous_file(pair, tmp_path, monkeypatch, name):
+    checkpointer = StudentCheckpointer(pair, str(tmp_path))
+    checkpointer.save("model_final")
+    good = (tmp_path / "model_final.pth").read_bytes()
+    state = snapshot(pair)
+    for p in pair.parameters():
+        p.data += 1
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", dying_save)
+        with pytest.raises(OSError, match="No space left"):
+            checkpointer.save(name)
+    assert (tmp_path / "model_final.pth").read_bytes() == good
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert not (tmp_path / "next.pth").exists()
+    checkpointer.load(checkpointer.get_checkpoint_file())
+    assert not changed(pair, state)
+    checkpointer.save(name)  # what was left behind is no obstacle
+    assert (tmp_path / "last_checkpoint").read_text() == f"{name}.pth"
+    assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+
+
+def test_last_checkpoint_is_replaced_at_once(pair, tmp_path, monkeypatch):
+    checkpointer = StudentCheckpointer(pair, str(tmp_path))
+    checkpointer.save("first")
+
+    def dying_replace(source, target):
+        raise OSError("killed")
+
+    monkeypatch.setattr(os, "replace", dying_replace)
+    with pytest.raises(OSError):
+        checkpointer.tag_last_checkpoint("second.pth")
+    assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
+
+
+def test_only_the_main_process_writes(pair, tmp_path):
+    StudentCheckpointer(pair, str(tmp_path), save_to_disk=False).save("a")
+    assert not os.listdir(tmp_path)
