@@ -46,15 +46,13 @@ ROUNDS ?= 5
 MEASURE = .venv/bin/python tools/benchmark.py --device $(DEVICE) --image-size $(SIZE) \
 	--batch-size $(BATCH) --rounds $(ROUNDS) --json output/benchmark/$(DEVICE)_$(SIZE)x$(BATCH)_$(1).json --config-file configs/$(2)
 RIVALS = --methods semckd,fgd,mgd,reviewkd
-VARIANTS = $(addprefix --variant ,train.keep_memory=False train.channels_last=False train.channels_last=True train.fold_norms=False \
-	train.fast_roi_align=False model.teacher.fold=False model.teacher.cache=output/benchmark/maps $(BF16) optimizer.fused=True \
+VARIANTS = $(addprefix --variant ,train.channels_last=False train.channels_last=True \
+	model.teacher.fold=False $(BF16) optimizer.fused=True \
 	$(if $(HAS_BF16),train.amp.enabled=$(if $(AMP),False,True)) train.activation_checkpointing=True model.teacher.compile=True train.compile=True)
 BF16 = model.teacher.precision=bfloat16
 AMP = $(if $(filter cuda,$(DEVICE)),train.amp.enabled=True)
 # A CPU without instructions for bfloat16 gains nothing by it. Asked once.
 HAS_BF16 = $(eval HAS_BF16 := $(if $(filter cpu,$(DEVICE)),$(shell .venv/bin/python -W ignore -c "from sharedkd.modeling.hardware import has_bfloat16; print('yes' if has_bfloat16() else '')"),yes))$(HAS_BF16)
-NO_MEANS = train.keep_memory=False train.channels_last=False train.fold_norms=False train.fast_roi_align=False train.fast_focal_loss=False \
-	model.teacher.fold=False
 MASK_R50_R18 = custom_coco_mask.py model.teacher.config=COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml
 MASK = mask_rcnn_sharedkd.py model.teacher.config=COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml
 RETINANET_R50_R18 = custom_coco_retinanet.py model.teacher.config=COCO-Detection/retinanet_R_50_FPN_3x.yaml
@@ -70,11 +68,10 @@ benchmark: .venv/.ready
 	rm -rf output/benchmark
 	$(call BOTH,faster_rcnn_r50_r18,$(R50_R18),$(RIVALS) $(VARIANTS) --growth --processes 2)
 	$(call BOTH,mask_rcnn_r50_r18,$(MASK_R50_R18))
-	$(call BOTH,retinanet_r50_r18,$(RETINANET_R50_R18),--variant train.fast_focal_loss=False)
-	$(call BOTH,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py,--variant train.fast_roi_align=False)
+	$(call BOTH,retinanet_r50_r18,$(RETINANET_R50_R18))
+	$(call BOTH,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
 	$(call BOTH,mask_rcnn_r101_r50,$(MASK))
 	$(call BOTH,retinanet_r101_r50,retinanet_sharedkd.py,--rounds 9)
-	$(call MEASURE,faster_rcnn_r101_r50_no_means,faster_rcnn_sharedkd.py) $(AMP) $(NO_MEANS)
 	.venv/bin/python tools/benchmark_tables.py output/benchmark docs/results/performance docs/performance.md
 
 # `*.*` leaves out __pycache__, which an installation touches.

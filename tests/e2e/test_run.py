@@ -23,12 +23,13 @@ from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from tiny import arguments
 
-from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer, engine
+from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
+from sharedkd.engine import run as engine
 from sharedkd.config import load_config, shared_kd_stages, student_only
 from sharedkd.engine.checkpoint import StudentCheckpointer
 from sharedkd.engine.parts import build
 from sharedkd.engine.run import evaluate, run
-from sharedkd.running import cost
+from sharedkd.engine.hooks import cost
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -23,7 +23,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.compat.proto.event_pb2 import Event
 from torch import nn
 
-from sharedkd import ConfigError, SharedKDTrainer, engine
+from sharedkd import ConfigError, SharedKDTrainer
+from sharedkd.engine import run as engine
 from sharedkd.config import TRAIN_DEFAULTS
 from sharedkd.engine.checkpoint import SaveError, StudentCheckpointer, check_complete, has_run
 from sharedkd.engine.hooks.metrics import CLOCKS, EventFile

@@ -12,7 +12,7 @@ import pytest
 from sharedkd.engine.interrupt import StopRequest, interruptible, resume_command
 from sharedkd.engine.lock import BusyError, check_free, for_child, locked
 from sharedkd.lab.runs import Run
-from sharedkd.running import interrupt
+from sharedkd.engine import interrupt
 
 # In a process of its own, for whose parent the folder is locked: it may lock it, others may not.
 CHILD = """

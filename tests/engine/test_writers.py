@@ -11,7 +11,8 @@ from detectron2.utils.events import EventStorage
 from sharedkd.config import load_config
 from sharedkd.engine.checkpoint import SaveErrors
 from sharedkd.engine.hooks.metrics import Metrics
-from sharedkd.engine.hooks.writers import check_writers, open_writers
+from sharedkd.config.defaults import check_writers
+from sharedkd.engine.hooks.writers import open_writers
 from sharedkd.errors import ConfigError
 
 NOTE = """

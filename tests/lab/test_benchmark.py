@@ -105,7 +105,7 @@ def test_a_plain_detector_is_no_pair():
 
 def test_growth(monkeypatch):
     """Each case by itself; peaks, which take a process each, are made up."""
-    cfg = load_config(QUICKSTART, [*SETTINGS, "train.keep_memory=False"], without_data=True)
+    cfg = load_config(QUICKSTART, SETTINGS, without_data=True)
     sizes = {}
 
     def peaks(bench, name, starts):
@@ -138,7 +138,6 @@ def test_command_line(tmp_path):
         *("--starts", "1"),
         *("--processes", "2", "--variant", "train.channels_last=False"),
         *("--json", str(tmp_path / "deeper/out.json"), "train.amp.enabled=False"),
-        "train.keep_memory=False",  # no process for Detectron2's arms
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

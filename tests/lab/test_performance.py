@@ -91,8 +91,7 @@ def test_aims():
     other["memory"]["over_student_mb"] = {"distill": 250.0}
     other["ratios"] = {**other["ratios"], "losses": {"median": 0.0204}}
     del other["ratios"]["distill/fgd"]
-    off = result(overhead=7.0)  # is to reach nothing
-    table = aims({"pair": result(overhead=0.804), "other": other, "pair_no_means": off})
+    table = aims({"pair": result(overhead=0.804), "other": other})
     assert cells(table, "overhead, teacher in float32 on a CPU")[1:] == [
         *("0.95", "0.96", "other (0.96)"),
     ]
@@ -124,17 +123,17 @@ def test_rivals():
 
 def test_variants():
     found = result()
-    found["seconds"]["train.fold_norms=False"] = {"median": 3.5}
-    found["ratios"]["train.fold_norms=False"] = found["ratios"]["over_plain"]
-    found["memory"]["over_student_mb"]["train.fold_norms=False"] = 310.0
+    found["seconds"]["model.teacher.fold=False"] = {"median": 3.5}
+    found["ratios"]["model.teacher.fold=False"] = found["ratios"]["over_plain"]
+    found["memory"]["over_student_mb"]["model.teacher.fold=False"] = 310.0
     table = variants(found)
     assert cells(table, "the step as it is")[1:] == ["3.000", "-", "230"]
-    assert cells(table, "`train.fold_norms=False`")[1:] == [
+    assert cells(table, "`model.teacher.fold=False`")[1:] == [
         "3.500",
         "1.200 (1.100 to 1.300)",
         "310",
     ]
-    assert "fold_norms" not in rivals(found) and "fgd" not in table
+    assert "teacher.fold" not in rivals(found) and "fgd" not in table
 
 
 def test_growth():

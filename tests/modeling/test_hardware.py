@@ -6,7 +6,7 @@ import torch
 
 from sharedkd.config import load_config
 from sharedkd.engine.parts import build, memory_layout
-from sharedkd.speed import cpu
+from sharedkd.modeling import hardware as cpu
 
 QUICKSTART = str(tiny.ROOT / "configs/quickstart/plain.py")
 

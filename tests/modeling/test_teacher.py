@@ -13,7 +13,7 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, SharedKD, Stage
-from sharedkd import teacher as teacher_module
+from sharedkd.modeling.teachers import frozen as teacher_module
 from sharedkd.config import distill
 
 YAML = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"

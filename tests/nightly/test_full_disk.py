@@ -14,7 +14,7 @@ from disks import FAULTS, mounted, unmount
 from omegaconf import OmegaConf
 from tiny import arguments, command
 
-from sharedkd import engine
+from sharedkd.engine import run as engine
 from sharedkd.engine.checkpoint import SaveError, SaveErrors
 from sharedkd.engine.evaluators import build_evaluators
 from sharedkd.engine.resume import config_kept, latest_checkpoint, saved_config

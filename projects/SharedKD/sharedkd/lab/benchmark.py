@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -42,8 +42,6 @@ from sharedkd.losses.base import Batch, Maps
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
-from sharedkd.speed.malloc import keep_freed_memory
-from sharedkd.speed.teacher_cache import DIGEST, image_digest
 
 __all__ = ["Benchmark", "efficiency", "growth", "measure"]
 
@@ -53,7 +51,7 @@ WARM_UP = 2  # rounds that are not counted
 OPERATIONS = {
     "gradients of convolutions": ("convolution_backward",),
     "convolutions": ("convolution", "conv2d"),
-    "RoIAlign": ("roi_align", "embedding_bag"),
+    "RoIAlign": ("roi_align",),
     "matrix products": ("::mm", "::addmm", "::bmm", "::baddbmm"),
     "all else": ("",),
 }
@@ -167,8 +165,6 @@ class Benchmark:
 
     def arm(self, name: str) -> Callable[[], None]:
         """What the arm ``name`` does, ready to be called in this process."""
-        if self.device.type == "cpu" and self._settings(name).train.keep_memory:
-            keep_freed_memory()
         if name in ("teacher_eager", "teacher"):
             return self._teacher_arm(name)
         if name == "student":
@@ -298,38 +294,22 @@ class Benchmark:
     def times(self, names: Sequence[str], rounds: int) -> Dict[str, List[float]]:
         """Seconds of each arm in ``names`` in each of ``rounds`` rounds, arms in turn."""
         seconds: Dict[str, List[float]] = {name: [] for name in names}
-        with ExitStack() as children:
-            arms = {name: self._placed(name, children) for name in names}
-            for turn in range(-WARM_UP, rounds):
-                order = list(arms)[turn % len(arms) :] + list(arms)[: turn % len(arms)]
-                for name in order:
-                    start = self._now()
-                    arms[name]()
-                    elapsed = self._now() - start
-                    if turn >= 0:
-                        seconds[name].append(elapsed)
+        arms = {name: self.arm(name) for name in names}
+        for turn in range(-WARM_UP, rounds):
+            order = list(arms)[turn % len(arms) :] + list(arms)[: turn % len(arms)]
+            for name in order:
+                start = self._now()
+                arms[name]()
+                elapsed = self._now() - start
+                if turn >= 0:
+                    seconds[name].append(elapsed)
         return seconds
-
-    def _placed(self, name: str, children: ExitStack) -> Callable[[], object]:
-        """An arm in this process, or in a child if it treats freed memory in another way."""
-        kept = self._settings(name).train.keep_memory
-        if self.device.type != "cpu" or kept == self.cfg.train.keep_memory:
-            return self.arm(name)
-        return children.enter_context(self._apart(name))
 
     def _apart(self, name: str) -> AbstractContextManager[Callable[[], float]]:
         """A step's or teacher's arm in a process of its own; a call gives that process's peak in MB."""
         own = {**self.methods, **self.variants}
-        work = self._settings(name), self.image_size, len(self.records)
+        work = own.get(name, self.cfg), self.image_size, len(self.records)
         return _in_child(*work, "distill" if name in own else name)
-
-    def _settings(self, name: str) -> DictConfig:
-        """An arm's config.  Those of Detectron2 leave memory to the C library."""
-        cfg = {**self.methods, **self.variants}.get(name, self.cfg)
-        if name in DETECTRON2:
-            cfg = cfg.copy()
-            cfg.train.keep_memory = False
-        return cfg
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -421,9 +401,10 @@ class Benchmark:
         gradients that the losses give the student's.
         """
         pair = self._pair("distill")
+        taught = [name for name, loss in pair.losses.items() if "teacher" in loss.needs]
         maps = self.teacher.features(
             self.records,
-            pair.taught_taps,
+            pair._taps(taught),
             self.cfg.model.get("input_format", "BGR"),
         )
         return {
@@ -708,7 +689,6 @@ def _record(size: Sequence[int], seed: int) -> Dict[str, Any]:
         "height": height,
         "width": width,
         "instances": truth,
-        DIGEST: image_digest(image),  # as the training loader's processes add it
     }
 
 

@@ -33,7 +33,6 @@ __all__ = [
 
 BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
 KEPT = ("teacher_weights", "teacher_maps", "gradients")
-NO_MEANS = "_no_means"  # ends the name of a benchmark with all means off, which is to reach nothing
 
 Result = Mapping[str, Any]
 
@@ -154,14 +153,12 @@ def aims(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One row for each of :data:`AIMS` that a benchmark has a number for, and who missed it.
 
     Args:
-        results: see :func:`summary`; those with all means off are left out.
+        results: see :func:`summary`.
     """
     rows = []
     for title, limit, form, number in AIMS:
         found = {
-            name: value
-            for name, result in results.items()
-            if not name.endswith(NO_MEANS) and (value := number(result)) is not None
+            name: value for name, result in results.items() if (value := number(result)) is not None
         }
         if not found:
             continue
