@@ -19,6 +19,7 @@ lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 # A broken link or reference is an error. Always whole: tables are made from the code.
 docs: .venv/.ready

@@ -386,7 +386,11 @@ PAIR = {
         "model.teacher.precision",
         ["float16", "bfloat16"],
     ),
-    "cache of the teacher, which is gone": (["model.teacher.cache=maps"], CACHE, ["maps", "is gone", "every step"]),
+    "cache of the teacher, which is gone": (
+        ["model.teacher.cache=maps"],
+        CACHE,
+        ["maps", "is gone", "every step"],
+    ),
     "option of the teacher": (["model.teacher.speed=9"], "model.teacher", ["speed"]),
     "part to inherit": (["train.inherit=[tail]"], "train.inherit", ["tail", "neck"]),
     "no teacher for a stage": (["model.teacher=null"], f"{SAME}.loss", ["needs a teacher"]),

@@ -24,12 +24,12 @@ from omegaconf import OmegaConf
 from tiny import arguments
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
-from sharedkd.engine import run as engine
 from sharedkd.config import load_config, shared_kd_stages, student_only
+from sharedkd.engine import run as engine
 from sharedkd.engine.checkpoint import StudentCheckpointer
+from sharedkd.engine.hooks import cost
 from sharedkd.engine.parts import build
 from sharedkd.engine.run import evaluate, run
-from sharedkd.engine.hooks import cost
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -226,8 +226,6 @@ def test_fast_dev_run(train, monkeypatch):
     assert [p.name for p in output.glob("*.pth")] == ["model_final.pth"]
     assert "bbox" in results
     assert evaluated == [3]
-
-
 
 
 def test_the_teacher_is_evaluated_first(train, sharedkd_log):

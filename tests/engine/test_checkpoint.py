@@ -24,8 +24,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from torch import nn
 
 from sharedkd import ConfigError, SharedKDTrainer
-from sharedkd.engine import run as engine
 from sharedkd.config import TRAIN_DEFAULTS
+from sharedkd.engine import run as engine
 from sharedkd.engine.checkpoint import SaveError, StudentCheckpointer, check_complete, has_run
 from sharedkd.engine.hooks.metrics import CLOCKS, EventFile
 from sharedkd.engine.hooks.record import RunRecord
@@ -718,8 +718,6 @@ def test_a_run_may_be_extended_and_files_may_move(tmp_path, key, value):
 
     LazyConfig.save(settings(tmp_path), str(tmp_path / "config.yaml"))
     check_settings(settings(tmp_path, **{key: value}))
-
-
 
 
 def test_the_config_of_a_run_is_never_half_written(tmp_path):

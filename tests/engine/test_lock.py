@@ -9,10 +9,10 @@ import time
 
 import pytest
 
+from sharedkd.engine import interrupt
 from sharedkd.engine.interrupt import StopRequest, interruptible, resume_command
 from sharedkd.engine.lock import BusyError, check_free, for_child, locked
 from sharedkd.lab.runs import Run
-from sharedkd.engine import interrupt
 
 # In a process of its own, for whose parent the folder is locked: it may lock it, others may not.
 CHILD = """

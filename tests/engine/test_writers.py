@@ -9,9 +9,9 @@ import tiny
 from detectron2.utils.events import EventStorage
 
 from sharedkd.config import load_config
+from sharedkd.config.defaults import check_writers
 from sharedkd.engine.checkpoint import SaveErrors
 from sharedkd.engine.hooks.metrics import Metrics
-from sharedkd.config.defaults import check_writers
 from sharedkd.engine.hooks.writers import open_writers
 from sharedkd.errors import ConfigError
 

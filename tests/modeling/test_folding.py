@@ -1,6 +1,5 @@
 """Folding of frozen batch norms: equal maps, nothing left to fold, nothing folded that must not be."""
 
-
 import pytest
 import tiny
 import torch
@@ -118,12 +117,6 @@ def test_statistics_that_still_move_are_refused():
         fold_norms(wrapped(nn.BatchNorm2d).train())
 
 
-
-
-
-
-
-
 def frozen(family):
     """A small detector with frozen norms in its backbone."""
     node = tiny.node(family)
@@ -133,9 +126,3 @@ def frozen(family):
     for norm in [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)]:
         norm.weight.fill_(0.5)  # random weights would let maps grow from block to block
     return model
-
-
-
-
-
-

@@ -35,8 +35,6 @@ def test_a_model_has_the_layout(said):
     assert all(p.is_contiguous(memory_format=torch.channels_last) == said for p in weights)
 
 
-
-
 @pytest.mark.parametrize("there", ["avx512_bf16", "amx_tile", None])
 def test_bfloat16_takes_instructions_for_it(monkeypatch, there):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")

@@ -13,8 +13,8 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, SharedKD, Stage
-from sharedkd.modeling.teachers import frozen as teacher_module
 from sharedkd.config import distill
+from sharedkd.modeling.teachers import frozen as teacher_module
 
 YAML = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 LAZY = "COCO-Detection/retinanet_R_50_FPN_1x.py"
@@ -443,7 +443,6 @@ def test_lower_precision_stays_near_and_is_measured(
     raw, monkeypatch, precision, step, instructions
 ):
     """Whether the CPU has instructions for it or not."""
-    monkeypatch.setattr(teacher_module, "has_bfloat16", lambda: instructions)
     teacher = raw(precision=precision)
     change = teacher.prepare(step)
     expected = raw().features(BATCH, FPN, "RGB")
@@ -500,7 +499,6 @@ def test_maps_of_a_prepared_dense_head():
 @pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_prepared_teacher_still_detects(raw, monkeypatch, precision, instructions):
-    monkeypatch.setattr(teacher_module, "has_bfloat16", lambda: instructions)
     expected = raw().predict(BATCH, "RGB")[0]["instances"]
     teacher = raw(precision=precision)
     teacher.prepare()

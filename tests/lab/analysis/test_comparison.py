@@ -6,7 +6,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from sharedkd.lab.compare.plots import plot_ap, plot_cost, plot_sizes
-from sharedkd.lab.compare.results import report, write
+from sharedkd.lab.compare.summary import report, write
 from sharedkd.lab.scores import Difference, difference, interval
 
 

@@ -12,7 +12,7 @@ __all__ = ["construct", "not_set"]
 
 
 def not_set(key: str) -> ConfigError:
-    """What to say of a key that a config leaves to the command line."""
+    """What to say of ``key``, which a config leaves to the command line."""
     return ConfigError(key, "???", "is not set", f"add {key}=... to the command")
 
 

@@ -6,7 +6,7 @@ __all__ = ["add_sharedkd_config"]
 
 
 def add_sharedkd_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.SHAREDKD`` to a classic config, whose META_ARCHITECTURE is then ``SharedKD``."""
+    """Add ``MODEL.SHAREDKD`` to ``cfg``, a classic config, whose META_ARCHITECTURE is then ``SharedKD``."""
     cfg.MODEL.SHAREDKD = CfgNode(
         dict(
             STUDENT="GeneralizedRCNN",

@@ -35,6 +35,9 @@ HARMLESS = ("pixel_mean", "pixel_std", "cell_anchors", "num_batches_tracked")
 class DataCheckpointer(DetectionCheckpointer):
     """Reads files as data, and finds the names of a bare backbone in the detector.
 
+    Args:
+        model, save_dir, save_to_disk, checkpointables: Detectron2's.
+
     Attributes:
         trusted: run what files ask for.
     """

@@ -39,7 +39,7 @@ from sharedkd.lab.runs import Run, short, tool
 from sharedkd.methods import PLAIN, with_method
 from sharedkd.modeling.meta_arch import SharedKD
 
-from .results import write
+from .summary import write
 
 __all__ = ["Arm", "Comparison", "folder_name", "run_comparison"]
 

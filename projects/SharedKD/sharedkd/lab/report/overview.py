@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Seque
 
 from sharedkd.config.plain import leaves
 from sharedkd.engine.run import DEV_RUN_IMAGES
-from sharedkd.lab.compare.results import notes
+from sharedkd.lab.compare.summary import notes
 from sharedkd.lab.runs import short, tool
 from sharedkd.lab.scores import Difference, Row, difference, measured
 from sharedkd.modeling.stages import Stage
