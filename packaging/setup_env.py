@@ -16,6 +16,7 @@ OWN_BUILD = "+purepy"  # in the version that packaging/detectron2 gives its whee
 
 # Modules that are not named like the package they come with.
 MODULES = {
+    "import-linter": "importlinter",
     "hydra-core": "hydra",
     "opencv-python-headless": "cv2",
     "pillow": "PIL",

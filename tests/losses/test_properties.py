@@ -13,7 +13,8 @@ from losses import harness
 from omegaconf import OmegaConf
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, Stage, losses
-from sharedkd.config import TRAIN_DEFAULTS, TRAIN_RULES, _settle_train
+from sharedkd.config.defaults import TRAIN_DEFAULTS, TRAIN_RULES
+from sharedkd.config.load import _settle_train
 from sharedkd.errors import Findings
 from sharedkd.losses.alignment import align
 from sharedkd.losses.base import Regions

@@ -542,3 +542,38 @@ def test_a_teacher_in_bfloat16_gives_nearly_the_same_gradient(family):
         gradients.append(torch.cat([x.flatten() for x in found if x is not None]).double())
     exact, lower = gradients
     assert 0 < (lower - exact).norm() < 0.01 * exact.norm()
+
+
+def test_each_stage_learns_from_the_source_that_it_names():
+    """Three stages and two sources: terms as with each source alone, and each source runs once."""
+
+    def stage(name=None):
+        return Stage(IdenticalLayer(), teacher=name)
+
+    def source(seed):
+        return FrozenTeacher(tiny.detector("faster_rcnn", seed=seed), "", input_format="RGB")
+
+    def terms(**options):
+        torch.manual_seed(0)
+        student = tiny.detector("faster_rcnn")
+        model = SharedKD(student=student, input_format="RGB", **options).train()
+        with EventStorage(0):
+            losses = model(tiny.batch())
+        return {k[len("distill/") :]: x.item() for k, x in losses.items() if "distill/" in k}
+
+    near, far, asked = source(1), source(2), []
+    for name, teacher in (("near", near), ("far", far)):
+        teacher.features = lambda *a, f=teacher.features, n=name: asked.append(n) or f(*a)
+    stages = {"a": stage(), "b": stage("far"), "c": stage("far")}
+    found = terms(teacher=near, teachers={"far": far}, stages=stages)
+    assert sorted(asked) == ["far", "near"]
+    expected = terms(teacher=source(1), stages={"a": stage()})
+    alone = terms(teacher=source(2), stages={"b": stage(), "c": stage()})
+    assert found == {**expected, **alone} and found["a/s8"] != found["b/s8"]
+    with pytest.raises(ConfigError, match="model.stages.a.teacher=other.*model.teachers: far"):
+        SharedKD(
+            student=tiny.detector("faster_rcnn"),
+            teachers={"far": far},
+            stages={"a": stage("other")},
+            input_format="RGB",
+        )

@@ -152,7 +152,7 @@ def test_the_zoo_is_where_detectron2_looks_for_it(cache):
     from iopath.common.file_io import HTTPURLHandler
 
     url = ZOO.replace(Detectron2Handler.PREFIX, Detectron2Handler.S3_DETECTRON2_PREFIX)
-    path = Path(_cached(url, None))
+    path = Path(_cached(url))
     path.parent.mkdir(parents=True)
     path.write_bytes(CONTENT)
     assert HTTPURLHandler()._get_local_path(url) == str(path)
@@ -163,7 +163,7 @@ PLACES = ["http://a/x/m.pth", "http://b/x/m.pth", "http://a:80/x/m.pth", "http:/
 
 
 def test_hosts_do_not_share_a_place_in_the_cache(cache):
-    assert len({_cached(url, None) for url in PLACES}) == len(PLACES)
+    assert len({_cached(url) for url in PLACES}) == len(PLACES)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_hosts_do_not_share_a_place_in_the_cache(cache):
 )
 def test_a_url_does_not_lead_out_of_the_cache(url):
     with pytest.raises(ValueError, match="names no file"):
-        _cached(url, None)
+        _cached(url)
 
 
 DOWNLOAD = """
@@ -190,7 +190,7 @@ sys.exit(sum(os.waitpid(child, 0)[1] for child in children))
 
 def test_four_processes_at_once(server, cache):
     url = f"{server.url}/slow/model-{DIGEST[:8]}.pth"
-    left = Path(f"{_cached(url, None)}.dead.part")
+    left = Path(f"{_cached(url)}.dead.part")
     left.parent.mkdir(parents=True)
     left.write_bytes(b"of a process that was killed")
     os.utime(left, (0, 0))
@@ -199,7 +199,7 @@ def test_four_processes_at_once(server, cache):
         command, stdout=subprocess.PIPE, text=True, timeout=300, check=True
     ).stdout
     paths = said.splitlines()
-    assert len(paths) == 4 and set(paths) == {_cached(url, None)}
+    assert len(paths) == 4 and set(paths) == {_cached(url)}
     assert Path(paths[0]).read_bytes() == CONTENT
     assert len(server.asked) == 1 and files(cache) == [f"model-{DIGEST[:8]}.pth"]
 
@@ -210,7 +210,7 @@ def test_processes_that_cannot_lock_do_not_harm_each_other(server, cache, monkey
 
     monkeypatch.setattr("sharedkd.weights.download.file_lock", lambda path: nullcontext())
     url = f"{server.url}/slow/model.pth"
-    os.makedirs(os.path.dirname(_cached(url, None)))
+    os.makedirs(os.path.dirname(_cached(url)))
     found = []
     threads = [threading.Thread(target=lambda: found.append(fetch(url))) for _ in range(4)]
     for thread in threads:

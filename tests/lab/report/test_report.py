@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from sharedkd.errors import ConfigError
-from sharedkd.lab.analysis import comparison
+from sharedkd.lab.compare import summary as comparison
 from sharedkd.lab.report import write_report
 from sharedkd.lab.report.markup import Markup, markdown, tag
 from sharedkd.lab.report.page import as_html
@@ -561,7 +561,7 @@ def test_a_comparison_ends_with_its_tables_and_where_the_report_is(compared, mon
     record = json.loads((compared / "results.json").read_text())
     end = lambda *_: comparison.write(record, str(compared))  # noqa: E731  no training
     monkeypatch.setattr("sharedkd.lab.compare.comparison.run_comparison", end)
-    tool = Path(__file__).parents[2] / "tools/compare_methods.py"
+    tool = Path(__file__).parents[3] / "tools/compare_methods.py"
     words = [str(tool), "--config-file", "x.py", "--output", str(compared)]
     monkeypatch.setattr("sys.argv", words)
     monkeypatch.setattr("sys.path", [*sys.path])

@@ -4,7 +4,8 @@ from sharedkd.modeling.shared_kd import ONE_STAGE_WEIGHT, published_stages, shar
 
 from .build import construct
 from .classic import add_sharedkd_config
-from .load import TRAIN_DEFAULTS, load_config, override, student_only
+from .defaults import TRAIN_DEFAULTS
+from .load import load_config, override, student_only
 from .pair import distill
 
 __all__ = [

@@ -16,7 +16,6 @@ from .defaults import GONE, TRAIN_DEFAULTS, TRAIN_RULES, TYPE_RULES
 from .overrides import check_override, not_applicable
 
 __all__ = [
-    "TRAIN_DEFAULTS",
     "load_config",
     "override",
     "student_only",
@@ -57,12 +56,7 @@ def load_config(
                 )
             )
             findings.raise_errors()  # there is nothing else to check
-    for key in (key for key in GONE if key.startswith("model.")):
-        given = OmegaConf.select(cfg, key, throw_on_missing=False)
-        if given is not None:
-            findings.add(ConfigError(key, given, "this key is gone", GONE[key]))
-            group, _, name = key.rpartition(".")
-            del OmegaConf.select(cfg, group)[name]
+    _refuse_gone(cfg, findings)
     cfg.train = _settle_train(cfg.get("train", {}), findings)
     if cfg.train.fast_dev_run:
         cfg.train.max_iter = cfg.train.eval_period = 20
@@ -116,6 +110,17 @@ def override(cfg: DictConfig, text: str, path: str) -> None:
         )
 
 
+def _refuse_gone(cfg: DictConfig, findings: Findings) -> None:
+    """Report the keys of earlier versions, and go on without them."""
+    for key, remedy in GONE.items():
+        group, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, group)
+        if isinstance(node, DictConfig) and name in node.keys():
+            value = "???" if OmegaConf.is_missing(node, name) else node[name]
+            findings.add(ConfigError(key, value, "this key is gone", remedy))
+            del node[name]
+
+
 def _settle_train(given: Any, findings: Findings) -> DictConfig:
     """`train` with defaults for what is not given, and for what is wrong while the rest is checked."""
     if not isinstance(given, Mapping):
@@ -153,11 +158,9 @@ def _fill(
             _fill(train[name], given[name], default, key, findings)
     for name in sorted(set(given) - set(known)):
         value = "???" if OmegaConf.is_missing(given, name) else given[name]
-        key = f"{group}.{name}"
-        if key in GONE:
-            findings.add(ConfigError(key, value, "this key is gone", GONE[key]))
-            continue
-        findings.add(ConfigError(key, value, "no such key", f"use one of {', '.join(known)}"))
+        findings.add(
+            ConfigError(f"{group}.{name}", value, "no such key", f"use one of {', '.join(known)}")
+        )
 
 
 def _drop_idle_teacher(model: DictConfig, findings: Findings) -> None:

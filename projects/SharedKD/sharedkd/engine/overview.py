@@ -57,7 +57,8 @@ def describe(cfg: DictConfig, parts: Parts, findings: Findings) -> Dict[str, Any
             if summaries
         },
     }
-    found.update({k: findings.facts[k] for k in ("disk",) if findings.facts.get(k)})
+    if findings.facts.get("disk"):
+        found["disk"] = findings.facts["disk"]
     model = parts.model
     if model is FAILED:
         return found

@@ -79,7 +79,7 @@ class SharedKDTrainer(SimpleTrainer):
         log_period: on a GPU, losses are read every so many steps, in the last one, and before a
             checkpoint: a step need not wait for the one before.  On a CPU, and if bad steps are to
             be skipped, they are read in each.
-        on_nonfinite, max_skipped_steps: see :class:`~.running.nonfinite.BadSteps`.
+        on_nonfinite, max_skipped_steps: see :class:`~sharedkd.engine.hooks.nonfinite.BadSteps`.
 
     Raises:
         ConfigError: float16 on the CPU, accumulate below 1, or see BadSteps.

@@ -401,10 +401,9 @@ class Benchmark:
         gradients that the losses give the student's.
         """
         pair = self._pair("distill")
-        taught = [name for name, loss in pair.losses.items() if "teacher" in loss.needs]
         maps = self.teacher.features(
             self.records,
-            pair._taps(taught),
+            pair.taught_taps,
             self.cfg.model.get("input_format", "BGR"),
         )
         return {

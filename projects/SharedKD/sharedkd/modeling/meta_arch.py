@@ -101,7 +101,7 @@ class SharedKD(nn.Module):
                 "is no source of maps of this model",
                 f"use null, or one of model.teachers: {', '.join(self.teachers) or 'there is none'}",
             )
-        teacher = self._source(stage)
+        teacher = self.sources.get(stage.teacher)
         shapes = teacher.shapes if teacher else None
         stage.loss.bind(pyramid_shapes(self.student), shapes, f"{key}.loss")
         if "regions" in stage.loss.needs:
@@ -114,7 +114,7 @@ class SharedKD(nn.Module):
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
         """The arguments from ``cfg``, a classic yaml config.
 
-        It has the keys of :func:`sharedkd.config.load.add_sharedkd_config`.
+        It has the keys of :func:`sharedkd.config.classic.add_sharedkd_config`.
         """
         keys = cfg.MODEL.SHAREDKD
         teacher = keys.TEACHER
@@ -161,50 +161,48 @@ class SharedKD(nn.Module):
 
         needs = frozenset().union(*(self.losses[name].needs for name in active))
         taps = self._taps(active)
-        groups: Dict[Optional[str], List[str]] = {}  # source -> the stages that learn from it
+        groups: Dict[Optional[str], List[str]] = {}  # source of maps -> the stages that name it
         for name in active:
-            if "teacher" in self.losses[name].needs:
-                groups.setdefault(self.stages[name].teacher, []).append(name)
+            groups.setdefault(self.stages[name].teacher, []).append(name)
         # Before the student: the teachers' temporaries are gone when its graph is built.
         whole = {
-            source: self._source(self.stages[names[0]]).features(
+            source: self.sources[source].features(
                 batched_inputs,
-                self._taps(names),
+                self._taps(taught),
                 self.input_format,
                 self.student.backbone.size_divisibility,
             )
             for source, names in groups.items()
+            if (taught := self._taught(names))
         }
         regions = RegionTap(self.student) if "regions" in needs else None
         with self._tap.capture(taps) as student:
             with regions.capture() if regions else nullcontext() as sampled:
                 losses = self.student(batched_inputs)
-        batch = Batch(
+        common = Batch(
             student=student,
             teacher=None,
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
             inputs=batched_inputs,
         )
-        if "labels" in needs:
-            batch.labels = anchor_labels(self.student, batched_inputs, student["logits"])
-        shown = {source: same_pixels(maps, student) for source, maps in whole.items()}
-        labels = None
         if regions:
             truth = [x["instances"].to(self.device) for x in batched_inputs]
-            labels = regions.labels(sampled["boxes"], truth)
+            sampled["labels"] = regions.labels(sampled["boxes"], truth)
+        if "labels" in needs:
+            common.labels = anchor_labels(self.student, batched_inputs, student["logits"])
+        batches = {source: replace(common) for source in groups}
+        for source, maps in whole.items():
+            batch = batches[source]
+            batch.teacher = same_pixels(maps, student)
+            if any("regions" in self.losses[name].needs for name in groups[source]):
+                batch.regions = Regions(
+                    labels=sampled["labels"],
+                    student=sampled["logits"],
+                    teacher=self.sources[source].region_logits(maps, sampled["boxes"]),
+                )
         with torch.autocast(self.device.type, enabled=False):
             for name, weight in active.items():
-                source = self.stages[name].teacher
-                seen = replace(batch, teacher=shown.get(source))
-                if "regions" in self.losses[name].needs:
-                    seen.regions = Regions(
-                        labels=labels,
-                        student=sampled["logits"],
-                        teacher=self._source(self.stages[name]).region_logits(
-                            whole[source], sampled["boxes"]
-                        ),
-                    )
-                for term, value in self.losses[name](seen).items():
+                for term, value in self.losses[name](batches[self.stages[name].teacher]).items():
                     losses[f"distill/{name}/{term}"] = weight * value
         return self._with_idle_parameters(losses)
 
@@ -216,6 +214,14 @@ class SharedKD(nn.Module):
             losses[first] = losses[first] + 0.0 * sum(p.sum() for p in owned)
         return losses
 
+    @property
+    def taught_taps(self) -> FrozenSet[str]:
+        """Where any stage, in whatever step, reads a teacher's maps."""
+        return self._taps(self._taught(self.stages))
+
+    def _taught(self, names: Iterable[str]) -> List[str]:
+        return [name for name in names if "teacher" in self.stages[name].loss.needs]
+
     def _taps(self, names: Iterable[str]) -> FrozenSet[str]:
         losses = [self.stages[name].loss for name in names]
         taps = set().union(*(loss.taps for loss in losses))
@@ -226,9 +232,6 @@ class SharedKD(nn.Module):
     def sources(self) -> Dict[Optional[str], Teacher]:
         """All sources of maps, by the name that a stage uses; None is ``teacher``."""
         return {**({} if self.teacher is None else {None: self.teacher}), **self.teachers}
-
-    def _source(self, stage: Stage) -> Optional[Teacher]:
-        return self.sources.get(stage.teacher)
 
     # Teachers are no submodules, yet go where the model goes.
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "SharedKD":

@@ -11,12 +11,12 @@ import os
 import re
 import time
 import uuid
-from typing import Any, Optional
+from typing import Optional
 from urllib.parse import unquote, urlparse
 from urllib.request import urlopen
 
 from detectron2.utils.file_io import Detectron2Handler, PathManager
-from iopath.common.file_io import HTTPURLHandler, file_lock, get_cache_dir
+from iopath.common.file_io import file_lock, get_cache_dir
 
 from sharedkd.errors import ConfigError
 
@@ -27,6 +27,7 @@ logger = logging.getLogger("detectron2.sharedkd")
 PATIENCE = 60  # seconds without a byte
 ABANDONED = 24 * 3600  # seconds after which an unfinished download is nobody's any more
 _CHUNK = 2**20
+_DOWNLOADED = ("http://", "https://", "ftp://")
 
 
 def fetch(path: str, sha256: Optional[str] = None, sha256_key: str = "sha256") -> str:
@@ -57,12 +58,17 @@ def fetch(path: str, sha256: Optional[str] = None, sha256_key: str = "sha256") -
 
 
 def _local_path(path: str, sha256: str) -> str:
+    """In a cache that only ever holds whole files."""
     prefix = Detectron2Handler.PREFIX
     if path.startswith(prefix):
         path = Detectron2Handler.S3_DETECTRON2_PREFIX + path[len(prefix) :]
-    if path.startswith(tuple(HTTPURLHandler()._get_supported_prefixes())):
-        return Downloads()._get_local_path(path, sha256=sha256)
-    return PathManager.get_local_path(path)
+    if not path.startswith(_DOWNLOADED):
+        return PathManager.get_local_path(path)
+    cached = _cached(path)
+    with file_lock(cached):  # so that one process downloads and the others wait
+        if not os.path.isfile(cached):
+            _download(path, cached, sha256 or hash_in_name(path))
+    return cached
 
 
 def check_sha256(sha256: Optional[str], key: str) -> str:
@@ -97,25 +103,7 @@ def _compare(found: str, wanted: str, file: str) -> None:
         )
 
 
-class Downloads(HTTPURLHandler):
-    """Detectron2's handler of URLs, with a cache that only ever holds whole files."""
-
-    def _get_local_path(
-        self,
-        path: str,
-        force: bool = False,
-        cache_dir: Optional[str] = None,
-        sha256: str = "",
-        **kwargs: Any,
-    ) -> str:
-        cached = _cached(path, cache_dir)
-        with file_lock(cached):  # so that one process downloads and the others wait
-            if force or not os.path.isfile(cached):
-                _download(path, cached, sha256 or hash_in_name(path))
-        return cached
-
-
-def _cached(url: str, cache_dir: Optional[str]) -> str:
+def _cached(url: str) -> str:
     parsed = urlparse(url)
     zoo = urlparse(Detectron2Handler.S3_DETECTRON2_PREFIX).netloc
     parts = unquote(parsed.path).strip("/").split("/")
@@ -125,7 +113,7 @@ def _cached(url: str, cache_dir: Optional[str]) -> str:
     host = [] if parsed.netloc == zoo else [re.sub(r"[^\w.-]", "_", parsed.netloc)]
     if parsed.query:
         parts.insert(-1, hashlib.sha256(parsed.query.encode()).hexdigest()[:16])
-    return os.path.join(get_cache_dir(cache_dir), *host, *parts)
+    return os.path.join(get_cache_dir(), *host, *parts)
 
 
 def _download(url: str, target: str, sha256: str) -> None:

@@ -140,7 +140,7 @@ def load_trained(
         model: plain Detectron2 model.
         path: ``detectron2://``, URL, ``.pkl``, ``.pth`` or ``.safetensors``.
         key: the config key that holds the path, for messages.
-        trusted: read the file with loaders that run what it asks for, see :mod:`.weights`.
+        trusted: read the file with loaders that run what it asks for, see :mod:`.reading`.
         sha256: of the file, see :func:`.download.fetch`.
 
     Returns:

@@ -104,7 +104,7 @@ def write_safetensors(state: Mapping[str, Tensor], path: str) -> None:
     """Write ``state`` in the format that cannot hold code; ``path`` appears complete or not at all.
 
     Raises:
-        OSError: see :func:`.files.replace`.
+        OSError: see :func:`sharedkd.files.replace`.
     """
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in state.items()}
     replace(path, lambda f: f.write(safetensors.torch.save(tensors, {"format": "pt"})))

@@ -1,7 +1,7 @@
 """What a teacher is: a source of feature maps that stages learn from."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional
+from typing import Any, Callable, Dict, FrozenSet, List, Optional
 
 import torch
 from detectron2.structures import Boxes
@@ -19,9 +19,7 @@ class Teacher(ABC):
     ``parameters()`` or ``state_dict()``, and neither do DDP and the optimizer.  ``train()`` does not
     reach it.
 
-    A subclass has to offer :attr:`shapes` and :meth:`features`.  One that changes while the student
-    trains (an average of the student, a peer) also overrides :meth:`after_step`, and
-    :meth:`state_dict` if it must survive a resume.
+    A subclass has to offer :attr:`shapes` and :meth:`features`.
 
     Attributes:
         shapes: tap -> stride -> channels of the maps that it offers.
@@ -74,22 +72,16 @@ class Teacher(ABC):
         """What tells it from other teachers when a run is resumed; None: nothing fixed."""
         return None
 
-    def prepare(self, step_dtype: Optional[torch.dtype] = None) -> None:
+    def prepare(self, step_dtype: Optional[torch.dtype] = None) -> Dict[int, float]:
         """Make it ready to run; called once, when the model is on its device.
 
         Args:
             step_dtype: what the training step computes in under autocast; None: float32.
+
+        Returns:
+            stride -> how far that changes its maps, see :meth:`FrozenTeacher.prepare`; empty: not at all.
         """
+        return {}
 
     def apply_to_tensors(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply ``fn``, a move of the model that holds it to a device or type, to its own tensors."""
-
-    def after_step(self, student: nn.Module) -> None:
-        """Follow ``student``, whose weights an optimizer step has just changed."""
-
-    def state_dict(self) -> Dict[str, Any]:
-        """What a resumed run needs of it; empty for one that never changes."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``, of :meth:`state_dict`."""
