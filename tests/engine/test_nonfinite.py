@@ -105,14 +105,14 @@ def pair(family="retinanet"):
 
 def trainer_of(model, batches, **options):
     sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=0.1)
-    options = {"max_iter": 100, **options}
+    options = {"max_iter": 100, "seed": 0, **options}
     return SharedKDTrainer(model, copy.deepcopy(batches), sgd, **options)
 
 
 def run(trainer, iterations):
     with EventStorage(0) as trainer.storage:
         for trainer.iter in iterations:
-            trainer.storage.iter = trainer.iter
+            trainer.before_step()
             trainer.run_step()
     return trainer
 
@@ -148,7 +148,7 @@ def test_a_skipped_step_leaves_nothing_behind(place, sharedkd_log):
     other = run(trainer_of(pair(), [batches[0], batches[2]]), [0, 2])
     assert state(trainer) == state(other)
     assert re.search(f"iteration 1: .*{says}.*the step is skipped", sharedkd_log.text)
-    assert (trainer.bad_steps.in_a_row, trainer.bad_steps.total) == (0, 1)
+    assert (trainer.log.in_a_row, trainer.log.total) == (0, 1)
     history = trainer.storage.history("skipped_steps").values()
     assert history == [(0, 0), (1, 1), (1, 2)]
     assert all(
@@ -216,7 +216,7 @@ def test_a_good_step_resets_the_count():
     trainer = toy([NAN, NAN, 1, NAN, INF, 1], on_nonfinite="skip_step", max_skipped_steps=2)
     run(trainer, range(6))
     assert trainer.module.weight == -1
-    assert (trainer.bad_steps.in_a_row, trainer.bad_steps.total) == (0, 4)
+    assert (trainer.log.in_a_row, trainer.log.total) == (0, 4)
 
 
 @pytest.mark.parametrize("limit", [0, 2])
@@ -236,7 +236,7 @@ def test_a_resumed_run_keeps_its_count():
     before = run(toy([1, NAN, NAN], **options), range(3))
     after = toy([NAN], **options)
     after.load_state_dict(before.state_dict())
-    assert (after.bad_steps.in_a_row, after.bad_steps.total) == (2, 2)
+    assert (after.log.in_a_row, after.log.total) == (2, 2)
     with pytest.raises(NonFiniteLossError, match="iteration 3: .*2 steps in a row"):
         run(after, [3])
 
@@ -263,7 +263,7 @@ def test_what_is_read_late_does_not_reach_the_weights(place):
     breaks(model)
     batches = [batch(), batch(bad=True), batch(seed=2)]
     trainer = trainer_of(model, batches, clip_grad_norm=1.0 if place == "gradient" else None)
-    trainer.read_period = 20
+    trainer.log.period = 20
     run(trainer, [0, 1, 2])
     assert all(torch.isfinite(p).all() for p in model.parameters())
     with pytest.raises(NonFiniteLossError, match=f"^iteration 1: .*{says}.*training stops"):
@@ -272,14 +272,14 @@ def test_what_is_read_late_does_not_reach_the_weights(place):
 
 def test_a_late_step_moves_by_a_gradient_of_zero():
     trainer = toy([1, NAN, 3])
-    trainer.read_period = 20
+    trainer.log.period = 20
     assert run(trainer, range(3)).module.weight == 1 - 1 - 3
     with pytest.raises(NonFiniteLossError, match="iteration 1: loss_toy=nan"):
         trainer.state_dict()
     # A loss may be infinite and its gradient finite.
     trainer = toy([1])
     trainer.module.register_forward_hook(lambda *x: {"loss_toy": x[-1]["loss_toy"] + INF})
-    trainer.read_period = 20
+    trainer.log.period = 20
     assert run(trainer, [0]).module.weight == 1
 
 
@@ -287,7 +287,7 @@ def test_a_late_step_moves_by_a_gradient_of_zero():
 def test_a_step_on_a_gpu_waits_for_nothing():
     trainer = toy([1, 2, 3])
     trainer.module.cuda()
-    trainer.device_type, trainer.read_period = "cuda", 20
+    trainer.device, trainer.log.period = torch.device("cuda"), 20
     batches = [[{"image": torch.ones(1, device="cuda")}] for _ in range(3)]
     trainer._data_loader_iter_obj = iter(batches)
     torch.cuda.set_sync_debug_mode("error")
@@ -311,7 +311,7 @@ def scaled(values, scale, **options):
 def test_an_overflow_is_no_bad_step(policy):
     trainer = run(scaled([8], 2.0**126, on_nonfinite=policy), [0])  # 8 * 2**126 is infinite
     assert trainer.module.weight == 1 and trainer.scaler.get_scale() == 2.0**125
-    assert trainer.bad_steps.total == 0
+    assert trainer.log.total == 0
     assert "grad_norm" not in trainer.storage.latest()
     assert trainer.storage.latest()["loss_toy"][0] == 8
     # A smaller one does not overflow.
@@ -322,7 +322,7 @@ def test_a_bad_loss_is_no_overflow():
     with pytest.raises(NonFiniteLossError, match="iteration 0: loss_toy=nan is not finite"):
         run(scaled([NAN], 2.0**10), [0])
     trainer = run(scaled([NAN, 3], 2.0**10, on_nonfinite="skip_step"), [0, 1])
-    assert trainer.bad_steps.total == 1
+    assert trainer.log.total == 1
     assert trainer.module.weight == 1 - 3 and trainer.scaler.get_scale() == 2.0**10
 
 
@@ -357,7 +357,7 @@ def in_group(rank, folder):
             weights = torch.cat([x.detach().flatten() for x in model.parameters()])
             digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
             finite = torch.isfinite(weights).all().item()
-            found[family, policy] = (error, trainer.bad_steps.total, trainer.iter, finite, digest)
+            found[family, policy] = (error, trainer.log.total, trainer.iter, finite, digest)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -21,6 +21,7 @@ from sharedkd import (
     SharedKDTrainer,
     Stage,
 )
+from sharedkd.engine.trainer import Step
 from sharedkd.engine.hooks.shares import Watchdog, gradient_norms
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.modeling.backbones import recompute_blocks
@@ -50,7 +51,7 @@ def pair(stages, family="retinanet"):
 def trainer_of(model, count=1, period=0, **options):
     sgd = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     batches = [records(2 * i) for i in range(count * options.get("accumulate", 1))]
-    trainer = SharedKDTrainer(model, batches, sgd, max_iter=count, **options)
+    trainer = SharedKDTrainer(model, batches, sgd, max_iter=count, seed=0, **options)
     trainer.register_hooks([Watchdog(period) if period else None])
     return trainer
 
@@ -141,7 +142,7 @@ def barks(log):
 def watched(trainer, shares, monkeypatch):
     """A watchdog that finds the given shares of mine/s8 in turn; None: the stage is off."""
     dog = Watchdog(10)
-    dog.trainer, trainer.batch = trainer, records()
+    dog.trainer, trainer.step = trainer, Step(0, {}, batches=[records()])
     with EventStorage(0) as trainer.storage:
         for i, share in enumerate(shares):
             trainer.iter = 10 * i + 9

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -11,6 +12,7 @@ from sharedkd import (
     CrossLayer,
     FrozenTeacher,
     IdenticalLayer,
+    NonFiniteLossError,
     SharedKD,
     SharedKDTrainer,
     Stage,
@@ -55,8 +57,36 @@ def trainer_of(model, lr=0.0, **options):
 def one_step(trainer, iteration=0):
     with EventStorage(iteration) as trainer.storage:
         trainer.iter = iteration
+        trainer.before_step()
         trainer.run_step()
         return {k: v[0] for k, v in trainer.storage.latest().items()}
+
+
+def three_steps(trainer_class, model, **options):
+    """The parameters' bytes after three steps in float32 on the same batches, from the same draws."""
+    torch.manual_seed(0)
+    batches = [tiny.batch(), tiny.batch("half"), tiny.batch()]
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trainer = trainer_class(model, batches, sgd, **options)
+    # The JIT rounds a scripted loss in another way once it has warmed up.
+    with torch.jit.optimized_execution(False):
+        trainer.train(0, 3)
+    return [p.detach().numpy().tobytes() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn", "retinanet"])
+def test_without_distillation_it_is_detectron2s_trainer(family):
+    """A plain detector, and a pair all of whose stages weigh zero, end with the same bytes."""
+    expected = three_steps(SimpleTrainer, tiny.detector(family))
+    assert three_steps(SharedKDTrainer, tiny.detector(family), max_iter=3) == expected
+    stages = {
+        "off": Stage(IdenticalLayer(), weight=0.0),
+        "late": Stage(IdenticalLayer(), start=1.0),
+    }
+    model = pair(stages, family, family)
+    three_steps(SharedKDTrainer, model, max_iter=3)
+    student = [p.detach().numpy().tobytes() for p in model.student.parameters()]
+    assert student == expected
 
 
 def test_accumulation_is_the_mean_of_its_batches():
@@ -171,8 +201,6 @@ def test_draws_depend_on_seed_and_iteration_alone():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_named_before_weights_change(bad):
-    from sharedkd import NonFiniteLossError
-
     model, trainer = toy([bad])
     with pytest.raises(NonFiniteLossError, match="iteration 0: loss_toy"):
         one_step(trainer)
@@ -180,8 +208,6 @@ def test_a_loss_that_is_not_finite_is_named_before_weights_change(bad):
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight():
-    from sharedkd import NonFiniteLossError
-
     model, trainer = toy([1.0], clip_grad_norm=1.0)
     model.weight.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(NonFiniteLossError, match="iteration 0: the gradient's norm is nan"):
@@ -194,7 +220,7 @@ def steps(trainer, count, logs):
     trainer.storage = EventStorage(0)
     with trainer.storage:
         for trainer.iter in range(count):
-            trainer.storage.iter = trainer.iter
+            trainer.before_step()
             trainer.run_step()
             logs.append({k: v for k, v in trainer.storage.latest().items() if k != "data_time"})
 
@@ -205,7 +231,7 @@ def test_losses_read_now_and_then_are_those_read_in_each_step():
     for period in (1, 2):
         model, trainer = toy(values, clip_grad_norm=2.0)
         trainer.schedule_length = len(values)
-        trainer.read_period = period  # as on a GPU
+        trainer.log.period = period  # as on a GPU
         logs[period] = []
         steps(trainer, len(values), logs[period])
         histories = trainer.storage.histories()
@@ -216,10 +242,8 @@ def test_losses_read_now_and_then_are_those_read_in_each_step():
 
 
 def test_a_checkpoint_never_has_weights_of_a_broken_loss():
-    from sharedkd import NonFiniteLossError
-
     model, trainer = toy([1, float("nan"), 1])
-    trainer.read_period = 20
+    trainer.log.period = 20
     steps(trainer, 1, [])
     trainer.state_dict()
     steps(trainer, 2, [])

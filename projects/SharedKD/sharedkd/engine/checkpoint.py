@@ -246,7 +246,7 @@ class Checkpoints(hooks.HookBase):
         if ends:
             if not self.final:
                 self._save(FINAL)
-        elif now % self.trainer.read_period == 0:
+        elif now % self.trainer.log.period == 0:
             number = self.stop.agreed(next(self.trainer.module.parameters()).device)
             if number:
                 self.leave(number)

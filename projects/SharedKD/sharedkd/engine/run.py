@@ -256,7 +256,9 @@ def train(
         trainer.data_loader.first_batch = start * cfg.train.accumulate
     elif cfg.train.eval_teacher:
         evaluate_teacher(cfg, module, errors.handled)
-    with stop:
+    # A resumed run warms the JIT up again, and it rounds scripted losses in another way until it has:
+    # on the CPU a resumed run is to end in the same bytes.
+    with stop, torch.jit.optimized_execution(trainer.device.type == "cuda"):
         trainer.train(start, cfg.train.max_iter)
         checkpoints.finish()
     if cfg.train.safetensors and comm.is_main_process():

@@ -1,111 +1,20 @@
-"""Numbers that go bad: what happens to a step that is not finite, and where in it the numbers broke."""
+"""Where in a step numbers became infinite or NaN."""
 
-import logging
-import math
 from collections import defaultdict
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from sharedkd.config.defaults import NONFINITE_POLICIES
 from sharedkd.engine.snapshot import without_trace
-from sharedkd.errors import ConfigError, NonFiniteLossError
 from sharedkd.modeling.taps import FeatureTap
 
-if TYPE_CHECKING:  # it imports this module
-    from sharedkd.engine.trainer import SharedKDTrainer, _Step
-
-__all__ = ["BadSteps", "culprits", "find_culprits", "not_finite"]
-
-logger = logging.getLogger("detectron2.sharedkd")
+__all__ = ["culprits", "find_culprits"]
 
 
-class BadSteps:
-    """What to do about a step whose losses or gradient are not finite.
-
-    Args:
-        policy: ``stop`` ends the run; ``skip_step`` leaves the step out and goes on.
-        limit: how many steps in a row may be left out; one more ends the run.
-
-    Attributes:
-        in_a_row: steps left out since the last good one.
-        total: steps left out since the run began.
-
-    Raises:
-        ConfigError: no such policy, or a negative limit.
-    """
-
-    def __init__(self, policy: str = "stop", limit: int = 10):
-        if policy not in NONFINITE_POLICIES:
-            raise ConfigError(
-                "train.on_nonfinite",
-                policy,
-                "no such policy",
-                f"use {' or '.join(NONFINITE_POLICIES)}",
-            )
-        if limit < 0:
-            raise ConfigError("train.max_skipped_steps", limit, "is negative", "use 0 or more")
-        self.skipping, self.limit = policy == "skip_step", limit
-        self.in_a_row = self.total = 0
-
-    def bad(self, iteration: int, what: str) -> None:
-        """A step is not finite.
-
-        Args:
-            iteration: of the step.
-            what: is not finite, in words.
-
-        Raises:
-            NonFiniteLossError: the run is to end.
-        """
-        message = f"iteration {iteration}: {what}"
-        ending = "training stops, the last checkpoint is intact"
-        if not self.skipping:
-            raise NonFiniteLossError(f"{message}; {ending}")
-        if self.in_a_row >= self.limit:
-            raise NonFiniteLossError(
-                f"{message}; {self.in_a_row} steps in a row are skipped already, as many as "
-                f"train.max_skipped_steps={self.limit} allows: {ending}"
-            )
-        self.in_a_row += 1
-        self.total += 1
-        logger.warning(f"{message}; the step is skipped ({self.in_a_row} in a row)")
-
-    def good(self) -> None:
-        """A step is finite."""
-        self.in_a_row = 0
-
-    def state_dict(self) -> Dict[str, int]:
-        return dict(in_a_row=self.in_a_row, total=self.total)
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Count on from ``state``, of :meth:`state_dict`."""
-        self.in_a_row, self.total = state["in_a_row"], state["total"]
-
-
-def not_finite(metrics: Mapping[str, float]) -> str:
-    """What is wrong with a step's numbers, in words; empty: nothing, or an overflow of float16.
-
-    Args:
-        metrics: losses by name, sums of them (``total_loss``, ``loss_distill_*``), ``grad_norm``, and
-            the ``loss_scale`` of a step in float16.
-    """
-    broken = {name: x for name, x in metrics.items() if not math.isfinite(x)}
-    norm = broken.pop("grad_norm", None)
-    if broken:
-        sums = ("total_loss", "loss_distill_")
-        terms = {k: x for k, x in broken.items() if not k.startswith(sums)}
-        return f"{', '.join(f'{k}={x}' for k, x in (terms or broken).items())} is not finite"
-    # At a scale of 1 there is nothing that could have overflowed but the gradient itself.
-    if norm is not None and not metrics.get("loss_scale", 1.0) > 1.0:
-        return f"the gradient's norm is {norm}, all losses are finite"
-    return ""
-
-
-def find_culprits(trainer: "SharedKDTrainer", step: "_Step", together: bool) -> List[str]:
+def find_culprits(trainer: Any, step: Any, together: bool) -> List[str]:
     """:func:`culprits` of every rank; with several, each line begins with its rank.
 
     Args:
@@ -125,7 +34,7 @@ def find_culprits(trainer: "SharedKDTrainer", step: "_Step", together: bool) -> 
     return [f"rank {rank}: {x}" for rank, each in enumerate(comm.all_gather(found)) for x in each]
 
 
-def culprits(trainer: "SharedKDTrainer", step: "_Step") -> List[str]:
+def culprits(trainer: Any, step: Any) -> List[str]:
     """Where a step broke, found by running it once more with every map looked at.
 
     Its random draws depend on seed and iteration, so that it breaks in the same place again.  On a
@@ -133,8 +42,8 @@ def culprits(trainer: "SharedKDTrainer", step: "_Step") -> List[str]:
     from them.
 
     Args:
-        trainer: of the step.
-        step: what it remembers of the step: ``iteration``, stages' ``weights``, ``batches``.
+        trainer: a :class:`~sharedkd.engine.trainer.SharedKDTrainer`.
+        step: its :class:`~sharedkd.engine.trainer.Step`.
 
     Returns:
         in words, the first things that were not finite: weights; else images and ground truth, else
@@ -151,7 +60,7 @@ def culprits(trainer: "SharedKDTrainer", step: "_Step") -> List[str]:
         for part, batch in enumerate(step.batches):
             with _looked_at(trainer, maps):
                 try:
-                    total, _ = trainer.repeat(batch, part, step.iteration, step.weights)
+                    total = sum(trainer.repeat(step, batch, part).values())
                 except FloatingPointError:
                     continue
             if not maps and torch.isfinite(total):
@@ -187,15 +96,13 @@ def _bad_parts(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"ground-truth boxes of image {name}"
 
 
-def _looked_at(
-    trainer: "SharedKDTrainer", maps: Dict[Tuple[str, str], Dict[int, None]]
-) -> ExitStack:
+def _looked_at(trainer: Any, maps: Dict[Tuple[str, str], Dict[int, None]]) -> ExitStack:
     """Within it, maps that are not finite are noted: (detector, tap) -> strides."""
     stack = ExitStack()
     detectors: Dict[str, nn.Module] = {"student": trainer.detector}
-    teacher = getattr(trainer.module, "teacher", None)
-    if teacher is not None:
-        detectors["teacher"] = teacher.model
+    for name, source in getattr(trainer.module, "sources", {}).items():
+        if source.detector is not None:
+            detectors[f"teacher {name}" if name else "teacher"] = source.detector
     for who, detector in detectors.items():
 
         def look(tap: str, levels: Dict[int, Tensor], who: str = who) -> None:

@@ -99,7 +99,7 @@ class RunRecord(hooks.HookBase):
         self.record["iterations"] = self.trainer.max_iter
         self.record["peak_memory_mb"] = self.memory  # null if nothing was left to train
         self.record["skipped"] = {
-            "steps": self.trainer.bad_steps.total,
+            "steps": self.trainer.log.total,
             "images": len(self.trainer.bad_images),
         }
         self.record["results"] = self.results

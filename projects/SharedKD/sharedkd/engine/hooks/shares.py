@@ -10,7 +10,7 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 
 from sharedkd.engine.snapshot import without_trace
-from sharedkd.engine.trainer import DISTILL, SharedKDTrainer
+from sharedkd.engine.trainer import DISTILL, SharedKDTrainer, Step
 from sharedkd.errors import ConfigError
 
 __all__ = ["Watchdog", "gradient_norms"]
@@ -61,7 +61,7 @@ class Watchdog(hooks.HookBase):
     def _measure(self) -> None:
         trainer = self.trainer
         # Most distillation losses have something to say where there are objects.
-        record = max(trainer.batch, key=lambda x: len(x.get("instances", ())))
+        record = max(trainer.step.batches[-1], key=lambda x: len(x.get("instances", ())))
         norms = _mean_over_ranks(gradient_norms(trainer, [record]))
         total = sum(x for x in norms.values() if x is not None)
         if not 0 < total < float("inf"):
@@ -119,7 +119,7 @@ def gradient_norms(
     scale = trainer.scaler.get_scale()  # so that float16 gradients do not vanish
     with without_trace(trainer.module, trainer.detector):
         try:
-            _, counted = trainer.repeat(records, 0, trainer.iter, trainer.stage_weights())
+            counted = trainer.repeat(Step(trainer.iter, trainer.stage_weights()), records)
         except FloatingPointError:
             return None
         parts = {DETECTOR: sum(x for k, x in counted.items() if not k.startswith(DISTILL))}

@@ -1,0 +1,174 @@
+"""What became of each step: its losses are read, checked and logged."""
+
+import logging
+import math
+from typing import Any, Dict, List, Mapping
+
+import torch
+from detectron2.engine import hooks
+from detectron2.utils import comm
+
+from sharedkd.config.defaults import NONFINITE_POLICIES
+from sharedkd.engine.hooks.nonfinite import find_culprits
+from sharedkd.engine.snapshot import Snapshot
+from sharedkd.errors import ConfigError, NonFiniteLossError
+
+__all__ = ["StepLog", "not_finite"]
+
+logger = logging.getLogger("detectron2.sharedkd")
+
+DISTILL = "distill/"  # the beginning of a distillation term's name
+
+
+class StepLog(hooks.HookBase):
+    """Logs the losses of each step, and refuses a step whose losses or gradient are not finite.
+
+    Numbers are brought to the CPU in one copy for several steps, so that a step on a GPU need not wait
+    for the one before.  Until then the gradient of a step that is not finite counts as zero.
+
+    Args:
+        period: read every so many steps, in the last one, and before a checkpoint.
+        policy: ``stop`` ends the run; ``skip_step`` leaves the step out and goes on, for which each
+            step is read.
+        limit: how many steps in a row may be left out; one more ends the run.
+
+    Attributes:
+        in_a_row: steps left out since the last good one.
+        total: steps left out since the run began.
+
+    Raises:
+        ConfigError: no such policy, or a negative limit.
+    """
+
+    trainer: Any  # a SharedKDTrainer, which imports this module
+
+    def __init__(self, period: int = 1, policy: str = "stop", limit: int = 10):
+        if policy not in NONFINITE_POLICIES:
+            raise ConfigError(
+                "train.on_nonfinite",
+                policy,
+                "no such policy",
+                f"use {' or '.join(NONFINITE_POLICIES)}",
+            )
+        if limit < 0:
+            raise ConfigError("train.max_skipped_steps", limit, "is negative", "use 0 or more")
+        self.skipping, self.limit = policy == "skip_step", limit
+        self.period = 1 if self.skipping else period
+        self.in_a_row = self.total = 0
+        self._unread: List[Any] = []
+
+    def before_step(self) -> None:
+        if self.skipping:
+            self._before = Snapshot(self.trainer.module, self.trainer.detector)
+
+    def after_backward(self) -> None:
+        """Note the step; read it, if that is due.
+
+        Raises:
+            NonFiniteLossError: a loss or the gradient is infinite or NaN on any rank, and the step is
+                not to be skipped.  The weights have not changed.
+        """
+        step, now = self.trainer.step, self.trainer.iter + 1
+        self._unread.append(step)
+        if now % self.period == 0 or now == self.trainer.schedule_length or step.failure:
+            self._read(together=True)
+            if step.refused:
+                self._before.restore()
+        else:
+            _zero_if_not_finite(step, self.trainer.optimizer)
+
+    def _read(self, together: bool) -> None:
+        """Check and log the steps that were not read yet; a bad one is refused.
+
+        Args:
+            together: all ranks do.
+        """
+        steps, self._unread = self._unread, []
+        scalars = [x.double() for step in steps for x in step.metrics.values()]
+        values = iter(torch.stack(scalars).tolist() if scalars else ())
+        for step in steps:
+            metrics = {name: next(values) for name in step.metrics}
+            what = step.failure or not_finite(metrics)
+            if what:
+                # A rank whose detector failed ends alone where the others do not wait for it.
+                alone = step.failure and self.period > 1
+                found = find_culprits(self.trainer, step, together and not alone)
+                self._refuse(step, what + (f" ({'; '.join(found)})" if found else ""))
+                metrics = {}
+            elif math.isfinite(metrics["grad_norm"]):
+                self.in_a_row = 0
+            else:
+                del metrics["grad_norm"]  # an overflow: the scaler skips the step
+            if comm.is_main_process():
+                self._log(step, metrics)
+
+    def _refuse(self, step: Any, what: str) -> None:
+        message = f"iteration {step.iteration}: {what}"
+        ending = "training stops, the last checkpoint is intact"
+        if not self.skipping:
+            raise NonFiniteLossError(f"{message}; {ending}")
+        if self.in_a_row >= self.limit:
+            raise NonFiniteLossError(
+                f"{message}; {self.in_a_row} steps in a row are skipped already, as many as "
+                f"train.max_skipped_steps={self.limit} allows: {ending}"
+            )
+        step.refused = True
+        self.in_a_row += 1
+        self.total += 1
+        logger.warning(f"{message}; the step is skipped ({self.in_a_row} in a row)")
+
+    def _log(self, step: Any, metrics: Dict[str, float]) -> None:
+        """Raw values and weights of each stage beside the weighted losses that are trained on."""
+        storage, now = self.trainer.storage, self.trainer.iter
+        storage.iter = step.iteration
+        for name, weight in step.weights.items():
+            prefix = f"{DISTILL}{name}/"
+            for key in [k for k in metrics if k.startswith(prefix)]:
+                metrics[key] /= weight
+            storage.put_scalar(f"{prefix}weight", weight, smoothing_hint=False)
+        storage.put_scalars(data_time=step.data_time, **metrics)
+        if self.skipping:
+            storage.put_scalar("skipped_steps", self.total, smoothing_hint=False)
+        storage.iter = now
+
+    def state_dict(self) -> Dict[str, int]:
+        """How many steps were left out.
+
+        Raises:
+            NonFiniteLossError: a step that was not read yet is not finite; so a broken run leaves no
+                checkpoint.
+        """
+        self._read(together=False)
+        return dict(in_a_row=self.in_a_row, total=self.total)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Count on from ``state``, of :meth:`state_dict`."""
+        self.in_a_row, self.total = state["in_a_row"], state["total"]
+
+
+def not_finite(metrics: Mapping[str, float]) -> str:
+    """What is wrong with a step's numbers, in words; empty: nothing, or an overflow of float16.
+
+    Args:
+        metrics: losses by name, sums of them (``total_loss``, ``loss_distill_*``), ``grad_norm``, and
+            the ``loss_scale`` of a step in float16.
+    """
+    broken = {name: x for name, x in metrics.items() if not math.isfinite(x)}
+    norm = broken.pop("grad_norm", None)
+    if broken:
+        sums = ("total_loss", "loss_distill_")
+        terms = {k: x for k, x in broken.items() if not k.startswith(sums)}
+        return f"{', '.join(f'{k}={x}' for k, x in (terms or broken).items())} is not finite"
+    # At a scale of 1 there is nothing that could have overflowed but the gradient itself.
+    if norm is not None and not metrics.get("loss_scale", 1.0) > 1.0:
+        return f"the gradient's norm is {norm}, all losses are finite"
+    return ""
+
+
+def _zero_if_not_finite(step: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Nobody looks before the weights change, and the device alone decides."""
+    bad = ~torch.isfinite(step.metrics["grad_norm"] + step.metrics["total_loss"])
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad.masked_fill_(bad, 0.0)
