@@ -3,31 +3,27 @@
 import errno
 import json
 import os
-import resource
 import signal
-import subprocess
-import sys
 import zipfile
-from contextlib import ExitStack
 from itertools import count
-from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.utils.events import get_event_storage
-from disks import FAULTS, mounted, unmount
 from fvcore.common.param_scheduler import LinearParamScheduler
 from omegaconf import OmegaConf
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
 from torch import nn
 
 from sharedkd import ConfigError, SharedKDTrainer
 from sharedkd.config import TRAIN_DEFAULTS
 from sharedkd.engine import run as engine
-from sharedkd.engine.checkpoint import SaveError, StudentCheckpointer, check_complete, has_run
-from sharedkd.engine.hooks.metrics import CLOCKS, EventFile
+from sharedkd.engine.checkpoint import (
+    SaveError,
+    StudentCheckpointer,
+    check_complete,
+    disk_failure,
+    has_run,
+)
 from sharedkd.engine.hooks.record import RunRecord
 from sharedkd.engine.interrupt import Stopped
 from sharedkd.engine.resume import (
@@ -80,7 +76,7 @@ def toy(monkeypatch):
         torch.manual_seed(0)
         model = Toy()
         trainer = Trainer(
-            model, Batches(), torch.optim.AdamW(model.parameters(), 0.1), max_iter=LENGTH
+            model, Batches(), torch.optim.AdamW(model.parameters(), 0.1), max_iter=LENGTH, seed=0
         )
 
         def moment(where):
@@ -99,7 +95,7 @@ def toy(monkeypatch):
 
             patch.setattr(owner, name, wrapped)
 
-        def evaluate(cfg, model, handled):
+        def evaluate(cfg, model):
             moment("evaluation")
             model([{"image": torch.ones(64)}])
             return {"box": {"AP": float(model.line.bias.sum()), "APs": float("nan")}}
@@ -113,7 +109,7 @@ def toy(monkeypatch):
             save(data, f)
 
         cfg = OmegaConf.create({"train": TRAIN_DEFAULTS, "dataloader": {}})
-        cfg.train.update(output_dir=str(folder), max_iter=LENGTH, log_period=2, eval_period=3)
+        cfg.train.update(output_dir=str(folder), max_iter=LENGTH, log_period=2, eval_period=4)
         cfg.train.checkpointer = dict(period=2, max_to_keep=2)
         cfg.train.update(keys)
         cfg.lr_multiplier = L(LinearParamScheduler)(start_value=1.0, end_value=0.1)
@@ -129,7 +125,8 @@ def toy(monkeypatch):
             before("after_step", RunRecord, "written")
             before("after_train", RunRecord, "end")
             checkpoint = latest_checkpoint(str(folder)) if has_run(folder) else None
-            return engine.train(cfg, trainer, checkpoint)
+            with disk_failure(str(folder)):
+                return engine.train(cfg, trainer, checkpoint)
 
     return train
 
@@ -144,9 +141,10 @@ def killed_at(moment, toy, folder):
 
 
 def metrics(folder):
-    """Line by line, without what a clock measured."""
+    """(the iterations of losses, (iteration, AP) of the evaluations)"""
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    return [repr({k: v for k, v in row.items() if k not in CLOCKS}) for row in rows]
+    losses = [x["iteration"] for x in rows if "total_loss" in x]
+    return losses, {(x["iteration"], x["box/AP"]) for x in rows if "box/AP" in x}
 
 
 def record(folder):
@@ -175,8 +173,12 @@ def whole(toy, tmp_path):
     return tmp_path / "whole"
 
 
-def assert_equal(folder, whole):
-    assert metrics(folder) == metrics(whole)
+def assert_equal(folder, whole, lost=1):
+    (losses, evaluations), (all_losses, all_evaluations) = metrics(folder), metrics(whole)
+    assert losses == sorted({*losses})
+    # The line of an iteration may be lost whose checkpoint was saved before it was logged.
+    assert len({*all_losses} - {*losses}) <= lost
+    assert evaluations == all_evaluations
     assert record(folder) == record(whole)
     assert state(folder) == state(whole)
 
@@ -186,15 +188,15 @@ MOMENTS = [
     *(("step", i) for i in range(LENGTH)),
     *(("saving", i) for i in SAVES),
     *(("pointing", i) for i in SAVES),
-    *(("evaluation", i) for i in (2, 5, 9)),
+    *(("evaluation", i) for i in (3, 7, 9)),
     *(("written", i) for i in range(LENGTH)),
     ("end", 9),
 ]
 
 
 def test_killed_at_every_moment_and_resumed(toy, whole, tmp_path):
-    rows = map(json.loads, (whole / "metrics.json").read_text().splitlines())
-    assert [x["iteration"] for x in rows] == [1, 3, 2, 5, 7, 8, 9]  # 2, 5 and 9: evaluations
+    losses, evaluations = metrics(whole)
+    assert losses == [1, 3, 5, 7, 8] and [x for x, _ in sorted(evaluations)] == [3, 7, 9]
     for moment in MOMENTS:
         folder = tmp_path / f"{moment[0]}{moment[1]}"
 
@@ -223,10 +225,10 @@ def test_killed_again_and_again(toy, whole, tmp_path):
         except Killed:
             lives += 1
     assert lives > 5
-    assert_equal(folder, whole)
+    assert_equal(folder, whole, lost=lives)
 
 
-@pytest.mark.parametrize("where, iteration", [("step", 4), ("evaluation", 5), ("evaluation", 9)])
+@pytest.mark.parametrize("where, iteration", [("step", 4), ("evaluation", 3), ("evaluation", 9)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(
     toy, whole, tmp_path, sharedkd_log, where, iteration, number
@@ -360,21 +362,6 @@ def test_a_final_checkpoint_that_is_there_is_not_written_again(toy, tmp_path):
     assert (folder / "model_final.pth").stat() == before
 
 
-def test_the_final_checkpoint_is_tried_again_after_training(toy, tmp_path):
-    """Also where the same step's numbered one could be written."""
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    toy(whole, **BOTH)
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    toy(folder, nth(2, ("saving", LENGTH - 1), full), on_save_error="continue", **BOTH)
-    for _ in range(2):
-        assert metrics(folder) == metrics(whole) and record(folder) == record(whole)
-        ours, theirs = state(folder), state(whole)
-        # It knows of the last evaluation, too, which comes after the other one's saving.
-        late = {k for k in {*ours, *theirs} if k.startswith("/trainer/hooks/Metrics")}
-        assert {k: ours[k] for k in {*ours} - late} == {k: theirs[k] for k in {*theirs} - late}
-        toy(folder, **BOTH)  # which has nothing to do
-
-
 @pytest.mark.parametrize("damage", ["torn", "gone", "flipped"])
 def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
     toy, whole, tmp_path, sharedkd_log, damage
@@ -419,194 +406,13 @@ def test_a_full_disk_stops_the_run_with_one_line(toy, whole, tmp_path, monkeypat
     with pytest.raises(SaveError) as error:
         toy(folder, full_disk_later(monkeypatch, first=4))
     message = str(error.value)
-    assert "\n" not in message and "model_0000005.pth" in message
+    assert "\n" not in message
     assert "No space left on device" in message and "model_0000003.pth is intact" in message
-    assert "--resume" in message and "train.on_save_error=continue" in message
+    assert "--resume" in message
     assert not list(folder.glob("*.tmp"))
     check_complete(folder / "model_0000003.pth")
     toy(folder)  # there is room again
     assert_equal(folder, whole)
-
-
-def test_a_full_disk_is_said_and_training_goes_on(toy, whole, tmp_path, monkeypatch, sharedkd_log):
-    """Not even ``max_to_keep=1`` deletes the one checkpoint that could be written."""
-    folder, reached = tmp_path / "run", []
-    full = full_disk_later(monkeypatch, first=2)
-
-    def at(where, iteration):
-        reached.append((where, iteration))
-        full(where, iteration)
-
-    keys = dict(on_save_error="continue", checkpointer=dict(period=2, max_to_keep=1))
-    with pytest.raises(SaveError, match="model_final.pth.*model_0000001.pth is intact"):
-        toy(folder, at, **keys)
-    assert ("evaluation", LENGTH) in reached  # it was trained to its end and evaluated
-    assert sorted(p.name for p in folder.glob("*.pth*")) == ["model_0000001.pth"]
-    assert "training goes on" in sharedkd_log.text
-    toy(folder)
-    assert_equal(folder, whole)
-
-
-def test_metrics_on_a_full_disk(toy, whole, tmp_path, monkeypatch, sharedkd_log):
-    for policy, folder in (("stop", tmp_path / "a"), ("continue", tmp_path / "b")):
-        with monkeypatch.context() as patch:
-            break_disk(patch, "fsync", errno.ENOSPC, suffix="metrics.json")
-            if policy == "stop":
-                with pytest.raises(SaveError, match="cannot write metrics.json"):
-                    toy(folder, on_save_error=policy)
-            else:
-                toy(folder, on_save_error=policy)
-    assert state(tmp_path / "b") == state(whole)
-    assert sharedkd_log.text.count("training goes on") == 1
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of 64 KB; without the right to mount one, files of at most 40 KB."""
-    folder = tmp_path / "disk"
-    if mounted(folder, "64k"):
-        yield folder
-        unmount(folder)
-        return
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
-    yield folder
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_disk_that_is_really_full(small_disk):
-    """PyTorch's own error hides the system's; the checkpoint before is whole."""
-    model = nn.Linear(64, 64)  # 17 KB
-    checkpointer = StudentCheckpointer(model, str(small_disk))
-    checkpointer.save("model_0000001")
-    with pytest.raises(OSError) as error:
-        checkpointer.save("model_0000003", more=torch.zeros(20_000))
-    assert error.value.errno in (errno.ENOSPC, errno.EFBIG)
-    assert latest_checkpoint(str(small_disk)) == str(small_disk / "model_0000001.pth")
-    assert sorted(os.listdir(small_disk)) == ["last_checkpoint", "model_0000001.pth"]
-
-
-def events(folder):
-    """The steps of TensorBoard's scalars, in order."""
-    files = sorted(folder.glob("*tfevents*"))
-    return [x.step for f in files for x in EventFileLoader(str(f)).Load() if x.HasField("summary")]
-
-
-@pytest.fixture(params=FAULTS)
-def faulty(request, toy, tmp_path, monkeypatch, capfd):
-    """Runs on a disk of its own, which is at fault from step 4 on until ``mend`` is called."""
-    disk, threads = tmp_path / "disk", []
-    if not mounted(disk, "1m"):
-        pytest.skip("may not mount a disk")
-    monkeypatch.setattr("threading.excepthook", threads.append)
-    fault, reason = FAULTS[request.param]
-    with ExitStack() as mounts, ExitStack() as faults:  # what lies on top goes first
-        mounts.callback(unmount, disk)
-
-        def train(folder, at=lambda where, iteration: None, **keys):
-            def moment(where, iteration):
-                if where == "step":  # lines so long that each needs room
-                    get_event_storage().put_scalar("long" * 1500, iteration)
-                at(where, iteration)
-
-            return toy(folder, moment, **keys)
-
-        def broken(folder, until=(), **keys):
-            def at(*now):
-                if now == ("step", 4):
-                    faults.enter_context(fault(folder))
-                if now == until:
-                    faults.close()
-
-            return train(folder, at, **keys)
-
-        train(tmp_path / "whole")
-        yield SimpleNamespace(
-            train=train,
-            broken=broken,
-            mend=faults.close,
-            folder=disk / "run",
-            whole=tmp_path / "whole",
-            reason=reason,
-        )
-    assert not threads and "Traceback" not in capfd.readouterr().err
-
-
-def test_a_run_stops_where_its_disk_fails(faulty):
-    with pytest.raises(SaveError) as error:
-        faulty.broken(faulty.folder)
-    message = str(error.value)
-    assert "\n" not in message and "--resume" in message
-    assert faulty.reason in message and "model_0000003.pth is intact" in message
-    assert latest_checkpoint(str(faulty.folder)) == str(faulty.folder / "model_0000003.pth")
-    faulty.mend()
-    faulty.train(faulty.folder)
-    assert_equal(faulty.folder, faulty.whole)
-
-
-def test_a_run_goes_on_while_its_disk_fails(faulty, sharedkd_log):
-    keys = dict(on_save_error="continue")
-    with pytest.raises(SaveError, match="model_final.pth.*model_0000003.pth is intact"):
-        faulty.broken(faulty.folder, **keys)
-    assert latest_checkpoint(str(faulty.folder)) == str(faulty.folder / "model_0000003.pth")
-    lines = [x for x in sharedkd_log.messages if "training goes on" in x]
-    assert lines and all(faulty.reason in x and "\n" not in x for x in lines)
-    faulty.mend()
-    faulty.train(faulty.folder, **keys)
-    assert_equal(faulty.folder, faulty.whole)
-
-
-def test_a_run_outlives_its_disks_failure(faulty, sharedkd_log):
-    faulty.broken(faulty.folder, until=("step", 6), on_save_error="continue")
-    assert "cannot write model_0000005.pth" in sharedkd_log.text
-    assert sorted(p.name for p in faulty.folder.glob("*.pth")) == [
-        "model_0000003.pth",
-        "model_0000007.pth",
-        "model_final.pth",
-    ]
-    assert_equal(faulty.folder, faulty.whole)
-    assert events(faulty.folder) == events(faulty.whole)
-
-
-def test_events_that_a_full_disk_cut_short_are_not_there(small_disk):
-    file = EventFile(str(small_disk))
-    file.add_event(Event(step=1))
-    file.flush()
-    before = os.stat(file.path).st_size
-    file.add_event(Event(step=2, file_version="x" * 2**17))
-    with pytest.raises(OSError):
-        file.flush()
-    assert os.stat(file.path).st_size == before
-    assert [x.step for x in EventFileLoader(file.path).Load()] == [0, 1]
-
-
-def test_events_that_wait_for_room_are_bounded(tmp_path):
-    file = EventFile(str(tmp_path / "gone"))
-    for _ in range(40):
-        file.add_event(Event(step=1, file_version="x" * 2**16))
-        with pytest.raises(OSError):
-            file.flush()
-    assert len(file.waiting.getvalue()) < 2**20 + 2**17
-    (tmp_path / "gone").mkdir()
-    file.flush()
-    assert [x.step for x in EventFileLoader(file.path).Load()][:3] == [0, 1, 1]
-    assert not file.waiting.getvalue()
-
-
-def test_a_log_on_a_full_disk_ends_without_a_traceback(small_disk):
-    program = """
-import sys
-from detectron2.utils.logger import setup_logger
-from sharedkd.engine.checkpoint import quiet
-log = setup_logger(sys.argv[1])
-quiet(sys.argv[1])
-for _ in range(50):
-    log.info("x" * 2000)
-"""
-    command = [sys.executable, "-W", "ignore", "-c", program, str(small_disk)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.count("x" * 2000) == 50  # the console has all of it
-    assert (small_disk / "log.txt").stat().st_size < 70_000 and not done.stderr
 
 
 def test_old_checkpoints_go_also_after_a_resumption(toy, tmp_path):

@@ -21,8 +21,8 @@ from sharedkd import (
     SharedKDTrainer,
     Stage,
 )
-from sharedkd.engine.trainer import Step
 from sharedkd.engine.hooks.shares import Watchdog, gradient_norms
+from sharedkd.engine.trainer import Step
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.modeling.backbones import recompute_blocks
 

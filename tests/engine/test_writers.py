@@ -6,13 +6,12 @@ import textwrap
 
 import pytest
 import tiny
+from detectron2.engine import hooks
 from detectron2.utils.events import EventStorage
 
 from sharedkd.config import load_config
 from sharedkd.config.defaults import check_writers
-from sharedkd.engine.checkpoint import SaveErrors
-from sharedkd.engine.hooks.metrics import Metrics
-from sharedkd.engine.hooks.writers import open_writers
+from sharedkd.engine.hooks.writers import build_writers
 from sharedkd.errors import ConfigError
 
 NOTE = """
@@ -69,22 +68,26 @@ class Trainer:
         self.storage, self.start_iter, self.max_iter, self.iter = storage, start, end, start
 
 
-def train(folder, name, start, end, state=None):
+def train(folder, name, start, end):
     """Iterations of a run that logs its number every second one."""
-    more = lambda first, window: open_writers([name], str(folder), first, window)  # noqa: E731
-    metrics = Metrics(str(folder), 4, 2, SaveErrors(str(folder), "stop"), more)
+    services = build_writers(str(folder), [name], 4, start)[1:]  # without the console
+    writer = hooks.PeriodicWriter(services, 2)
     with EventStorage(start) as storage:
-        metrics.trainer = Trainer(storage, start, 4)
-        if state:
-            metrics.load_state_dict(state)
-        metrics.before_train()
+        writer.trainer = Trainer(storage, start, 4)
         for i in range(start, end):
-            metrics.trainer.iter = storage.iter = i
+            writer.trainer.iter = storage.iter = i
             storage.put_scalar("total_loss", 10.0 * i, smoothing_hint=False)
-            metrics.after_step()
-        state = metrics.state_dict()
-        metrics.after_train()
-    return state
+            writer.after_step()
+        writer.after_train()
+
+
+def test_a_resumed_run_logs_no_iteration_twice(tmp_path, service):
+    name, _ = service
+    train(tmp_path, name, 0, 4)
+    (tmp_path / "metrics.json").open("a").write('{"iteration": 5, "half')
+    train(tmp_path, name, 2, 4)
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    assert [json.loads(x)["iteration"] for x in lines] == [1, 3]
 
 
 def test_a_run_is_logged_and_continued_under_its_name(service, tmp_path):
@@ -92,7 +95,7 @@ def test_a_run_is_logged_and_continued_under_its_name(service, tmp_path):
     folder = tmp_path / "arm/seed0"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("train: {seed: 3, max_iter: 4}\n")
-    state = train(folder, name, 0, 2)
+    train(folder, name, 0, 2)
     first = notes()
     begin = first[0][1]
     assert (first[0][0], begin["name"], begin["id"]) == ("init", "arm/seed0", None)
@@ -104,7 +107,7 @@ def test_a_run_is_logged_and_continued_under_its_name(service, tmp_path):
     assert [x[1:] for x in first if x[0] == "log"] == [[1, {"total_loss": 10.0}]]
     assert first[-1] == ["finish"]
 
-    train(folder, name, 2, 4, state)
+    train(folder, name, 2, 4)
     second = notes()[len(first) :]
     assert second[0][1]["id"] == "new id"
     assert not [x for x in second if x[0] == "params"]  # MLflow refuses other values

@@ -1,14 +1,14 @@
-"""When a run saves its checkpoints, which of them it keeps, and what it does if it cannot."""
+"""When a run saves its checkpoints, which of them stay, and what is said if the disk is full."""
 
-import atexit
+import errno
 import glob
 import logging
 import os
 import re
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Iterator, List, Optional, Set, Union
+from typing import Any, Iterator, List, Optional, Union
 
 import torch
 from detectron2.engine import hooks
@@ -24,12 +24,10 @@ from .interrupt import Stopped, StopRequest, resume_command
 __all__ = [
     "Checkpoints",
     "SaveError",
-    "SaveErrors",
     "StudentCheckpointer",
     "check_complete",
+    "disk_failure",
     "has_run",
-    "quiet",
-    "written",
 ]
 
 logger = logging.getLogger("detectron2.sharedkd")
@@ -106,99 +104,31 @@ class SaveError(ConfigError):
     """
 
 
-class SaveErrors:
-    """What becomes of a run whose disk is full, or whose folder has become read-only.
-
-    Args:
-        folder: the run's output folder.
-        policy: ``stop``; or ``continue``: it is said once per kind of file, and training goes on.
-
-    Raises:
-        ConfigError: another policy.
-    """
-
-    def __init__(self, folder: str, policy: str):
-        if policy not in ("stop", "continue"):
-            raise ConfigError("train.on_save_error", policy, "is no policy", "use stop or continue")
-        self.folder, self.stops = folder, policy == "stop"
-        self._stopping = False
-        self._said: Set[str] = set()
-
-    @contextmanager
-    def handled(self, what: str) -> Iterator[None]:
-        """For a block that writes ``what``, in the words of a message.
-
-        Raises:
-            SaveError: the disk refused what the block wrote, and the policy is to stop.
-        """
-        try:
-            yield
-        except OSError as e:
-            if self._stopping:
-                return  # the run ends, and it has been said of what
-            if self.stops:
-                self._stopping = True
-                raise self.error(what, e) from None
-            if what not in self._said:
-                logger.error(f"{self.folder}: cannot write {what} ({e}); training goes on")
-            self._said.add(what)
-        else:
-            self._said.discard(what)
-
-    def error(self, what: str, error: OSError) -> SaveError:
-        """What to raise where the disk refused ``what`` with ``error``."""
-        return SaveError(
-            "train.output_dir",
-            self.folder,
-            f"cannot write {what} ({error}); {_newest(self.folder)}",
-            f"make room, then: {resume_command()} (train.on_save_error=continue would train on)",
-        )
+#: What a disk says that is full or has become read-only.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextmanager
-def written(folder: str, what: str) -> Iterator[None]:
-    """For a block that writes before training or without it, where there is nothing to go on with.
+def disk_failure(folder: str) -> Iterator[None]:
+    """Within it, a full or read-only disk ends the run with one line.
 
     Args:
-        folder: where it writes.
-        what: is written, in the words of a message.
+        folder: the run's output folder.
 
     Raises:
-        SaveError: the disk refused what the block wrote.
+        SaveError: whatever was written, the disk refused it.
     """
     try:
         yield
     except OSError as e:
+        if e.errno not in DISK:
+            raise
         raise SaveError(
             "train.output_dir",
             folder,
-            f"cannot write {what} ({e})",
-            "make room, or choose another folder",
+            f"cannot be written to ({e}); {_newest(folder)}",
+            f"make room, then: {resume_command()}",
         ) from None
-
-
-def quiet(folder: str) -> None:
-    """Keep Python from printing a traceback for every line of a log that the disk refuses.
-
-    Args:
-        folder: the run's output folder, whose logs are open already.
-    """
-    for name in ("detectron2", "fvcore"):
-        for handler in logging.getLogger(name).handlers:
-            handler.handleError = _log_failed
-            stream = getattr(handler, "stream", None)
-            if str(getattr(stream, "name", "")).startswith(folder):
-                # Before Detectron2 does, at the end of the program, without a catch.
-                atexit.register(_close, stream)
-
-
-def _log_failed(record: logging.LogRecord) -> None:
-    """The console has the message; the metrics and checkpoints decide about the run."""
-
-
-def _close(stream: IO) -> None:
-    with suppress(OSError):
-        stream.close()
 
 
 def _newest(folder: str) -> str:
@@ -218,7 +148,6 @@ class Checkpoints(hooks.HookBase):
     Args:
         checkpointer: of the model and the trainer.
         stop: tells whether the run is asked to stop.
-        errors: what to do if a file cannot be written.
         period: iterations between two checkpoints.
         max_to_keep: how many numbered checkpoints the folder holds at most; None: all.
     """
@@ -227,11 +156,10 @@ class Checkpoints(hooks.HookBase):
         self,
         checkpointer: StudentCheckpointer,
         stop: StopRequest,
-        errors: SaveErrors,
         period: int,
         max_to_keep: Optional[int] = None,
     ):
-        self.checkpointer, self.stop, self.errors = checkpointer, stop, errors
+        self.checkpointer, self.stop = checkpointer, stop
         self.period, self.max_to_keep = period, max_to_keep
 
     def before_train(self) -> None:
@@ -256,7 +184,7 @@ class Checkpoints(hooks.HookBase):
 
         Raises:
             Stopped: always, with 128 + ``number``, the signal that asked for it.
-            SaveError: it cannot be saved, and the policy is to stop.
+            OSError: it cannot be saved.
         """
         done = min(self.trainer.iter, self.trainer.max_iter - 1)
         if self.saved < done:
@@ -287,20 +215,10 @@ class Checkpoints(hooks.HookBase):
         finally:
             handle.remove()
 
-    def finish(self) -> None:
-        """Raises:
-        SaveError: the last state could not be saved, not even now that training is over.
-        """
-        if not self.final:
-            self.errors.stops = True
-            self.trainer.iter = self.trainer.max_iter - 1  # Detectron2 has counted on
-            self._save(FINAL)
-
     def _save(self, name: str) -> None:
-        with self.errors.handled(f"{name}.pth"):
-            self.checkpointer.save(name, iteration=self.trainer.iter)
-            self.saved, self.final = self.trainer.iter, name == FINAL
-            self._remove_old()
+        self.checkpointer.save(name, iteration=self.trainer.iter)
+        self.saved, self.final = self.trainer.iter, name == FINAL
+        self._remove_old()
 
     def _remove_old(self) -> None:
         if self.max_to_keep is None or not self.checkpointer.save_to_disk:

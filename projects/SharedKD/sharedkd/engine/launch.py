@@ -1,9 +1,8 @@
-"""Starting a run's processes: Detectron2's launch where it works, torchrun, and several CPU processes."""
+"""Starting a run's processes: Detectron2's launch, or torchrun."""
 
 import logging
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from argparse import Namespace
@@ -19,6 +18,7 @@ from detectron2.utils import comm
 
 from sharedkd.errors import ConfigError, DataError, NonFiniteLossError
 
+from .checkpoint import DISK
 from .interrupt import forward_signals, interruptible
 
 __all__ = ["launch"]
@@ -29,55 +29,32 @@ GRACE = 20  # seconds that other ranks give rank 0 to say the same
 def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
     """Run ``main(args)`` in as many processes as the command line asks for; never returns an error.
 
-    Under ``torchrun`` this process joins the group it finds in the environment.  Otherwise
-    ``--num-gpus`` processes are started on this machine: one per GPU, or CPU processes over gloo
-    where there is no GPU (Detectron2 0.6 cannot do that).  A ConfigError or NonFiniteLossError ends
-    the program with one line and exit status 1.
+    Under ``torchrun`` this process joins the group it finds in the environment, over gloo on the CPU.
+    Otherwise Detectron2 starts ``--num-gpus`` processes on this machine.  A ConfigError or
+    NonFiniteLossError ends the program with one line and exit status 1.
 
     Args:
         main: a function that a new process can import; what it returns is lost.
         args: of Detectron2's ``default_argument_parser``.
     """
-    world_size = args.num_gpus * args.num_machines
-    cuda = _uses_cuda(args)
     try:
         if "LOCAL_RANK" in os.environ:
-            _worker(int(os.environ["LOCAL_RANK"]), main, args, cuda, from_environment=True)
-        elif world_size > 1 and not cuda:
-            if args.dist_url == "auto":
-                if args.num_machines > 1:
-                    raise ConfigError(
-                        "--dist-url",
-                        "auto",
-                        f"cannot join --num-machines={args.num_machines}",
-                        "use tcp://HOST:PORT of the first machine",
-                    )
-                args.dist_url = f"tcp://127.0.0.1:{_free_port()}"
-            with forward_signals():
-                mp.start_processes(
-                    _worker, nprocs=args.num_gpus, args=(main, args, cuda), start_method="spawn"
-                )
-        else:
-            _check_gpus(args)
-            with forward_signals() if world_size > 1 else nullcontext():
-                detectron2_launch(
-                    _guarded,
-                    args.num_gpus,
-                    num_machines=args.num_machines,
-                    machine_rank=args.machine_rank,
-                    dist_url=args.dist_url,
-                    args=(main, args),
-                )
+            return _join(main, args)
+        _check_gpus(args)
+        several = args.num_gpus * args.num_machines > 1
+        with forward_signals() if several else nullcontext():
+            detectron2_launch(
+                _guarded,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args),
+            )
     except mp.ProcessExitedException as e:  # the process itself has said why
         sys.exit(e.exit_code if e.exit_code >= 0 else 128 - e.exit_code)
     except ConfigError as e:
         _say_and_exit(e)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _check_gpus(args: Namespace) -> None:
@@ -86,7 +63,8 @@ def _check_gpus(args: Namespace) -> None:
             "--num-gpus",
             args.num_gpus,
             f"this machine has {torch.cuda.device_count()}",
-            "ask for no more than that",
+            "ask for no more than that; CPU processes: torchrun --nproc-per-node=2 ... "
+            "train.device=cpu",
         )
 
 
@@ -106,7 +84,8 @@ def _guarded(main: Callable[[Namespace], Any], args: Namespace) -> None:
 def _without_traceback(record: logging.LogRecord) -> bool:
     """For the log of Detectron2's training loop: an error that says it all in a line has just that."""
     error = record.exc_info and record.exc_info[1]
-    if isinstance(error, (ConfigError, NonFiniteLossError)):
+    full = isinstance(error, OSError) and error.errno in DISK
+    if full or isinstance(error, (ConfigError, NonFiniteLossError)):
         record.msg, record.args, record.exc_info = f"Training stops: {error}", (), None
     return True
 
@@ -119,31 +98,13 @@ def _say_and_exit(error: Exception) -> None:
     sys.exit(1)
 
 
-def _uses_cuda(args: Namespace) -> bool:
-    return torch.cuda.is_available() and "train.device=cpu" not in args.opts
-
-
-def _worker(
-    local_rank: int,
-    main: Callable[[Namespace], Any],
-    args: Namespace,
-    cuda: bool,
-    from_environment: bool = False,
-) -> None:
+def _join(main: Callable[[Namespace], Any], args: Namespace) -> None:
+    """Join the group that ``torchrun`` describes in the environment."""
+    cuda = torch.cuda.is_available() and "train.device=cpu" not in args.opts
     if cuda:
-        torch.cuda.set_device(local_rank)
-    if from_environment:
-        dist.init_process_group("nccl" if cuda else "gloo")
-        per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
-    else:
-        per_machine = args.num_gpus
-        dist.init_process_group(
-            "gloo",
-            init_method=args.dist_url,
-            world_size=per_machine * args.num_machines,
-            rank=per_machine * args.machine_rank + local_rank,
-        )
-    _form_local_group(per_machine)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    _form_local_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
         _guarded(main, args)
     finally:

@@ -5,29 +5,27 @@ import logging
 import os
 from argparse import Namespace
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from logging.handlers import MemoryHandler
 from types import MappingProxyType
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional
 
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.engine import default_setup, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from sharedkd.config import load_config, student_only
 from sharedkd.engine.checkpoint import StudentCheckpointer
 from sharedkd.engine.hooks.cost import Cost
-from sharedkd.engine.hooks.metrics import Metrics
 from sharedkd.engine.hooks.record import FILE as RECORD
 from sharedkd.engine.hooks.record import RunRecord, origin
 from sharedkd.engine.hooks.shares import Watchdog
-from sharedkd.engine.hooks.writers import open_writers
+from sharedkd.engine.hooks.writers import build_writers
 from sharedkd.engine.parts import Parts, amp_dtype, assemble, check_output, losses_of
 from sharedkd.errors import Findings
 from sharedkd.files import remove_unfinished
@@ -36,12 +34,10 @@ from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
 
-from .checkpoint import Checkpoints, SaveErrors, quiet, written
-from .evaluators import Handled, build_evaluators
+from .checkpoint import Checkpoints, disk_failure
 from .interrupt import StopRequest
 from .lock import locked
 from .overview import advise, as_text, describe
-from .progress import live_log
 from .resume import FinishStep, config_kept, latest_checkpoint
 from .trainer import SharedKDTrainer
 
@@ -65,7 +61,7 @@ def run(args: Namespace) -> Dict[str, Any]:
 
     Raises:
         ConfigError: the config, an override, the data or a checkpoint cannot work.
-        SaveError: the output folder cannot be written to, see ``train.on_save_error``.
+        SaveError: the disk of the output folder is full or read-only.
         NonFiniteLossError: see :meth:`SharedKDTrainer.run_step`.
         Stopped: by a signal; the state is saved.
     """
@@ -89,42 +85,17 @@ def run(args: Namespace) -> Dict[str, Any]:
             )
             trainer.check_resumable(entries["trainer"])
         folder = cfg.train.output_dir
-        with written(folder, "what a run begins with"):
-            owns = comm.is_main_process() and not args.eval_only
-            if owns:
-                held.enter_context(_own(folder, args.resume))
-            with config_kept(folder) if owns else nullcontext(), log_opens():
-                _set_up(cfg, args)
-        held.enter_context(live_log(cfg.train.max_iter))
+        held.enter_context(disk_failure(folder))
+        owns = comm.is_main_process() and not args.eval_only
+        if owns:
+            held.enter_context(_own(folder, args.resume))
+        with config_kept(folder) if owns else nullcontext(), log_opens():
+            default_setup(cfg, args)
         if args.eval_only:
             return evaluate(cfg, model)
         if comm.is_main_process():
             _say(cfg, parts, findings)
         return train(cfg, trainer, checkpoint, origin(args))
-
-
-def _set_up(cfg: DictConfig, args: Namespace) -> None:
-    """Detectron2's own, which logs that it cannot write the config and goes on.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-    saving, said = logging.getLogger(LazyConfig.__module__), logging.raiseExceptions
-    saving.addFilter(_raise_disk_error)
-    logging.raiseExceptions = False  # until there are handlers of the log to be made quiet
-    try:
-        default_setup(cfg, args)
-    finally:
-        quiet(cfg.train.output_dir)
-        logging.raiseExceptions = said
-        saving.removeFilter(_raise_disk_error)
-
-
-def _raise_disk_error(record: logging.LogRecord) -> bool:
-    error = record.exc_info and record.exc_info[1]
-    if isinstance(error, OSError):
-        raise error
-    return True
 
 
 def _say(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
@@ -192,60 +163,33 @@ def train(
     Raises:
         NonFiniteLossError: see :meth:`SharedKDTrainer.run_step`.
         Stopped: by a signal; the state is saved.
-        SaveError: the output folder cannot be written to, see ``train.on_save_error``.
+        SaveError: the disk of the output folder is full or read-only.
     """
-    model, module = trainer.model, trainer.module
+    model, module, folder = trainer.model, trainer.module, cfg.train.output_dir
     extra = {"distillation": module.losses} if isinstance(module, SharedKD) else {}
-    checkpointer = StudentCheckpointer(model, cfg.train.output_dir, trainer=trainer, **extra)
+    checkpointer = StudentCheckpointer(model, folder, trainer=trainer, **extra)
     results: Dict[str, Any] = {}
-    folder, stop = cfg.train.output_dir, StopRequest()
-    errors = SaveErrors(folder, cfg.train.on_save_error)
-    checkpoints = Checkpoints(checkpointer, stop, errors, **cfg.train.checkpointer)
+    stop = StopRequest()
+    checkpoints = Checkpoints(checkpointer, stop, **cfg.train.checkpointer)
 
     def test() -> Dict[str, Any]:
         with checkpoints.watching(model):
-            found = evaluate(cfg, model, errors.handled)
+            found = evaluate(cfg, model)
         results.clear()
         results.update(found)
         return results
 
-    # Those whose work for an iteration comes after its checkpoint.
-    late = [
-        hooks.EvalHook(cfg.train.eval_period, test),
-        Metrics(
-            folder,
-            cfg.train.max_iter,
-            cfg.train.log_period,
-            errors,
-            partial(open_writers, cfg.train.writers, folder),
-        ),
-    ]
+    watches = trainer.stages and cfg.train.watch_period
+    evaluation = hooks.EvalHook(cfg.train.eval_period, test)
     trainer.register_hooks(
         [
             Cost() if comm.is_main_process() else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            (
-                Watchdog(cfg.train.watch_period, cfg.train.max_iter)
-                if trainer.stages and cfg.train.watch_period
-                else None
-            ),
+            Watchdog(cfg.train.watch_period, cfg.train.max_iter) if watches else None,
             checkpoints,
-            *late,
-            (
-                RunRecord(
-                    folder,
-                    trainer.detector,
-                    losses_of(module),
-                    {**started, "fast_dev_run": cfg.train.fast_dev_run},
-                    results,
-                    checkpoint is not None,
-                    errors,
-                )
-                if comm.is_main_process()
-                else None
-            ),
-            FinishStep([checkpoints, *late]) if checkpoint else None,
+            evaluation,
+            FinishStep([checkpoints, evaluation]) if checkpoint else None,
         ]
     )
     start = 0
@@ -255,22 +199,28 @@ def train(
         start = trainer.iter + 1
         trainer.data_loader.first_batch = start * cfg.train.accumulate
     elif cfg.train.eval_teacher:
-        evaluate_teacher(cfg, module, errors.handled)
+        evaluate_teacher(cfg, module)
+    if comm.is_main_process():
+        writers = build_writers(folder, cfg.train.writers, cfg.train.max_iter, start)
+        about = {**started, "fast_dev_run": cfg.train.fast_dev_run}
+        trainer.register_hooks(
+            [
+                hooks.PeriodicWriter(writers, cfg.train.log_period),
+                RunRecord(folder, trainer.detector, losses_of(module), about, results, start > 0),
+            ]
+        )
     # A resumed run warms the JIT up again, and it rounds scripted losses in another way until it has:
     # on the CPU a resumed run is to end in the same bytes.
     with stop, torch.jit.optimized_execution(trainer.device.type == "cuda"):
         trainer.train(start, cfg.train.max_iter)
-        checkpoints.finish()
     if cfg.train.safetensors and comm.is_main_process():
-        with errors.handled("model_final.safetensors"):
-            write_safetensors(module.state_dict(), os.path.join(folder, "model_final.safetensors"))
+        write_safetensors(module.state_dict(), os.path.join(folder, "model_final.safetensors"))
     return results
 
 
 def evaluate(
     cfg: DictConfig,
     model: Callable[[List[Dict[str, Any]]], Any],
-    handled: Optional[Handled] = None,
 ) -> Dict[str, Any]:
     """Run ``dataloader.evaluator`` (any DatasetEvaluator, or a list of them) on ``dataloader.test``.
 
@@ -280,15 +230,10 @@ def evaluate(
         cfg: of :func:`~sharedkd.config.load.load_config`.
         model: a detector, which is in evaluation mode meanwhile, or any function from Detectron2's
             records to what a detector returns for them.
-        handled: what becomes of an evaluator's files that cannot be written, as
-            :meth:`SaveErrors.handled`; without it, that is an error.
 
     Returns:
         task -> metric -> value; empty without an evaluator, and with Detectron2's in every process
         but the first.
-
-    Raises:
-        SaveError: the disk refused an evaluator's files, and ``handled`` does not let it pass.
     """
     if cfg.dataloader.get("evaluator") is None:
         return {}
@@ -300,13 +245,9 @@ def evaluate(
         logger.warning(
             f"train.fast_dev_run: evaluates {DEV_RUN_IMAGES} images; the figures mean nothing"
         )
-    results = inference_on_dataset(
-        model,
-        instantiate(cfg.dataloader.test),
-        build_evaluators(
-            cfg.dataloader.evaluator, handled or partial(written, cfg.train.output_dir)
-        ),
-    )
+    nodes = cfg.dataloader.evaluator
+    evaluators = [instantiate(x) for x in (nodes if isinstance(nodes, ListConfig) else [nodes])]
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluators)
     if comm.is_main_process():
         print_csv_format(results)
     return dict(results or {})
@@ -317,9 +258,7 @@ def first_records(records: List[Dict[str, Any]], count: int) -> List[Dict[str, A
     return records[:count]
 
 
-def evaluate_teacher(
-    cfg: DictConfig, model: nn.Module, handled: Optional[Handled] = None
-) -> Dict[str, Any]:
+def evaluate_teacher(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
     """Evaluate the teacher on the student's validation data, and log its results."""
     teacher = getattr(model, "teacher", None)
     if teacher is None:
@@ -332,7 +271,7 @@ def evaluate_teacher(
         )
         return {}
     logger.info("The teacher's results, before the first iteration:")
-    return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format), handled)
+    return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format))
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from torch import nn
 
 from sharedkd.config import load_config, student_only
 from sharedkd.engine.parts import build
-from sharedkd.engine.progress import LiveLine
 from sharedkd.errors import ConfigError
 from sharedkd.lab.analysis.pictures import loss_curves, side_by_side
+from sharedkd.lab.progress import LiveLine
 from sharedkd.modeling.detectors import count_parameters
 
 from .report import write_report

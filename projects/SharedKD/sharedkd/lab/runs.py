@@ -17,9 +17,9 @@ from sharedkd.config import load_config
 from sharedkd.engine.checkpoint import has_run
 from sharedkd.engine.hooks.record import read_record
 from sharedkd.engine.lock import BusyError, for_child, locked
-from sharedkd.engine.progress import Progress, progress_in
 from sharedkd.engine.resume import changes
 from sharedkd.errors import ConfigError
+from sharedkd.lab.progress import Progress, progress_in
 
 __all__ = ["BusyError", "Run", "short", "tool"]
 

@@ -17,7 +17,6 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
-from sharedkd.engine.checkpoint import SaveErrors
 from sharedkd.engine.interrupt import command_line
 from sharedkd.errors import ConfigError
 from sharedkd.files import replace
@@ -56,7 +55,6 @@ class RunRecord(hooks.HookBase):
         started: the first four keys.
         results: a dict that holds the last evaluation's results when the run ends.
         resuming: keep what the run's own record says of its start.
-        errors: what to do if it cannot be written.
     """
 
     def __init__(
@@ -67,10 +65,8 @@ class RunRecord(hooks.HookBase):
         started: Mapping[str, Any],
         results: Dict[str, Any],
         resuming: bool,
-        errors: SaveErrors,
     ):
         self.path = os.path.join(folder, FILE)
-        self.errors = errors
         self.results = results
         before = read_record(folder) if resuming else {}
         self.record = {
@@ -106,8 +102,7 @@ class RunRecord(hooks.HookBase):
         self._write()
 
     def _write(self) -> None:
-        with self.errors.handled(FILE):
-            replace(self.path, lambda f: f.write(json.dumps(self.record, indent=1).encode()))
+        replace(self.path, lambda f: f.write(json.dumps(self.record, indent=1).encode()))
 
 
 def origin(args: Namespace) -> Dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Optional writers of what a run logs: Weights & Biases and MLflow, where they are installed."""
+"""Where a run's log goes: Detectron2's writers, and Weights & Biases or MLflow where they are installed."""
 
+import json
 import os
 from abc import abstractmethod
 from collections import defaultdict
@@ -7,32 +8,61 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
 
 from sharedkd.config.plain import leaves, read_plain
+from sharedkd.files import replace
 
 __all__ = [
     "WRITERS",
     "MLflowWriter",
     "ServiceWriter",
     "WandbWriter",
-    "open_writers",
+    "build_writers",
 ]
 
+FILE = "metrics.json"
 _PARAMETERS = 100  # that MLflow takes at once
 _LONGEST = 500  # letters of a parameter's value that every version of MLflow takes
 
 
-def open_writers(names: Sequence[str], folder: str, first: int, window: int) -> List[EventWriter]:
-    """The writers of these names.
+def build_writers(
+    folder: str, names: Sequence[str], max_iter: int, first: int = 0
+) -> List[EventWriter]:
+    """Detectron2's writers to console, metrics.json and TensorBoard, and those of other services.
+
+    What a resumed run had logged of iterations that it repeats is removed from metrics.json, and hidden
+    in TensorBoard.
 
     Args:
-        names: keys of :data:`WRITERS`.
         folder: the run's output folder, with its config.yaml.
+        names: keys of :data:`WRITERS`.
+        max_iter: length of the run, for the time that is left.
         first: the first iteration that will be logged; above 0 a resumed run goes on.
-        window: values of which the median is logged.
     """
-    return [WRITERS[name](folder, first > 0, window) for name in names]
+    path = os.path.join(folder, FILE)
+    _remove_lines(path, first)
+    return [
+        CommonMetricPrinter(max_iter),
+        JSONWriter(path),
+        TensorboardXWriter(folder, purge_step=first or None),
+        *(WRITERS[name](folder, first > 0) for name in names),
+    ]
+
+
+def _remove_lines(path: str, first: int) -> None:
+    """Remove the lines of iterations from ``first`` on, and one that a killed run did not finish."""
+    if not os.path.exists(path):
+        return
+    with open(path) as f:
+        lines = [x for x in f if x.endswith("}\n") and json.loads(x)["iteration"] < first]
+    replace(path, lambda f: f.write("".join(lines).encode()))
 
 
 class ServiceWriter(EventWriter):

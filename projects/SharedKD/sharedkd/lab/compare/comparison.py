@@ -29,12 +29,12 @@ from sharedkd.config import load_config
 from sharedkd.config.build import construct
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.parts import build
-from sharedkd.engine.progress import LiveLine, Progress, Remaining
 from sharedkd.engine.resume import differences
 from sharedkd.engine.run import evaluate_teacher
 from sharedkd.errors import ConfigError
 from sharedkd.files import replace
 from sharedkd.lab.analysis.pictures import read_curves
+from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.methods import PLAIN, with_method
 from sharedkd.modeling.meta_arch import SharedKD

@@ -1,12 +1,10 @@
 """One line of progress: on a terminal, in a log, and how long it will take."""
 
-import logging
-import sys
 from io import StringIO
 
 import pytest
 
-from sharedkd.engine.progress import LiveLine, Remaining, live_log, progress_in
+from sharedkd.lab.progress import LiveLine, Remaining, progress_in
 
 
 class Terminal(StringIO):
@@ -63,69 +61,6 @@ def test_remaining_time():
     clock.now += 90
     assert left.text(1.5) == "0:02:30 left"  # 2.5 parts of a minute each
     assert left.text(4) == "0:00:00 left"
-
-
-@pytest.fixture
-def log(monkeypatch):
-    """Loggers as Detectron2 sets them up: the console, and a file."""
-
-    def log(stream):
-        monkeypatch.setattr(sys, "stdout", stream)
-        file = StringIO()
-        for name in ("detectron2", "fvcore"):
-            handlers = [logging.StreamHandler(stream), logging.StreamHandler(file)]
-            logger = logging.getLogger(name)
-            monkeypatch.setattr(logger, "handlers", handlers)
-            monkeypatch.setattr(logger, "propagate", False)
-            monkeypatch.setattr(logger, "level", logging.INFO)
-        return file
-
-    return log
-
-
-TRAINING = " eta: 0:00:07  iter: 3  total_loss: 1.5  loss_cls: 1  time: 0.1"
-TESTING = "Inference done 11/50. Dataloading: 0.1 s/iter. ETA=0:00:04"
-MESSAGES = ["begin", TRAINING, TESTING, "saved\nto a file", TRAINING]
-
-
-def test_the_log_on_a_terminal(log, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    stream = Terminal()
-    file = log(stream)
-    with pytest.raises(KeyboardInterrupt), live_log(40):
-        for i, message in enumerate(MESSAGES):
-            logging.getLogger(("detectron2.any", "fvcore.any")[i % 2]).info(message)
-        raise KeyboardInterrupt
-    logging.getLogger("detectron2.any").info(TRAINING)  # no longer of interest
-
-    clear = "\r\x1b[K"
-    training = f"{clear}iteration 4/40   loss 1.5   0:00:07 left"
-    testing = f"{clear}evaluation 11/50   0:00:04 left"
-    seen = f"begin\n{training}{testing}{clear}saved\nto a file\n{training}{clear}{TRAINING}\n"
-    assert stream.getvalue() == seen
-    assert file.getvalue() == "\n".join([*MESSAGES, TRAINING, ""])
-
-
-@pytest.mark.parametrize("stream, term", [(StringIO(), "xterm"), (Terminal(), "dumb")])
-def test_the_log_elsewhere_has_every_line(log, stream, term, monkeypatch):
-    monkeypatch.setenv("TERM", term)
-    log(stream)
-    with live_log(40):
-        for message in MESSAGES:
-            logging.getLogger("detectron2.any").info(message)
-    assert stream.getvalue() == "\n".join([*MESSAGES, ""])
-
-
-def test_a_closed_terminal_is_no_error(log):
-    class Closed(Terminal):
-        def write(self, text):
-            if self.tell() > 0:
-                raise OSError(5, "Input/output error")
-            return super().write(text)
-
-    log(Closed())
-    with live_log(40):
-        logging.getLogger("detectron2.any").info(TRAINING)
 
 
 def test_progress_of_detectron2s_log():

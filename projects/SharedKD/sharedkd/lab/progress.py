@@ -1,17 +1,15 @@
 """One line that says how far long work is: rewritten on a terminal, now and then in a log."""
 
-import logging
 import math
 import os
 import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Callable, Iterator, Optional, TextIO
+from typing import Callable, Optional, TextIO
 
-__all__ = ["LiveLine", "Progress", "Remaining", "live_log", "progress_in"]
+__all__ = ["LiveLine", "Progress", "Remaining", "progress_in"]
 
 PERIOD = 60  # seconds between two lines in a log
 CLEAR = "\r\x1b[K"  # the terminal's line
@@ -105,51 +103,6 @@ class LiveLine:
 
     def _write(self, text: str, end: str = "\n") -> None:
         print(text, end=end, file=self.stream, flush=True)
-
-
-class _Console:
-    """Takes the lines of a log handler in place of the terminal."""
-
-    def __init__(self, live: LiveLine, iterations: int):
-        self.live, self.iterations = live, iterations
-
-    def write(self, text: str) -> None:
-        line = text.rstrip("\n")
-        progress = progress_in(line, self.iterations)
-        if progress:
-            self.live.update(progress)
-        else:
-            self.live.keep(line)
-
-
-@contextmanager
-def live_log(iterations: int) -> Iterator[None]:
-    """Make what Detectron2 logs of the progress one line of the terminal, while this is entered.
-
-    Other lines stay, and log.txt has them all. A file, a pipe and a terminal that can do nothing get
-    every line, as without this.
-
-    Args:
-        iterations: how many the run has.
-    """
-    live = LiveLine()
-    consoles = [
-        handler
-        for name in ("detectron2", "fvcore")
-        for handler in logging.getLogger(name).handlers
-        if live.is_live
-        and isinstance(handler, logging.StreamHandler)
-        and handler.stream is live.stream
-    ]
-    for handler in consoles:
-        handler.setStream(_Console(live, iterations))
-    try:
-        yield
-    finally:
-        for handler in consoles:
-            handler.setStream(live.stream)
-        with suppress(OSError):  # a terminal that was closed
-            live.clear()
 
 
 class Remaining:
