@@ -1,6 +1,6 @@
 """What the documentation says about keys, options and methods, read from the code that has them.
 
-Run as a program, it fills tables of MODEL_ZOO.md, README.md and docs/performance.md from docs/results.
+Run as a program, it fills tables of MODEL_ZOO.md and docs/performance.md from docs/results.
 """
 
 import ast
@@ -23,9 +23,6 @@ from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The benchmarks that README.md quotes, of one machine.
-QUOTED = ROOT / "docs/results/performance/amd_epyc_avx2_without_bfloat16_2_thread_s"
-
 #: Comparisons of a teacher's precisions, each on one machine and with a teacher of its own.
 PRECISION = ("precision", "precision_rounded")
 
@@ -42,7 +39,6 @@ __all__ = [
     "fill",
     "measured",
     "options",
-    "step_ratios",
     "tables",
     "train_keys",
 ]
@@ -200,7 +196,6 @@ def measured() -> Dict[Tuple[str, str], str]:
     """(page, name of its markers) -> the table between them, from the records of docs/results."""
     records = {name: _record(name) for name in PAIRS}
     found = {("MODEL_ZOO.md", name): _zoo(record) for name, record in records.items()}
-    found["README.md", "choice"] = _choice(records)
     found["docs/performance.md", "precision"] = _precision([_record(name) for name in PRECISION])
     return found
 
@@ -260,47 +255,6 @@ def _zoo(record: Mapping[str, Any]) -> str:
         teacher += [f"{record['teacher'][task]['AP']:.1f}", "-"]
     rows.append((*teacher, "-", "-", "1"))
     return _table(" | ".join(titles), rows)
-
-
-def _choice(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Methods that every comparison has: gain in box AP per family, and the greatest costs."""
-    common = [
-        m for m in records["two"]["methods"] if all(m in r["methods"] for r in records.values())
-    ]
-    baseline = records["two"]["baseline"]
-    times = step_ratios(json.loads((QUOTED / "cpu_320x2_faster_rcnn_r50_r18.json").read_text()))
-    rows = []
-    for method in common:
-        if method == baseline:
-            continue
-        gains = [_gain(record, method, "bbox") for record in records.values()]
-        memory = max(
-            fmean(arm["peak_memory_mb"] for arm in _finished(record, method))
-            / fmean(arm["peak_memory_mb"] for arm in _finished(record, baseline))
-            for record in records.values()
-        )
-        parameters = max(
-            arm["parameters"]["losses"]
-            for record in records.values()
-            for arm in _finished(record, method)
-        )
-        costs = f"{memory:.2f}", f"{parameters / 1e6:.2f} M", times.get(method.split(":")[0], "–")
-        rows.append((method, *gains, *costs))
-    titles = (
-        "method | two-stage | one-stage | with masks | memory ratio | extra parameters | step ratio"
-    )
-    return _table(titles, rows)
-
-
-def step_ratios(result: Mapping[str, Any]) -> Dict[str, str]:
-    """Recipe -> its step over the plain student's, of the methods that a benchmark measured.
-
-    The other methods were timed beside Shared-KD: theirs is its ratio over "Shared-KD / method".
-    """
-    medians = {name: x["median"] for name, x in result["ratios"].items()}
-    ours, beside = medians["over_plain"], "distill/"
-    others = {k[len(beside) :]: ours / x for k, x in medians.items() if k.startswith(beside)}
-    return {name: f"{x:.2f}" for name, x in {"shared_kd": ours, **others}.items()}
 
 
 def _finished(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]:

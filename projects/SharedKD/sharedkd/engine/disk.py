@@ -50,11 +50,8 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     losses = getattr(model, "losses", None)
     owned = losses.state_dict().values() if isinstance(losses, nn.Module) else ()
-    return int(
-        tensor_bytes(model.state_dict().values())
-        + tensor_bytes(owned)
-        + _state_per_parameter(optimizer) * tensor_bytes(trained)
-    )
+    state = _state_per_parameter(optimizer) * tensor_bytes(trained)
+    return tensor_bytes(model.state_dict().values()) + tensor_bytes(owned) + state
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -62,18 +59,10 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
 
-def _state_per_parameter(optimizer: torch.optim.Optimizer) -> float:
-    """How many numbers an optimizer keeps of each that it trains: what it does with a few tells."""
-    few = nn.Parameter(torch.zeros(8, 8))
-    few.grad = torch.zeros_like(few)
-    options = {k: v for k, v in optimizer.param_groups[0].items() if k in optimizer.defaults}
-    try:
-        twin = type(optimizer)([{"params": [few], **options}])
-        twin.step()
-    except Exception:  # one that needs more than its options: as much as Adam keeps
-        return 2.0
-    kept = [x for x in twin.state[few].values() if isinstance(x, Tensor) and x.dim()]
-    return tensor_bytes(kept) / tensor_bytes([few])
+def _state_per_parameter(optimizer: torch.optim.Optimizer) -> int:
+    """How many numbers SGD, or an optimizer of Adam's kind, stores of each that it trains."""
+    options = optimizer.param_groups[0]
+    return 2 if "betas" in options else int(bool(options.get("momentum")))
 
 
 def check_disk(
