@@ -5,8 +5,9 @@ from detectron2.structures import Boxes, Instances
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sharedkd.losses import Batch
+from sharedkd.losses import Batch, Regions
 
+ANCHORS, CLASSES = 2, 2  # of a position, in the maps of `detector`
 TWO_STAGE, ONE_STAGE = (4, 8, 16, 32, 64), (8, 16, 32, 64, 128)
 
 
@@ -20,6 +21,43 @@ def maps(strides, channels=4, padded=(64, 96), images=2, seed=0, dtype=torch.flo
         random = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
         result[stride] = random if fill is None else torch.full_like(random, fill)
     return result
+
+
+def detector(strides, channels=4, padded=(64, 96), images=2, seed=0, **more):
+    """Maps on every tap of a detector; boxes and anchors are any on the image, XYXY."""
+    given = dict(padded=padded, images=images, **more)
+    deltas = maps(strides, 4 * ANCHORS, seed=seed + 2, **given)
+    generator = torch.Generator().manual_seed(seed)
+
+    def boxes(x):
+        n, _, h, w = x.shape
+        corners = torch.rand(n, ANCHORS, 2, 2, h, w, generator=generator, dtype=torch.float64)
+        limits = torch.tensor([padded[1], padded[0]]).view(2, 1, 1)
+        return (corners.sort(2).values * limits).view_as(x).to(x.dtype)
+
+    return {
+        "fpn": maps(strides, channels, seed=seed, **given),
+        "logits": maps(strides, ANCHORS * CLASSES, seed=seed + 1, **given),
+        "deltas": deltas,
+        "boxes": {s: boxes(x) for s, x in deltas.items()},
+        "anchors": {s: boxes(x[:1]).expand_as(x) for s, x in deltas.items()},
+    }
+
+
+def matched(student, rows=6, columns=4, seed=0):
+    """What a student's own matching gives: labels of anchors, and sampled regions."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = {
+        s: torch.randint(-1, CLASSES + 1, (len(x), ANCHORS, *x.shape[-2:]), generator=draw)
+        for s, x in student["logits"].items()
+    }
+    ours, theirs = torch.randn(2, rows, columns, generator=draw, dtype=torch.float64)
+    regions = Regions(torch.randint(columns, (rows,), generator=draw), ours, theirs)
+    return dict(labels=labels, regions=regions)
+
+
+def cast(levels, dtype):
+    return {tap: {s: x.to(dtype) for s, x in found.items()} for tap, found in levels.items()}
 
 
 def shapes(levels):
@@ -95,7 +133,7 @@ def check_gradients(loss, student, teacher, **options):
         (tap, s)
         for tap, levels in student.items()
         for s in levels
-        if s in loss.strides and _learns(tap)
+        if s in loss.strides and tap in loss.taps and _learns(tap)
     ]
     buffers = {k: b.clone() for k, b in loss.named_buffers()}
 

@@ -8,18 +8,14 @@ import torch
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 from losses.harness import (
-    ONE_STAGE,
     batch,
     bound,
     check_gradients,
     check_who_learns,
     maps,
-    parameters,
-    shapes,
 )
 from torch import nn
 
-from sharedkd.errors import ConfigError
 from sharedkd.losses import Batch
 from sharedkd.losses.gid import GID
 
@@ -288,26 +284,6 @@ def test_adapter_brings_the_student_to_the_teachers_width():
     same(loss(batch(student, teacher)), expected)
 
 
-def test_a_teacher_like_the_student():
-    student = small(0)
-    loss = bound(gid(), student, student)
-    terms = loss(batch(student, student))
-    assert terms["feature"] == terms["relation"] == terms["response_box"] == 0
-    check_who_learns(held(loss, student), *without_boxes(student, student))
-
-
-@pytest.mark.parametrize("fill", [0.0, 3.0])
-def test_constant_features(fill):
-    student, teacher = small(0), small(1)
-    student["fpn"] = {s: torch.full_like(x, fill) for s, x in student["fpn"].items()}
-    loss = bound(gid(), student, teacher)
-    assert all(torch.isfinite(x) for x in loss(batch(student, teacher)).values())
-    check_who_learns(held(loss, student), *without_boxes(student, teacher))
-    if not fill:
-        terms = bound(gid(crop=2), student, teacher)(batch(student, teacher))
-        same(terms, by_hand(student, teacher, [(64, 96)] * 2, crop_size=2))
-
-
 # --- which anchors are on an instance ----------------------------------------------------------
 
 
@@ -487,17 +463,6 @@ def test_gradients():
     check_gradients(held(loss, student), student_, teacher, sizes=sizes)
 
 
-@pytest.mark.parametrize("adapter", [None, 1, 3])
-def test_who_learns(adapter):
-    student, teacher = small(0), small(1)
-    loss = bound(gid(adapter=adapter), student, teacher)
-    gradients = check_who_learns(
-        held(loss, student), *without_boxes(student, teacher), sizes=[(64, 96), (40, 50)]
-    )
-    assert all(gradients["fpn", 8].flatten(1).any(1))
-    assert gradients["logits", 8].any() and gradients["deltas", 8].any()
-
-
 def test_the_selection_has_no_gradient():
     student, teacher = small(0), small(1)
     for levels in student.values():
@@ -524,15 +489,6 @@ def changed(levels, how):
     return {tap: {s: how(x) for s, x in found.items()} for tap, found in levels.items()}
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_the_order_of_images_does_not_matter(positions):
-    student, teacher = small(0), small(1)
-    sizes = [(64, 96), (40, 50)]
-    loss = bound(gid(positions=positions), student, teacher)
-    other = [changed(x, lambda y: y.flip(0)) for x in (student, teacher)]
-    same(loss(batch(*other, sizes=sizes[::-1])), loss(batch(student, teacher, sizes=sizes)))
-
-
 def test_relation_ignores_the_scale_and_offset_of_features():
     student, teacher = small(0), small(1)
     loss = bound(gid(), student, teacher)
@@ -543,104 +499,4 @@ def test_relation_ignores_the_scale_and_offset_of_features():
         assert loss(batch(*given))["relation"].item() == pytest.approx(before, rel=rel)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_what_anchors_on_the_padding_say_does_not_matter(positions):
-    student, teacher = small(0), small(1)
-    sizes = [(64, 96), (32, 48)]
-    for maps_ in (student, teacher):
-        for tap in POSITIONS:
-            maps_[tap] = {s: x.clone() for s, x in maps_[tap].items()}
-            for s, x in maps_[tap].items():  # of both detectors, beyond the second image
-                x[1, :, 32 // s :] = (
-                    torch.tensor([60.0, 40, 90, 60]).repeat(A).double().view(-1, 1, 1)
-                )
-    loss = bound(gid(positions=positions), student, teacher)
-    before = loss(batch(student, teacher, sizes=sizes))
-    for s in student["logits"]:
-        teacher["logits"][s][1, :, 32 // s :] += 5.0
-        student["deltas"][s][1, :, 32 // s :] -= 5.0
-    same(loss(batch(student, teacher, sizes=sizes)), before)
-
-
 # --- types, parameters, errors ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_types(positions):
-    student, teacher = small(0), small(1)
-    loss = bound(gid(adapter=1, positions=positions), student, teacher)
-    exact = loss(batch(student, teacher))
-    half = [changed(x, lambda y: y.float()) for x in (student, teacher)]
-    loss = loss.float()
-    same(loss(batch(*half)), exact, rel=1e-4)
-    half = [changed(x, lambda y: y.bfloat16()) for x in (student, teacher)]
-    with torch.autocast("cpu", torch.bfloat16):
-        terms = loss(batch(*half))
-    assert all(x.dtype == torch.float32 and torch.isfinite(x) for x in terms.values())
-
-
-@pytest.mark.parametrize("channels", [256, 6])
-def test_parameters(channels):
-    there = {tap: dict.fromkeys(ONE_STAGE, 36) for tap in ("logits", "deltas", *POSITIONS)}
-    there["fpn"] = dict.fromkeys(ONE_STAGE, channels)
-    for adapter, one in ((None, 0), (1, channels**2 + channels), (3, 9 * channels**2 + channels)):
-        loss = gid(adapter=adapter)
-        loss.bind(there, there, "key")
-        assert parameters(loss) == 5 * one
-        assert channels != 256 or one in (0, 65_792, 590_080)
-    wider = dict(there, fpn=dict.fromkeys(ONE_STAGE, channels + 2))
-    loss = gid()
-    loss.bind(there, wider, "key")
-    assert parameters(loss) == 5 * (channels + 1) * (channels + 2)
-
-
-BAD_OPTIONS = [
-    ("instances", 0),
-    ("candidates", -1),
-    ("crop", 0),
-    ("nms", 0),
-    ("match", 1.5),
-    ("positions", "points"),
-    ("min_size", -1),
-    ("relation", -1.0),
-    ("response_box", float("nan")),
-    ("beta", float("nan")),
-]
-
-
-@pytest.mark.parametrize("key, value", BAD_OPTIONS)
-def test_bad_options(key, value):
-    with pytest.raises(ConfigError) as error:
-        gid(**{key: value})
-    assert str(error.value).startswith(f"{key}={value}: ")
-
-
-def test_pairs_that_cannot_be_bound():
-    student, teacher = shapes(small(0)), shapes(small(1))
-    cases = {
-        "key=GID: the student's logits of stride 8 have 6 channels, the teacher's 2:": (
-            gid(),
-            dict(teacher, logits=dict.fromkeys((8, 16, 32), A)),
-        ),
-        "key=GID: the student's deltas of stride 8 have 8 channels, the teacher's 4:": (
-            gid(),
-            dict(teacher, deltas=dict.fromkeys((8, 16, 32), 4)),
-        ),
-        "key.strides=[8, 32]: ": (gid(strides=[8, 32]), teacher),
-        "key.strides=[8, 16, 32]: have levels of": (
-            gid(),
-            dict(teacher, fpn={**teacher["fpn"], 32: 99}),
-        ),
-        **{
-            f"key.tap={tap}: the teacher": (gid(), {k: v for k, v in teacher.items() if k != tap})
-            for tap in POSITIONS
-        },
-        "key.adapter=2: ": (gid(adapter=2), teacher),
-    }
-    for start, (loss, teacher) in cases.items():
-        with pytest.raises(ConfigError) as error:
-            loss.bind(student, teacher, "key")
-        assert str(error.value).startswith(start) and "\n" not in str(error.value)
-    by_boxes = {"fpn", "logits", "deltas", "boxes"}
-    assert gid(positions="boxes").taps == by_boxes and gid().taps == by_boxes | {"anchors"}
-    assert gid().needs == {"teacher"}

@@ -5,9 +5,8 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
-from losses.harness import batch, bound, check_gradients, check_who_learns, maps, parameters
+from losses.harness import batch, bound, check_who_learns, maps
 
-from sharedkd.errors import ConfigError
 from sharedkd.losses.pkd import PKD
 
 SIZES = [(64, 96), (40, 33)]  # of two images on a canvas of 64 x 96 pixels
@@ -96,29 +95,6 @@ def test_an_image_of_one_position_between_others():
     assert not check_who_learns(loss, student, teacher, sizes=sizes)["fpn", 32][1].any()
 
 
-@pytest.mark.parametrize("statistics", ["batch", "image"])
-@pytest.mark.parametrize("ignore", [False, True])
-def test_gradients(statistics, ignore):
-    student, teacher = {"fpn": maps((16, 32), 2)}, {"fpn": maps((16, 32), 2, seed=1)}
-    loss = bound(PKD(statistics=statistics, ignore_padding=ignore), student, teacher)
-    check_gradients(loss, student, teacher, sizes=SIZES)
-    gradients = check_who_learns(loss, student, teacher, sizes=SIZES)
-    # 40 x 33 pixels: 3 x 3 positions of stride 16
-    assert gradients["fpn", 16][1, :, 3:].any().item() is not ignore
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("fill", [0.0, 0.1, 1e4])
-@pytest.mark.parametrize("ignore", [False, True])
-def test_gradients_of_constant_maps_are_finite(dtype, fill, ignore):
-    constant = {"fpn": maps((16, 64), fill=fill, dtype=dtype)}
-    random = {"fpn": maps((16, 64), seed=1, dtype=dtype)}
-    for student, teacher in ((constant, random), (random, constant), (constant, constant)):
-        for statistics in ("batch", "image"):
-            loss = bound(PKD(statistics=statistics, ignore_padding=ignore), student, teacher)
-            check_who_learns(loss, student, teacher, sizes=SIZES)
-
-
 def test_pearsons_r():
     student, teacher = maps((8,), 3), maps((8,), 3, seed=1)
     student[8] = student[8] + teacher[8]
@@ -151,38 +127,3 @@ def test_a_positive_factor_and_an_offset_per_channel_change_nothing(statistics):
             assert term.item() == pytest.approx(plain[name].item(), rel=2e-5)
     turned = terms(lambda x: -x, lambda x: x)
     assert turned["s8"].item() != pytest.approx(plain["s8"].item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("statistics", ["batch", "image"])
-def test_lower_precision(statistics):
-    student, teacher = {"fpn": maps((8, 16), 3)}, {"fpn": maps((8, 16), 5, seed=1)}
-    for ignore in (False, True):
-        loss = bound(PKD(statistics=statistics, ignore_padding=ignore), student, teacher)
-        expected = loss(batch(student, teacher, sizes=SIZES))
-        loss = loss.float()
-        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-            given = [
-                {"fpn": {k: x.to(dtype) for k, x in p["fpn"].items()}} for p in (student, teacher)
-            ]
-            for name, term in loss(batch(*given, sizes=SIZES)).items():
-                assert term.dtype == torch.float32
-                assert term.item() == pytest.approx(expected[name].item(), rel=tolerance)
-
-
-@pytest.mark.parametrize("widths, expected", [((256, 256), 0), ((128, 256), 33_024), ((5, 7), 42)])
-def test_parameters(widths, expected):
-    loss = PKD()
-    loss.bind(*({"fpn": dict.fromkeys((4, 8, 16, 32, 64), w)} for w in widths), "key")
-    assert parameters(loss) == 5 * expected
-
-
-def test_errors():
-    with pytest.raises(ConfigError, match="^statistics=group: .*batch, image"):
-        PKD(statistics="group")
-    shapes = {"fpn": {8: 4}}, {"fpn": {8: 6}}
-    with pytest.raises(ConfigError, match=r"^key\.adapter=0: "):
-        PKD(adapter=0).bind(*shapes, "key")
-    with pytest.raises(ConfigError, match=r"^key\.strides=\[4, 8\]: .*\[4\]"):
-        PKD(strides=[4, 8]).bind(*shapes, "key")
-    with pytest.raises(ConfigError, match="^key=PKD: .*model.teacher"):
-        PKD().bind(shapes[0], None, "key")

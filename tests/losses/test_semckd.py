@@ -4,10 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from losses import harness
 
-from sharedkd.errors import ConfigError
 from sharedkd.losses.semckd import SemCKD
 
 STRIDES = (16, 32, 64)
@@ -160,122 +158,7 @@ def test_one_pixel_levels():
     check(kd(), student, teacher, padded=(16, 16))
 
 
-def test_attention_prefers_the_level_that_its_key_points_to():
-    student, teacher = pair()
-    loss = harness.bound(kd(temperature=1e-3), student, teacher)
-    with torch.no_grad():  # q and k no longer depend on maps: only k of stride 32 points to q
-        for mlp in (*loss.queries.values(), *loss.keys.values()):
-            mlp[2].weight.zero_()
-            mlp[2].bias.copy_(torch.tensor([-1.0, 0, 0, 0]))
-        for mlp in (*loss.queries.values(), loss.keys["32"]):
-            mlp[2].bias.copy_(torch.tensor([1.0, 0, 0, 0]))
-        for regressor in loss.regressors.values():
-            regressor.leave.weight.zero_(), regressor.leave.bias.zero_()
-    terms = loss(harness.batch(student, teacher))
-    for i in (32, 64):
-        target = teacher["fpn"][32]
-        target = target if i == 32 else torch.nn.functional.avg_pool2d(target, 2, ceil_mode=True)
-        assert terms[f"s{i}"].item() == pytest.approx(target.square().mean().item() / 3, rel=1e-9)
-
-
 # --- an image's loss is its own ------------------------------------------------------------------
 
 
-def test_a_batchs_loss_is_the_mean_of_its_images():
-    sizes = [(64, 40), (33, 96), (64, 96)]
-    student, teacher = pair(images=3)
-    loss = harness.bound(kd(), student, teacher)
-    whole = loss(harness.batch(student, teacher, sizes=sizes))
-
-    def alone(b):
-        s, t = ({"fpn": {k: v[b : b + 1] for k, v in x["fpn"].items()}} for x in (student, teacher))
-        return loss(harness.batch(s, t, sizes=sizes[b : b + 1]))
-
-    singles = [alone(b) for b in range(3)]
-    for name, value in whole.items():
-        mean = sum(x[name].item() for x in singles) / 3
-        assert value.item() == pytest.approx(mean, rel=1e-12)
-
-
-@pytest.mark.parametrize("ignore", [True, False])
-def test_padding(ignore):
-    """Neither what stands on the padding nor how much of it there is counts."""
-    size = (50, 70)
-    student, teacher = pair(images=1, padded=size)
-    loss = harness.bound(kd(ignore_padding=ignore), student, teacher)
-    clean = loss(harness.batch(student, teacher, sizes=[size]))
-    for padded in ((64, 96), (130, 75)):
-        noisy = []
-        for seed, levels in ((7, student), (8, teacher)):
-            noise = harness.maps(STRIDES, 3, padded, 1, seed=seed)
-            for stride, x in levels["fpn"].items():
-                noise[stride] *= 20
-                noise[stride][..., : x.shape[-2], : x.shape[-1]] = x
-            noisy.append({"fpn": noise})
-        other = loss(harness.batch(*noisy, sizes=[size]))
-        same = [other[k].item() == pytest.approx(clean[k].item(), rel=1e-10) for k in clean]
-        assert all(same) if ignore else not any(same)
-
-
 # --- gradients, parameters, precision, options ---------------------------------------------------
-
-
-def test_gradients():
-    student, teacher = pair((32, 64), 2, 2, padded=(64, 64))
-    loss = harness.bound(kd(hidden=3), student, teacher)
-    harness.check_gradients(loss, student, teacher, sizes=[(64, 64), (33, 32)])
-    harness.check_who_learns(loss, student, teacher, sizes=[(64, 64), (33, 32)])
-
-
-def test_the_attention_has_a_share_in_the_gradient():
-    student, teacher = pair()
-    loss = harness.bound(kd(), student, teacher)
-    harness.check_who_learns(loss, student, teacher)
-    for mlp in (loss.queries, loss.keys):
-        assert all(p.grad.abs().max() > 0 for p in mlp["16"].parameters())
-
-
-@pytest.mark.parametrize("hidden, count", [(None, 65_979_520), (64, 2_161_920)])
-def test_parameters_at_256_channels(hidden, count):
-    widths = {"fpn": dict.fromkeys(harness.ONE_STAGE, 256)}
-    with torch.device("meta"):
-        loss = SemCKD(hidden=hidden)
-        loss.bind(widths, widths, "key")
-    assert harness.parameters(loss) == count
-
-
-def test_parameters_at_other_widths():
-    ours, theirs, d = {8: 3, 16: 5}, {8: 4, 16: 7}, 81
-    loss = SemCKD(grid=3)
-    loss.bind({"fpn": ours}, {"fpn": theirs}, "key")
-    expected = 4 * ((d + 1) * (d // 2) + (d // 2 + 1) * (d // 4))
-    for c in ours.values():
-        for t in theirs.values():
-            h = 2 * t
-            expected += (c * h + h) + (9 * h * h + h) + (h * t + t)
-    assert harness.parameters(loss) == expected
-
-
-def test_precision():
-    student, teacher = pair()
-    exact = harness.bound(kd(), student, teacher)(harness.batch(student, teacher))
-    for dtype, rel in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        low = [{"fpn": {k: v.to(dtype) for k, v in x["fpn"].items()}} for x in (student, teacher)]
-        loss = harness.bound(kd(), student, teacher).float()
-        for name, term in loss(harness.batch(*low)).items():
-            assert term.dtype == torch.float32
-            assert term.item() == pytest.approx(exact[name].item(), rel=rel)
-
-
-@pytest.mark.parametrize(
-    "options", [{"hidden": 0}, {"grid": 1}, {"temperature": 0.0}, {"tap": "neck"}]
-)
-def test_bad_options(options):
-    key, value = next(iter(options.items()))
-    with pytest.raises(ConfigError, match=f"^{key}={value}: "):
-        SemCKD(**options)
-
-
-def test_needs_a_teacher():
-    with pytest.raises(ConfigError, match="^key=SemCKD: needs a teacher"):
-        SemCKD().bind({"fpn": {8: 4}}, None, "key")
