@@ -4,7 +4,7 @@ from math import exp, log
 
 import pytest
 import torch
-from losses.harness import batch, bound, check_gradients, check_who_learns, maps
+from losses.harness import batch, bound, maps
 
 from sharedkd.losses.cwd import CWD
 
@@ -34,25 +34,22 @@ def reference(s, t, stride, tau, sizes=None):
     return tau * tau * result / (channels * n)
 
 
+RANDOM = dict(strides=(8, 32))
 CASES = {
-    "random": dict(strides=(8, 32)),
-    "one image": dict(strides=(16,), images=1),
-    "one pixel": dict(strides=(64,), images=1, padded=(64, 64)),
-    "zeros": dict(strides=(16,), fill=0.0),
-    "constant": dict(strides=(16,), fill=-3.0),
+    "random": (RANDOM, RANDOM, 1.0),
+    "flatter": (RANDOM, RANDOM, 4.0),
+    "one image": (dict(strides=(16,), images=1), dict(strides=(16,), images=1), 1.0),
+    "one pixel": (dict(strides=(128,)), dict(strides=(128,)), 1.0),
+    "a constant student": (dict(strides=(16,), fill=-3.0), dict(strides=(16,)), 1.0),
+    "a constant teacher": (dict(strides=(16,)), dict(strides=(16,), fill=0.0), 1.0),
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("tau", [1.0, 4.0])
-@pytest.mark.parametrize("constant", ["student", "teacher"])
-def test_value(case, tau, constant):
-    varied = {**case, "fill": None}
-    student = {"fpn": maps(**(case if constant == "student" else varied))}
-    teacher = {"fpn": maps(seed=1, **(case if constant == "teacher" else varied))}
-    loss = bound(CWD(temperature=tau), student, teacher)
-    terms = loss(batch(student, teacher, padded=case.get("padded", (64, 96))))
-    assert list(terms) == [f"s{stride}" for stride in case["strides"]]
+@pytest.mark.parametrize("ours, theirs, tau", CASES.values(), ids=CASES)
+def test_value(ours, theirs, tau):
+    student, teacher = {"fpn": maps(**ours)}, {"fpn": maps(seed=1, **theirs)}
+    terms = bound(CWD(temperature=tau), student, teacher)(batch(student, teacher))
+    assert list(terms) == [f"s{stride}" for stride in ours["strides"]]
     for stride, s in student["fpn"].items():
         expected = reference(s, teacher["fpn"][stride], stride, tau)
         assert terms[f"s{stride}"].item() == pytest.approx(expected, rel=1e-9, abs=1e-14)
@@ -67,10 +64,6 @@ def test_the_adapter_brings_the_student_to_the_teachers_width():
     expected = reference(adapted, teacher["fpn"][16], 16, 1.0)
     term = loss(batch(student, teacher))["s16"]
     assert term.item() == pytest.approx(expected, rel=1e-9)
-    check_gradients(loss, student, teacher)
-    # a convolution's bias is such a constant added to a channel: its gradient is there, and zero
-    check_who_learns(loss, student, teacher)
-    assert conv.weight.grad.any() and conv.bias.grad.abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("ignore", [False, True])

@@ -37,19 +37,18 @@ def reference(s, t, stride, conv=None, sizes=None):
 
 
 CASES = {
-    "random": dict(strides=(16, 32)),
-    "one image": dict(strides=(32,), images=1),
-    "one pixel": dict(strides=(64,), images=1, padded=(64, 64)),
-    "zeros": dict(strides=(32,), fill=0.0),
-    "constant": dict(strides=(32,), fill=-3.0),
+    "no adapter": (0, (3, 3), dict(strides=(16, 32))),
+    "equal widths": (None, (3, 3), dict(strides=(32,))),
+    "other widths": (None, (2, 3), dict(strides=(32,), images=1)),
+    "1x1": (1, (3, 3), dict(strides=(32,))),
+    "3x3": (3, (2, 3), dict(strides=(16, 32))),
+    "one pixel": (3, (3, 3), dict(strides=(128,), images=1)),
+    "constant": (3, (2, 3), dict(strides=(32,), fill=-3.0)),
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize(
-    "adapter, widths", [(0, (3, 3)), (None, (3, 3)), (None, (2, 3)), (1, (3, 3)), (3, (2, 3))]
-)
-def test_value(case, adapter, widths):
+@pytest.mark.parametrize("adapter, widths, case", CASES.values(), ids=CASES)
+def test_value(adapter, widths, case):
     student = {"fpn": maps(channels=widths[0], **case)}
     teacher = {"fpn": maps(channels=widths[1], seed=1, **{**case, "fill": None})}
     loss = bound(FitNets(adapter=adapter), student, teacher)

@@ -80,9 +80,8 @@ def test_values(options):
     same(bound(raw(), student, teacher)(given), by_hand(student, teacher, 0.3, 0.7))
 
 
-@pytest.mark.parametrize("fill", [0.0, 2.5, -9.0])
-def test_constant_maps(fill):
-    student, teacher = pyramids(0, fill=fill), pyramids(1)
+def test_constant_maps():
+    student, teacher = pyramids(0, fill=-9.0), pyramids(1)
     for s, t in ((student, teacher), (teacher, student), (student, student)):
         same(bound(raw(), s, t)(batch(s, t)), by_hand(s, t, 0.3, 0.7))
 

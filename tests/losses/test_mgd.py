@@ -97,29 +97,3 @@ def test_value(options, widths, given, more):
         assert list(terms) == list(expected)
         for name, value in expected.items():
             assert terms[name].item() == pytest.approx(value, rel=1e-9, abs=1e-12), name
-
-
-class Seen(torch.nn.Module):
-    """In place of the generator: keeps what it is given."""
-
-    def forward(self, x):
-        self.x = x
-        return x
-
-
-def what_is_kept(masked, padded=(64, 96), images=2, sizes=None, **options):
-    ones = {"fpn": harness.maps((2,), 3, padded=padded, images=images, fill=1.0)}
-    loss = harness.bound(kd(masked=masked, **options), ones, ones)
-    loss.generate["2"] = Seen()
-    loss(harness.batch(ones, ones, padded=padded, sizes=sizes))
-    return loss.generate["2"].x
-
-
-@pytest.mark.parametrize("masked", [0.0, 0.45, 0.65, 1.0])
-def test_mask(masked):
-    kept = what_is_kept(masked)
-    assert torch.equal(kept, kept[:, :1].expand_as(kept))  # one mask for all channels
-    assert ((kept == 0) | (kept == 1)).all()
-    assert 1 - kept.mean().item() == pytest.approx(masked, abs=0.04)
-    if 0 < masked < 1:
-        assert not torch.equal(kept[0], kept[1])  # another one per image
