@@ -1,5 +1,9 @@
 """What every loss's test needs: pyramids, ground truth, and the checks that hold for any loss."""
 
+from collections import defaultdict
+from itertools import product
+from math import sqrt
+
 import torch
 from detectron2.structures import Boxes, Instances
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -178,3 +182,63 @@ class Written(TorchDispatchMode):
             if x.untyped_storage().data_ptr() not in before:
                 self.sizes.append((x.untyped_storage().nbytes() // x.element_size(), x.dtype))
         return out
+
+
+# --- reference of Distance: python loops over the formula ----------------------------------------
+
+#: Which elements share a mean and a variance, by (n, c, y, x).
+GROUPS = {
+    "channel": lambda n, c, y, x: c,
+    "instance": lambda n, c, y, x: (n, c),
+    "position": lambda n, c, y, x: (n, y, x),
+}
+ELEMENT = {
+    "mse": lambda d: d * d,
+    "l1": abs,
+    "smooth_l1": lambda d: 0.5 * d * d if abs(d) < 1 else abs(d) - 0.5,
+}
+
+
+def _standardised(values, normalize):
+    """{(n, c, y, x): value} with zero mean and unit variance per group."""
+    if normalize == "none":
+        return values
+    groups = defaultdict(list)
+    for index, value in values.items():
+        groups[GROUPS[normalize](*index)].append(value)
+    moments = {}
+    for key, group in groups.items():
+        mean = sum(group) / len(group)
+        moments[key] = mean, sqrt(sum((v - mean) ** 2 for v in group) / len(group) + 1e-6)
+    result = {}
+    for index, value in values.items():
+        mean, deviation = moments[GROUPS[normalize](*index)]
+        result[index] = (value - mean) / deviation
+    return result
+
+
+def distance_by_hand(a, b, mask=None, distance="mse", normalize="none"):
+    """Mean distance of two tensors (N, C, H, W) over the positions of the mask (N, 1, H, W)."""
+    a, b = (x.detach().double().tolist() for x in (a, b))
+    inside = None if mask is None else mask.tolist()
+    n, channels, height, width = len(a), len(a[0]), len(a[0][0]), len(a[0][0][0])
+    where = [
+        (i, y, x)
+        for i, y, x in product(range(n), range(height), range(width))
+        if inside is None or inside[i][0][y][x]
+    ]
+    a, b = (
+        _standardised(
+            {(i, c, y, x): m[i][c][y][x] for i, y, x in where for c in range(channels)}, normalize
+        )
+        for m in (a, b)
+    )
+    if distance != "cosine":
+        return sum(ELEMENT[distance](a[i] - b[i]) for i in a) / len(a)
+    each = []
+    for i, y, x in where:
+        u, v = ([m[i, c, y, x] for c in range(channels)] for m in (a, b))
+        lengths = sqrt(sum(p * p for p in u)) * sqrt(sum(q * q for q in v))
+        # A vector of zeros is at right angles to everything.
+        each.append(1 - (sum(p * q for p, q in zip(u, v)) / lengths if lengths else 0))
+    return sum(each) / len(each)

@@ -422,3 +422,24 @@ def test_what_is_read():
         assert loss.needs == needs.get(kind, {"teacher"}), kind
     assert build(GID, positions="boxes").taps == {*HEADS} - {"anchors"}
     assert CrossLayer(tap="backbone").taps == {"backbone"}
+
+
+class PerChannel(losses.DistillationLoss):
+    """A loss that owns a parameter."""
+
+    needs = frozenset()
+
+    def bind(self, student, teacher, key):
+        super().bind(student, teacher, key)
+        self.scale = torch.nn.Parameter(torch.ones(student["fpn"][8]))
+
+    def forward(self, batch):
+        return {"sum": (batch.student["fpn"][8] * self.scale.view(1, -1, 1, 1)).mean()}
+
+
+def test_an_own_loss_may_create_parameters_when_bound():
+    loss = PerChannel()
+    loss.bind(FPN, None, "key")
+    assert [p.shape for p in loss.parameters()] == [(4,)]
+    maps = {"fpn": {8: torch.full((1, 4, 2, 2), 3.0)}}
+    assert loss(harness.batch(maps))["sum"].item() == 3
