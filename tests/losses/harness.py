@@ -4,6 +4,8 @@ from collections import defaultdict
 from itertools import product
 from math import sqrt
 
+import numpy as np
+import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +27,12 @@ def maps(strides, channels=4, padded=(64, 96), images=2, seed=0, dtype=torch.flo
         random = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
         result[stride] = random if fill is None else torch.full_like(random, fill)
     return result
+
+
+def pair(strides=(8, 16), ours=3, theirs=3, **options):
+    """Maps of a student's and a teacher's FPN."""
+    student = {"fpn": maps(strides, ours, seed=1, **options)}
+    return student, {"fpn": maps(strides, theirs, seed=2, **options)}
 
 
 def detector(strides, channels=4, padded=(64, 96), images=2, seed=0, **more):
@@ -152,6 +160,33 @@ def check_gradients(loss, student, teacher, **options):
 
     inputs = [student[tap][s].clone().requires_grad_() for tap, s in keys]
     assert torch.autograd.gradcheck(value, inputs)
+
+
+def same(found, expected, rel=1e-9):
+    """Terms have these names, in this order, and these values."""
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].shape == ()
+        assert found[name].item() == pytest.approx(value, rel=rel, abs=1e-9), name
+
+
+def numbers(module):
+    """A module's parameters as numpy arrays, by name."""
+    return {k: p.detach().double().numpy() for k, p in module.named_parameters()}
+
+
+def convolved(p, name, x, stride=1):
+    """A convolution of one image (C, H, W) by loops, zeros around it; none without parameters."""
+    if not p:
+        return x
+    weight, bias = (p[f"{name}.{k}" if name else k] for k in ("weight", "bias"))
+    size = weight.shape[-1]
+    around = np.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2))
+    out = np.zeros((len(weight), -(-x.shape[1] // stride), -(-x.shape[2] // stride)))
+    for o, r, c in np.ndindex(out.shape):
+        y, z = stride * r, stride * c
+        out[o, r, c] = (weight[o] * around[:, y : y + size, z : z + size]).sum() + bias[o]
+    return out
 
 
 def parameters(loss):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from losses import harness
+from losses.harness import numbers, pair
 
 from sharedkd.losses.feature_fusion import FeatureFusion
 
@@ -14,11 +15,6 @@ BOXES = [
     [[3, 5, 40, 30], [20, 20, 90, 60], [4, 4, 4.5, 60]],  # overlapping, and one that is thin
     [[-20, -9, 13, 12], [60, 50, 300, 200], [200, 200, 260, 240]],  # across and beyond the border
 ]
-
-
-def pair(strides=STRIDES, ours=3, theirs=3, **options):
-    student = {"fpn": harness.maps(strides, ours, seed=1, **options)}
-    return student, {"fpn": harness.maps(strides, theirs, seed=2, **options)}
 
 
 def kd(**options):
@@ -36,10 +32,6 @@ def bound(loss, student, teacher, moved=True):
 
 
 # --- reference: python loops over numpy arrays ---------------------------------------------------
-
-
-def numbers(module):
-    return {k: p.detach().double().numpy() for k, p in module.named_parameters()}
 
 
 def linear(p, x):
@@ -78,9 +70,7 @@ def check(loss, student, teacher, boxes, sizes=None, padded=(64, 96)):
     sizes = [padded] * len(boxes) if sizes is None else sizes
     terms = loss(harness.batch(student, teacher, boxes, sizes, padded))
     expected = by_hand(loss, student, teacher, boxes, sizes)
-    assert set(terms) == set(expected)
-    for name, value in expected.items():
-        assert terms[name].item() == pytest.approx(value, rel=1e-9), name
+    harness.same(terms, expected)
 
 
 # --- values --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from losses import harness
+from losses.harness import convolved, numbers, pair
 
 from sharedkd.losses.fgd import FGD, GlobalContext, foreground
 
@@ -18,11 +19,6 @@ BOXES = [
 
 def kd(**options):
     return FGD(**{**WEIGHTS, **options})
-
-
-def pair(strides=(8, 16), ours=4, theirs=4, **options):
-    student = {"fpn": harness.maps(strides, ours, seed=1, **options)}
-    return student, {"fpn": harness.maps(strides, theirs, seed=2, **options)}
 
 
 # --- reference: python loops over numpy arrays ---------------------------------------------------
@@ -78,16 +74,11 @@ def by_hand(loss, student, teacher, boxes, sizes):
     expected = {}
     for stride in loss.strides:
         modules = (loss.adapt, loss.student_context, loss.teacher_context)
-        adapt, ours, theirs = (
-            {k: p.detach().double().numpy() for k, p in m[str(stride)].named_parameters()}
-            for m in modules
-        )
+        adapt, ours, theirs = (numbers(m[str(stride)]) for m in modules)
         s, t = (x["fpn"][stride].double().numpy() for x in (student, teacher))
         sums = dict.fromkeys(WEIGHTS, 0.0)
         for a, b, found, size in zip(s, t, boxes, sizes):
-            if adapt:
-                weight = adapt["weight"][:, :, 0, 0]
-                a = np.einsum("oi,ihw->ohw", weight, a) + adapt["bias"][:, None, None]
+            a = convolved(adapt, "", a)
             channels, height, width = a.shape
             real = (height, width)
             if loss.ignore_padding:
@@ -148,9 +139,7 @@ def test_value(options, widths, given, more):
     terms = loss(harness.batch(student, teacher, **more))
     sizes = more.get("sizes", [(64, 96)] * len(more["boxes"]))
     expected = by_hand(loss, student, teacher, more["boxes"], sizes)
-    assert list(terms) == list(expected)
-    for name, value in expected.items():
-        assert terms[name].item() == pytest.approx(value, rel=1e-9, abs=1e-9), name
+    harness.same(terms, expected)
 
 
 def drawn(boxes, x, stride):

@@ -9,8 +9,8 @@ from losses.harness import (
     TWO_STAGE,
     batch,
     bound,
-    check_who_learns,
     maps,
+    same,
 )
 
 from sharedkd.losses.frs import FRS
@@ -58,12 +58,6 @@ def by_hand(student, teacher, feature, response, strides=STRIDES):
     return terms
 
 
-def same(found, expected, rel=1e-9):
-    assert list(found) == list(expected)
-    for name, value in expected.items():
-        assert found[name].item() == pytest.approx(value, rel=rel, abs=1e-12), name
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -109,14 +103,6 @@ def test_a_level_where_the_teacher_sees_nothing_is_zero():
     sum(terms.values()).backward()
     assert all(not x.grad.any() for levels in student.values() for x in levels.values())
     assert all(not p.grad.any() for p in loss.parameters())
-
-
-def test_extreme_logits_stay_finite():
-    student, teacher = pyramids(0, dtype=torch.float32), pyramids(1, dtype=torch.float32)
-    for levels in (student["logits"], teacher["logits"]):
-        for stride in levels:
-            levels[stride] = levels[stride] * 1e3
-    check_who_learns(bound(FRS(1.0, 1.0), student, teacher), student, teacher)
 
 
 def test_only_the_levels_in_use():

@@ -10,6 +10,7 @@ from losses.harness import (
     batch,
     bound,
     maps,
+    same,
 )
 
 from sharedkd.losses.improved_kd import ImprovedKD, attention
@@ -104,10 +105,7 @@ def test_value(case):
     torch.manual_seed(5)
     terms = loss(batch(student, teacher))
     expected = by_hand(loss, student, teacher, reach, weights)
-    assert list(terms) == list(expected)
-    for name, term in terms.items():
-        assert term.shape == ()
-        assert term.item() == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
+    same(terms, expected)
 
 
 def test_attention():

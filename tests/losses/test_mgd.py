@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from losses import harness
+from losses.harness import convolved, numbers, pair
 
 from sharedkd.losses.mgd import MGD
 
@@ -16,44 +17,20 @@ def kd(**options):
     return MGD(**{"alpha": ALPHA, "masked": 0.4, **options})
 
 
-def pair(strides=(16, 32), ours=3, theirs=3, **options):
-    student = {"fpn": harness.maps(strides, ours, seed=1, **options)}
-    return student, {"fpn": harness.maps(strides, theirs, seed=2, **options)}
-
-
 # --- reference: python loops over numpy arrays ---------------------------------------------------
-
-
-def conv(p, name, x):
-    """3x3 with zeros around, one image (C, H, W)."""
-    weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
-    height, width = x.shape[1:]
-    around = np.pad(x, ((0, 0), (1, 1), (1, 1)))
-    out = np.zeros((len(weight), height, width))
-    for o in range(len(weight)):
-        for r in range(height):
-            for c in range(width):
-                out[o, r, c] = (weight[o] * around[:, r : r + 3, c : c + 3]).sum() + bias[o]
-    return out
 
 
 def by_hand(loss, student, teacher, sizes, seed):
     torch.manual_seed(seed)
     expected = {}
     for stride in loss.strides:
-        adapt, generate = (
-            {k: p.detach().double().numpy() for k, p in m[str(stride)].named_parameters()}
-            for m in (loss.adapt, loss.generate)
-        )
+        adapt, generate = (numbers(m[str(stride)]) for m in (loss.adapt, loss.generate))
         s, t = (x["fpn"][stride].double().numpy() for x in (student, teacher))
         images, _, height, width = s.shape
         draw = torch.rand(images, 1, height, width).numpy()
         total = 0.0
         for i in range(images):
-            a = s[i]
-            if adapt:
-                weight = adapt["weight"][:, :, 0, 0]
-                a = np.einsum("oi,ihw->ohw", weight, a) + adapt["bias"][:, None, None]
+            a = convolved(adapt, "", s[i])
             real = (height, width)
             if loss.ignore_padding:
                 real = [math.ceil(n / stride) for n in sizes[i]]
@@ -62,7 +39,7 @@ def by_hand(loss, student, teacher, sizes, seed):
                 for c in range(width):
                     if draw[i, 0, r, c] >= loss.masked and r < real[0] and c < real[1]:
                         kept[:, r, c] = a[:, r, c]
-            made = conv(generate, "2", np.maximum(conv(generate, "0", kept), 0))
+            made = convolved(generate, "2", np.maximum(convolved(generate, "0", kept), 0))
             for r in range(min(real[0], height)):
                 for c in range(min(real[1], width)):
                     total += ((t[i][:, r, c] - made[:, r, c]) ** 2).sum()
@@ -87,13 +64,11 @@ CASES = {
 
 @pytest.mark.parametrize("options, widths, given, more", CASES.values(), ids=CASES)
 def test_value(options, widths, given, more):
-    student, teacher = pair(**widths, **given)
+    student, teacher = pair(**{"strides": (16, 32), **widths}, **given)
     loss = harness.bound(kd(**options), student, teacher)
     images = given.get("images", 2)
     for seed in (0, 1):
         torch.manual_seed(seed)
         terms = loss(harness.batch(student, teacher, **more))
         expected = by_hand(loss, student, teacher, more.get("sizes", [(64, 96)] * images), seed)
-        assert list(terms) == list(expected)
-        for name, value in expected.items():
-            assert terms[name].item() == pytest.approx(value, rel=1e-9, abs=1e-12), name
+        harness.same(terms, expected)
