@@ -1,4 +1,4 @@
-"""CWD: values by loops, gradients, invariances, padding, parameters, errors."""
+"""CWD: values by loops, and what padding does."""
 
 from math import exp, log
 

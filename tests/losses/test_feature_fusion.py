@@ -1,4 +1,4 @@
-"""Feature fusion: values by hand, where it starts, what learns from what, and that it learns."""
+"""Feature fusion: values by hand, where it starts, and what learns from which term."""
 
 import math
 
@@ -29,9 +29,6 @@ def bound(loss, student, teacher, moved=True):
             for p in loss.fusions.parameters():
                 p.add_(0.3 * torch.randn_like(p))
     return loss
-
-
-# --- reference: python loops over numpy arrays ---------------------------------------------------
 
 
 def linear(p, x):
@@ -73,9 +70,6 @@ def check(loss, student, teacher, boxes, sizes=None, padded=(64, 96)):
     harness.same(terms, expected)
 
 
-# --- values --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "boxes", [BOXES, [[], BOXES[1]], [[], []]], ids=["both", "one image without", "none"]
 )
@@ -115,9 +109,6 @@ def test_at_first_the_feature_term_is_that_of_fitnets():
     for stride in STRIDES:
         both = torch.cat([student["fpn"][stride], teacher["fpn"][stride]], 1)
         assert torch.equal(loss.fusions[str(stride)](both), teacher["fpn"][stride])
-
-
-# --- who learns ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -164,6 +155,3 @@ def test_gradients():
     with torch.no_grad():
         loss.fusions["16"].weight[:, :2].zero_()
     assert torch.autograd.gradcheck(taught, [student["fpn"][16].clone().requires_grad_()])
-
-
-# --- parameters, precision, options --------------------------------------------------------------

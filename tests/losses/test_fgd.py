@@ -1,4 +1,4 @@
-"""FGD: box masks, attention and global context against loops, and what padding does."""
+"""FGD: box masks, attention and global context against loops."""
 
 import math
 
@@ -19,9 +19,6 @@ BOXES = [
 
 def kd(**options):
     return FGD(**{**WEIGHTS, **options})
-
-
-# --- reference: python loops over numpy arrays ---------------------------------------------------
 
 
 def mask_by_hand(boxes, stride, height, width):

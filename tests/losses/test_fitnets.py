@@ -1,4 +1,4 @@
-"""FitNets: values by loops, gradients, parameters, padding, errors."""
+"""FitNets: values by loops, with every adapter, and what padding does."""
 
 import pytest
 from losses.harness import batch, bound, maps

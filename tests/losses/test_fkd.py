@@ -18,9 +18,6 @@ def kd(**options):
     return FKD(**{**WEIGHTS, **options})
 
 
-# --- reference: python loops over numpy arrays ---------------------------------------------------
-
-
 def pooled(x, k):
     kh, kw = min(k, x.shape[1]), min(k, x.shape[2])
     rows, columns = x.shape[1] // kh, x.shape[2] // kw

@@ -1,4 +1,4 @@
-"""FRS: feature richness, both parts, and what a dense head has to have."""
+"""FRS: both parts by hand, and a teacher that finds nothing."""
 
 import math
 

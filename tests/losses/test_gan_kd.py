@@ -1,4 +1,4 @@
-"""GAN-KD: values by hand, who learns from which term, and a small adversarial training."""
+"""GAN-KD: values by hand, and who learns from which term."""
 
 import math
 
@@ -15,9 +15,6 @@ STRIDES = (16, 32)
 
 def kd(**options):
     return GanKD(**{"discriminator": 0.7, "hidden": 4, "layers": 2, **options})
-
-
-# --- reference: python loops over numpy arrays ---------------------------------------------------
 
 
 def logit(p, x, layers):
@@ -48,9 +45,6 @@ def by_hand(loss, student, teacher, sizes=None):
     return terms
 
 
-# --- values --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options, maps",
     [
@@ -79,9 +73,6 @@ def test_value_with_padding(ignore, adapter):
     terms = loss(harness.batch(student, teacher, sizes=sizes))
     for name, value in by_hand(loss, student, teacher, sizes).items():
         assert terms[name].item() == pytest.approx(value, rel=1e-9), name
-
-
-# --- who learns ----------------------------------------------------------------------------------
 
 
 def learners(loss, student, teacher, term):
@@ -121,6 +112,3 @@ def test_gradients():
         return loss(harness.batch({"fpn": {32: s}}, teacher))["s32_student"]
 
     assert torch.autograd.gradcheck(fooled, [student["fpn"][32].clone().requires_grad_()])
-
-
-# --- parameters, precision, options --------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""MGD: masked generation against loops, the mask's distribution, and what padding does."""
+"""MGD: masked generation against loops."""
 
 import math
 
@@ -15,9 +15,6 @@ ALPHA = 0.3
 
 def kd(**options):
     return MGD(**{"alpha": ALPHA, "masked": 0.4, **options})
-
-
-# --- reference: python loops over numpy arrays ---------------------------------------------------
 
 
 def by_hand(loss, student, teacher, sizes, seed):

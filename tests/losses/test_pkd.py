@@ -1,4 +1,4 @@
-"""PKD: values by loops, Pearson's r, gradients, invariances, padding, parameters, errors."""
+"""PKD: values by loops, Pearson's r, and what padding does."""
 
 from math import sqrt
 

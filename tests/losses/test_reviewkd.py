@@ -1,4 +1,4 @@
-"""ReviewKD: values by loops, gradients, one-pixel levels, parameters, errors."""
+"""ReviewKD: values by loops, the context loss, and one-pixel levels."""
 
 from math import ceil, exp, floor
 

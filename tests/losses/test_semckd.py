@@ -1,4 +1,4 @@
-"""SemCKD: regressors, attention and pooling against loops; an image's loss is its own."""
+"""SemCKD: regressors, attention and pooling against loops."""
 
 import math
 
@@ -14,9 +14,6 @@ STRIDES = (16, 32, 64)
 
 def kd(**options):
     return SemCKD(**{"hidden": 4, "grid": 2, **options})
-
-
-# --- reference: python loops over numpy arrays ---------------------------------------------------
 
 
 def pooled(x, size, ratio):
@@ -94,9 +91,6 @@ def check(loss, student, teacher, sizes=None, padded=(64, 96), rel=1e-9):
     return terms
 
 
-# --- values --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options, maps",
     [
@@ -137,9 +131,3 @@ def test_one_pixel_levels():
     student, teacher = pair(STRIDES, padded=(16, 16))
     assert all(x.shape[-2:] == (1, 1) for x in student["fpn"].values())
     check(kd(), student, teacher, padded=(16, 16))
-
-
-# --- an image's loss is its own ------------------------------------------------------------------
-
-
-# --- gradients, parameters, precision, options ---------------------------------------------------
