@@ -2,9 +2,13 @@
 
 import inspect
 import math
+from collections import Counter
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from losses import harness
 
 from sharedkd import losses
@@ -39,7 +43,7 @@ KINDS = {
     FeatureFusion: dict(fit=0.7, feature=1.3, response=0.4),
     FGD: dict(foreground=0.7, background=1.1, attention=0.3, global_=0.9),
     FitNets: dict(adapter=3),
-    FKD: dict(feature=0.7, channel=1.1, spatial=1.3, nonlocal_=0.9, pool=[2] * 3),
+    FKD: dict(feature=0.7, channel=1.1, spatial=1.3, nonlocal_=0.9, pool=[2] * 4),
     FRS: dict(feature=0.3, response=0.7),
     GanKD: dict(discriminator=0.7, hidden=4, layers=2),
     GID: dict(
@@ -164,6 +168,65 @@ def test_draws_follow_torchs_generator_and_differ_from_step_to_step(kind):
     first, second = step(), step()
     torch.manual_seed(5)
     assert step() == first != second
+
+
+# --- any maps --------------------------------------------------------------------------------
+
+
+@st.composite
+def pyramids(draw, one_width=False):
+    """(student's maps, teacher's maps, options of a batch): any levels, widths and sizes.
+
+    Args:
+        one_width: of all levels of a detector, as FPNs have it.
+    """
+    images, seed = draw(st.integers(1, 3)), draw(st.integers(0, 99))
+    padded = draw(st.tuples(st.integers(1, 70), st.integers(1, 70)))
+    found = []
+    for who in range(2):
+        strides = sorted(
+            draw(st.sets(st.sampled_from((4, *harness.ONE_STAGE)), min_size=1, max_size=4))
+        )
+        widths = {s: draw(st.integers(1, 6)) for s in strides}
+        if one_width:
+            widths = dict.fromkeys(strides, widths[strides[0]])
+        found.append(harness.detector(strides, widths, padded, images, seed + 10 * who))
+    sizes = [tuple(draw(st.integers(1, side)) for side in padded) for _ in range(images)]
+    boxes = [[(0, 0, w, h)] if draw(st.booleans()) else [] for h, w in sizes]
+    rows, columns = draw(st.integers(0, 5)), draw(st.integers(2, 4))
+    batch = dict(padded=padded, sizes=sizes, boxes=boxes)
+    return *found, {**batch, **harness.matched(found[0], rows, columns, seed)}
+
+
+@every_loss
+def test_any_maps_are_refused_or_have_finite_losses_and_gradients(kind):
+    seen = Counter()
+
+    @settings(
+        max_examples=40,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(data=st.data())
+    def check(data):
+        student, teacher, more = data.draw(pyramids(one_width=kind is GID))
+        options = dict(ignore_padding=data.draw(st.booleans())) if ignores_padding(kind) else {}
+        if "adapter" in inspect.signature(kind).parameters:
+            options["adapter"] = data.draw(st.sampled_from([None, 1, 3]))
+        try:
+            loss = harness.bound(build(kind, **options), student, teacher)
+        except ConfigError as e:
+            assert "\n" not in str(e) and e.key and e.fix
+            seen["refused"] += 1
+            return
+        more["regions"].student.requires_grad_()
+        harness.check_who_learns(loss, student, teacher, **more)
+        seen["finite"] += 1
+
+    check()
+    assert seen["finite"] >= 8, seen
 
 
 # --- padding ---------------------------------------------------------------------------------
