@@ -1,12 +1,19 @@
 """What every loss's test needs: pyramids, ground truth, and the checks that hold for any loss."""
 
+from collections import defaultdict
+from itertools import product
+from math import sqrt
+
+import numpy as np
+import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sharedkd.losses import Batch
+from sharedkd.losses import Batch, Regions
 
+ANCHORS, CLASSES = 2, 2  # of a position, in the maps of `detector`
 TWO_STAGE, ONE_STAGE = (4, 8, 16, 32, 64), (8, 16, 32, 64, 128)
 
 
@@ -20,6 +27,49 @@ def maps(strides, channels=4, padded=(64, 96), images=2, seed=0, dtype=torch.flo
         random = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
         result[stride] = random if fill is None else torch.full_like(random, fill)
     return result
+
+
+def pair(strides=(8, 16), ours=3, theirs=3, **options):
+    """Maps of a student's and a teacher's FPN."""
+    student = {"fpn": maps(strides, ours, seed=1, **options)}
+    return student, {"fpn": maps(strides, theirs, seed=2, **options)}
+
+
+def detector(strides, channels=4, padded=(64, 96), images=2, seed=0, **more):
+    """Maps on every tap of a detector; boxes and anchors are any on the image, XYXY."""
+    given = dict(padded=padded, images=images, **more)
+    deltas = maps(strides, 4 * ANCHORS, seed=seed + 2, **given)
+    generator = torch.Generator().manual_seed(seed)
+
+    def boxes(x):
+        n, _, h, w = x.shape
+        corners = torch.rand(n, ANCHORS, 2, 2, h, w, generator=generator, dtype=torch.float64)
+        limits = torch.tensor([padded[1], padded[0]]).view(2, 1, 1)
+        return (corners.sort(2).values * limits).view_as(x).to(x.dtype)
+
+    return {
+        "fpn": maps(strides, channels, seed=seed, **given),
+        "logits": maps(strides, ANCHORS * CLASSES, seed=seed + 1, **given),
+        "deltas": deltas,
+        "boxes": {s: boxes(x) for s, x in deltas.items()},
+        "anchors": {s: boxes(x[:1]).expand_as(x) for s, x in deltas.items()},
+    }
+
+
+def matched(student, rows=6, columns=4, seed=0):
+    """What a student's own matching gives: labels of anchors, and sampled regions."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = {
+        s: torch.randint(-1, CLASSES + 1, (len(x), ANCHORS, *x.shape[-2:]), generator=draw)
+        for s, x in student["logits"].items()
+    }
+    ours, theirs = torch.randn(2, rows, columns, generator=draw, dtype=torch.float64)
+    regions = Regions(torch.randint(columns, (rows,), generator=draw), ours, theirs)
+    return dict(labels=labels, regions=regions)
+
+
+def cast(levels, dtype):
+    return {tap: {s: x.to(dtype) for s, x in found.items()} for tap, found in levels.items()}
 
 
 def shapes(levels):
@@ -95,7 +145,7 @@ def check_gradients(loss, student, teacher, **options):
         (tap, s)
         for tap, levels in student.items()
         for s in levels
-        if s in loss.strides and _learns(tap)
+        if s in loss.strides and tap in loss.taps and _learns(tap)
     ]
     buffers = {k: b.clone() for k, b in loss.named_buffers()}
 
@@ -110,6 +160,33 @@ def check_gradients(loss, student, teacher, **options):
 
     inputs = [student[tap][s].clone().requires_grad_() for tap, s in keys]
     assert torch.autograd.gradcheck(value, inputs)
+
+
+def same(found, expected, rel=1e-9):
+    """Terms have these names, in this order, and these values."""
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].shape == ()
+        assert found[name].item() == pytest.approx(value, rel=rel, abs=1e-9), name
+
+
+def numbers(module):
+    """A module's parameters as numpy arrays, by name."""
+    return {k: p.detach().double().numpy() for k, p in module.named_parameters()}
+
+
+def convolved(p, name, x, stride=1):
+    """A convolution of one image (C, H, W) by loops, zeros around it; none without parameters."""
+    if not p:
+        return x
+    weight, bias = (p[f"{name}.{k}" if name else k] for k in ("weight", "bias"))
+    size = weight.shape[-1]
+    around = np.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2))
+    out = np.zeros((len(weight), -(-x.shape[1] // stride), -(-x.shape[2] // stride)))
+    for o, r, c in np.ndindex(out.shape):
+        y, z = stride * r, stride * c
+        out[o, r, c] = (weight[o] * around[:, y : y + size, z : z + size]).sum() + bias[o]
+    return out
 
 
 def parameters(loss):
@@ -140,3 +217,63 @@ class Written(TorchDispatchMode):
             if x.untyped_storage().data_ptr() not in before:
                 self.sizes.append((x.untyped_storage().nbytes() // x.element_size(), x.dtype))
         return out
+
+
+# --- reference of Distance: python loops over the formula ----------------------------------------
+
+#: Which elements share a mean and a variance, by (n, c, y, x).
+GROUPS = {
+    "channel": lambda n, c, y, x: c,
+    "instance": lambda n, c, y, x: (n, c),
+    "position": lambda n, c, y, x: (n, y, x),
+}
+ELEMENT = {
+    "mse": lambda d: d * d,
+    "l1": abs,
+    "smooth_l1": lambda d: 0.5 * d * d if abs(d) < 1 else abs(d) - 0.5,
+}
+
+
+def _standardised(values, normalize):
+    """{(n, c, y, x): value} with zero mean and unit variance per group."""
+    if normalize == "none":
+        return values
+    groups = defaultdict(list)
+    for index, value in values.items():
+        groups[GROUPS[normalize](*index)].append(value)
+    moments = {}
+    for key, group in groups.items():
+        mean = sum(group) / len(group)
+        moments[key] = mean, sqrt(sum((v - mean) ** 2 for v in group) / len(group) + 1e-6)
+    result = {}
+    for index, value in values.items():
+        mean, deviation = moments[GROUPS[normalize](*index)]
+        result[index] = (value - mean) / deviation
+    return result
+
+
+def distance_by_hand(a, b, mask=None, distance="mse", normalize="none"):
+    """Mean distance of two tensors (N, C, H, W) over the positions of the mask (N, 1, H, W)."""
+    a, b = (x.detach().double().tolist() for x in (a, b))
+    inside = None if mask is None else mask.tolist()
+    n, channels, height, width = len(a), len(a[0]), len(a[0][0]), len(a[0][0][0])
+    where = [
+        (i, y, x)
+        for i, y, x in product(range(n), range(height), range(width))
+        if inside is None or inside[i][0][y][x]
+    ]
+    a, b = (
+        _standardised(
+            {(i, c, y, x): m[i][c][y][x] for i, y, x in where for c in range(channels)}, normalize
+        )
+        for m in (a, b)
+    )
+    if distance != "cosine":
+        return sum(ELEMENT[distance](a[i] - b[i]) for i in a) / len(a)
+    each = []
+    for i, y, x in where:
+        u, v = ([m[i, c, y, x] for c in range(channels)] for m in (a, b))
+        lengths = sqrt(sum(p * p for p in u)) * sqrt(sum(q * q for q in v))
+        # A vector of zeros is at right angles to everything.
+        each.append(1 - (sum(p * q for p, q in zip(u, v)) / lengths if lengths else 0))
+    return sum(each) / len(each)

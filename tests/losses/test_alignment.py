@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sharedkd.losses import alignment
 from sharedkd.losses.alignment import Pooled, align, pool_to
@@ -128,3 +130,21 @@ def test_half_precision_is_averaged_in_float32(size):
     found.square().sum().backward()
     expected.square().sum().backward()
     assert torch.equal(half.grad, exact.grad.bfloat16())
+
+
+sides = st.integers(1, 9)
+
+
+@settings(max_examples=40, derandomize=True, database=None, deadline=None)
+@given(st.tuples(sides, sides, sides), st.tuples(sides, sides, sides), st.integers(0, 9))
+def test_alignment_keeps_means_and_meets_in_the_smaller(ours, theirs, seed):
+    draw = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(1, *shape, generator=draw, dtype=torch.float64) for shape in (ours, theirs))
+    a, b = align(x, y)
+    smaller = tuple(map(min, ours, theirs))
+    assert a.shape == b.shape == (1, *smaller)
+    for before, after in ((x, a), (y, b)):
+        inside = before[:, : smaller[0]]
+        assert inside.min() - 1e-9 <= after.min() and after.max() <= inside.max() + 1e-9
+        if before.shape[-2] % smaller[1] == 0 and before.shape[-1] % smaller[2] == 0:
+            torch.testing.assert_close(after.mean(), inside.mean())

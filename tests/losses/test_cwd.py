@@ -1,12 +1,11 @@
-"""CWD: values by loops, gradients, invariances, padding, parameters, errors."""
+"""CWD: values by loops, and what padding does."""
 
 from math import exp, log
 
 import pytest
 import torch
-from losses.harness import batch, bound, check_gradients, check_who_learns, maps, parameters, total
+from losses.harness import batch, bound, maps
 
-from sharedkd.errors import ConfigError
 from sharedkd.losses.cwd import CWD
 
 SIZES = [(64, 96), (40, 33)]  # of two images on a canvas of 64 x 96 pixels
@@ -35,43 +34,25 @@ def reference(s, t, stride, tau, sizes=None):
     return tau * tau * result / (channels * n)
 
 
+RANDOM = dict(strides=(8, 32))
 CASES = {
-    "random": dict(strides=(8, 32)),
-    "one image": dict(strides=(16,), images=1),
-    "one pixel": dict(strides=(64,), images=1, padded=(64, 64)),
-    "zeros": dict(strides=(16,), fill=0.0),
-    "constant": dict(strides=(16,), fill=-3.0),
+    "random": (RANDOM, RANDOM, 1.0),
+    "flatter": (RANDOM, RANDOM, 4.0),
+    "one image": (dict(strides=(16,), images=1), dict(strides=(16,), images=1), 1.0),
+    "one pixel": (dict(strides=(128,)), dict(strides=(128,)), 1.0),
+    "a constant student": (dict(strides=(16,), fill=-3.0), dict(strides=(16,)), 1.0),
+    "a constant teacher": (dict(strides=(16,)), dict(strides=(16,), fill=0.0), 1.0),
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("tau", [1.0, 4.0])
-@pytest.mark.parametrize("constant", ["student", "teacher"])
-def test_value(case, tau, constant):
-    varied = {**case, "fill": None}
-    student = {"fpn": maps(**(case if constant == "student" else varied))}
-    teacher = {"fpn": maps(seed=1, **(case if constant == "teacher" else varied))}
-    loss = bound(CWD(temperature=tau), student, teacher)
-    terms = loss(batch(student, teacher, padded=case.get("padded", (64, 96))))
-    assert list(terms) == [f"s{stride}" for stride in case["strides"]]
+@pytest.mark.parametrize("ours, theirs, tau", CASES.values(), ids=CASES)
+def test_value(ours, theirs, tau):
+    student, teacher = {"fpn": maps(**ours)}, {"fpn": maps(seed=1, **theirs)}
+    terms = bound(CWD(temperature=tau), student, teacher)(batch(student, teacher))
+    assert list(terms) == [f"s{stride}" for stride in ours["strides"]]
     for stride, s in student["fpn"].items():
         expected = reference(s, teacher["fpn"][stride], stride, tau)
         assert terms[f"s{stride}"].item() == pytest.approx(expected, rel=1e-9, abs=1e-14)
-
-
-def test_the_adapter_brings_the_student_to_the_teachers_width():
-    student, teacher = {"fpn": maps((16,), 2)}, {"fpn": maps((16,), 3, seed=1)}
-    loss = bound(CWD(temperature=1.0), student, teacher)
-    conv = loss.adapters["16"]
-    adapted = torch.einsum("ok,nkyx->noyx", conv.weight[:, :, 0, 0], student["fpn"][16])
-    adapted = adapted + conv.bias.view(1, -1, 1, 1)
-    expected = reference(adapted, teacher["fpn"][16], 16, 1.0)
-    term = loss(batch(student, teacher))["s16"]
-    assert term.item() == pytest.approx(expected, rel=1e-9)
-    check_gradients(loss, student, teacher)
-    # a convolution's bias is such a constant added to a channel: its gradient is there, and zero
-    check_who_learns(loss, student, teacher)
-    assert conv.weight.grad.any() and conv.bias.grad.abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("ignore", [False, True])
@@ -86,23 +67,6 @@ def test_padding_counts_unless_ignored(ignore):
         assert terms[f"s{stride}"].item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("ignore", [False, True])
-def test_gradients(ignore):
-    student, teacher = {"fpn": maps((16, 32), 2)}, {"fpn": maps((16, 32), 2, seed=1)}
-    loss = bound(CWD(temperature=1.5, ignore_padding=ignore), student, teacher)
-    check_gradients(loss, student, teacher, sizes=SIZES)
-    gradients = check_who_learns(loss, student, teacher, sizes=SIZES)
-    # 40 x 33 pixels: 3 x 3 positions of stride 16
-    assert gradients["fpn", 16][1, :, 3:].any().item() is not ignore
-
-
-@pytest.mark.parametrize("fill", [0.0, 1e4])
-def test_gradients_of_constant_maps_are_finite(fill):
-    student, teacher = {"fpn": maps((16, 64), fill=fill)}, {"fpn": maps((16, 64), seed=1)}
-    check_who_learns(bound(CWD(1.0), student, teacher), student, teacher)
-    check_who_learns(bound(CWD(1.0), teacher, student), teacher, student)
-
-
 def test_large_values_do_not_overflow():
     student, teacher = ({"fpn": {16: 1e30 * maps((16,), seed=k)[16]}} for k in (0, 1))
     for ignore in (False, True):
@@ -110,74 +74,3 @@ def test_large_values_do_not_overflow():
             given = [{"fpn": {16: p["fpn"][16].to(dtype)}} for p in (student, teacher)]
             loss = bound(CWD(1.0, ignore_padding=ignore), *given)
             assert loss(batch(*given, sizes=SIZES))["s16"].isfinite()
-
-
-def test_a_constant_per_channel_changes_nothing_a_factor_does():
-    student, teacher = {"fpn": maps((8,))}, {"fpn": maps((8,), seed=1)}
-    loss = bound(CWD(1.0), student, teacher)
-
-    def term(f, g):
-        return loss(batch({"fpn": {8: f(student["fpn"][8])}}, {"fpn": {8: g(teacher["fpn"][8])}}))
-
-    offset = torch.linspace(-5, 5, 4, dtype=torch.float64).view(1, -1, 1, 1)
-    plain = term(lambda x: x, lambda x: x)["s8"].item()
-    assert plain > 0.1
-    shifted = term(lambda x: x + offset, lambda x: x - 2 * offset)["s8"].item()
-    assert shifted == pytest.approx(plain, rel=1e-9)
-    assert term(lambda x: 2 * x, lambda x: x)["s8"].item() != pytest.approx(plain, rel=0.01)
-
-
-def test_a_batch_is_the_mean_of_its_images_on_whatever_canvas():
-    student, teacher = maps((8, 16)), maps((8, 16), seed=1)
-    loss = bound(CWD(1.0, ignore_padding=True), {"fpn": student}, {"fpn": teacher})
-    together = loss(batch({"fpn": student}, {"fpn": teacher}, sizes=SIZES))
-    alone = []
-    for i, (height, width) in enumerate(SIZES):
-        own = [
-            {"fpn": {k: x[i : i + 1, :, : -(-height // k), : -(-width // k)] for k, x in m.items()}}
-            for m in (student, teacher)
-        ]
-        alone.append(loss(batch(*own, sizes=[(height, width)])))
-    for name, term in together.items():
-        assert term.item() == pytest.approx((alone[0][name] + alone[1][name]).item() / 2, rel=1e-9)
-
-
-def test_lower_precision():
-    student, teacher = {"fpn": maps((8, 16), 3)}, {"fpn": maps((8, 16), 5, seed=1)}
-    for ignore in (False, True):
-        loss = bound(CWD(1.0, ignore_padding=ignore), student, teacher)
-        expected = loss(batch(student, teacher, sizes=SIZES))
-        loss = loss.float()
-        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-            given = [
-                {"fpn": {k: x.to(dtype) for k, x in p["fpn"].items()}} for p in (student, teacher)
-            ]
-            for name, term in loss(batch(*given, sizes=SIZES)).items():
-                assert term.dtype == torch.float32
-                assert term.item() == pytest.approx(expected[name].item(), rel=tolerance)
-
-
-@pytest.mark.parametrize("widths, expected", [((256, 256), 0), ((128, 256), 33_024), ((5, 7), 42)])
-def test_parameters(widths, expected):
-    loss = CWD(1.0)
-    loss.bind(*({"fpn": dict.fromkeys((4, 8, 16, 32, 64), w)} for w in widths), "key")
-    assert parameters(loss) == 5 * expected
-
-
-def test_equal_maps_cost_nothing():
-    pyramid = {"fpn": maps((8, 16))}
-    assert total(bound(CWD(1.0), pyramid, pyramid)(batch(pyramid, pyramid))).item() == 0
-
-
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
-def test_temperatures_that_are_none(value):
-    with pytest.raises(ConfigError, match=f"^temperature={value}: "):
-        CWD(temperature=value)
-
-
-def test_errors():
-    shapes = {"fpn": {8: 4}}, {"fpn": {8: 6}}
-    with pytest.raises(ConfigError, match=r"^key\.adapter=0: "):
-        CWD(1.0, adapter=0).bind(*shapes, "key")
-    with pytest.raises(ConfigError, match="^key=CWD: .*model.teacher"):
-        CWD(1.0).bind(shapes[0], None, "key")

@@ -1,12 +1,8 @@
 """Every distance with every normalisation against plain float64 loops over the formula."""
 
-from collections import defaultdict
-from itertools import product
-from math import sqrt
-
 import pytest
 import torch
-from losses.harness import Written
+from losses.harness import Written, distance_by_hand
 
 from sharedkd.errors import ConfigError
 from sharedkd.losses.distance import NORMALIZATIONS as NORMALIZED
@@ -15,63 +11,10 @@ from sharedkd.losses.distance import Distance, _channels, _positions
 KINDS = ("mse", "l1", "smooth_l1", "cosine")
 NORMALIZATIONS = ("none", "channel", "instance", "position")
 SHAPE = (2, 3, 4, 5)
-#: Which elements are standardised together, by (n, c, h, w).
-GROUPS = {
-    "channel": lambda n, c, h, w: c,
-    "instance": lambda n, c, h, w: (n, c),
-    "position": lambda n, c, h, w: (n, h, w),
-}
-ELEMENT = {
-    "mse": lambda d: d * d,
-    "l1": abs,
-    "smooth_l1": lambda d: 0.5 * d * d if abs(d) < 1 else abs(d) - 0.5,
-}
-
-
-def standardised(x, normalize, counts):
-    """{(n, c, h, w): value} with zero mean and unit variance per group."""
-    if normalize == "none":
-        return x
-    groups = defaultdict(list)
-    for index in x:
-        # The channels of one position are a group of their own, whether or not it is padding.
-        if normalize == "position" or counts(index):
-            groups[GROUPS[normalize](*index)].append(x[index])
-    result = {}
-    for index, value in x.items():
-        group = groups[GROUPS[normalize](*index)]
-        mean = sum(group) / len(group)
-        variance = sum((v - mean) ** 2 for v in group) / len(group)
-        result[index] = (value - mean) / sqrt(variance + 1e-6)
-    return result
-
-
-def cosine(a, b):
-    return 1 - sum(p * q for p, q in zip(a, b)) / sqrt(
-        sum(p * p for p in a) * sum(q * q for q in b)
-    )
 
 
 def reference(x, y, kind, normalize, mask):
-    """The distance of two tensors, in Python's floats."""
-
-    def counts(index):
-        n, _, h, w = index
-        return mask is None or bool(mask[n, 0, h, w])
-
-    indices = list(product(*map(range, x.shape)))
-    x, y = ({i: t[i].item() for i in indices} for t in (x.double(), y.double()))
-    x, y = standardised(x, normalize, counts), standardised(y, normalize, counts)
-    if kind == "cosine":
-        channels = range(SHAPE[1])
-        each = [
-            cosine([x[n, c, h, w] for c in channels], [y[n, c, h, w] for c in channels])
-            for n, c, h, w in indices
-            if c == 0 and counts((n, c, h, w))
-        ]
-    else:
-        each = [ELEMENT[kind](x[i] - y[i]) for i in indices if counts(i)]
-    return sum(each) / len(each)
+    return distance_by_hand(x, y, mask, kind, normalize)
 
 
 def maps(seed=0):
@@ -92,35 +35,66 @@ def padding_mask():
 MASKS = {"no mask": None, "mask": padding_mask()}
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_value(kind, normalize, mask):
+def test_value_and_gradient(kind, normalize):
+    for mask in MASKS.values():
+        x, y = maps()
+        x.requires_grad_()
+        loss = Distance(kind, normalize)(x, y, mask)
+        loss.backward()
+        assert loss.shape == () and loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(reference(x, y, kind, normalize, mask), rel=2e-5)
+        step = 1e-5
+        for index in [(0, 0, 0, 0), (0, 2, 3, 4), (1, 1, 2, 1), (1, 0, 3, 4)]:  # the last: padding
+            up, down = x.detach().double(), x.detach().double()
+            up[index] += step
+            down[index] -= step
+            ends = [reference(z, y, kind, normalize, mask) for z in (up, down)]
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert x.grad[index].item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_has_no_influence_and_no_gradient(kind, normalize):
     x, y = maps()
-    expected = reference(x, y, kind, normalize, mask)
-    result = Distance(kind, normalize)(x, y, mask)
-    assert result.shape == () and result.dtype == torch.float32
-    assert result.item() == pytest.approx(expected, rel=2e-5)
+    mask = padding_mask()
+    other_x, other_y = (t.masked_fill(~mask, 50.0) for t in (x, y))
+    x.requires_grad_()
+    loss = Distance(kind, normalize)(x, y, mask)
+    loss.backward()
+    assert Distance(kind, normalize)(other_x, other_y, mask).item() == pytest.approx(loss.item())
+    assert not x.grad[(~mask).expand(SHAPE)].any()
+    assert x.grad[mask.expand(SHAPE)].all()
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_by_finite_differences_of_the_loops(kind, normalize, mask):
-    x, y = maps(1)
-    x.requires_grad_()
-    Distance(kind, normalize)(x, y, mask).backward()
-    step = 1e-5
-    for index in [(0, 0, 0, 0), (0, 2, 3, 4), (1, 1, 2, 1), (1, 0, 3, 4)]:  # the last is padding
-        up, down = x.detach().double(), x.detach().double()
-        up[index] += step
-        down[index] -= step
-        slope = reference(up, y, kind, normalize, mask) - reference(down, y, kind, normalize, mask)
-        assert x.grad[index].item() == pytest.approx(slope / (2 * step), rel=1e-3, abs=1e-6)
+def test_half_precision_is_computed_in_float32(kind, normalize):
+    """bfloat16 has 8 bits: a result of that type would be off by up to 0.4 %."""
+    x, y = (t.bfloat16() for t in maps())
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = Distance(kind, normalize)(x, y)
+        assert result.dtype == torch.float32
+        assert result.item() == pytest.approx(reference(x, y, kind, normalize, None), rel=2e-5)
+
+
+@pytest.mark.parametrize("value, other", [(0.0, 0.0), (5.0, 5.0), (5.0, -2.0), (1e3, -1e3)])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_constant_maps_are_finite(normalize, value, other):
+    for kind in KINDS:
+        for mask in MASKS.values():
+            for y in (torch.full(SHAPE, other), maps()[1]):
+                x = torch.full(SHAPE, value, requires_grad=True)
+                loss = Distance(kind, normalize)(x, y, mask)
+                loss.backward()
+                assert loss.isfinite() and x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "transposed"])
-@pytest.mark.parametrize("positions", [1, 5, 12, 100])
+@pytest.mark.parametrize("positions", [1, 12, 100])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("normalize", ["channel", "instance"])
 def test_large_maps_are_read_in_blocks(monkeypatch, normalize, mask, positions, layout):
@@ -201,45 +175,6 @@ def test_blocks_of_a_large_map_keep_its_layout(monkeypatch, normalize, layout):
     assert gradient.stride() == x.stride()
 
 
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_padding_has_no_influence_and_no_gradient(kind, normalize):
-    x, y = maps()
-    mask = padding_mask()
-    other_x, other_y = (t.masked_fill(~mask, 50.0) for t in (x, y))
-    x.requires_grad_()
-    loss = Distance(kind, normalize)(x, y, mask)
-    loss.backward()
-    assert Distance(kind, normalize)(other_x, other_y, mask).item() == pytest.approx(loss.item())
-    assert not x.grad[(~mask).expand(SHAPE)].any()
-    assert x.grad[mask.expand(SHAPE)].all()
-
-
-SCALE = torch.tensor([0.5, 3.0, 40.0]).view(1, 3, 1, 1)
-SHIFT = torch.tensor([-2.0, 0.0, 7.0]).view(1, 3, 1, 1)
-PER_POSITION = torch.linspace(0.5, 20, 40).view(2, 1, 4, 5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "normalize, change",
-    [
-        ("channel", lambda x: SCALE * x + SHIFT),
-        ("instance", lambda x: SCALE * x + SHIFT),
-        # another scale and shift for each image, which `channel` would notice
-        ("instance", lambda x: torch.tensor([1.0, 9.0]).view(2, 1, 1, 1) * x + SHIFT),
-        ("position", lambda x: PER_POSITION * x - 3 * PER_POSITION),
-    ],
-)
-def test_scale_free_distances_ignore_positive_affine_changes(kind, normalize, change):
-    x, y = maps()
-    distance = Distance(kind, normalize)
-    assert distance(change(x), y).item() == pytest.approx(distance(x, y).item(), rel=1e-4)
-    assert distance(x, change(y)).item() == pytest.approx(distance(x, y).item(), rel=1e-4)
-    assert distance(change(x), x).item() == pytest.approx(0, abs=1e-3)
-    assert distance(-x, x) > 0.5  # ... but not a change of sign
-
-
 def test_raw_distance_sees_the_scale():
     x, y = torch.zeros(1, 2, 1, 1), torch.tensor([3.0, 0.5]).view(1, 2, 1, 1)
     assert Distance("mse")(x, y).item() == pytest.approx((9 + 0.25) / 2)
@@ -257,70 +192,12 @@ def test_standardised_mse_is_twice_one_minus_the_correlation():
     assert Distance("mse", "channel")(x, y).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_instance_does_not_depend_on_the_other_images():
-    x, y = maps()
-    distance = Distance("mse", "instance")
-    alone = [distance(x[i : i + 1], y[i : i + 1]).item() for i in range(2)]
-    assert distance(x, y).item() == pytest.approx(sum(alone) / 2, rel=1e-5)
-    gradients = []
-    for second in (x[1:], 100 * x[1:].flip(-1) ** 2):
-        first = x[:1].clone().requires_grad_()
-        distance(torch.cat([first, second]), y).backward()
-        gradients.append(first.grad)
-    assert torch.allclose(gradients[0], gradients[1], atol=1e-7)
-    assert gradients[0].abs().max() > 1e-4
-
-
-CONSTANTS = {"zeros": (0.0, 0.0), "constant": (5.0, 5.0), "different constants": (5.0, -2.0)}
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("values", CONSTANTS.values(), ids=CONSTANTS)
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_constant_maps_are_finite(kind, normalize, values, mask):
-    for y in (torch.full(SHAPE, values[1]), maps()[1]):
-        x = torch.full(SHAPE, values[0], requires_grad=True)
-        loss = Distance(kind, normalize)(x, y, mask)
-        loss.backward()
-        assert loss.isfinite()
-        assert x.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_is_computed_in_float32(kind, normalize, autocast):
-    x, y = (t.bfloat16() for t in maps())
-    expected = reference(x, y, kind, normalize, None)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        result = Distance(kind, normalize)(x, y)
-    assert result.dtype == torch.float32
-    # bfloat16 has 8 bits: a result of that type would be off by up to 0.4 %
-    assert result.item() == pytest.approx(expected, rel=2e-5)
-
-
 def test_mask_without_a_single_position_is_zero():
     x, y = maps()
     x.requires_grad_()
     loss = Distance("mse", "channel")(x, y, torch.zeros(2, 1, 4, 5, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0 and not x.grad.any()
-
-
-@pytest.mark.parametrize(
-    "arguments, key, value, choices",
-    [
-        (dict(kind="l3"), "distance", "l3", KINDS),
-        (dict(normalize="layer"), "normalize", "layer", NORMALIZATIONS),
-    ],
-)
-def test_unknown_names(arguments, key, value, choices):
-    with pytest.raises(ConfigError) as error:
-        Distance(**arguments)
-    message = str(error.value)
-    assert message.startswith(f"{key}={value}:")
-    assert all(choice in message for choice in choices)
 
 
 @pytest.mark.parametrize("normalize", ["channel", "instance"])
@@ -362,3 +239,10 @@ def test_nothing_of_full_size_is_written_but_the_gradient(
     Distance("mse", normalize)(exact, y.float(), mask).backward()
     rounding = 1e-5 if student == torch.float32 else 1e-2  # sums have another order
     assert (x.grad.float() - exact.grad).abs().max() <= rounding * exact.grad.abs().max()
+
+
+def test_unknown_names():
+    with pytest.raises(ConfigError, match=f"^distance=l3:.*{', '.join(KINDS)}"):
+        Distance("l3")
+    with pytest.raises(ConfigError, match=f"^normalize=layer:.*{', '.join(NORMALIZATIONS)}"):
+        Distance(normalize="layer")

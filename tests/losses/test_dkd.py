@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from losses.harness import ONE_STAGE, batch, bound, maps
+from losses.harness import batch, bound, maps
 
-from sharedkd.errors import ConfigError
 from sharedkd.losses.base import Regions
 from sharedkd.losses.dkd import DKD, DenseDKD, bernoulli_kl, decoupled_kl
 
@@ -50,8 +49,10 @@ def dkd_by_hand(given, alpha, beta, temperature):
 # --- two-stage: softmax ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpha, beta, temperature", [(1.0, 0.25, 1.0), (0.5, 3.0, 4.0), (0, 1, 2)])
-@pytest.mark.parametrize("rows, columns", [(6, 5), (1, 2), (9, 3)])
+@pytest.mark.parametrize(
+    "rows, columns, alpha, beta, temperature",
+    [(6, 5, 1.0, 0.25, 1.0), (1, 2, 0.5, 3.0, 4.0), (9, 3, 0, 1, 2)],
+)
 def test_dkd_value(rows, columns, alpha, beta, temperature):
     given = regions(rows, columns, seed=rows)
     terms = dkd(given, alpha, beta, temperature)
@@ -108,21 +109,6 @@ def test_dkd_without_regions():
     assert given.student.grad.shape == (0, 5)
 
 
-def test_dkd_invariances():
-    given = regions(6, 5)
-    expected = dkd(given)
-    s, t, labels = given.student, given.teacher, given.labels
-    shift = torch.arange(6.0).view(-1, 1)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    for same in (
-        Regions(labels, s + shift, t - 2 * shift),  # of a row's logits by a constant
-        Regions(labels[order], s[order], t[order]),
-        Regions(labels.repeat(2), s.repeat(2, 1), t.repeat(2, 1)),
-    ):
-        for name, term in dkd(same).items():
-            assert term.item() == pytest.approx(expected[name].item(), rel=1e-9)
-
-
 def test_dkd_gradients():
     given = regions(4, 4)
 
@@ -135,14 +121,6 @@ def test_dkd_gradients():
     s, t = given.student.clone().requires_grad_(), given.teacher.clone().requires_grad_()
     sum(dkd(Regions(given.labels, s, t)).values()).backward()
     assert s.grad.any() and t.grad is None
-
-
-def test_dkd_precision():
-    expected = dkd(regions(8, 6))
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-        for name, term in dkd(regions(8, 6, dtype=dtype)).items():
-            assert term.dtype == torch.float32
-            assert term.item() == pytest.approx(expected[name].item(), rel=tolerance)
 
 
 def test_dkd_reads_no_maps():
@@ -253,63 +231,6 @@ def test_dense_foreground_counts_on_all_levels():
     assert all(torch.equal(one[name], every[name]) for name in one)
 
 
-def test_dense_of_equal_logits_is_zero():
-    for scale in (1.0, 100.0):
-        student, _, labels = anchors(scale=scale, dtype=torch.float32)
-        teacher = {"logits": {s: x.clone() for s, x in student["logits"].items()}}
-        for x in student["logits"].values():
-            x.requires_grad_()
-        terms = dense(student, teacher, labels, gamma=1)
-        assert all(x.item() == 0 for x in terms.values())
-        sum(terms.values()).backward()
-        assert all(x.grad.abs().max() < 1e-6 for x in student["logits"].values())
-
-
-def test_dense_background_does_not_drown_the_rest():
-    """A fresh student (p = 0.01) and a teacher that is silent (p = 0.001) on 10 000 anchors."""
-    logits = {"logits": {8: torch.full((1, 80, 100, 100), math.log(0.01 / 0.99))}}
-    teacher = {"logits": {8: torch.full((1, 80, 100, 100), math.log(0.001 / 0.999))}}
-    labels = {8: torch.full((1, 1, 100, 100), 80)}
-    labels[8][0, 0, 0, :20] = 3
-    assert dense(logits, teacher, labels, gamma=0)["s8_nontarget"] > 200
-    assert dense(logits, teacher, labels)["s8_nontarget"] < 1
-
-
-@pytest.mark.parametrize("gamma", [0, 1, 2.0])
-def test_dense_gradients(gamma):
-    student, teacher, labels = anchors((8,), padded=(8, 16), images=1)
-    loss = bound(DenseDKD(1.0, 0.25, gamma), student, teacher)
-    x = student["logits"][8].clone().requires_grad_()
-
-    def value(x):
-        return sum(loss(batch({"logits": {8: x}}, teacher, labels=labels)).values())
-
-    assert torch.autograd.gradcheck(value, (x,))
-
-
-def test_dense_who_learns():
-    student, teacher, labels = anchors()
-    for x in (*student["logits"].values(), *teacher["logits"].values()):
-        x.requires_grad_()
-    sum(dense(student, teacher, labels).values()).backward()
-    assert all(x.grad.any() for x in student["logits"].values())
-    assert all(x.grad is None for x in teacher["logits"].values())
-    ignored = (labels[8] == -1).repeat_interleave(3, 1)
-    assert ignored.any() and not student["logits"][8].grad[ignored].any()
-
-
-def test_dense_precision():
-    student, teacher, labels = anchors()
-    expected = dense(student, teacher, labels)
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-        s, t = (
-            {"logits": {k: x.to(dtype) for k, x in m["logits"].items()}} for m in (student, teacher)
-        )
-        for name, term in bound(DenseDKD(1, 1), s, t)(batch(s, t, labels=labels)).items():
-            assert term.dtype == torch.float32
-            assert term.item() == pytest.approx(expected[name].item(), rel=tolerance)
-
-
 def test_bernoulli_kl_of_confident_logits():
     s = torch.tensor([-200.0, 200.0, 0.0], requires_grad=True)
     t = torch.tensor([200.0, -150.0, 1e4])
@@ -317,54 +238,3 @@ def test_bernoulli_kl_of_confident_logits():
     assert value.tolist() == pytest.approx([200, 200, math.log(2)])
     value.sum().backward()
     assert s.grad.tolist() == pytest.approx([-1, 1, -0.5])
-
-
-def test_dense_needs():
-    loss = DenseDKD(1.0, 0.25)
-    assert loss.needs == {"teacher", "labels"} and loss.taps == {"logits"}
-    assert not list(loss.parameters())
-
-
-# --- errors ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "build, start",
-    [
-        (lambda: DKD(-1.0, 0.25), "alpha=-1.0:"),
-        (lambda: DKD(1.0, float("nan")), "beta=nan:"),
-        (lambda: DKD(1.0, 0.25, 0), "temperature=0:"),
-        (lambda: DenseDKD(-1.0, 0.25), "alpha=-1.0:"),
-        (lambda: DenseDKD(1.0, -2), "beta=-2:"),
-        (lambda: DenseDKD(1.0, 0.25, 0.5), "gamma=0.5:"),
-    ],
-)
-def test_options(build, start):
-    with pytest.raises(ConfigError) as error:
-        build()
-    assert str(error.value).startswith(start) and "\n" not in str(error.value)
-
-
-def test_weights_are_required():
-    for kind in (DKD, DenseDKD):
-        with pytest.raises(TypeError):
-            kind(1.0)
-
-
-LOGITS = {"logits": dict.fromkeys(ONE_STAGE, 720)}
-
-
-@pytest.mark.parametrize(
-    "loss, student, teacher, start, word",
-    [
-        (DKD(1, 1), {"fpn": {8: 4}}, None, "key=DKD:", "model.teacher"),
-        (DenseDKD(1, 1), LOGITS, None, "key=DenseDKD:", "model.teacher"),
-        (DenseDKD(1, 1), LOGITS, {"fpn": {8: 4}}, "key.tap=logits:", "teacher"),
-        (DenseDKD(1, 1), LOGITS, {"logits": {8: 720, 16: 80}}, "key=DenseDKD:", "of stride 16"),
-    ],
-)
-def test_pairs_that_cannot_be_bound(loss, student, teacher, start, word):
-    with pytest.raises(ConfigError) as error:
-        loss.bind(student, teacher, "key")
-    message = str(error.value)
-    assert message.startswith(start) and word in message and "\n" not in message

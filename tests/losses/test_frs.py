@@ -1,4 +1,4 @@
-"""FRS: feature richness, both parts, and what a dense head has to have."""
+"""FRS: both parts by hand, and a teacher that finds nothing."""
 
 import math
 
@@ -9,14 +9,10 @@ from losses.harness import (
     TWO_STAGE,
     batch,
     bound,
-    check_gradients,
-    check_who_learns,
     maps,
-    parameters,
-    shapes,
+    same,
 )
 
-from sharedkd.errors import ConfigError
 from sharedkd.losses.frs import FRS
 
 STRIDES = (8, 16, 32, 64)
@@ -62,12 +58,6 @@ def by_hand(student, teacher, feature, response, strides=STRIDES):
     return terms
 
 
-def same(found, expected, rel=1e-9):
-    assert list(found) == list(expected)
-    for name, value in expected.items():
-        assert found[name].item() == pytest.approx(value, rel=rel, abs=1e-12), name
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -84,9 +74,8 @@ def test_values(options):
     same(bound(raw(), student, teacher)(given), by_hand(student, teacher, 0.3, 0.7))
 
 
-@pytest.mark.parametrize("fill", [0.0, 2.5, -9.0])
-def test_constant_maps(fill):
-    student, teacher = pyramids(0, fill=fill), pyramids(1)
+def test_constant_maps():
+    student, teacher = pyramids(0, fill=-9.0), pyramids(1)
     for s, t in ((student, teacher), (teacher, student), (student, student)):
         same(bound(raw(), s, t)(batch(s, t)), by_hand(s, t, 0.3, 0.7))
 
@@ -116,99 +105,7 @@ def test_a_level_where_the_teacher_sees_nothing_is_zero():
     assert all(not p.grad.any() for p in loss.parameters())
 
 
-def test_extreme_logits_stay_finite():
-    student, teacher = pyramids(0, dtype=torch.float32), pyramids(1, dtype=torch.float32)
-    for levels in (student["logits"], teacher["logits"]):
-        for stride in levels:
-            levels[stride] = levels[stride] * 1e3
-    check_who_learns(bound(FRS(1.0, 1.0), student, teacher), student, teacher)
-
-
-def test_gradients():
-    options = dict(strides=(8, 16), channels=2, scores=2, padded=(16, 24))
-    student, teacher = pyramids(0, **options), pyramids(1, **options)
-    loss = bound(FRS(0.3, 0.7), student, teacher)
-    check_gradients(loss, student, teacher, padded=(16, 24))
-
-
-@pytest.mark.parametrize("adapter", [0, None, 1, 3])
-def test_who_learns(adapter):
-    student, teacher = pyramids(0), pyramids(1)
-    gradients = check_who_learns(
-        bound(raw(adapter=adapter), student, teacher), student, teacher, sizes=[(64, 96), (40, 50)]
-    )
-    assert all(g.any() for g in gradients.values())
-
-
-@pytest.mark.parametrize("channels", [256, 6])
-def test_parameters(channels):
-    there = {tap: dict.fromkeys(ONE_STAGE, c) for tap, c in (("fpn", channels), ("logits", 9))}
-    loss = FRS(0.005, 0.02)
-    loss.bind(there, there, "key")
-    assert parameters(loss) == 5 * (9 * channels**2 + channels)
-    assert channels != 256 or parameters(loss) == 2_950_400
-    assert len(loss.state_dict()) == 10
-    loss = FRS(0.005, 0.02, adapter=None)
-    loss.bind(there, there, "key")
-    assert parameters(loss) == 0
-
-
-def test_a_batch_of_the_same_image_twice_changes_nothing():
-    student, teacher = pyramids(0, images=1), pyramids(1, images=1)
-    loss = bound(raw(), student, teacher)
-    once = loss(batch(student, teacher))
-    twice = [
-        {tap: {s: torch.cat([x, x]) for s, x in levels.items()} for tap, levels in maps_.items()}
-        for maps_ in (student, teacher)
-    ]
-    same(loss(batch(*twice)), {name: x.item() for name, x in once.items()})
-
-
 def test_only_the_levels_in_use():
     student, teacher = pyramids(0, TWO_STAGE), pyramids(1, ONE_STAGE)
     loss = bound(raw(strides=[16, 64]), student, teacher)
     same(loss(batch(student, teacher)), by_hand(student, teacher, 0.3, 0.7, (16, 64)))
-
-
-def test_types():
-    student, teacher = pyramids(0), pyramids(1)
-    loss = bound(raw(adapter=3), student, teacher)
-    exact = loss(batch(student, teacher))
-
-    def cast(levels, dtype):
-        return {tap: {s: x.to(dtype) for s, x in found.items()} for tap, found in levels.items()}
-
-    for dtype, rel in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-        terms = loss.float()(batch(cast(student, dtype), cast(teacher, dtype)))
-        for name, x in terms.items():
-            assert x.dtype == torch.float32 and x.item() == pytest.approx(
-                exact[name].item(), rel=rel
-            )
-    with torch.autocast("cpu", torch.bfloat16):
-        terms = loss(batch(cast(student, torch.bfloat16), cast(teacher, torch.bfloat16)))
-    assert all(x.dtype == torch.float32 and torch.isfinite(x) for x in terms.values())
-
-
-def refused(loss, student, teacher):
-    with pytest.raises(ConfigError) as error:
-        loss.bind(shapes(student), shapes(teacher), "key")
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_pairs_that_cannot_be_bound():
-    student, teacher = pyramids(0), pyramids(1, scores=1)
-    message = refused(FRS(1, 1), student, teacher)
-    assert message.startswith("key=FRS:") and "4 channels" in message and "teacher's 1:" in message
-    message = refused(raw(), student, pyramids(1, channels=5))
-    assert message.startswith("key.adapter=0:")
-    message = refused(FRS(1, 1), student, {"fpn": teacher["fpn"]})
-    assert message.startswith("key.tap=logits:") and "teacher" in message
-    assert FRS(1, 1).taps == {"fpn", "logits"} and FRS(1, 1).needs == {"teacher"}
-
-
-@pytest.mark.parametrize("key, value", [("feature", -1.0), ("response", float("nan"))])
-def test_bad_weights(key, value):
-    with pytest.raises(ConfigError) as error:
-        FRS(**{"feature": 1.0, "response": 1.0, key: value})
-    assert str(error.value).startswith(f"{key}={value}: ")

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sharedkd.errors import ConfigError
 from sharedkd.losses import CrossLayer
@@ -92,3 +94,33 @@ def test_end_that_is_not_after_the_start(times):
         ConfigError, match=rf"^key\.end={times['end']}: is not after start={times['start']};"
     ):
         stage(**times).check("key")
+
+
+times = st.one_of(
+    st.integers(-2, 30), st.floats(-0.2, 1.5), st.sampled_from([math.nan, math.inf, "soon", None])
+)
+
+
+@settings(max_examples=100, derandomize=True, database=None, deadline=None)
+@given(
+    st.one_of(
+        st.floats(0, 5, allow_subnormal=False),
+        st.sampled_from([math.nan, math.inf, -1.0, "much", None, True]),
+    ),
+    times,
+    times,
+    times,
+    st.integers(1, 30),
+)
+def test_a_stage_is_refused_or_on_within_its_span_alone(weight, start, ramp, end, max_iter):
+    stage = Stage(CrossLayer(), weight, start, ramp, end)
+    try:
+        stage.check("key")
+    except ConfigError:
+        return
+    found = [stage.weight_at(i, max_iter) for i in range(max_iter)]
+    assert all(0 <= w <= weight for w in found)
+    first, last = stage.span(max_iter)
+    assert [i for i, w in enumerate(found) if w > 0] == list(range(first, last))
+    on = found[first:last]
+    assert on == sorted(on)  # it only grows

@@ -1,4 +1,4 @@
-"""Learned adaptation of the student's maps to the teacher's width: the one place that does it."""
+"""Convolutions that bring the student's maps to the teacher's width."""
 
 from typing import Dict, Iterable, Optional
 
@@ -16,12 +16,12 @@ def adapters(
     strides: Iterable[int],
     key: str,
 ) -> nn.ModuleDict:
-    """One module per level that brings the student's map to the teacher's width.
+    """Make one module per level that brings the student's map to the teacher's width.
 
     Args:
         kernel: size of a convolution on every level (odd); 1 has C_s * C_t + C_t parameters, 3 has
-            9 * C_s * C_t + C_t.  0: none, the widths have to agree.  None: a 1x1 convolution where
-            they differ, else nothing.
+            9 * C_s * C_t + C_t.  0: no convolution; the widths have to be equal.  None: a 1x1
+            convolution where they differ, else none.
         student, teacher: stride -> channels.
         strides: the levels in use.
         key: the config key of ``kernel``, for messages.

@@ -1,4 +1,7 @@
-"""What a distillation loss is: maps in, named scalars out.  A new loss is one file with one subclass."""
+"""The base of all distillation losses: feature maps in, named scalars out.
+
+A new loss is one file with one subclass.
+"""
 
 import logging
 from dataclasses import dataclass, field
@@ -39,7 +42,7 @@ Maps = Dict[str, Dict[int, Tensor]]  #: tap -> stride -> map (N, C, H, W)
 
 @dataclass
 class Regions:
-    """What both detectors make of the R regions that a two-stage student samples in a step.
+    """The class logits of both detectors for the R regions that a two-stage student samples.
 
     Args:
         labels: (R,) int64, the class of each region's ground truth; K is background.
@@ -54,17 +57,17 @@ class Regions:
 
 @dataclass
 class Batch:
-    """Everything a loss may look at in one step.
+    """Everything that a loss may read in one step.
 
     Args:
         student: the student's maps, attached to its graph.
-        teacher: the teacher's maps of the same image regions, without gradient; None when no active
-            loss needs a teacher.
+        teacher: the teacher's maps of the same pixels, without gradient; None when no active loss
+            needs a teacher.
         image_sizes: (height, width) of each image in pixels, before padding.
         inputs: the data loader's records, with ``instances`` (ground truth).
         regions: None when no active loss needs them.
-        labels: stride -> (N, A, H, W) int64, the class that a one-stage student's own matching
-            gives each anchor; K is background, -1 ignored.  None when no active loss needs them.
+        labels: stride -> (N, A, H, W) int64, the class of each anchor by a one-stage student's own
+            matching; K is background, -1 ignored.  None when no active loss needs them.
     """
 
     student: Maps
@@ -76,19 +79,19 @@ class Batch:
 
     @property
     def boxes(self) -> List[Tensor]:
-        """The ground truth of each image: (number of objects, 4), XYXY in pixels, perhaps empty."""
+        """The ground truth of each image: (number of objects, 4), XYXY in pixels; 0 rows without any."""
         device = next(x for levels in self.student.values() for x in levels.values()).device
         return [x["instances"].gt_boxes.tensor.to(device) for x in self.inputs]
 
     def inside(self, x: Tensor, stride: int) -> Optional[Tensor]:
-        """Where a map's positions lie on their image and not on its padding.
+        """Find the positions of a map that lie on their image and not on its padding.
 
         Args:
             x: (N, C, H, W) map of the padded images.
-            stride: of the map, in pixels; a position that is image in part counts as inside.
+            stride: of the map, in pixels; a position that covers some of the image is inside.
 
         Returns:
-            (N, 1, H, W) bool tensor; None when nothing is padding.
+            (N, 1, H, W) bool tensor; None when there is no padding.
         """
         height, width = x.shape[-2:]
         sizes = [(-(-h // stride), -(-w // stride)) for h, w in self.image_sizes]
@@ -102,7 +105,7 @@ class Batch:
 
 
 def check_weights(**weights: float) -> None:
-    """Check the ``weights`` between a loss's terms, each under the name of its argument.
+    """Check the weights of a loss's terms, each under the name of its argument.
 
     Raises:
         ConfigError: one is negative or not a finite number.
@@ -116,10 +119,10 @@ def _has_level(module: nn.Module, stride: int) -> bool:
 
 
 def check_strides(strides: Iterable[int]) -> List[int]:
-    """Strides in ascending order.
+    """Check and sort a list of strides.
 
     Raises:
-        ConfigError: not a list of different whole numbers above 0, or an empty one.
+        ConfigError: it is no list, it is empty, or it has other than different whole numbers above 0.
     """
     several = isinstance(strides, Iterable) and not isinstance(strides, str)
     found = list(strides) if several else []
@@ -134,23 +137,23 @@ def check_strides(strides: Iterable[int]) -> List[int]:
 
 
 def precision(x: Tensor) -> torch.dtype:
-    """What a loss computes in, autocast or not: float32, or float64 if ``x`` is."""
+    """The type to compute in, with or without autocast: float64 for float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def precise(x: Tensor) -> Tensor:
-    """``x`` in its :func:`precision`."""
+    """Convert ``x`` to its :func:`precision`."""
     return x.to(precision(x))
 
 
 class DistillationLoss(nn.Module):
     """Base of all distillation losses.
 
-    A subclass says in ``needs`` what it reads besides the student's maps (``teacher``; ``regions``
-    and ``labels``, see :class:`Batch`) and in ``taps`` where maps are taken.  It checks both pyramids
-    in :meth:`bind`, where it may also create parameters, and returns named scalars from
-    :meth:`forward`, which reads maps through :meth:`levels`.  Weights between the terms of one loss
-    are arguments without a default: configs/common/methods holds the published ones.
+    A subclass declares in ``needs`` what it reads besides the student's maps (``teacher``,
+    ``regions`` or ``labels``, see :class:`Batch`) and in ``taps`` where maps are taken.  :meth:`bind`
+    checks both pyramids and may create parameters.  :meth:`forward` reads maps through
+    :meth:`levels` and returns named scalars.  Weights of the terms of one loss are arguments without
+    a default: configs/common/methods has the published ones.
 
     Example of a config line::
 
@@ -163,10 +166,10 @@ class DistillationLoss(nn.Module):
         """
         Args:
             tap: where maps are taken: ``fpn``, ``backbone``, or another of :data:`TAPS`.
-            strides: the levels to use, by stride; None uses every level there is.
+            strides: the levels to use, by stride; None: every common level.
 
         Raises:
-            ConfigError: unknown tap, or no strides.
+            ConfigError: unknown tap, or a list without strides.
         """
         super().__init__()
         check_choice("tap", tap, TAPS)
@@ -175,19 +178,19 @@ class DistillationLoss(nn.Module):
 
     @property
     def taps(self) -> FrozenSet[str]:
-        """Where maps are taken in both detectors; empty for a loss that reads none."""
+        """Where maps are taken in both detectors; empty for a loss that reads no maps."""
         return frozenset({self.tap})
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
-        """Settle which levels are used, once, when the pair is built.
+        """Choose the levels to use; called once, when the pair is built.
 
         Args:
             student, teacher: the channels of every level of both pyramids.
             key: this loss's place in the config, for messages.
 
         Raises:
-            ConfigError: the teacher or the levels asked for are not there, or no level is left, or
-                a subclass cannot work with those that are there.
+            ConfigError: there is no teacher, a stride that was asked for is missing, no common level
+                is left, or a subclass cannot work with these levels.
         """
         if "teacher" in self.needs and teacher is None:
             raise ConfigError(
@@ -241,10 +244,10 @@ class DistillationLoss(nn.Module):
         return set.intersection(*(set(shapes[tap]) for tap in self.taps))
 
     def aligned(self, stride: int, student: Optional[int], teacher: Optional[int]) -> str:
-        """How the maps of a level are made comparable, in words.
+        """Describe in words how the maps of a level are made comparable.
 
         Args:
-            stride: one of this loss's.
+            stride: one of :attr:`strides`.
             student, teacher: channels of the level; None where there is no map.
         """
         for module in self.modules():
@@ -257,10 +260,10 @@ class DistillationLoss(nn.Module):
     def levels(
         self, batch: Batch, tap: Optional[str] = None
     ) -> Iterator[Tuple[int, Tensor, Optional[Tensor]]]:
-        """The maps of each stride in use, to compute with.
+        """Iterate over the maps of the levels in use, in the type to compute in.
 
         Args:
-            batch: of this step.
+            batch: the one of this step.
             tap: one of :attr:`taps`; None: the loss's own.
 
         Yields:
@@ -272,13 +275,13 @@ class DistillationLoss(nn.Module):
             yield stride, precise(batch.student[tap][stride]), t
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
-        """The terms of one step.
+        """Compute the terms of one step.
 
         Args:
-            batch: maps of both detectors at the loss's taps, and what else it ``needs``.
+            batch: maps of both detectors at :attr:`taps`, and what else the loss ``needs``.
 
         Returns:
             term name (``s8``: the level of stride 8; ``s8_focal``: a part of it) -> scalar tensor,
-            without the stage's weight.
+            not multiplied by the stage's weight.
         """
         raise NotImplementedError

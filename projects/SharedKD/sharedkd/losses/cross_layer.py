@@ -19,7 +19,9 @@ DIRECTIONS = ("deep_to_shallow", "shallow_to_deep", "mutual")
 
 
 class CrossLayer(DistillationLoss):
-    """The hard jump from teacher level k to student level l, second half: student k to student l.
+    """Compares the levels of the student with each other.
+
+    It is the second half of the way from teacher level k to student level l: student k to student l.
 
     Shared Knowledge Distillation (Electronics 2024, 13(8), 1595)::
 

@@ -1,4 +1,4 @@
-"""CWD: each channel of the student should be active where the teacher's is."""
+"""CWD: each channel of the student learns to be active where the teacher's is."""
 
 from typing import Dict, List, Optional
 
@@ -15,7 +15,7 @@ __all__ = ["CWD"]
 
 
 class CWD(DistillationLoss):
-    """Divergence between the spatial distributions of each channel, teacher against student.
+    """Compares where each channel is active: KL divergence of spatial distributions.
 
     Channel-wise Knowledge Distillation for Dense Prediction (ICCV 2021), as in its public port
     (mmrazor, ``ChannelWiseDivergence``, read)::

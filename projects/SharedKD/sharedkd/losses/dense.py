@@ -1,4 +1,4 @@
-"""What losses on the outputs of the dense head share."""
+"""A check that losses on the outputs of the dense head share."""
 
 from typing import Iterable
 
@@ -12,7 +12,7 @@ __all__ = ["check_same_head"]
 def check_same_head(
     student: Shapes, teacher: Shapes, tap: str, strides: Iterable[int], key: str, name: str
 ) -> None:
-    """Channels of a dense head's outputs are anchors and classes: both detectors need the same.
+    """Check that the dense heads of both detectors have the same channels: anchors and classes.
 
     Args:
         student, teacher: what the loss is bound to.

@@ -18,8 +18,8 @@ __all__ = ["DKD", "DenseDKD", "bernoulli_kl", "decoupled_kl"]
 def bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(Bern(sigmoid(``teacher``)) || Bern(sigmoid(``student``))), element by element.
 
-    Of logits of one shape, so that it is finite wherever they are, and exactly 0 where both are
-    equal.  The teacher's get no gradient.
+    Takes logits of one shape: it is finite for all finite logits, and exactly 0 where both are
+    equal.  The teacher's logits get no gradient.
     """
     teacher = teacher.detach()
     p = teacher.sigmoid()
@@ -30,7 +30,7 @@ def bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
-    """The two parts of KL(softmax(teacher) || softmax(student)), row by row.
+    """Split KL(softmax(teacher) || softmax(student)) into its two parts, row by row.
 
     ``softmax(z)_t = sigmoid(z_t - logsumexp_{j != t} z_j)``: the target class against all others is
     a Bernoulli variable with that logit.  KL = TCKD + (1 - p_t^T) NCKD.
@@ -57,7 +57,7 @@ def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tuple[Tens
 
 
 class DKD(DistillationLoss):
-    """Class logits of the student's sampled proposals, split into target and non-target classes.
+    """Compares the class logits of the sampled regions, split into target and other classes.
 
     Decoupled Knowledge Distillation (CVPR 2022), with z' = z / T, p = softmax(z'), t a region's
     label (background is a class like any other) and q_j = p_j / (1 - p_t) for j != t::
@@ -129,10 +129,10 @@ class DenseDKD(DistillationLoss):
     own loss too); ignored anchors (-1) count nowhere.  F, the number of foreground anchors of the
     batch on all levels and at least 1, is what focal loss divides by.
 
-    There are thousands of background anchors for each foreground one, and nearly all have nothing
-    to tell.  The factor ``|p^T - p^S|^gamma``, as in quality focal loss (NeurIPS 2020), keeps them from
-    drowning the rest and leaves those where teacher and student disagree; gradients go through it.
-    Without it (gamma = 0) a batch with few objects has values in the hundreds.
+    There are thousands of background anchors for each foreground one, and teacher and student agree
+    on nearly all.  The factor ``|p^T - p^S|^gamma``, as in quality focal loss (NeurIPS 2020), leaves
+    those where they disagree; gradients go through it.  Without it (gamma = 0) the background
+    outweighs the rest: a batch with few objects has values in the hundreds.
 
     Terms: ``s8_target`` and ``s8_nontarget``.  No parameters.
 

@@ -17,7 +17,7 @@ __all__ = ["FeatureFusion"]
 
 
 class FeatureFusion(DistillationLoss):
-    """Both maps are fused into one that finds objects; it and its classifier teach the student.
+    """Fuses both maps into one that finds objects; the student learns from it and its classifier.
 
     In the style of Feature Fusion-based Collaborative Learning for knowledge distillation (FFCL,
     Int. J. Distributed Sensor Networks 2021).  Per level, with f an adapter, h a classifier of one
@@ -31,7 +31,7 @@ class FeatureFusion(DistillationLoss):
 
     The fit trains fusion and classifier, the other two student and adapter.  W starts as [0 | I]
     and b as 0: the target is exactly the teacher's map at first, and moves off only as far as
-    finding objects asks for.
+    the fit to objects moves it.
 
     The source's idea (its abstract was read, no code): features of teacher and student are
     concatenated into a more representative map, from which knowledge goes back through features and
@@ -104,7 +104,7 @@ class FeatureFusion(DistillationLoss):
 
 
 def foreground(boxes: Tensor, x: Tensor, stride: int) -> Tensor:
-    """Where the centre of a position lies inside a box.
+    """Find the positions whose centre lies inside a box.
 
     Args:
         boxes: (N, M, 4) XYXY in pixels, an empty box where an image has fewer than M.

@@ -18,7 +18,7 @@ CHUNK = 32  # boxes of an image that are drawn at a time: bounds the memory of a
 
 
 def foreground(boxes: Tensor, x: Tensor, stride: int) -> Tensor:
-    """Where objects are: at each position 1 / (cells of the smallest box there), 0 without any.
+    """Draw the boxes: at each position 1 / (cells of the smallest box there), 0 without a box.
 
     A box covers the cells floor(x0 / stride) to ceil(x1 / stride), both included, and likewise in
     y: about one cell more on the right and the bottom than it touches, as in the public code.
@@ -50,7 +50,7 @@ def foreground(boxes: Tensor, x: Tensor, stride: int) -> Tensor:
 
 
 class GlobalContext(nn.Module):
-    """What a GcBlock (Cao et al., ICCV workshops 2019) adds to a map: one vector an image::
+    """Computes what a GcBlock (Cao et al., ICCV workshops 2019) adds to a map: a vector per image::
 
         context = sum_hw softmax_hw( conv_mask(x) ) x
         output  = conv( ReLU( LayerNorm( conv(context) ) ) )
@@ -77,7 +77,7 @@ class GlobalContext(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, x: Tensor, inside: Optional[Tensor]) -> Tensor:
-        """The vector of each image of ``x``, from the positions ``inside``.
+        """Compute the vector of each image of ``x`` from the positions ``inside``.
 
         Args:
             x: (N, C, H, W)
@@ -94,7 +94,7 @@ class GlobalContext(nn.Module):
 
 
 class FGD(DistillationLoss):
-    """The student's maps follow the teacher's where objects and the teacher's attention are.
+    """Weights the squared difference of maps by boxes and by the teacher's attention.
 
     Yang et al., "Focal and Global Knowledge Distillation for Detectors" (CVPR 2022).  Per level,
     S the student's map (through a 1x1 convolution where widths differ), T the teacher's::
@@ -130,8 +130,8 @@ class FGD(DistillationLoss):
         foreground, background, attention, global_: weights of the four terms ``s8_foreground``, ...
         tap, strides: see :class:`DistillationLoss`.
         temperature: T; larger is more even.
-        ignore_padding: leave the batch's padding out of masks, attention, context and sums; no
-            number on it matters then.
+        ignore_padding: leave the batch's padding out of masks, attention, context and sums, so that
+            numbers on it have no influence.
 
     Raises:
         ConfigError: a negative weight or a temperature that is not positive.
@@ -167,7 +167,7 @@ class FGD(DistillationLoss):
             self.teacher_context[str(stride)] = GlobalContext(theirs[stride])
 
     def _attention(self, x: Tensor, inside: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-        """A^s (N, 1, H, W) and A^c (N, C, 1, 1)."""
+        """Compute A^s (N, 1, H, W) and A^c (N, C, 1, 1)."""
         magnitude = x.abs()
         spatial = magnitude.mean(1, keepdim=True) / self.temperature
         if inside is None:

@@ -1,4 +1,4 @@
-"""FitNets: the student's maps, adapted to the teacher's width, should equal the teacher's."""
+"""FitNets: the student's maps, adapted to the teacher's width, learn to equal the teacher's."""
 
 from typing import Dict, List, Optional
 

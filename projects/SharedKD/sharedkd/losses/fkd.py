@@ -27,8 +27,8 @@ class NonLocal(nn.Module):
     Args:
         channels: C.
         reduction: C / c.
-        pool: size and stride of the max-pooling; cut down to the map where that is smaller, and
-            what is left over at the right and the bottom is dropped.
+        pool: size and stride of the max-pooling, at most the size of the map; rows and columns
+            that are left over at the bottom and the right are dropped.
     """
 
     def __init__(self, channels: int, reduction: int, pool: int):
@@ -56,7 +56,7 @@ class NonLocal(nn.Module):
 
 
 class FKD(DistillationLoss):
-    """Features weighted by attention, their means over space and channels, and their relations.
+    """Compares features weighted by attention, their means, and outputs of non-local blocks.
 
     Zhang and Ma, "Improve Object Detection with Feature-based Knowledge Distillation: Towards
     Accurate and Efficient Detectors" (ICLR 2021).  Per level, with ``||.||`` the unsquared L2 norm
@@ -159,7 +159,7 @@ class FKD(DistillationLoss):
 
     @torch.no_grad()
     def _mask(self, s: Tensor, adapted: Tensor, t: Tensor) -> Tensor:
-        """sqrt(M): (N, 1, H, W), or (N, C, H, W) with the channel mask."""
+        """Compute sqrt(M): (N, 1, H, W), or (N, C, H, W) with the channel mask."""
         mask = (self._attention(s, (1,)) + self._attention(t, (1,))) / 2
         if self.channel_mask:
             s = s if s.shape[1] == t.shape[1] else adapted

@@ -1,4 +1,4 @@
-"""FRS: distil where the teacher's classifier finds something, box or no box."""
+"""FRS: the student learns where the teacher's classifier finds something, in a box or not."""
 
 from typing import Dict, FrozenSet, List, Optional
 

@@ -1,4 +1,4 @@
-"""GAN-KD: the student's maps should pass for the teacher's before a discriminator."""
+"""GAN-KD: the student learns maps that a discriminator takes for the teacher's."""
 
 from typing import Dict, List, Optional
 
@@ -15,7 +15,7 @@ __all__ = ["GanKD"]
 
 
 class GanKD(DistillationLoss):
-    """A discriminator per level tells teacher from student maps; the student learns to fool it.
+    """Trains a discriminator per level to tell teacher from student maps, and the student to fool it.
 
     In the style of GAN-Knowledge Distillation for One-Stage Object Detection (IEEE Access 2020).
     With D_l's logit for an image, f_l an adapter and D' = D with its parameters held fixed::

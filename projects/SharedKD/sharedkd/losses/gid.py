@@ -23,7 +23,7 @@ PAIR = Tuple[Tensor, Tensor]  # student's, teacher's
 
 
 class GID(DistillationLoss):
-    """Features, relations and responses of the instances where the two detectors disagree.
+    """Compares features, relations and responses of instances where the two detectors disagree.
 
     General Instance Distillation for Object Detection (CVPR 2021).  With the dense head's logits z
     and boxes of all anchors of all levels in use, an anchor's score is
@@ -69,8 +69,8 @@ class GID(DistillationLoss):
 
     Args:
         feature, relation, response_class, response_box: the weights of the four terms, 0 or more.
-        instances: how many of an image are kept.
-        candidates: how many of an image go into NMS.
+        instances: at most so many per image.
+        candidates: how many per image go into NMS.
         nms: the IoU above which NMS drops a box.
         min_size: sides in pixels, see above.
         crop: h = w, size of the crops.
@@ -211,7 +211,7 @@ class GID(DistillationLoss):
         }
 
     def _rows(self, batch: Batch, tap: str) -> List[PAIR]:
-        """Per level both detectors' outputs as views (N, A, H, W, channels of an anchor)."""
+        """View both detectors' outputs per level as (N, A, H, W, channels of an anchor)."""
         return [
             tuple(
                 x.unflatten(1, (self.anchors[stride], -1)).movedim(2, -1) for x in (s, t.detach())
@@ -220,7 +220,7 @@ class GID(DistillationLoss):
         ]
 
     def _flat(self, batch: Batch, tap: str) -> PAIR:
-        """Both detectors' boxes of all R anchors of all levels, (N, R, 4)."""
+        """Concatenate both detectors' boxes of all R anchors of all levels: (N, R, 4)."""
         return tuple(
             torch.cat([x.flatten(1, 3) for x in levels], 1)
             for levels in zip(*self._rows(batch, tap))
@@ -228,18 +228,18 @@ class GID(DistillationLoss):
 
     @torch.no_grad()
     def _boxes(self, batch: Batch) -> PAIR:
-        """What both detectors predict, clipped to the images: (N, R, 4)."""
+        """Clip the boxes that both detectors predict to the images: (N, R, 4)."""
         s, t = self._flat(batch, "boxes")
         limits = s.new_tensor([(w, h, w, h) for h, w in batch.image_sizes]).unsqueeze(1)
         return s.clamp(min=0).minimum(limits), t.clamp(min=0).minimum(limits)
 
     @torch.no_grad()
     def _select(self, logits: List[PAIR], boxes: PAIR) -> Tuple[Tensor, Tensor, Tensor]:
-        """The general instances.
+        """Select the general instances.
 
         Returns:
-            (N, I, 4) boxes; (N, I) bool, which of them there are (others are zero); and (N, I)
-            int64, the anchors that they come from.
+            (N, I, 4) boxes, zero where an image has fewer than I; (N, I) bool, which of them exist;
+            and (N, I) int64, the anchors that they come from.
         """
         s, t = (torch.cat([x.amax(-1).flatten(1) for x in z], 1).sigmoid() for z in zip(*logits))
         found = boxes[1].where((t > s).unsqueeze(-1), boxes[0])
@@ -259,7 +259,7 @@ class GID(DistillationLoss):
 
     @torch.no_grad()
     def _on_anchors(self, batch: Batch, instances: Tensor) -> Tensor:
-        """(N, R) bool, which of the student's anchors are on an instance."""
+        """Find which of the student's anchors are on an instance: (N, R) bool."""
         on = []
         for anchors, found in zip(self._flat(batch, "anchors")[0], instances):
             iou = box_iou(anchors, found)  # an image's R x I at a time are enough to hold
@@ -269,12 +269,12 @@ class GID(DistillationLoss):
 
     @torch.no_grad()
     def _on_boxes(self, boxes: Tensor, instances: Tensor, there: Tensor, origins: Tensor) -> Tensor:
-        """(N, R) bool, for which anchors the teacher's boxes (N, R, 4) are on an instance."""
+        """Find the anchors whose teacher's box (N, R, 4) is on an instance: (N, R) bool."""
         on = torch.stack([(box_iou(b, g) >= self.match).any(1) for b, g in zip(boxes, instances)])
         return on.scatter(1, origins, on.gather(1, origins) | there)
 
     def _crops(self, batch: Batch, instances: Tensor) -> PAIR:
-        """Both detectors' maps at the instances: (N * I, C, h, w)."""
+        """Crop both detectors' maps at the instances: (N * I, C, h, w)."""
         maps = [
             (precise(self.adapters[str(stride)](s)), t.detach())
             for stride, s, t in self.levels(batch)
@@ -284,7 +284,7 @@ class GID(DistillationLoss):
 
     @staticmethod
     def _structure(crops: Tensor, pairs: Tensor) -> Tensor:
-        """Distances (n, n) of crops (n, C, h, w), in units of their mean over ``pairs`` (n, n)."""
+        """Distances (n, n) of crops (n, C, h, w), divided by their mean over ``pairs`` (n, n)."""
         flat = crops.flatten(1)
         # Centred, which leaves distances alone: the product below keeps more of their digits.
         flat = flat - flat.mean(0)

@@ -15,7 +15,7 @@ __all__ = ["IdenticalLayer"]
 
 
 class IdenticalLayer(DistillationLoss):
-    """Same level, same semantics: the easy step.
+    """Compares each student level with the teacher's shared target of the same level.
 
     Shared Knowledge Distillation (Electronics 2024, 13(8), 1595)::
 

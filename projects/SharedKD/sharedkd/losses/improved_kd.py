@@ -19,14 +19,14 @@ EPS = 1e-6  # added to a variance: a constant map has even attention
 
 
 def attention(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H*W): how much each position shows, a distribution for each image."""
+    """Spatial attention, a distribution over the positions of each image: (N, C, H, W) -> (N, H*W)."""
     strength = (x.abs().mean(1) + x.abs().amax(1)).flatten(1)
     centred = strength - strength.mean(1, keepdim=True)
     return (centred / (centred.square().mean(1, keepdim=True) + EPS).sqrt()).softmax(1)
 
 
 class ImprovedKD(DistillationLoss):
-    """Neighbouring teacher levels for each student level, compared where the teacher sees objects.
+    """Compares each student level with neighbouring teacher levels at drawn positions.
 
     IN THE STYLE OF "An Improved Knowledge Distillation Algorithm and Its Application to Object
     Detection" (CMC 2025, 83(2), 2189-2205), not a reproduction: of the paper only the abstract was
@@ -93,10 +93,10 @@ class ImprovedKD(DistillationLoss):
             self.fam[str(stride)] = adapters(1, ours, teacher[self.tap], near, key)
 
     def draw(self, x: Tensor) -> Tensor:
-        """How often each position of a teacher's map ``x`` (N, C, H, W) is drawn in this step.
+        """Draw positions of a teacher's map ``x`` (N, C, H, W) for this step.
 
         Returns:
-            (N, 1, H, W), as a share of its image's draws.
+            (N, 1, H, W), how often each was drawn, as a share of its image's draws.
         """
         draws = math.ceil(self.samples * x[0, 0].numel())
         # Of maps with inf or NaN any position: the term shows it, while CUDA would end the process.

@@ -14,7 +14,7 @@ __all__ = ["MGD"]
 
 
 class MGD(DistillationLoss):
-    """From what a mask leaves of the student's map a small network generates the teacher's map.
+    """Masks positions of the student's map; a small network generates the teacher's map from the rest.
 
     Yang et al., "Masked Generative Distillation" (ECCV 2022).  Per level::
 
@@ -40,7 +40,7 @@ class MGD(DistillationLoss):
         masked: lambda, the share of positions that are masked.
         tap, strides: see :class:`DistillationLoss`.
         ignore_padding: mask the batch's padding out of the student's map and leave it out of the
-            sum; no number on it matters then.
+            sum, so that numbers on it have no influence.
 
     Raises:
         ConfigError: a negative alpha, or a share outside 0..1.

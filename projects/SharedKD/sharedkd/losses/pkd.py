@@ -1,4 +1,4 @@
-"""PKD: the student's maps should correlate with the teacher's, whatever their scale."""
+"""PKD: the student's maps learn to correlate with the teacher's, whatever their scale."""
 
 from typing import Dict, List, Optional
 
@@ -35,8 +35,8 @@ class PKD(DistillationLoss):
     with which the loss of a batch is the mean of its images' own losses (weighted by their
     positions with ``ignore_padding``); ``ignore_padding``; f_l where widths differ; matching levels
     by stride, where the public code takes the index and resizes.  A channel of a single value has
-    z = 0, where the public code gives NaN.  So has a constant channel, with a gradient that is
-    finite, but large where the channel is the student's (1/std is then 1e6, as published).
+    z = 0, where the public code has NaN.  A constant channel has z = 0 too.  Its gradient is finite,
+    but large where the channel is the student's: 1/std is then 1e6, as published.
 
     Shapes per level: student (N, C_s, H, W), teacher (N, C_t, H, W).  No parameters where widths
     agree, else C_s*C_t + C_t per level (``adapter=None``).
@@ -87,7 +87,7 @@ class PKD(DistillationLoss):
         return terms
 
     def _standardise(self, x: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """z of a map (N, C, H, W), zero where the mask (N, 1, H, W) is."""
+        """z of a map (N, C, H, W); zero where the mask (N, 1, H, W) is zero."""
         dims = STATISTICS[self.statistics]
         if mask is None:
             centred = x - x.mean(dims, keepdim=True)

@@ -15,7 +15,7 @@ __all__ = ["ReviewKD"]
 
 
 class ReviewKD(DistillationLoss):
-    """What the student's level and all coarser ones hold together should equal the teacher's level.
+    """Fuses each student level with all coarser ones and compares it with the teacher's level.
 
     Distilling Knowledge via Knowledge Review (CVPR 2021), as in its public detection code (read in
     the copy that mdistiller keeps).  Attention based fusion, from the coarsest level down, with
@@ -82,7 +82,7 @@ class ReviewKD(DistillationLoss):
 
 
 class Fusion(nn.Module):
-    """A level's map, fused with what the coarser levels hold.
+    """Fuses a level's map with the fused map of the coarser levels.
 
     Args:
         student, mid, teacher: channels of the map, of the fused map and of the output.
@@ -119,8 +119,8 @@ class Fusion(nn.Module):
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm2d that uses its running statistics where a channel has a single value.
 
-    Such a value has no variance: BatchNorm2d refuses it in training ("Expected more than 1 value
-    per channel").  Running statistics stay as they are in that step.
+    A single value has no variance: BatchNorm2d raises in training ("Expected more than 1 value per
+    channel").  Running statistics are not updated in that step.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def hierarchical_context(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error of two maps (N, C, H, W) and of what is left of them after pooling."""
+    """Weighted mean of the squared errors of two maps (N, C, H, W) at full size and pooled."""
     total, weight, weights = F.mse_loss(x, y), 1.0, 1.0
     for size in (4, 2, 1):
         if size < min(x.shape[-2:]):

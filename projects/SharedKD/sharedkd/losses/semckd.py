@@ -137,7 +137,7 @@ class SemCKD(DistillationLoss):
         return terms
 
     def _cells(self, x: Tensor, stride: int, batch: Batch) -> Tuple[Tensor, Tensor]:
-        """The part of each row and column of a map in each of the g rows and columns of cells.
+        """Compute the share of each row and column of cells on each row and column of the map.
 
         Returns:
             (N, g, H) and (N, g, W), each summing to one over its last dimension.
@@ -153,7 +153,7 @@ class SemCKD(DistillationLoss):
         return self._overlap(rows, height), self._overlap(columns, width)
 
     def _overlap(self, length: Tensor, size: int) -> Tensor:
-        """(N, g, size): where cell k of an axis of ``length`` covers the unit interval at y."""
+        """(N, g, size): the share of cell k of an axis of ``length`` on the unit interval at y."""
         step = (length / self.grid).view(-1, 1, 1)
         low = torch.arange(self.grid, device=length.device).view(1, -1, 1) * step
         y = torch.arange(size, device=length.device, dtype=length.dtype)
@@ -168,7 +168,7 @@ class SemCKD(DistillationLoss):
 
 
 class _Regressor(nn.Module):
-    """A student level -> a teacher level's channels; what is outside the mask has no influence."""
+    """Maps a student level to a teacher level's channels; positions off the mask have no influence."""
 
     def __init__(self, channels: int, hidden: int, out: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The teacher share module: what the student is shown at each level."""
+"""The teacher share module: the teacher's target of each level."""
 
 from typing import Dict, Iterable
 

@@ -1,0 +1,50 @@
+"""Shared-KD's losses are at most 2 % of a training step, forward and backward."""
+
+from time import perf_counter
+
+import pytest
+import tiny
+from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
+from losses import harness
+
+pytestmark = pytest.mark.nightly
+
+
+@pytest.mark.parametrize("config", ["faster_rcnn_sharedkd.py", "retinanet_sharedkd.py"])
+def test_the_losses_share_of_a_step(config):
+    """The published pair, without weights, on two images of 320 pixels."""
+    node = tiny.config(config).model
+    node.teacher.weights = ""
+    model = instantiate(node).train()
+    records = [tiny.record(320, 320, seed=i) for i in range(2)]
+    for x in records:  # of 80 classes, and no masks
+        x["instances"].remove("gt_masks")
+    batches = []
+    for loss in model.losses.values():
+        loss.register_forward_pre_hook(lambda module, args: batches.append((module, args[0])))
+
+    def step():
+        model.zero_grad()
+        with EventStorage(0):
+            sum(model(records).values()).backward()
+
+    def losses():
+        for loss, batch in given:
+            batch.student = harness.leaves({t: batch.student[t] for t in loss.taps})
+            sum(loss(batch).values()).backward()
+
+    step()
+    given = list(batches)
+    for _, batch in given:
+        batch.student = {
+            tap: {s: x.detach() for s, x in levels.items()} for tap, levels in batch.student.items()
+        }
+    fastest = {}
+    for _ in range(5):  # side by side, so that a busy machine slows down both
+        for call in (step, losses):
+            start = perf_counter()
+            call()
+            spent = perf_counter() - start
+            fastest[call] = min(spent, fastest.get(call, spent))
+    assert fastest[losses] <= 0.02 * fastest[step]
