@@ -176,6 +176,9 @@ def test_weights_from_a_url(server, tmp_path):
         ConfigError, match=f"^model.teacher.weights={url}: cannot be read .*SHA-256"
     ):
         load_trained(model, url, "model.teacher.weights", False, "0" * 64)
+    server.files["/all/cut.pth"] = data[:-9]  # as from a server that says no length
+    with pytest.raises(ConfigError, match="cannot be read .* its copy is .*cut.pth;"):
+        load_trained(model, f"{server.url}/all/cut.pth", "model.teacher.weights")
 
 
 def test_a_local_file_is_verified(tmp_path):

@@ -80,8 +80,10 @@ def _load(
     checkpointer.trusted = trusted
     group = key.rpartition(".")[0]
     sha256_key = f"{group}.init_sha256" if group == "train" else f"{group}.sha256"
+    local = path
     try:
-        rest = checkpointer.load(fetch(path, sha256, sha256_key))
+        local = fetch(path, sha256, sha256_key)
+        rest = checkpointer.load(local)
     except ConfigError:
         raise
     except Refused as e:
@@ -97,6 +99,7 @@ def _load(
         said = plain_name(" ".join(str(e).split()), 300)
         exists = "://" in path or os.path.isfile(path)
         reason = f"cannot be read ({type(e).__name__}: {said})" if exists else "no such file"
+        reason += f"; its copy is {local}" if local != path else ""
         raise ConfigError(
             key, path, reason, "point it at a Detectron2 .pth, .pkl or .safetensors checkpoint"
         ) from e

@@ -117,7 +117,10 @@ def _check_archive(file: IO[bytes], data: mmap.mmap) -> None:
             and [x.header_offset for x in entries[:1]] == [0]
             and len({x.lower() for x in names}) == len(names)
             and len({x.partition("/")[0] for x in names}) == 1
-            and all(re.fullmatch(r"[^/\\:]+(/[\w.-]*\w)+", x) and x.isprintable() for x in names)
+            and all(
+                re.fullmatch(r"(?!\.\.?/)[^/\\]+(/[\w.-]*\w)+", x) and x.isprintable()
+                for x in names
+            )
             and all(
                 x.compress_type == zipfile.ZIP_STORED
                 and x.file_size == x.compress_size <= end - x.header_offset - 30
