@@ -99,6 +99,12 @@ def many_strings(canary):
     return start + (b"h\x01h\x00" + text("latin1") + b"\x86R") * 1000 + b"e."
 
 
+def many_dictionaries(canary):
+    pairs = b"](" + b"".join(b"J" + struct.pack("<i", i) + b"N\x86" for i in range(10**4)) + b"e"
+    start = b"\x80\x02" + pairs + b"q\x000ccollections\nOrderedDict\nq\x010]("
+    return start + b"h\x01h\x00\x85R" * 1000 + b"e."
+
+
 def laughs(canary):
     """Lists of ten times the list before: 10 ** 100 elements for whoever prints them."""
     lists = b"]q\x00" + b"".join(
@@ -205,18 +211,11 @@ def appended(path, canary):
     return path
 
 
-def commented(path, canary):
+def commented(path, canary, comment):
+    """An archive with a comment, which may look like the end of an empty one."""
     path = saved(weights())(path, canary)
     with zipfile.ZipFile(path, "a") as f:
-        f.comment = b"of some length"
-    return path
-
-
-def false_end(path, canary):
-    """An archive whose comment looks like the end of an empty one."""
-    path = saved(weights())(path, canary)
-    with zipfile.ZipFile(path, "a") as f:
-        f.comment = b"PK\x05\x06" + bytes(18)
+        f.comment = comment
     return path
 
 
@@ -299,113 +298,119 @@ LIVE = {
     "setstate": (pkl(set_state), "argparse.Namespace"),
     "a nested global": (pkl(dotted), "posixpath.os.system"),
     "a global out of a call": (pkl(built_twice), "__builtin__.getattr"),
-    "INST": (pkl(lambda c: b"(S'touch %b'\nios\nsystem\n." % c.encode()), "instruction INST"),
+    "INST": (pkl(lambda c: b"(S'touch %b'\nios\nsystem\n." % c.encode()), "os.system"),
     "OBJ": (pkl(lambda c: b"(cos\nsystem\nS'touch %b'\no." % c.encode()), "os.system"),
     "an array of objects": (pkl(lambda c: np.array([touch(c)], object)), "array of type O|system"),
     "pth": (saved(lambda c: {"model": touch(c)}), "system"),
     "pth beside weights": (saved(lambda c: {**weights(), "trainer": touch(c)}), "system"),
     "legacy pth": (saved(lambda c: {"model": touch(c)}, legacy=True), "system"),
-    "a tar archive": (tar, "tar archive"),
+    "a tar archive": (tar, ""),
 }
 
-REFUSED = {
-    "an extension": (pkl(b"\x80\x02\x82\x01."), "instruction EXT1"),
-    "a large extension": (pkl(b"\x80\x02\x84\xff\xff\xff\x7f."), "instruction EXT4"),
-    "a persistent id": (pkl(b"Pwhatever\n."), "instruction PERSID"),
-    "a persistent object": (pkl(b"\x80\x02K\x01Q."), "kept outside of the file"),
-    "a buffer from outside": (pkl(b"\x80\x05\x97."), "instruction NEXT_BUFFER"),
-    "a new object": (pkl(b"\x80\x02cnumpy\nndarray\n)\x81."), "instruction NEWOBJ"),
-    "a call of a class": (
-        pkl(b"\x80\x02cnumpy\nndarray\nJ\xff\xff\xff\x7f\x85R."),
-        "numpy.ndarray",
-    ),
-    "a call of text": (pkl(b"\x80\x02" + text("os.system") + b")R."), "a call of str"),
-    "a state for a list": (pkl(b"\x80\x02]}b."), "state for an object of type list"),
+ENCODE = b"\x80\x02c_codecs\nencode\n"
+TERABYTE = struct.pack("<Q", 2**40) + b"x."
+MISSING = "but only 2 remain|cut short"
+REBUILD = b"torch._utils\n_rebuild_tensor_v2"
+
+#: name -> (maker, what the message says); these want memory or an odd call, or are broken.
+DEAD = {
+    "an extension": (pkl(b"\x80\x02\x82\x01."), "extension code"),
+    "a large extension": (pkl(b"\x80\x02\x84\xff\xff\xff\x7f."), "extension code"),
+    "a persistent id": (pkl(b"Pwhatever\n."), "persistent"),
+    "a persistent object": (pkl(b"\x80\x02K\x01Q."), "persistent"),
+    "a buffer from outside": (pkl(b"\x80\x05\x97."), "out-of-band"),
+    "a new object": (pkl(b"\x80\x02cnumpy\nndarray\n)\x81."), "must be a type"),
+    "a new function": (pkl(ENCODE + b")\x81."), "must be a type"),
+    "a call of a class": (pkl(b"\x80\x02cnumpy\nndarray\nK\x07\x85R."), "not callable"),
+    "a call of text": (pkl(b"\x80\x02" + text("os.system") + b")R."), "not callable"),
+    "a state for a list": (pkl(b"\x80\x02]}b."), "no attribute"),
+    "a state for a function": (pkl(ENCODE + b"}" + text("a") + b"Nsb."), "no attribute"),
     "a name that paints the terminal": (pkl(b"c\x1b[2Jos\nsystem\n."), r"\\x1b\[2Jos"),
     "objects": (pkl(np.array([{}], object)), "an array of type O"),
     "records": (pkl(np.zeros(2, "i4,f4")), "an array of type V8"),
     "a wide type": (pkl(array(code="V1000000000")), "an array of type V"),
-    "memory of any size": (
-        edited(calls(b"cbuiltins\nbytearray\n", b"J\xff\xff\xff\x7f")),
-        "bytearray",
-    ),
-    "a storage of any size": (
-        edited(calls(b"ctorch.storage\nUntypedStorage\n", b"J\xff\xff\xff\x7f")),
-        "a call of torch.storage.UntypedStorage",
-    ),
-    "a function of PyTorch": (edited(calls(b"ctorch.hub\nload\n", text("x"))), "torch.hub.load"),
-    "TorchScript": (archive(extra=[("{top}/constants.pkl", b"")]), "TorchScript"),
-    "a linked tar archive": (linked_tar, "tar archive"),
-}
-
-BROKEN = {
     "an array of 4 TB": (pkl(array(b"J\x00\x00\x00\x40J\x00\x04\x00\x00")), "has 24 bytes"),
     "an array of negative size": (pkl(array(b"J\xff\xff\xff\xff")), "not a tuple of sizes"),
     "an array without numbers": (pkl(array(b"N")), "not a tuple of sizes"),
     "arrays of the same bytes": (pkl(many_arrays), "more than it holds"),
     "strings of the same bytes": (pkl(many_strings), "more than it holds"),
-    "bytes of 1 TB": (pkl(b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x."), "cut short"),
-    "text of 1 TB": (pkl(b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x."), "cut short"),
-    "an array of bytes of 1 TB": (
-        pkl(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x."),
-        "cut short",
-    ),
-    "a frame of 1 TB": (pkl(b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"N."), ""),
-    "a number of 2 GB": (pkl(b"\x80\x02\x8b" + struct.pack("<i", HUGE) + b"x."), "cut short"),
-    "a number of a million digits": (pkl(b"I" + b"9" * 10**6 + b"\n."), ""),
-    "a memo of 2 billion": (pkl(b"\x80\x02]r\xff\xff\xff\x7f."), "no dictionary"),
-    "many instructions": (
-        pkl(b"\x80\x02" + b"N0" * 1_500_000 + b"N."),
-        "more than 2,000,000 instr",
-    ),
+    "dictionaries of the same pairs": (pkl(many_dictionaries), "more than it holds"),
+    "bytes of 1 TB": (pkl(b"\x80\x04\x8e" + TERABYTE), MISSING),
+    "text of 1 TB": (pkl(b"\x80\x04\x8d" + TERABYTE), MISSING),
+    "an array of bytes of 1 TB": (pkl(b"\x80\x05\x96" + TERABYTE), MISSING),
+    "a frame of 1 TB": (pkl(b"\x80\x04\x95" + TERABYTE), MISSING),
+    "a number of 2 GB": (pkl(b"\x80\x02\x8b" + struct.pack("<i", HUGE) + b"x."), "not enough data"),
+    "a number of a million digits": (pkl(b"I" + b"9" * 10**6 + b"\n."), "digits"),
+    "a memo of 2 billion": (pkl(b"\x80\x02]r\xff\xff\xff\x7f."), "claims more"),
+    "many instructions": (pkl(b"\x80\x02" + b"N0" * 1_500_000 + b"N."), "too many parts"),
     "deep lists": (pkl(b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."), "no dictionary"),
-    "deep tuples": (pkl(b"\x80\x02)" + b"\x85" * 10**6 + b"."), "no dictionary"),
-    "a deep key": (pkl(b"\x80\x02})" + b"\x85" * 10**6 + b"Ns."), "key is a tuple"),
+    "deep tuples": (pkl(b"\x80\x02)" + b"\x85" * 10**6 + b"."), "too many parts"),
+    "a deep key": (pkl(b"\x80\x02})" + b"\x85" * 10**6 + b"Ns."), "too many parts"),
     "laughs": (pkl(laughs), "a is no tensor but a list"),
     "no weights": (pkl(zoo({"lr": 0.1})), "is no tensor but a dict"),
     "a name with a line feed": (pkl({"a\nb": np.zeros(1, np.float32)}), r"called a\\nb"),
-    "garbage": (pkl(bytes(range(256)) * 40), "not a pickle"),
-    "cut": (pkl(lambda c: pickle.dumps(zoo())[:-40]), ""),
+    "garbage": (pkl(bytes(range(256)) * 40), "unknown"),
+    "cut": (pkl(lambda c: pickle.dumps(zoo())[:-40]), "cut short"),
     "nothing": (pkl(b"empty"[:0]), "is empty"),
-    "pth: a tensor of 8 GB": (edited(numbers([1], HUGE)), "lies in 70000 elements"),
-    "pth: a storage of 8 GB": (edited(numbers([0, 1], HUGE)), "not of the size"),
-    "pth: a small storage": (edited(numbers([0], 7)), "not of the size"),
+    "a linked tar archive": (linked_tar, ""),
+    "memory of any size": (
+        edited(calls(b"cbuiltins\nbytearray\n", b"J\xff\xff\xff\x7f")),
+        "builtins.bytearray",
+    ),
+    "legacy: memory of any size": (
+        edited(lambda data, c: data.replace(REBUILD, b"builtins\nbytearray"), legacy=True),
+        "builtins.bytearray",
+    ),
+    "a storage of any size": (
+        edited(calls(b"ctorch.storage\nUntypedStorage\n", b"J\xff\xff\xff\x7f")),
+        "torch.storage.UntypedStorage",
+    ),
+    "a function of PyTorch": (edited(calls(b"ctorch.hub\nload\n", text("x"))), "torch.hub.load"),
+    "TorchScript": (archive(extra=[("{top}/constants.pkl", b"")]), "TorchScript"),
+    "pth: a tensor of 8 GB": (edited(numbers([1], HUGE)), "resize storage"),
+    "pth: a storage of 8 GB": (edited(numbers([0, 1], HUGE)), "expected size"),
+    "pth: a small storage": (edited(numbers([0], 7)), "expected size"),
     "pth: a storage that is not there": (
         edited(lambda data, c: data.replace(text("0"), text("9"))),
-        "not of the size",
+        "data/9: file not found",
     ),
-    "legacy: a tensor of 8 GB": (edited(numbers([1], HUGE), True), "lies in 70000 elements"),
-    "legacy: a storage of 8 GB": (edited(numbers([0, 1], HUGE), True), "not of the size"),
-    "legacy: cut": (edited(lambda data, c: data[:-400], True), "not of the size"),
-    "zip: packed": (archive(packed=["data.pkl"]), "packed entries"),
-    "zip: a bomb of 64 MB": (bomb, "packed entries"),
-    "zip: one name twice": (archive(extra=[("{top}/data.pkl", b"N.")]), "two files of one name"),
-    "zip: one name in capitals": (
-        archive(extra=[("{top}/DATA.PKL", b"N.")]),
-        "two files of one name",
-    ),
-    "zip: another folder": (archive(extra=[("other/data.pkl", b"N.")]), "several folders"),
-    "zip: out of the folder": (archive(extra=[("{top}/../../evil", b"N.")]), "with a file "),
-    "zip: an absolute path": (archive(extra=[("/tmp/evil", b"N.")]), "with a file /tmp/evil"),
-    "zip: a backslash": (archive(extra=[("{top}/..\\evil", b"N.")]), "with a file "),
-    "zip: a link": (archive(mode=stat.S_IFLNK | 0o777), "links, folders"),
-    "zip: overlapping": (overlapping, "overlap"),
-    "zip: two archives": (appended, "something before it"),
-    "zip: a comment": (commented, "something at its end"),
-    "zip: a long directory": (long_directory, "too many entries"),
-    "zip: a false end": (false_end, "something before it"),
-    "zip: cut": (edited(lambda data, c: data[:-9]), "cut short"),
-    "safetensors: a header of 1 TB": (safe(b"{}", length=2**40), ""),
-    "safetensors: a tensor of 8 GB": (safe({"a": entry((HUGE,), (0, 4 * HUGE))}), ""),
-    "safetensors: a shape that lies": (safe({"a": entry((HUGE,))}), ""),
-    "safetensors: an overflow": (safe({"a": entry((2**62, 16))}), ""),
-    "safetensors: overlapping": (safe({"a": entry(), "b": entry()}), ""),
-    "safetensors: a hole": (safe({"a": entry((2,), (8, 16))}), ""),
-    "safetensors: negative": (safe({"a": entry((4,), (-16, 0))}), ""),
-    "safetensors: no type": (safe({"a": entry(dtype="O")}), ""),
-    "safetensors: deep": (safe(b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), ""),
-    "safetensors: cut": (safe({"a": entry()}, bytes(9)), ""),
+    "pth: cut": (edited(lambda data, c: data[:-9]), "exhausted"),
+    "legacy: a tensor of 8 GB": (edited(numbers([1], HUGE), legacy=True), ""),
+    "legacy: a storage of 8 GB": (edited(numbers([0, 1], HUGE), legacy=True), ""),
+    "legacy: cut": (edited(lambda data, c: data[:-400], legacy=True), "EOF"),
 }
+
+ARCHIVES = {
+    "packed": archive(packed=["data.pkl"]),
+    "a bomb of 64 MB": bomb,
+    "one name twice": archive(extra=[("{top}/data.pkl", b"N.")]),
+    "one name in capitals": archive(extra=[("{top}/DATA.PKL", b"N.")]),
+    "another folder": archive(extra=[("other/data.pkl", b"N.")]),
+    "out of the folder": archive(extra=[("{top}/../../evil", b"N.")]),
+    "an absolute path": archive(extra=[("/tmp/evil", b"N.")]),
+    "a backslash": archive(extra=[("{top}/..\\evil", b"N.")]),
+    "a link": archive(mode=stat.S_IFLNK | 0o777),
+    "overlapping": overlapping,
+    "two archives": appended,
+    "a comment": lambda path, canary: commented(path, canary, b"of some length"),
+    "a false end": lambda path, canary: commented(path, canary, b"PK\x05\x06" + bytes(18)),
+    "a long directory": long_directory,
+}
+DEAD |= {f"zip: {x}": (make, "zip archive") for x, make in ARCHIVES.items()}
+
+SAFETENSORS = {
+    "a header of 1 TB": safe(b"{}", length=2**40),
+    "a tensor of 8 GB": safe({"a": entry((HUGE,), (0, 4 * HUGE))}),
+    "a shape that lies": safe({"a": entry((HUGE,))}),
+    "an overflow": safe({"a": entry((2**62, 16))}),
+    "overlapping": safe({"a": entry(), "b": entry()}),
+    "a hole": safe({"a": entry((2,), (8, 16))}),
+    "negative": safe({"a": entry((4,), (-16, 0))}),
+    "no type": safe({"a": entry(dtype="O")}),
+    "deep": safe(b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"),
+    "cut": safe({"a": entry()}, bytes(9)),
+}
+DEAD |= {f"safetensors: {x}": (make, "header") for x, make in SAFETENSORS.items()}
 
 
 def memory():

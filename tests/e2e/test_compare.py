@@ -286,10 +286,20 @@ def test_an_arm_is_trained_by_one_process_at_a_time(overrides, tmp_path):
     comparison = Comparison(ROOT, CONFIG, ["none"], [0], tmp_path, overrides)
     run = comparison.arms[0].run
     run.folder.mkdir(parents=True)
-    with open(run.folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    begun, begin = os.pipe()
+    for name in ("lock", "comparison.lock"):  # that of its run, that of another comparison
+        worker = os.fork()
+        if not worker:
+            lock = open(run.folder / name, "w")
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            os.write(begin, b"1")
+            time.sleep(60)
+            os._exit(0)
+        os.read(begun, 1)
         with pytest.raises(BusyError, match="another process"):
             run.train(ROOT, 4, print)
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
     assert not run.log.exists() or not run.log.read_text()
 
 

@@ -1,4 +1,4 @@
-"""One run in a folder: the lock, whom it names, who inherits it and who does not; and signals."""
+"""One run in a folder: the lock, whom it names and with whom it ends; and signals."""
 
 import os
 import signal
@@ -11,71 +11,77 @@ import pytest
 
 from sharedkd.engine import interrupt
 from sharedkd.engine.interrupt import StopRequest, interruptible, resume_command
-from sharedkd.engine.lock import BusyError, check_free, for_child, locked
+from sharedkd.engine.lock import BusyError, check_free, locked
 from sharedkd.lab.runs import Run
 
-# In a process of its own, for whose parent the folder is locked: it may lock it, others may not.
-CHILD = """
-import sys
-from sharedkd.engine.lock import BusyError, check_free, locked
-check_free(sys.argv[1])
+HOLDS = """
+import os, sys, time
+from sharedkd.engine.lock import locked
 with locked(sys.argv[1]):
-    try:
-        check_free(sys.argv[1])
-    except BusyError as e:
-        print(e)
+    worker = os.fork()
+    if worker:
+        print(worker, flush=True)
+    time.sleep(120)
 """
 
 
-def test_the_second_is_refused_and_told_who_is_first(tmp_path):
-    assert check_free(tmp_path / "new") is None and not (tmp_path / "new").exists()
-    with locked(tmp_path / "run"):
-        for attempt in (check_free, lambda folder: locked(folder).__enter__()):
-            with pytest.raises(BusyError) as error:
-                attempt(tmp_path / "run")
-            message = str(error.value)
-            assert f"process {os.getpid()} on {socket.gethostname()}" in message
-            assert str(tmp_path / "run") in message and "\n" not in message
-    check_free(tmp_path / "run")
-    with locked(tmp_path / "run"):
-        pass
-
-
-def test_a_lock_ends_with_its_holder_and_only_with_it(tmp_path):
-    """A forked worker, which may outlive the holder by seconds, does not keep it."""
-    begun, begin = os.pipe()
-    with locked(tmp_path):
-        worker = os.fork()
-        if worker == 0:
-            os.write(begin, b"1")
-            time.sleep(60)
-            os._exit(0)
-        os.read(begun, 1)
-        with pytest.raises(BusyError):
-            check_free(tmp_path)
-    try:
-        with locked(tmp_path):
-            assert os.waitpid(worker, os.WNOHANG) == (0, 0)  # it is still there
-    finally:
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the folder, and the number of a worker that it has forked meanwhile."""
+    command = [sys.executable, "-W", "ignore", "-c", HOLDS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        yield process, worker
+        process.kill()
         os.kill(worker, signal.SIGKILL)
-        os.waitpid(worker, 0)
 
 
-def test_a_child_trains_in_the_folder_that_its_parent_holds(tmp_path):
-    with locked(tmp_path) as lock:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path)],
-            pass_fds=[lock.fileno()],
-            env=for_child(lock),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        assert (
-            "trains in this folder" in done.stdout and f"process {os.getpid()} " not in done.stdout
-        )
-        with pytest.raises(BusyError):
-            check_free(tmp_path)  # the child's end has not freed it
+def test_the_second_is_refused_and_told_who_is_first(tmp_path, holder):
+    process, _ = holder
+    for attempt in (check_free, lambda folder: locked(folder).__enter__()):
+        for _ in range(2):  # the first attempt has freed nothing
+            with pytest.raises(BusyError) as error:
+                attempt(tmp_path)
+            assert str(error.value) == (
+                f"train.output_dir={tmp_path}: process {process.pid} on {socket.gethostname()} trains "
+                "in this folder; wait for it, or choose another folder"
+            )
+
+
+def test_a_lock_ends_with_its_holder_and_not_with_its_workers(tmp_path, holder):
+    """A killed run leaves no stale lock, though its forked worker outlives it by seconds."""
+    process, worker = holder
+    process.kill()
+    process.wait()
+    with locked(tmp_path):
+        os.kill(worker, 0)  # it is still there
+    check_free(tmp_path)
+
+
+def test_a_worker_that_ends_frees_nothing(tmp_path, holder):
+    os.kill(holder[1], signal.SIGKILL)
+    with pytest.raises(BusyError):
+        check_free(tmp_path)
+
+
+def test_a_check_writes_nothing(tmp_path):
+    assert check_free(tmp_path / "new") is None and not (tmp_path / "new").exists()
+
+
+NO_HOOK = """
+import os
+def refuse(**hooks):
+    raise AssertionError(hooks)
+import torch, detectron2.checkpoint
+os.register_at_fork = refuse
+from sharedkd.engine.lock import locked
+with locked("."):
+    pass
+"""
+
+
+def test_no_hook_of_fork_is_left(tmp_path):
+    subprocess.run([sys.executable, "-W", "ignore", "-c", NO_HOOK], cwd=tmp_path, check=True)
 
 
 SAVES_AFTER_A_WHILE = """

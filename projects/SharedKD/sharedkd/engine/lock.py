@@ -1,8 +1,12 @@
 """One run at a time in an output folder.
 
-The lock is ``flock``'s on a file in the folder: it ends with the process that holds it, however that
-ends, so there are no stale ones.  Over NFS it holds between machines from NFSv4 on, and with older
-versions only where the mount says so (not with ``nolock`` or ``local_lock=flock``).
+The lock is a POSIX record lock on a file there.  The system releases it when its process ends, however
+that ends, and a forked child never has it.  ``flock``, which the filelock library takes, belongs to an
+open file instead: a data loader's worker inherits that, and would hold the folder of a killed run until
+it notices; to prevent it, a hook has to run at every fork.
+
+A process releases its lock as soon as it closes the file once, wherever it opened it: the holder reads
+and checks it no more.
 """
 
 import errno
@@ -11,19 +15,16 @@ import logging
 import os
 import socket
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import IO, Dict, Iterator, Optional, Union
+from typing import IO, Iterator, Union
 
 from sharedkd.errors import ConfigError
 
-__all__ = ["BusyError", "check_free", "for_child", "locked"]
+__all__ = ["BusyError", "check_free", "locked"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
-INHERITED = "SHAREDKD_LOCK"  # the environment variable that names a descriptor held by the parent
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_held: Dict[int, IO[str]] = {}
+LOCK = "lock"  # the name of its file
 
 
 class BusyError(ConfigError):
@@ -33,92 +34,51 @@ class BusyError(ConfigError):
     """
 
 
-def _forget() -> None:
-    """A data loader's worker outlives a killed run by seconds, and must not keep its lock."""
-    if not _held:
-        return
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in _held:
-        os.dup2(null, descriptor)
-    os.close(null)
-
-
-@cache
-def _forget_after_fork() -> None:
-    """From the first lock on: an import changes nothing."""
-    os.register_at_fork(after_in_child=_forget)
-
-
 def check_free(folder: Union[str, Path]) -> None:
     """Writes nothing.
 
     Raises:
-        BusyError: another process holds ``folder``, and has not handed it on (:func:`for_child`).
+        BusyError: another process holds ``folder``.
     """
-    path = Path(folder) / "lock"
-    if not path.exists() or _inherited(path) is not None:
-        return
-    with open(path) as file:
-        _take(file, path)
+    path = Path(folder) / LOCK
+    if path.exists():
+        with open(path) as file:
+            _take(file, fcntl.LOCK_SH)  # several may check at once
 
 
 @contextmanager
-def locked(folder: Union[str, Path]) -> Iterator[IO[str]]:
+def locked(folder: Union[str, Path], name: str = LOCK) -> Iterator[None]:
     """Hold ``folder``, which is made if there is none.
 
-    Yields:
-        the lock's file; :func:`for_child` hands it on.
+    Args:
+        folder: of a run.
+        name: of the lock's file; who does not train in the folder, but writes there, has one of its own.
 
     Raises:
         BusyError: another process holds it.
     """
-    _forget_after_fork()
-    path = Path(folder) / "lock"
-    descriptor = _inherited(path)
-    if descriptor is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # not "w", which would empty the holder's
-    else:
-        os.environ.pop(INHERITED)  # a child's child has no part in it
-        file = os.fdopen(descriptor, "a+")
-    with file:
-        _take(file, path)
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:  # not "w", which would empty the holder's
+        _take(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        _held[file.fileno()] = file
-        try:
-            yield file
-        finally:
-            del _held[file.fileno()]
+        yield
 
 
-def for_child(file: IO[str]) -> Dict[str, str]:
-    """The environment in which a child that gets the descriptor of ``file`` holds the lock, too."""
-    return {**os.environ, INHERITED: str(file.fileno())}
-
-
-def _inherited(path: Path) -> Optional[int]:
-    """The descriptor of this very lock that the parent handed on; None if there is none."""
+def _take(file: IO[str], kind: int) -> None:
+    folder = os.path.dirname(file.name)
     try:
-        descriptor = int(os.environ[INHERITED])
-        return descriptor if os.path.samestat(os.fstat(descriptor), os.stat(path)) else None
-    except (KeyError, ValueError, OSError):
-        return None
-
-
-def _take(file: IO[str], path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = path.read_text().strip() or "another process"
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+            logger.warning(f"{folder} cannot be locked: keep other runs out of it ({e.strerror})")
+            return
+        file.seek(0)
         raise BusyError(
             "train.output_dir",
-            path.parent,
-            f"{holder} trains in this folder",
+            folder,
+            f"{file.read().strip() or 'another process'} trains in this folder",
             "wait for it, or choose another folder",
         ) from None
-    except OSError as e:
-        if e.errno not in _UNSUPPORTED:
-            raise
-        logger.warning(f"{path.parent} cannot be locked: keep other runs out of it ({e.strerror})")

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from sharedkd.config import load_config
 from sharedkd.engine.checkpoint import has_run
 from sharedkd.engine.hooks.record import read_record
-from sharedkd.engine.lock import BusyError, for_child, locked
+from sharedkd.engine.lock import BusyError, check_free, locked
 from sharedkd.engine.resume import changes
 from sharedkd.errors import ConfigError
 from sharedkd.lab.progress import Progress, progress_in
@@ -91,7 +91,10 @@ class Run:
             ConfigError: it failed; the message has the last line that it said.
         """
         last = deque(maxlen=20)
-        with locked(self.folder) as lock, open(self.log, "a") as file:
+        # The command holds its folder, and may outlive this process; until it does, and for the log,
+        # this process has a lock of its own there.
+        with locked(self.folder, "comparison.lock"), open(self.log, "a") as file:
+            check_free(self.folder)
             command = self.command(root)
             with subprocess.Popen(
                 command,
@@ -100,9 +103,6 @@ class Run:
                 text=True,
                 errors="replace",
                 bufsize=1,
-                # The child holds the lock, too: it may outlive this process.
-                pass_fds=[lock.fileno()],
-                env=for_child(lock),
             ) as process:
                 try:
                     for line in process.stdout:

@@ -12,8 +12,8 @@ from torch import nn
 from sharedkd.errors import ConfigError
 
 from .download import fetch
+from .pickles import Refused, plain_name
 from .reading import read_weights
-from .unpickler import Refused
 
 if TYPE_CHECKING:
     from fvcore.common.checkpoint import _IncompatibleKeys
@@ -40,9 +40,11 @@ class DataCheckpointer(DetectionCheckpointer):
 
     Attributes:
         trusted: run what files ask for.
+        incompatible: what did not match when a file was loaded, which Detectron2 only logs.
     """
 
     trusted = False
+    incompatible: "_IncompatibleKeys"
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         data = read_weights(filename, self.trusted)
@@ -50,6 +52,10 @@ class DataCheckpointer(DetectionCheckpointer):
         if names.isdisjoint(self.model.state_dict()):
             data["matching_heuristics"] = True
         return data
+
+    def _load_model(self, checkpoint: Dict[str, Any]) -> "_IncompatibleKeys":
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -61,14 +67,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-class _RecordingCheckpointer(DataCheckpointer):
-    """Keeps what did not match, which Detectron2 only logs."""
-
-    def _load_model(self, checkpoint: Dict[str, Any]) -> "_IncompatibleKeys":
-        self.incompatible = super()._load_model(checkpoint)
-        return self.incompatible
-
-
 def _load(
     model: nn.Module, path: str, key: str, trusted: bool, sha256: Optional[str]
 ) -> Tuple["_IncompatibleKeys", Dict[str, Any]]:
@@ -78,12 +76,14 @@ def _load(
         what did not match (missing and unexpected keys, incorrect shapes), and the file's other
         entries.
     """
-    checkpointer = _RecordingCheckpointer(model, save_to_disk=False)
+    checkpointer = DataCheckpointer(model, save_to_disk=False)
     checkpointer.trusted = trusted
     group = key.rpartition(".")[0]
     sha256_key = f"{group}.init_sha256" if group == "train" else f"{group}.sha256"
+    local = path
     try:
-        rest = checkpointer.load(fetch(path, sha256, sha256_key))
+        local = fetch(path, sha256, sha256_key)
+        rest = checkpointer.load(local)
     except ConfigError:
         raise
     except Refused as e:
@@ -96,17 +96,14 @@ def _load(
         ) from e
     except Exception as e:
         # Whatever a reader of an unknown file raises, to the user it is one thing.
-        reason = (
-            "no such file" if not _exists(path) else f"cannot be read ({type(e).__name__}: {e})"
-        )
+        said = plain_name(" ".join(str(e).split()), 300)
+        exists = "://" in path or os.path.isfile(path)
+        reason = f"cannot be read ({type(e).__name__}: {said})" if exists else "no such file"
+        reason += f"; its copy is {local}" if local != path else ""
         raise ConfigError(
             key, path, reason, "point it at a Detectron2 .pth, .pkl or .safetensors checkpoint"
         ) from e
     return checkpointer.incompatible, rest
-
-
-def _exists(path: str) -> bool:
-    return "://" in path or os.path.isfile(path)
 
 
 def _shortened(names: Sequence[str]) -> str:
