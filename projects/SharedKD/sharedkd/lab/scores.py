@@ -62,9 +62,12 @@ def read_comparison(folder: Path, key: str) -> Dict[str, Any]:
     if not path.is_file():
         raise ConfigError(key, folder, "holds no comparison", "name the folder of one")
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except ValueError as e:
         raise ConfigError(key, path, f"cannot be read: {e}", "compare once more") from e
+    if not isinstance(record, dict) or not {"arms", "baseline", "methods"} <= record.keys():
+        raise ConfigError(key, path, "is not of a comparison", "name the folder of one")
+    return record
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[float, float]:
