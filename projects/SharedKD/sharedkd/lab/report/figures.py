@@ -89,12 +89,11 @@ def draw_curves(
         from_zero: the axis of the values begins at zero. Else it is logarithmic if all values are
             positive and differ by more than a factor of 30.
     """
-    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(5.2, 3.3))
+    axes = figure.add_axes((0.17, 0.16, 0.8, 0.81))  # a computed layout takes twice the time
     if band:
-        start, full, stop = band
-        x, y = [start, full, stop, stop], [0, 1, 1, 0]  # as high as the weight
-        axes.fill(x, y, PALETTE[1], transform=axes.get_xaxis_transform(), alpha=0.12, lw=0)
+        corners = [*band, band[-1]], [0, 1, 1, 0]  # as high as the weight
+        axes.fill(*corners, PALETTE[1], transform=axes.get_xaxis_transform(), alpha=0.12, lw=0)
     for i, curve in enumerate(curves.values()):
         x, y = _thin(*np.array(curve, float))
         color, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
@@ -107,6 +106,7 @@ def draw_curves(
     elif min(ys) > 0 and max(ys) > _LOG * min(ys):
         axes.set_yscale("log")
     axes.set(xlabel="iteration", ylabel=y_label)
+    axes.yaxis.set_label_coords(-0.165, 0.5)
     return figure
 
 

@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 from sharedkd.config.plain import leaves
 from sharedkd.lab.runs import short
 
-from .source import RunData, Source, is_distilled
+from .source import Source, is_distilled
 
 __all__ = ["differences", "origin"]
 
@@ -77,17 +77,10 @@ def origin(source: Source) -> List[Tuple[str, str]]:
         ("command", record.get("command") or ""),
     ]
     if not record.get("command"):
-        rows += [(f"command of {run.method}", _command(run)) for run in source.runs]
+        rows += [
+            (f"command of {run.method}", run.record.get("command") or "") for run in source.runs
+        ]
     return [(name, text) for name, text in rows if text]
-
-
-def _command(run: RunData) -> str:
-    """Of its record, or without one what Detectron2 logged; a resumed run has several, the last counts."""
-    log, start = run.folder / "log.txt", "Command line arguments: "
-    if run.record.get("command") or not log.is_file():
-        return run.record.get("command") or ""
-    lines = [x for x in log.read_text(errors="replace").split("\n") if start in x]
-    return lines[-1].partition(start)[2] if lines else ""
 
 
 def _versions(found: Mapping[str, str]) -> str:

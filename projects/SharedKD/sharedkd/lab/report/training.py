@@ -120,12 +120,12 @@ def _of_method(method: str, runs: Sequence[RunData]) -> List[Plot]:
     plots = [_plot(method, "All losses, weighted", parts, "loss", end=end)]
     for stage, names in stages.items():
         raw = {key.split("/", 2)[2]: mean_curve(runs, _metric(key)) for key in names}
-        text, band = _schedule(schedules.get(stage), end)
+        text, band = schedule(schedules.get(stage), end)
         plots.append(_plot(method, f"Stage {stage}: {text}", raw, "raw value", band=band, end=end))
     return [plot for plot in plots if plot]
 
 
-def _schedule(
+def schedule(
     stage: Optional[Stage], end: Optional[int]
 ) -> Tuple[str, Optional[Tuple[float, float, float]]]:
     """In words, and the band of :func:`~.figures.draw_curves`."""
