@@ -159,7 +159,7 @@ def test_a_phone_scrolls_in_one_direction_and_words_of_plots_can_be_read(page, r
     unfold(page)
     assert page.js("document.documentElement.scrollWidth") == width
     size = """Math.min(...[...document.querySelectorAll('.plot svg text')].map(
-      e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a))"""
+      e => parseFloat(getComputedStyle(e).fontSize) * Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b)))"""
     assert 11 <= page.js(size) < 20
     image = "document.querySelector('.paper img[alt=Mistakes]')"
     drawn = page.js(f"(({image}).loading = 'eager', {image}.decode()).then(() => {image}.width)")

@@ -11,8 +11,7 @@ from sharedkd.config.plain import read_plain
 from sharedkd.engine.hooks.record import read_record
 from sharedkd.errors import ConfigError
 from sharedkd.lab.analysis.pictures import read_metrics
-from sharedkd.lab.compare.comparison import folder_name
-from sharedkd.lab.scores import TASKS, read_comparison
+from sharedkd.lab.scores import TASKS, folder_name, read_comparison
 from sharedkd.modeling.stages import Stage
 
 __all__ = ["RunData", "Source", "is_distilled", "read_source"]
