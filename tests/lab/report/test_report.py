@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -58,7 +59,9 @@ class Page(HTMLParser):
             element["text"] += data
 
     def of(self, name, section=None):
-        return [e for e in self.found if e["tag"] == name and (not section or section in e["section"])]
+        return [
+            e for e in self.found if e["tag"] == name and (not section or section in e["section"])
+        ]
 
     def text(self, key):
         """Of one section."""
@@ -112,7 +115,7 @@ def test_the_summary_claims_nothing_without_an_interval(compared, page):
     difference = "wide: 34.00 ± 8.96 box AP, +2.00 [-0.48, +4.48] against the plain student"
     assert told(compared) == {
         "Finished": "9 of 9 arms (seeds 0, 1, 2)",
-        "The plain student": "32.00 ± 6.57 box AP",
+        "Baseline": "the plain student: 32.00 ± 6.57 box AP",
         "Largest difference of 2": f"{difference} paired over 3 seeds: no difference shown",
         "All methods": "1 better, 1 no difference shown",
         "Cost of wide": "1.50 times the time of a step and 1.25 times the memory of the plain student",
@@ -267,7 +270,9 @@ def test_a_run_is_compared_with_nothing_but_its_teacher(tmp_path):
 def test_a_folder_of_runs(tmp_path):
     """As the demo's; its teacher is a run, too, and no method."""
     folders.run(tmp_path / "plain", False, {"bbox": {"AP": 10.0}, "segm": {"AP": 30.0}})
-    distilled = folders.run(tmp_path / "distilled", True, {"bbox": {"AP": 15.0}, "segm": {"AP": 29.0}})
+    distilled = folders.run(
+        tmp_path / "distilled", True, {"bbox": {"AP": 15.0}, "segm": {"AP": 29.0}}
+    )
     folders.run(tmp_path / "teacher", False, {"bbox": {"AP": 20.0}})
     config = (distilled / "config.yaml").read_text()
     weights = tmp_path / "teacher" / "model_final.pth"
@@ -275,7 +280,7 @@ def test_a_folder_of_runs(tmp_path):
     found = summary(read_source(tmp_path))
     assert found[:4] == [
         ("Finished", "2 of 2 runs"),
-        ("Plain", "30.00 mask AP and 10.00 box AP"),  # masks first
+        ("Baseline", "plain: 30.00 mask AP and 10.00 box AP"),  # masks first
         ("Against it", "distilled: 29.00 mask AP, -1.00 against plain: one seed: no interval"),
         ("Against it", "distilled: 15.00 box AP, +5.00 against plain: one seed: no interval"),
     ]
@@ -315,7 +320,12 @@ def test_files_that_are_missing_or_damaged_are_told(tmp_path):
 
 
 def test_a_folder_with_nothing_but_a_config(tmp_path):
-    (tmp_path / "config.yaml").write_text("train: {max_iter: 5}\nmodel: {stages: 3, student: x}")
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("train: {max_iter: '${x}'}\nmodel: {stages: 3, student: x}")
+    assert told(folder)["Trained"] == "0 iterations"
+    shutil.rmtree(folder)
+    (tmp_path / "config.yaml").write_text("train: {max_iter: 5}")
     assert told(tmp_path)["Trained"] == "0 of 5 iterations"
     assert "No run has values" in Page(as_html(tmp_path)).text("curves")
     # An evaluation leaves one in the folder that holds the runs.
@@ -353,7 +363,9 @@ def test_what_is_not_measured_comes_with_its_command(tmp_path):
     assert config in found and "output_dir" not in found and "visualize_pair" not in found
 
 
-def test_what_other_tools_wrote_is_in_the_page_but_nothing_from_outside_of_their_folder(page, tmp_path):
+def test_what_other_tools_wrote_is_in_the_page_but_nothing_from_outside_of_their_folder(
+    page, tmp_path
+):
     # Of features one picture, not secret.png beside the folder; 4 models on 2 images; of plots one.
     images = [image["src"].partition(";")[0] for image in page.of("img") if "src" in image]
     assert images == ["data:image/jpeg"] * 8 + ["data:image/png", "data:image/jpeg"]
@@ -369,7 +381,9 @@ def test_what_other_tools_wrote_is_in_the_page_but_nothing_from_outside_of_their
 
 
 def test_markdown_makes_no_markup_links_or_pictures_of_its_own():
-    html = markdown("**W:** `a<b`\n\n- x_1\n\n<b>c</b> [d](http://e) ![f](http://g) <http://h>\n\n## i")
+    html = markdown(
+        "**W:** `a<b`\n\n- x_1\n\n<b>c</b> [d](http://e) ![f](http://g) <http://h>\n\n## i"
+    )
     assert html == (
         "<p><strong>W:</strong> <code>a&lt;b</code></p>\n<ul>\n<li>x_1</li>\n</ul>\n"
         "<p>&lt;b&gt;c&lt;/b&gt; [d](http://e)  &lt;http://h&gt;</p>\n<h3>i</h3>\n"

@@ -2,8 +2,9 @@
 
 import base64
 import hashlib
+import math
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Optional
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -12,7 +13,15 @@ from sharedkd.files import replace
 from sharedkd.lab.compare.plots import PALETTE
 from sharedkd.lab.compare.summary import notes
 from sharedkd.lab.runs import short
-from sharedkd.lab.scores import MORE_METRICS, TASKS, measured, score_of
+from sharedkd.lab.scores import (
+    MORE_METRICS,
+    TASKS,
+    Difference,
+    Row,
+    is_known,
+    measured,
+    score_of,
+)
 
 from . import documents, settings, summary, training
 from .figures import DASHES
@@ -104,6 +113,9 @@ def as_html(
     )
 
 
-def _teacher(source: Source, task: str) -> Dict[str, float]:
-    """Metric to value, NaN for what is not known."""
-    return {m: score_of(source.record.get("teacher"), task, m) for m in ("AP", *MORE_METRICS)}
+def _teacher(source: Source, task: str) -> Optional[Row]:
+    """As a row of the results; None if its AP is not known."""
+    ap, *more = (score_of(source.record.get("teacher"), task, m) for m in ("AP", *MORE_METRICS))
+    nan, metrics = math.nan, dict(zip(MORE_METRICS, more))
+    row = Row("teacher", {}, ap, nan, metrics, Difference(nan, nan, 0), nan, nan, nan, nan, nan)
+    return row if is_known(ap) else None

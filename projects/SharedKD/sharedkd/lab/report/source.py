@@ -47,8 +47,9 @@ class RunData:
 
     @property
     def max_iter(self) -> Optional[int]:
-        """Of its config; without one, the record has it once the run is finished."""
-        return self.train.get("max_iter") or self.record.get("iterations")
+        """Of its config; if that has a reference, or is missing, of the record of a finished run."""
+        value = self.train.get("max_iter")
+        return value if isinstance(value, int) else self.record.get("iterations")
 
     @property
     def train(self) -> Mapping[str, Any]:

@@ -20,9 +20,8 @@ def summary(source: Source) -> Pairs:
     # Masks first, where there are some: they are what a student with masks is for.
     tasks = dict(reversed(measured(source.record).items()))
     found = _of_run(source.runs[0]) if source.is_single else _of_methods(source, tasks)
-    scores = {task: score_of(source.record.get("teacher"), task) for task in tasks or TASKS}
-    known = [f"{ap:.2f} {TASKS[task]} AP" for task, ap in scores.items() if is_known(ap)]
-    return [*found, *([("Teacher", " and ".join(known))] if known else [])]
+    teacher = _scores(source.record.get("teacher"))
+    return [*found, ("Teacher", teacher)] if teacher else found
 
 
 def warnings(source: Source) -> List[str]:
@@ -36,16 +35,19 @@ def warnings(source: Source) -> List[str]:
     return [*found, *(f"{short(run.folder)}: {x}" for run in source.runs for x in run.problems)]
 
 
+def _scores(results: Optional[Mapping[str, Any]]) -> str:
+    scores = {task: score_of(results, task) for task in reversed(TASKS)}
+    return " and ".join(f"{ap:.2f} {TASKS[t]} AP" for t, ap in scores.items() if is_known(ap))
+
+
 def _of_run(run: RunData) -> Pairs:
-    end, results = run.max_iter, run.results
-    scores = [f"{results[t]['AP']:.2f} {TASKS[t]} AP" for t in TASKS if "AP" in results.get(t, {})]
-    stages = []
+    end, stages = run.max_iter, []
     for name, stage in run.stages.items():
         span = f", iterations {stage.span(end)[0]} to {stage.span(end)[1]}" if end else ""
         stages.append(f"{name} (weight {stage.weight:g}{span})")
     return [
         ("Trained", f"{run.iterations_done}{f' of {end}' if end else ''} iterations"),
-        ("Result", " and ".join(scores) or "not evaluated yet"),
+        ("Result", _scores(run.results) or "not evaluated yet"),
         ("Distilled in", ", ".join(stages) or "no stage that its config.yaml tells of"),
         (
             "Baseline",
@@ -67,7 +69,7 @@ def _of_methods(source: Source, tasks: Mapping[str, Sequence[Row]]) -> Pairs:
     by_name = {task: {row.method: row for row in rows} for task, rows in tasks.items()}
     first, plain = next(iter(tasks)), record["baseline"]
     own = [f"{score(x[plain])} {TASKS[t]} AP" for t, x in by_name.items() if plain in x]
-    found.append((baseline.capitalize(), " and ".join(own)))
+    found.append(("Baseline", f"{baseline}: {' and '.join(own) or 'no result yet'}"))
     # A student trained for another method's time is no method.
     compared = [r for r in tasks[first] if r.gain and r.gain.seeds and "@" not in r.method]
     if not compared:
