@@ -1,6 +1,9 @@
 """What the report says, against folders whose values are known."""
 
+import base64
+import hashlib
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -316,6 +319,7 @@ def test_files_that_are_missing_or_damaged_are_told(tmp_path):
     for text in ("no metrics.json", "run.json cannot be read", "config.yaml is missing"):
         assert text in page.text("summary").replace(f"={folder / 'run.json'}:", "")
     assert "No run has values" in page.text("curves") and "Words." in page.text("detections")
+    assert "detections.json has none, or cannot be read" in page.text("detections")
     assert "config of run is missing" in page.text("settings")
 
 
@@ -405,6 +409,19 @@ def test_text_is_escaped_and_nothing_is_loaded(tmp_path):
         assert element.get("href", "#").startswith(("#", "data:"))
         assert not any(name.startswith("on") for name in element)
     assert "http://" not in html and "https://" not in html and "@import" not in html
+
+
+def test_the_browser_runs_the_script_and_knows_every_colour_on_light_and_on_dark(tmp_path):
+    html = as_html(folders.comparison(tmp_path / "cmp", {"none": [1.0], "a": [2.0]}))
+    script = re.search("<script>(.*)</script>", html, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+        in html
+    )
+    used = set(re.findall(r"var\((--\w+)\)", html)) - {"--at", "--width"}
+    defined = re.findall(r"(--\w+): light-dark\(#\w+, #\w+\);", html)
+    assert used <= set(defined) and {"--c0", "--c7", "--ink", "--paper"} <= used
 
 
 def test_the_same_files_make_the_same_bytes(tmp_path):

@@ -47,22 +47,20 @@ def read_document(path: Path, without: str = "") -> Optional[List[Markup]]:
 def read_gallery(folder: Path) -> Tuple[Sequence[str], Shots]:
     """The two models to compare, and what tools/visualize_pair.py drew in ``folder``.
 
-    Both are empty if its detections.json is missing or torn.
+    Both are empty if its detections.json is missing or damaged.
     """
+    shots: Shots = {}
     try:
         record = json.loads((folder / "detections.json").read_text())
-    except (OSError, ValueError):
+        for shot in record["gallery"]:
+            data = {model: _data(folder, name) for model, name in shot["pictures"].items()}
+            count = shot["objects"]
+            title = f"{shot['file_name']}, {count} object{'s' * (count != 1)}"
+            found = [(model, shot["scores"].get(model), x) for model, x in data.items() if x]
+            shots.update({title: found} if found else {})
+        return record["between"], shots
+    except (OSError, ValueError, KeyError, TypeError):
         return [], {}
-    shots = {}
-    for shot in record["gallery"]:
-        found = [
-            (model, shot["scores"].get(model), _data(folder, name))
-            for model, name in shot["pictures"].items()
-        ]
-        count = shot["objects"]
-        title = f"{shot['file_name']}, {count} object{'s' * (count != 1)}"
-        shots[title] = [(model, score, data) for model, score, data in found if data]
-    return record["between"], {title: shot for title, shot in shots.items() if shot}
 
 
 def _image(
