@@ -20,6 +20,7 @@ from PIL import Image
 
 from sharedkd.errors import ConfigError
 from sharedkd.lab.compare import summary as comparison
+from sharedkd.lab.compare.plots import PALETTE
 from sharedkd.lab.report import settings, training, write_report
 from sharedkd.lab.report.documents import as_html as markdown
 from sharedkd.lab.report.documents import read_gallery
@@ -421,7 +422,8 @@ def test_the_browser_runs_the_script_and_knows_every_colour_on_light_and_on_dark
     )
     used = set(re.findall(r"var\((--\w+)\)", html)) - {"--at", "--width"}
     defined = re.findall(r"(--\w+): light-dark\(#\w+, #\w+\);", html)
-    assert used <= set(defined) and {"--c0", "--c7", "--ink", "--paper"} <= used
+    assert {"--c1", "--ink", "--paper"} <= used <= set(defined)
+    assert {f"--c{i}" for i in range(len(PALETTE))} <= set(defined)
 
 
 def test_the_same_files_make_the_same_bytes(tmp_path):
