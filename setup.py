@@ -8,7 +8,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "projects/SharedKD"},
     packages=find_packages("projects/SharedKD"),
-    package_data={"sharedkd.lab.report": ["template.html", "style.css", "script.js"]},
+    package_data={"sharedkd.lab.report": ["templates/*"]},
     # detectron2 is not on PyPI under its own name: `make setup` installs it, see README.md.
     install_requires=[
         "torch>=2.6",  # older ones run code of a file that they load as data
@@ -24,5 +24,7 @@ setup(
         "numpy",
         "safetensors",
         "hydra-core",
+        "jinja2",
+        "markdown-it-py",
     ],
 )

@@ -6,6 +6,7 @@ import yaml
 from PIL import Image
 
 MAX_ITER = 200
+PICTURE = (1430, 792)  # the size of a plot that a tool drew
 NASTY = "<script>alert(1)</script>"
 IDENTICAL = {"_target_": "sharedkd.Stage", "weight": 2.0, "start": 50, "ramp": 20, "end": 0.75}
 
@@ -86,40 +87,14 @@ def comparison(folder, scores, teacher=40.0):
 
 
 def features(folder):
-    """What tools/analyze_features.py writes: student - student gaps shrink from 0.9 to 0.1."""
+    """What tools/analyze_features.py writes, and beside it a picture that is not the report's."""
     folder.mkdir(parents=True)
-    steps = []
-    for name, iteration, gap in (("initial", 0, 0.9), ("final", MAX_ITER, 0.1)):
-        matrix = {"rows": [8, 16], "columns": [8, 16], "mean": [[0.0, gap], [gap, None]]}
-        matrix.update(sd=[[0.01, 0.02], [0.03, None]], half_width=[[0.1, 0.1], [0.1, 0.1]], count=4)
-        fixed = {**matrix, "mean": [[0.0, 0.5], [0.5, 0.0]]}
-        kinds = {"student-teacher": fixed, "student-student": matrix, "teacher-teacher": fixed}
-        quantity = {"mean": gap, "half_width": 0.05}
-        names = ("identical", "inner", "cross", "teacher")
-        difference = {"mean": gap - 1, "low": gap - 1.1, "high": gap - 0.9, "count": 4}
-        difference.update(verdict="smaller")
-        each = ("mse", "cosine", "cka")
-        found = {
-            "matrices": {kind: {m: value for m in each} for kind, value in kinds.items()},
-            "quantities": {m: {q: quantity for q in names} for m in each},
-            "inner_minus_cross": {
-                m: {**difference, "pairs": {"8-16": difference}} for m in each[:2]
-            },
-        }
-        # One minibatch has no interval, and JSON no NaN.
-        single = {**difference, "low": None, "high": None, "count": 1}
-        single.update(verdict="too few for an interval")
-        found["inner_minus_cross"]["cka"] = {**single, "pairs": {"8-16": single}}
-        steps.append({"name": name, "file": None, "iteration": iteration, "taps": {"fpn": found}})
-    record = {
-        "config": "x.py", "command": "tools/analyze_features.py x", "images": 4, "image_ids": [1],
-        "normalize": "instance", "minibatch": 8, "positions": 32, "initial_is_the_runs": True,
-        "channels": {"fpn": {"student": {"8": 4, "16": 4}, "teacher": {"8": 4, "16": 4}}},
-        "checkpoints": steps, "change": {}, "pictures": ["maps_fpn_0.jpg", "../secret.png"],
-    }  # fmt: skip
-    Image.new("RGB", (60, 20), "teal").save(folder / "maps_fpn_0.jpg")
-    Image.new("RGB", (60, 20), "teal").save(folder.parent / "secret.png")
-    (folder / "features.json").write_text(json.dumps(record))
+    for path in (folder / "maps_fpn_0.jpg", folder.parent / "secret.png"):
+        Image.new("RGB", (60, 20), "teal").save(path)
+    (folder / "features.md").write_text(
+        "# Feature gaps\n\n**yes** in 3 of 3 measures.\n\n- initial, FPN: yes\n\n## Pictures\n\n"
+        "![maps_fpn_0.jpg](maps_fpn_0.jpg)\n\n![secret](../secret.png)\n\n![far](http://host/x.png)\n"
+    )
     return folder
 
 
@@ -131,22 +106,16 @@ def detections(folder, names=("plain", "distilled", NASTY)):
         pictures = {}
         for k, name in enumerate(("ground truth", *names)):
             pictures[name] = f"images/{i}_{k}.jpg"
-            color = (60 * k, 200 - 100 * i, 90)
-            Image.new("RGB", (320, 200), color).save(folder / pictures[name])
-        scores = {name: 0.5 + 0.1 * k for k, name in enumerate(names)}
-        gallery.append(
-            {
-                "image_id": i,
-                "file_name": f"{i}&.jpg",
-                "objects": i + 1,
-                "scores": scores,
-                "pictures": pictures,
-            }
-        )
-    record = {
-        "command": "tools/visualize_pair.py x", "score_threshold": 0.5, "between": list(names[:2]),
-        "gallery": gallery, "images": 2,
-        "difference": {"mean": 0.1, "low": -0.2, "high": 0.4, "images": 2, "verdict": "no difference shown"},
-    }  # fmt: skip
+            Image.new("RGB", (320, 200), (60 * k, 200 - 100 * i, 90)).save(folder / pictures[name])
+        shot = {"file_name": f"{i}&.jpg", "objects": i + 1, "pictures": pictures}
+        gallery.append({**shot, "scores": {name: 0.5 + 0.1 * k for k, name in enumerate(names)}})
+    record = {"between": list(names[:2]), "gallery": gallery}
     (folder / "detections.json").write_text(json.dumps(record))
+    Image.new("RGB", PICTURE, "teal").save(folder / "mistakes.png")
+    Image.new("RGB", PICTURE, "teal").save(folder / "side_by_side.jpg")
+    (folder / "detections.md").write_text(
+        f"# Detections\n\n| model | box AP |\n|:--|--:|\n| {names[-1]} | 12.30 |\n\n"
+        "Quality per image: no difference shown.\n\n![Side by side](side_by_side.jpg)\n\n"
+        "## Mistakes\n\n![Mistakes](mistakes.png)\n\n- *duplicate*: IoU of at least 0.5\n"
+    )
     return folder

@@ -44,6 +44,6 @@ if __name__ == "__main__":
         if args.tensorboard:
             write_events(args.folder, read_comparison(args.folder, "--tensorboard"))
         path = write_report(args.folder, args.output, args.features, args.detections)
-    except ConfigError as e:
+    except (ConfigError, OSError) as e:
         sys.exit(f"error: {e}")
     print(f"{short(path)} ({path.stat().st_size / 1024:,.0f} kB)")

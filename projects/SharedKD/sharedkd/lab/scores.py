@@ -17,6 +17,7 @@ A value that is NaN or None counts as one that is not there.
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -35,6 +36,7 @@ __all__ = [
     "costs_of",
     "difference",
     "finished_arms",
+    "folder_name",
     "interval",
     "is_known",
     "loss_parameters_of",
@@ -62,9 +64,18 @@ def read_comparison(folder: Path, key: str) -> Dict[str, Any]:
     if not path.is_file():
         raise ConfigError(key, folder, "holds no comparison", "name the folder of one")
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except ValueError as e:
         raise ConfigError(key, path, f"cannot be read: {e}", "compare once more") from e
+    if not isinstance(record, dict) or not {"arms", "baseline", "methods"} <= record.keys():
+        raise ConfigError(key, path, "is not of a comparison", "name the folder of one")
+    return record
+
+
+def folder_name(method: str) -> str:
+    """``method`` without the directories of recipes, as the value of an override can hold it."""
+    name = re.sub(r"[^@+:]*/([^@+:/]+?)(\.py)?(?=[@+:]|$)", r"\1", method)
+    return name.replace("=", "-")
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[float, float]:

@@ -1,11 +1,10 @@
 """The table that compares trained detectors: accuracy, size and speed, one row per model."""
 
-import math
 from typing import Any, Mapping, Optional, Sequence
 
 from tabulate import tabulate
 
-from .scores import MORE_METRICS, TASKS
+from .scores import MORE_METRICS, TASKS, is_known
 
 __all__ = ["results_table"]
 
@@ -56,4 +55,4 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _number(value: Optional[float], layout: str) -> str:
-    return "-" if value is None or math.isnan(value) else format(value, layout)
+    return format(value, layout) if is_known(value) else "-"

@@ -5,7 +5,7 @@ state is involved.
 """
 
 import json
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from .drawing import DrawnObject, draw_objects, picture_grid
 
-__all__ = ["detector_loss", "loss_curves", "read_curves", "side_by_side"]
+__all__ = ["detector_loss", "loss_curves", "read_curves", "read_metrics", "side_by_side"]
 
 _DISTILLATION = "distill/"
 
@@ -111,17 +111,35 @@ def read_curves(path: str) -> Dict[str, np.ndarray]:
     Raises:
         FileNotFoundError: there is no such file.
     """
+    return read_metrics(path)[0]
+
+
+def read_metrics(path: str) -> Tuple[Dict[str, np.ndarray], int]:
+    """What :func:`read_curves` returns of ``path``, and how many lines of it cannot be read."""
     rows: Dict[int, Dict[str, float]] = {}
-    with open(path) as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            rows.setdefault(row["iteration"], {}).update(row)
+    broken = 0
+    with open(path, errors="replace") as file:
+        for line in filter(str.strip, file):
+            row = _row(line)
+            if row:
+                rows.setdefault(int(row["iteration"]), {}).update(row)
+            else:
+                broken += 1
     ordered = [rows[iteration] for iteration in sorted(rows)]
     names = {"iteration"}.union(*ordered)
-    return {name: np.array([row.get(name, np.nan) for row in ordered], float) for name in names}
+    curves = {name: np.array([row.get(name, np.nan) for row in ordered], float) for name in names}
+    return curves, broken
+
+
+def _row(line: str) -> Optional[Dict[str, float]]:
+    """The numbers of one line; None if it holds anything else, or no iteration."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+        return None
+    return row if all(isinstance(x, (int, float, type(None))) for x in row.values()) else None
 
 
 def detector_loss(curves: Mapping[str, np.ndarray]) -> np.ndarray:

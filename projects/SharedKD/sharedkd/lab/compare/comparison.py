@@ -8,7 +8,6 @@ student weights and see the same images in the same order with the same augmenta
 import json
 import math
 import os
-import re
 import shlex
 import subprocess
 from contextlib import redirect_stdout, suppress
@@ -36,12 +35,14 @@ from sharedkd.files import replace
 from sharedkd.lab.analysis.pictures import read_curves
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
+from sharedkd.lab.scores import folder_name
 from sharedkd.methods import PLAIN, with_method
 from sharedkd.modeling.meta_arch import SharedKD
 
+from .events import write_events
 from .summary import write
 
-__all__ = ["Arm", "Comparison", "folder_name", "run_comparison"]
+__all__ = ["Arm", "Comparison", "run_comparison"]
 
 WRITER = f".{uuid4().hex[:8]}"  # several machines may write into the folder of a comparison
 FOR_THE_TIME_OF = "@"  # none@fgd: the plain student, trained for as long as fgd takes
@@ -369,15 +370,13 @@ class Comparison:
         return record
 
     def write_events(self, record: Dict[str, Any]) -> None:
-        """Write ``record``, of :meth:`report`, for TensorBoard; if that is not installed, nothing.
+        """Write ``record``, of :meth:`report`, for TensorBoard; on a full disk nothing.
 
         See :mod:`sharedkd.lab.compare.events`.
         """
         try:
-            from .events import write_events  # which needs folder_name
-
             write_events(self.output, record)
-        except (ImportError, OSError) as e:
+        except OSError as e:
             print(f"nothing for TensorBoard: {e}", flush=True)
 
     def command(self) -> List[str]:
@@ -391,12 +390,6 @@ class Comparison:
             *(("--jobs", str(self.jobs)) if self.jobs > 1 else ()),
             *self.overrides,
         ]
-
-
-def folder_name(method: str) -> str:
-    """``method`` without the directories of recipes, as the value of an override can hold it."""
-    name = re.sub(r"[^@+:]*/([^@+:/]+?)(\.py)?(?=[@+:]|$)", r"\1", method)
-    return name.replace("=", "-")
 
 
 def _count_collapsed(record: Dict[str, Any]) -> None:

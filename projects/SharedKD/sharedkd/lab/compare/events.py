@@ -9,11 +9,11 @@ from typing import Any, Dict, Mapping
 
 import numpy as np
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from sharedkd.config.plain import leaves
-from sharedkd.lab.scores import TASKS
-
-from .comparison import folder_name
+from sharedkd.lab.scores import TASKS, folder_name
 
 __all__ = ["write_events"]
 
@@ -29,9 +29,6 @@ def write_events(folder: Path, record: Mapping[str, Any]) -> None:
         folder: of the comparison.
         record: as :mod:`sharedkd.lab.scores` describes it.
     """
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-    from torch.utils.tensorboard.summary import hparams
-
     target = folder / FOLDER
     for old in target.glob("**/events.out.tfevents.*"):
         old.unlink()
@@ -49,21 +46,14 @@ def write_events(folder: Path, record: Mapping[str, Any]) -> None:
                 writer.file_writer.add_summary(part)
             for name, value in metrics.items():
                 writer.add_scalar(name, value, arm.get("iterations") or 0)
-    pictures = [
-        path
-        for place in _PICTURES
-        for path in sorted((folder / place).glob("*"))
-        if path.suffix in (".png", ".jpg")
-    ]
+    pictures = [p for place in _PICTURES for p in sorted((folder / place).glob("*.[jp][pn]g"))]
     if pictures:
         with SummaryWriter(str(target)) as writer:
             for path in pictures:
                 with Image.open(path) as image:
                     pixels = np.asarray(image.convert("RGB"))
-                tag = path.relative_to(folder).with_suffix("").as_posix()
-                writer.add_image(
-                    tag if "/" in tag else f"comparison/{tag}", pixels, dataformats="HWC"
-                )
+                place = path.parent.name if path.parent != folder else "comparison"
+                writer.add_image(f"{place}/{path.stem}", pixels, dataformats="HWC")
 
 
 def _metrics(arm: Mapping[str, Any]) -> Dict[str, float]:

@@ -3,7 +3,7 @@
 The records are those of :mod:`~sharedkd.lab.scores`.
 """
 
-from typing import IO, Any, Dict, Mapping, Tuple, Union
+from typing import IO, Any, Dict, Mapping, Optional, Tuple, Union
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,16 +20,20 @@ from sharedkd.lab.scores import (
     tasks_of,
 )
 
-__all__ = ["plot_ap", "plot_cost", "plot_sizes"]
+__all__ = ["PALETTE", "plot_ap", "plot_cost", "plot_sizes"]
 
-# Of Okabe and Ito's palette, which people with any colour vision can tell apart.
-_BASELINE, _METHOD, _EQUAL_TIME, _TEACHER = "#000000", "#0072B2", "#D55E00", "#009E73"
-_SIZES = {"APs": "#E69F00", "APm": "#56B4E9", "APl": "#0072B2"}
+#: Okabe and Ito's colours, which people with any colour vision can tell apart.
+PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
+_BASELINE, _METHOD, _EQUAL_TIME, _TEACHER = PALETTE[:4]
+_SIZES = dict(zip(("APs", "APm", "APl"), (PALETTE[5], PALETTE[6], PALETTE[1])))
+_MARKERS = "osD^v"  # of methods that share a colour
+_Target = Optional[Union[str, IO[bytes]]]
 _ROW = 0.42  # inches, the height of one method in a plot
 _DPI = 120
+_COLUMNS = 3  # of a legend
 
 
-def plot_ap(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure:
+def plot_ap(record: Mapping[str, Any], path: _Target = None) -> Figure:
     """Draw the mean AP of each method with its 95 % interval, and the single seeds below it.
 
     The baseline's mean and the teacher are vertical lines.  A teacher so far off that the methods
@@ -37,10 +41,10 @@ def plot_ap(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure:
 
     Args:
         record: as :mod:`~sharedkd.lab.scores` describes it.
-        path: the PNG file to write, its name or open in binary.
+        path: the PNG file to write, its name or open in binary; None: none is written.
 
     Returns:
-        The figure that was written, one panel per task.
+        The figure, one panel per task.
     """
     figure, panels = _method_panels(record)
     for task, axes in panels.items():
@@ -57,49 +61,45 @@ def plot_ap(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure:
     return _save(figure, path)
 
 
-def plot_cost(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure:
-    """Draw AP with its 95 % interval against training time, one named point per method.
+def plot_cost(record: Mapping[str, Any], path: _Target = None) -> Figure:
+    """Draw AP with its 95 % interval against training time, one point per method.
 
     Args:
         record: as :mod:`~sharedkd.lab.scores` describes it.
-        path: the PNG file to write, its name or open in binary.
+        path: the PNG file to write, its name or open in binary; None: none is written.
 
     Returns:
-        The figure that was written, one panel per task.  Methods without AP or time are left out.
+        The figure, one panel per task.  Methods without AP or time are left out.
     """
     tasks = tasks_of(record) or ["bbox"]
-    figure = Figure(figsize=(7.5 * len(tasks), 6), dpi=_DPI, layout="constrained")
-    panels = dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]))
-    marks: Dict[str, Dict[str, Tuple[float, float, float]]] = {}
-    for task, axes in panels.items():
-        marks[task] = _cost_marks(record, task)
-        for method, (minutes, mean, half_width) in marks[task].items():
-            style = _style(record, method)
-            axes.errorbar(
-                minutes, mean, yerr=half_width, capsize=3, markersize=7, elinewidth=1.2, **style
-            )
+    rows = -(-len(record["methods"]) // _COLUMNS)
+    size = (6.5 * len(tasks), 4.6 + 0.25 * rows)
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]):
+        for i, method in enumerate(record["methods"]):
+            minutes = minutes_of(record, method)
+            mean, half_width = interval(list(scores_of(record, method, task).values()))
+            if is_known(minutes) and is_known(mean):
+                marker = _MARKERS[i // len(PALETTE) % len(_MARKERS)]
+                style = {"color": PALETTE[i % len(PALETTE)], "fmt": marker, "label": method}
+                axes.errorbar(minutes, mean, yerr=half_width, capsize=3, markersize=7, **style)
         axes.margins(0.12)
         axes.set_xlabel("training minutes")
         axes.set_ylabel(f"{TASKS[task]} AP (mean, 95 % interval)")
         axes.grid(alpha=0.3)
-    # The names are placed in pixels, and these are known once the layout is.
-    figure.draw_without_rendering()
-    for task, axes in panels.items():
-        _place_names(
-            axes, marks[task], {name: _style(record, name)["color"] for name in marks[task]}
-        )
+        _legend(axes)
     return _save(figure, path)
 
 
-def plot_sizes(record: Mapping[str, Any], path: Union[str, IO[bytes]]) -> Figure:
+def plot_sizes(record: Mapping[str, Any], path: _Target = None) -> Figure:
     """Draw APs, APm and APl of each method as a group of bars with 95 % intervals.
 
     Args:
         record: as :mod:`~sharedkd.lab.scores` describes it.
-        path: the PNG file to write, its name or open in binary.
+        path: the PNG file to write, its name or open in binary; None: none is written.
 
     Returns:
-        The figure that was written, one panel per task, which holds one container of bars per size.
+        The figure, one panel per task, which holds one container of bars per size.
     """
     figure, panels = _method_panels(record, row_height=1.3 * _ROW)
     rows = np.arange(len(record["methods"]))
@@ -172,75 +172,11 @@ def _legend(axes: Axes) -> None:
         axes.legend(
             loc="upper center",
             bbox_to_anchor=(0.5, -0.65 / axes.get_figure(root=True).get_figheight()),
-            ncols=3,
+            ncols=_COLUMNS,
         )
 
 
-def _cost_marks(record: Mapping[str, Any], task: str) -> Dict[str, Tuple[float, float, float]]:
-    """Method to training minutes, mean AP and the half width of its interval."""
-    marks = {}
-    for method in record["methods"]:
-        minutes = minutes_of(record, method)
-        mean, half_width = interval(list(scores_of(record, method, task).values()))
-        if is_known(minutes) and is_known(mean):
-            marks[method] = (minutes, mean, half_width)
-    return marks
-
-
-def _place_names(
-    axes: Axes, marks: Mapping[str, Tuple[float, float, float]], colors: Mapping[str, str]
-) -> None:
-    """Write each name near its mark, where it covers least of the marks, bars and other names."""
-    taken = []  # rectangles in pixels: left, bottom, right, top
-    for x, mean, half_width in marks.values():
-        reach = half_width if is_known(half_width) else 0
-        low, centre, high = axes.transData.transform([(x, mean + d) for d in (-reach, 0, reach)])
-        taken += [np.hstack([low - 4, high + 4]), np.hstack([centre - 14, centre + 14])]
-    for method, (x, mean, _) in marks.items():
-        label = axes.annotate(
-            method,
-            (x, mean),
-            (0, 0),
-            textcoords="offset pixels",
-            ha="center",
-            va="center",
-            fontsize=9,
-            color=colors[method],
-            arrowprops={"arrowstyle": "-", "color": colors[method], "linewidth": 0.6, "shrinkB": 4},
-        )
-        label.set_in_layout(False)  # the layout that the pixels are of must stay
-        half = np.array(label.get_window_extent().size) / 2
-        offsets = _offsets(half)
-        centres = axes.transData.transform((x, mean)) + offsets
-        spots = np.hstack([centres - half - 2, centres + half + 2])
-        inside = _overlap(spots, np.array(axes.bbox.extents))
-        covered = (
-            sum(_overlap(spots, other) for other in taken) - inside
-        )  # as bad as a mark: outside
-        best = np.argmin(covered.round())  # of equals the first, which is the nearest
-        label.set_position(offsets[best])
-        taken.append(spots[best])
-
-
-def _offsets(half: np.ndarray) -> np.ndarray:
-    """Where the centre of a label may be: pixels from its mark, (spots, 2), on ellipses, near first.
-
-    Args:
-        half: half the width and height of the label in pixels.
-    """
-    gaps, angles = np.meshgrid(
-        np.arange(18, 130, 6), np.linspace(0, 2 * np.pi, 24, endpoint=False), indexing="ij"
-    )
-    directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-    return (directions * (gaps[..., None] + half)).reshape(-1, 2)
-
-
-def _overlap(spots: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The area that each of the rectangles (spots, 4) shares with the rectangle (4,)."""
-    sides = np.minimum(spots[:, 2:], other[2:]) - np.maximum(spots[:, :2], other[:2])
-    return sides.clip(0).prod(axis=1)
-
-
-def _save(figure: Figure, path: Union[str, IO[bytes]]) -> Figure:
-    figure.savefig(path, format="png")  # whatever the path ends in
+def _save(figure: Figure, path: _Target) -> Figure:
+    if path is not None:
+        figure.savefig(path, format="png")  # whatever the path ends in
     return figure

@@ -1,31 +1,34 @@
-"""The page: its sections in order, in the template, with style and script inside."""
+"""The page: the report's parts in the template, with style and script inside."""
 
 import base64
 import hashlib
-from importlib.resources import files
+import math
 from pathlib import Path
-from string import Template
 from typing import Optional
 
-from sharedkd.files import replace
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from . import evidence, overview, training
-from .markup import Markup, join, tag
-from .source import read_source
+from sharedkd.files import replace
+from sharedkd.lab.compare.plots import PALETTE
+from sharedkd.lab.compare.summary import notes
+from sharedkd.lab.runs import short
+from sharedkd.lab.scores import (
+    MORE_METRICS,
+    TASKS,
+    Difference,
+    Row,
+    is_known,
+    measured,
+    score_of,
+)
+
+from . import documents, settings, summary, training
+from .figures import DASHES
+from .source import Source, read_source
 
 __all__ = ["as_html", "write_report"]
 
-_TITLES = {
-    "summary": "Summary",
-    "results": "Results",
-    "cost": "Cost",
-    "curves": "Loss curves",
-    "gradients": "Gradient shares",
-    "features": "Feature gaps",
-    "detections": "Detections",
-    "configs": "Settings",
-    "about": "Versions",
-}
 _KINDS = {"comparison": "Comparison", "runs": "Runs", "run": "Run"}
 
 
@@ -67,30 +70,52 @@ def as_html(
         ConfigError: there is nothing to report in the folder.
     """
     source = read_source(folder)
-    sections = {
-        "summary": overview.summary(source),
-        "results": overview.results(source),
-        "cost": overview.cost(source),
-        "curves": training.curves(source),
-        "gradients": training.gradients(source),
-        "features": evidence.features(source, features or folder / "features"),
-        "detections": evidence.detections(source, detections or folder / "detections"),
-        "configs": overview.configs(source),
-        "about": overview.about(source),
-    }
-    links = [tag("a", _TITLES[key], href=f"#{key}") for key, text in sections.items() if text]
-    here = files(__package__)
-    style, script, template = (
-        here.joinpath(name).read_text("utf-8")
-        for name in ("style.css", "script.js", "template.html")
+    features, detections = features or folder / "features", detections or folder / "detections"
+    between, shots = documents.read_gallery(detections)
+    without = "side_by_side.jpg" if shots else ""  # the same pictures in one
+    page = Environment(
+        loader=PackageLoader(__package__),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    title = f"{_KINDS[source.kind]}: {folder.resolve().name}"
-    return Template(template).substitute(
-        title=join([title]),
-        style=Markup(style),
+    page.filters.update(
+        gained=summary.gained, number=summary.number, score=summary.score, short=short
+    )
+    script = page.get_template("script.js").render()
+    return page.get_template("report.html").render(
+        title=f"{_KINDS[source.kind]}: {folder.resolve().name}",
+        source=source,
+        record=source.record,
+        summary=summary.summary(source),
+        warnings=summary.warnings(source),
+        results={f"{TASKS[task]} AP": rows for task, rows in measured(source.record).items()},
+        teacher={f"{title} AP": _teacher(source, task) for task, title in TASKS.items()},
+        bars=training.bars(source),
+        notes=documents.as_html("\n\n".join(notes(source.record))),
+        curves=training.curves(source),
+        gradients=training.gradients(source),
+        step_time=training.step_time(source),
+        commands=summary.commands(source, features, detections),
+        terms=training.terms(source),
+        between=between,
+        shots=shots,
+        detections=documents.read_document(detections / "detections.md", without),
+        features=documents.read_document(features / "features.md"),
+        differences=settings.differences(source),
+        origin=settings.origin(source),
+        colors=len(PALETTE),
+        dashes=DASHES,
         script=Markup(script),
         # The browser runs this script and no other, and loads nothing from anywhere.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        links=join(links),
-        sections=join(sections.values()),
     )
+
+
+def _teacher(source: Source, task: str) -> Optional[Row]:
+    """As a row of the results; None if its AP is not known."""
+    ap, *more = (score_of(source.record.get("teacher"), task, m) for m in ("AP", *MORE_METRICS))
+    nan, metrics = math.nan, dict(zip(MORE_METRICS, more))
+    row = Row("teacher", {}, ap, nan, metrics, Difference(nan, nan, 0), nan, nan, nan, nan, nan)
+    return row if is_known(ap) else None

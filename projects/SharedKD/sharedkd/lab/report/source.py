@@ -1,7 +1,7 @@
 """What a report is made from: the files of a run, of a comparison, or of a folder of runs."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
@@ -10,13 +10,11 @@ import numpy as np
 from sharedkd.config.plain import read_plain
 from sharedkd.engine.hooks.record import read_record
 from sharedkd.errors import ConfigError
-from sharedkd.lab.analysis.pictures import read_curves
-from sharedkd.lab.compare.comparison import folder_name
-from sharedkd.lab.scores import read_comparison
+from sharedkd.lab.analysis.pictures import read_metrics
+from sharedkd.lab.scores import TASKS, folder_name, read_comparison
+from sharedkd.modeling.stages import Stage
 
 __all__ = ["RunData", "Source", "is_distilled", "read_source"]
-
-_TASKS = ("bbox", "segm")
 
 
 @dataclass
@@ -29,46 +27,67 @@ class RunData:
         record: its run.json; empty if there is none.
         curves: its metrics.json, see :func:`~.pictures.read_curves`; empty if there is none.
         config: its config.yaml as plain values, references unresolved; None if there is none.
+        problems: what could not be read, a sentence each.
     """
 
     method: str
     seed: int
     folder: Path
-    record: Mapping[str, Any]
-    curves: Mapping[str, np.ndarray]
-    config: Optional[Mapping[str, Any]]
+    record: Mapping[str, Any] = field(default_factory=dict)
+    curves: Mapping[str, np.ndarray] = field(default_factory=dict)
+    config: Optional[Mapping[str, Any]] = None
+    problems: List[str] = field(default_factory=list)
 
     @property
     def iterations_done(self) -> int:
-        """How many its metrics tell of."""
+        """The number of iterations that its metrics cover."""
         steps = self.curves.get("iteration", np.array([]))
-        losses = self.curves.get("total_loss", np.full(len(steps), np.nan))
-        done = steps[~np.isnan(losses)]
+        done = steps[~np.isnan(self.curves.get("total_loss", np.full(len(steps), np.nan)))]
         return int(done[-1]) + 1 if len(done) else 0
 
     @property
     def max_iter(self) -> Optional[int]:
-        """Of its config, without which its record has it once it is finished."""
-        return self._train.get("max_iter") or self.record.get("iterations")
+        """Of its config; if that has a reference, or is missing, of the record of a finished run."""
+        value = self.train.get("max_iter")
+        return value if isinstance(value, int) else self.record.get("iterations")
 
     @property
-    def is_trial(self) -> bool:
-        """Whether train.fast_dev_run cut it short."""
-        return bool(self._train.get("fast_dev_run"))
+    def train(self) -> Mapping[str, Any]:
+        """Its config's ``train``."""
+        return _inner(self.config, "train")
 
     @property
-    def was_moved(self) -> bool:
-        """Whether its folder is not the one that its config names."""
-        return Path(self._train.get("output_dir") or self.folder).resolve() != self.folder.resolve()
+    def results(self) -> Dict[str, Dict[str, float]]:
+        """Task to metrics of the last evaluation, which metrics.json has, too; empty before one."""
+        if self.record.get("results"):
+            return self.record["results"]
+        found: Dict[str, Dict[str, float]] = {}
+        for key, values in self.curves.items():
+            task, _, metric = key.partition("/")
+            known = values[~np.isnan(values)]
+            if task in TASKS and len(known):
+                found.setdefault(task, {})[metric] = float(known[-1])
+        return found
 
     @property
-    def _train(self) -> Mapping[str, Any]:
-        return (self.config or {}).get("train") or {}
+    def stages(self) -> Dict[str, Stage]:
+        """Its config's stages by name, with their schedules and without their losses."""
+        found = {}
+        nodes = _inner(self.config["model"], "stages") if is_distilled(self.config) else {}
+        for name, node in nodes.items():
+            keys = ("weight", "start", "ramp", "end", "relative")
+            times = (
+                {k: node[k] for k in keys if k in node} if isinstance(node, Mapping) else {"": ""}
+            )
+            # A reference to another key is text here.
+            if all(isinstance(x, (int, float, type(None))) for x in times.values()):
+                found[str(name)] = Stage(None, **times)  # type: ignore[arg-type]
+        return found
 
 
 @dataclass
 class Source:
-    """All that a report tells of.
+    """All that a report is about.
 
     Args:
         folder: the one that was named.
@@ -82,7 +101,7 @@ class Source:
     kind: str
     record: Mapping[str, Any]
     runs: List[RunData]
-    configs: Dict[str, Mapping[str, Any]]
+    configs: Mapping[str, Mapping[str, Any]]
 
     @property
     def is_single(self) -> bool:
@@ -92,7 +111,7 @@ class Source:
     def runs_of(self, method: str) -> List[RunData]:
         """Runs of ``method`` whose curves can be averaged: finished ones, or all while none is."""
         runs = [run for run in self.runs if run.method == method and len(run.curves)]
-        return [run for run in runs if _results(run)] or runs
+        return [run for run in runs if run.results] or runs
 
 
 def read_source(folder: Path) -> Source:
@@ -106,23 +125,25 @@ def read_source(folder: Path) -> Source:
     inner = [path for path in sorted(folder.glob("*/")) if _is_run(path)]
     # An evaluation alone leaves a config.yaml, too, perhaps in the folder that holds the runs.
     if _has_trained(folder) or (_is_run(folder) and not inner):
-        name = folder.resolve().name
-        return _of_runs(folder, "run", [_run(folder, name, None)])
-    runs = [_run(path, path.name, None) for path in inner]
-    if not runs:
+        return _of_runs(folder, "run", [_run(folder, folder.resolve().name)])
+    if not inner:
         raise ConfigError(
             "DIR",
             folder,
             "holds neither a run nor a comparison",
             "name the train.output_dir of a run, or the --output of tools/compare_methods.py",
         )
-    return _of_runs(folder, "runs", runs)
+    return _of_runs(folder, "runs", [_run(path, path.name) for path in inner])
 
 
 def is_distilled(config: Optional[Mapping[str, Any]]) -> bool:
     """Whether ``config`` is of a pair; not that of a plain detector, and not None."""
-    model = (config or {}).get("model")
-    return isinstance(model, Mapping) and "student" in model and "stages" in model
+    return {"student", "stages"} <= _inner(config, "model").keys()
+
+
+def _inner(config: Optional[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
+    value = (config or {}).get(key)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _is_run(folder: Path) -> bool:
@@ -144,23 +165,20 @@ def _comparison(folder: Path) -> Source:
         path = folder / arm["method"] / f"seed{arm['seed']}"
         if _is_run(path):
             runs.append(_run(path, arm["method"], arm["seed"]))
-    configs = {m: c for m, c in record["configs"].items() if c}
-    for run in runs:
-        if run.config:
-            configs.setdefault(run.method, run.config)
+    configs = {run.method: run.config for run in reversed(runs) if run.config}
+    configs.update({m: c for m, c in record["configs"].items() if c})
     return Source(folder, "comparison", record, runs, configs)
 
 
 def _of_runs(folder: Path, kind: str, runs: List[RunData]) -> Source:
-    """A run, or several, told as a comparison with one seed each; their teacher is none of them."""
-    found = (_teacher_of(run, runs) for run in runs)
-    teacher = next(filter(None, found), None)
+    """A run, or several, as a comparison with one seed each; their teacher is no method."""
+    teacher = next(filter(None, (_teacher_of(run, runs) for run in runs)), None)
     arms = [run for run in runs if run is not teacher]
     plain = [run.method for run in arms if not is_distilled(run.config)]
     record = {
         "methods": [run.method for run in arms],
         "baseline": (plain or [arms[0].method])[0],
-        "teacher": _results(teacher) if teacher else None,
+        "teacher": teacher.results if teacher else None,
         "arms": [_arm(run) for run in arms],
     }
     configs = {run.method: run.config for run in arms if run.config}
@@ -169,8 +187,7 @@ def _of_runs(folder: Path, kind: str, runs: List[RunData]) -> Source:
 
 def _teacher_of(run: RunData, runs: Sequence[RunData]) -> Optional[RunData]:
     """The one of the runs that is its teacher; if they were moved, the one of that folder's name."""
-    teacher = ((run.config or {}).get("model") or {}).get("teacher")
-    weights = teacher.get("weights") if isinstance(teacher, Mapping) else None
+    weights = _inner(_inner(run.config, "model"), "teacher").get("weights")
     if not isinstance(weights, str):
         return None
     folder = Path(weights).resolve().parent
@@ -180,37 +197,37 @@ def _teacher_of(run: RunData, runs: Sequence[RunData]) -> Optional[RunData]:
 
 
 def _arm(run: RunData) -> Dict[str, Any]:
-    results = _results(run)
     times = run.curves.get("time", np.array([]))
     times = times[~np.isnan(times)]
     return {
-        "method": run.method,
-        "seed": run.seed,
         "iterations": run.iterations_done or None,
         **run.record,
-        "status": "finished" if results else "missing",
-        "results": results,
+        "method": run.method,
+        "seed": run.seed,
+        "status": "finished" if run.results else "missing",
+        "results": run.results,
         "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
     }
 
 
-def _results(run: RunData) -> Dict[str, Dict[str, float]]:
-    """Of its last evaluation, which metrics.json has, too; empty before one."""
-    if run.record.get("results"):
-        return run.record["results"]
-    found: Dict[str, Dict[str, float]] = {}
-    for key, values in run.curves.items():
-        task, _, metric = key.partition("/")
-        known = values[~np.isnan(values)]
-        if task in _TASKS and len(known):
-            found.setdefault(task, {})[metric] = float(known[-1])
-    return found
-
-
-def _run(folder: Path, method: str, seed: Optional[int]) -> RunData:
-    metrics = folder / "metrics.json"
-    curves = read_curves(str(metrics)) if metrics.is_file() else {}
-    config = read_plain(folder / "config.yaml")
-    if seed is None:
-        seed = ((config or {}).get("train") or {}).get("seed") or 0
-    return RunData(method, seed, folder, read_record(folder), curves, config)
+def _run(folder: Path, method: str, seed: int = 0) -> RunData:
+    """Read a run's folder; a file of it that cannot be read is told of, and the others count."""
+    run = RunData(method, seed, folder)
+    if (folder / "metrics.json").is_file():
+        run.curves, broken = read_metrics(str(folder / "metrics.json"))
+        if broken:
+            run.problems.append(
+                f"{broken} line(s) of metrics.json cannot be read and are left out."
+            )
+    else:
+        run.problems.append("there is no metrics.json, so it has no curves.")
+    try:
+        run.record = read_record(folder)
+    except ConfigError as e:
+        run.problems.append(f"{e}.")
+    run.config = read_plain(folder / "config.yaml")
+    if run.config is None:
+        run.problems.append(
+            "config.yaml is missing or cannot be read, so its settings are unknown."
+        )
+    return run

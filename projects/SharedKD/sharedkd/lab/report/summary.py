@@ -1,0 +1,159 @@
+"""What a reader wants to know first: what ran, what came of it against the baseline, where to look."""
+
+import shlex
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from sharedkd.engine.run import DEV_RUN_IMAGES
+from sharedkd.lab.runs import short, tool
+from sharedkd.lab.scores import TASKS, Difference, Row, difference, is_known, measured, score_of
+
+from .source import RunData, Source, is_distilled
+
+__all__ = ["commands", "gained", "number", "score", "summary", "warnings"]
+
+Pairs = List[Tuple[str, str]]
+
+
+def summary(source: Source) -> Pairs:
+    """What is told of it, and the answer."""
+    # Masks first, where there are some: they are what a student with masks is for.
+    tasks = dict(reversed(measured(source.record).items()))
+    found = _of_run(source.runs[0]) if source.is_single else _of_methods(source, tasks)
+    teacher = _scores(source.record.get("teacher"))
+    return [*found, ("Teacher", teacher)] if teacher else found
+
+
+def warnings(source: Source) -> List[str]:
+    """What a reader must know of the runs before the numbers."""
+    trials = {run.method: run.max_iter for run in source.runs if run.train.get("fast_dev_run")}
+    found = [
+        f"{method}: {count} iterations and {DEV_RUN_IMAGES} images (train.fast_dev_run): the figures "
+        "mean nothing."
+        for method, count in trials.items()
+    ]
+    return [*found, *(f"{short(run.folder)}: {x}" for run in source.runs for x in run.problems)]
+
+
+def _scores(results: Optional[Mapping[str, Any]]) -> str:
+    scores = {task: score_of(results, task) for task in reversed(TASKS)}
+    return " and ".join(f"{ap:.2f} {TASKS[t]} AP" for t, ap in scores.items() if is_known(ap))
+
+
+def _of_run(run: RunData) -> Pairs:
+    end, stages = run.max_iter, []
+    for name, stage in run.stages.items():
+        span = f", iterations {stage.span(end)[0]} to {stage.span(end)[1]}" if end else ""
+        stages.append(f"{name} (weight {stage.weight:g}{span})")
+    return [
+        ("Trained", f"{run.iterations_done}{f' of {end}' if end else ''} iterations"),
+        ("Result", _scores(run.results) or "not evaluated yet"),
+        ("Distilled in", ", ".join(stages) or "no stage that its config.yaml tells of"),
+        (
+            "Baseline",
+            "none here. tools/compare_methods.py trains the plain student with the same seeds and "
+            "measures the difference with its interval",
+        ),
+    ]
+
+
+def _of_methods(source: Source, tasks: Mapping[str, Sequence[Row]]) -> Pairs:
+    record, unit = source.record, "arms" if source.kind == "comparison" else "runs"
+    arms, baseline = record["arms"], _name(record["baseline"])
+    done = sum(arm["status"] == "finished" for arm in arms)
+    seeds = ", ".join(str(seed) for seed in sorted({arm["seed"] for arm in arms}))
+    told = f" (seeds {seeds})" if unit == "arms" else ""
+    found = [("Finished", f"{done} of {len(arms)} {unit}{told}")]
+    if not tasks:
+        return [*found, ("Result", "none yet")]
+    by_name = {task: {row.method: row for row in rows} for task, rows in tasks.items()}
+    first, plain = next(iter(tasks)), record["baseline"]
+    own = [f"{score(x[plain])} {TASKS[t]} AP" for t, x in by_name.items() if plain in x]
+    found.append(("Baseline", f"{baseline}: {' and '.join(own) or 'no result yet'}"))
+    # A student trained for another method's time is no method.
+    compared = [r for r in tasks[first] if r.gain and r.gain.seeds and "@" not in r.method]
+    if not compared:
+        return [*found, ("Other methods", "no result yet")]
+    best = max(compared, key=lambda row: row.gain.mean)
+    label = f"Largest difference of {len(compared)}" if len(compared) > 1 else "Against it"
+    for task, rows in by_name.items():
+        gain = rows[best.method].gain
+        if gain and gain.seeds:
+            over = f" paired over {gain.seeds} seeds" if gain.seeds > 1 else ""
+            text = f"{score(rows[best.method])} {TASKS[task]} AP, {gained(gain)} against {baseline}"
+            found.append((label, f"{best.method}: {text}{over}: {gain.verdict}"))
+    if len(compared) > 1:
+        verdicts = [row.gain.verdict for row in compared]
+        counts = [f"{verdicts.count(x)} {x}" for x in dict.fromkeys(sorted(verdicts))]
+        found.append(("All methods", ", ".join(counts)))
+    return found + _price(best, by_name[first].get(plain), record, first)
+
+
+def _price(best: Row, plain: Optional[Row], record: Mapping[str, Any], task: str) -> Pairs:
+    found = []
+    if plain:
+        time = best.seconds_per_step / plain.seconds_per_step
+        memory = best.peak_memory_mb / plain.peak_memory_mb
+        known = [(time, "time of a step"), (memory, "memory")]
+        costs = [f"{ratio:.2f} times the {what}" for ratio, what in known if is_known(ratio)]
+        text = f"{' and '.join(costs) or 'an unknown share'} of {_name(plain.method)}"
+        found.append((f"Cost of {best.method}", text))
+    equal = f"{record['baseline']}@{best.method}"
+    if equal in record["methods"]:
+        gain = difference(record, best.method, equal, task)
+        text = f"{gained(gain)} {TASKS[task]} AP against the plain student trained for as long"
+        found.append(("In the same time", f"{text}: {gain.verdict}"))
+    return found
+
+
+def commands(source: Source, features: Path, detections: Path) -> Dict[str, str]:
+    """What is not measured here, and the command that measures it; then TensorBoard and this report."""
+    found = {}
+    if not (detections / "detections.md").is_file():
+        words = ["visualize_pair.py", short(source.folder), "--output", short(detections)]
+        found["Detections, to compare two models on images"] = _line(words)
+    if not (features / "features.md").is_file():
+        found["Feature gaps, before and after training"] = _line(_measure_gaps(source, features))
+    if found:
+        found["Then this report once more"] = _line(["report.py", short(source.folder)])
+    board = Path(tool("x")[0]).with_name("tensorboard")
+    return {**found, "TensorBoard": shlex.join([str(board), "--logdir", short(source.folder)])}
+
+
+def _measure_gaps(source: Source, folder: Path) -> List[str]:
+    """Of the first distilled run."""
+    run = next((r for r in source.runs if is_distilled(r.config)), None)
+    config, overrides = (short(run.folder / "config.yaml") if run else "CONFIG"), []
+    if run and run.record.get("config_file"):
+        # They draw exactly the weights that the run started from; a config.yaml may list the parts
+        # of a model in another order.
+        config, overrides = short(run.record["config_file"]), [*(run.record.get("overrides") or [])]
+        if Path(run.train.get("output_dir") or run.folder).resolve() != run.folder.resolve():
+            overrides.append(f"train.output_dir={short(run.folder)}")  # it was moved
+    words = ["analyze_features.py", "--config-file", config, "--output", short(folder)]
+    return [*words, *overrides]
+
+
+def _line(words: Sequence[str]) -> str:
+    return shlex.join([*tool(words[0]), *words[1:]])
+
+
+def _name(method: str) -> str:
+    """In a sentence; a comparison calls the plain student "none"."""
+    return "the plain student" if method == "none" else method
+
+
+def number(value: Optional[float], layout: str = ".2f") -> str:
+    """``value`` in that layout; a dash if it is not known."""
+    return format(value, layout) if is_known(value) else "–"
+
+
+def score(row: Row) -> str:
+    """The mean AP of a method with its interval."""
+    return number(row.mean) + (f" ± {row.half_width:.2f}" if is_known(row.half_width) else "")
+
+
+def gained(gain: Difference) -> str:
+    """A difference with its interval."""
+    bounds = f" [{gain.low:+.2f}, {gain.high:+.2f}]" if is_known(gain.half_width) else ""
+    return number(gain.mean, "+.2f") + bounds
