@@ -111,12 +111,6 @@ def test_padding_is_left_out():
         assert not np.allclose(meter(changed).values[name], after, atol=1e-3)
 
 
-def test_the_same_positions_are_drawn_for_every_state():
-    data = images(4)
-    first, again, other = (meter(data, positions=4, seed=s).values["cka"] for s in (0, 0, 1))
-    assert (first == again).all() and not np.allclose(first, other)
-
-
 @pytest.mark.parametrize(
     "ours, low, high, verdict",
     [  # t quantile of two degrees of freedom: 4.302653

@@ -1,7 +1,7 @@
 """Pictures of runs: detections next to the ground truth, and loss curves."""
 
 import json
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -57,14 +57,12 @@ def side_by_side(
     return picture_grid(grid, ["ground truth", *models], path)
 
 
-def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]] = None) -> Figure:
+def loss_curves(runs: Mapping[str, str], path: str) -> Figure:
     """Draw the training curves of runs: left the detector's own loss, right the distillation terms.
 
     Args:
         runs: name of a run to its ``metrics.json``.
         path: the PNG file to write.
-        keys: the metrics of the right half; by default all whose names start with ``distill/``,
-            but for the stages' weights.
 
     Returns:
         The figure that was written; its two axes hold one labelled line per curve, each a moving
@@ -78,14 +76,10 @@ def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]
     for name, metrics in runs.items():
         curves = read_curves(metrics)
         _plot(left, curves["iteration"], detector_loss(curves), name)
-        for key in _distillation_terms(curves) if keys is None else keys:
-            if key in curves:
-                _plot(
-                    right,
-                    curves["iteration"],
-                    curves[key],
-                    f"{name}: {key.removeprefix(_DISTILLATION)}",
-                )
+        for key in sorted(curves):
+            if key.startswith(_DISTILLATION) and not key.endswith("/weight"):
+                label = f"{name}: {key.removeprefix(_DISTILLATION)}"
+                _plot(right, curves["iteration"], curves[key], label)
     left.set_title("detector's loss")
     right.set_title("distillation terms")
     for axes in (left, right):
@@ -137,10 +131,6 @@ def detector_loss(curves: Mapping[str, np.ndarray]) -> np.ndarray:
         if name.startswith("loss_") and not name.startswith("loss_distill")
     ]
     return np.sum(terms, axis=0) if terms else np.full(len(curves["iteration"]), np.nan)
-
-
-def _distillation_terms(curves: Mapping[str, np.ndarray]) -> List[str]:
-    return sorted(k for k in curves if k.startswith(_DISTILLATION) and not k.endswith("/weight"))
 
 
 def _plot(axes: Axes, iterations: np.ndarray, values: np.ndarray, label: str) -> None:

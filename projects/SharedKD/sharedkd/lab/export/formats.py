@@ -47,10 +47,12 @@ def detect(model: nn.Module, image: Tensor) -> List[Tensor]:
     """Detections of the eager ``model`` in ``image`` (3, H, W), as an exported file returns them.
 
     Raises:
-        NotExportable: the model is no detector of instances.
+        NotExportable: the model is no detector of instances, or also detects keypoints.
     """
     if not hasattr(model, "backbone") or not hasattr(model, "preprocess_image"):
         raise NotExportable(f"{type(model).__name__} is no detector of Detectron2's kind")
+    if getattr(getattr(model, "roi_heads", None), "keypoint_on", False):
+        raise NotExportable("keypoints are not exported")
     try:
         found = _instances(model, [{"image": image}])
     except (AttributeError, KeyError, TypeError) as e:
