@@ -6,8 +6,8 @@
     tools/export_student.py --config-file configs/custom_coco.py --weights model_final.pth \\
         --images street.jpg --format onnx --output output/deployed data.num_classes=3
 
-Formats: torchscript (traced), script (scripted), onnx, torch_export (images of one size). Beside each
-file lies a .json with classes, input, resizing and outputs. docs/deployment.md has an example.
+Formats: torchscript (traced), script (scripted), onnx. Beside each file lies a .json with classes,
+input, resizing and outputs. docs/deployment.md has an example.
 
 The weights are --weights, else train.init_checkpoint of this command, else, with the config.yaml of a
 run, what that run saved last.
@@ -75,7 +75,7 @@ if __name__ == "__main__":
         "--images", action="append", default=[], metavar="FILE", help="instead of validation images"
     )
     parser.add_argument(
-        "--size", type=size, metavar="HxW", help="of torch_export's images, else of the largest"
+        "--size", type=size, metavar="HxW", help="of the timed image (default: of the largest)"
     )
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="0: no latencies")
     parser.add_argument("--json", metavar="FILE", help="write everything there")
@@ -95,6 +95,6 @@ if __name__ == "__main__":
         found = {"command": sys.argv, **result.as_json()}
         replace(args.json, lambda f: f.write(json.dumps(found, indent=1).encode()))
     print(table(result))
-    for error in result.refused.errors:
+    for error in result.refused:
         print(f"error: {error}", file=sys.stderr)
-    sys.exit(1 if result.refused.errors else 0)
+    sys.exit(1 if result.refused else 0)

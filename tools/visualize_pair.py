@@ -8,7 +8,7 @@
         --models plain=A.pth distilled=B.pth
 
 The folder is a comparison's, a run's, or one that holds runs (such as that of the demo). Of a
-comparison, --models names methods; beside a run they come first: what it is compared with. The
+comparison, --models names methods; beside runs they come first: what these are compared with. The
 teacher is added where a config has one. Pictures show the images where two models differ most;
 docs/analysis.md has the definitions. Writes detections.md (start there), detections.json and pictures.
 """

@@ -147,6 +147,8 @@ def test_a_run_is_compared_with_the_models_beside_it(runs):
     beside = f"plain={runs}/plain/model_final.pth"
     found = sources(runs / "sharedkd", None, [beside])
     assert [x.name for x in found] == ["plain", "sharedkd", "teacher"]
+    found = sources(runs, None, [f"other={runs}/plain/model_final.pth"])
+    assert [x.name for x in found] == ["other", "plain", "sharedkd", "teacher"]
 
 
 def test_where_nothing_is_found_it_says_so(runs, tmp_path, capsys):

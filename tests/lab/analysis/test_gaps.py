@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sharedkd.lab.analysis.gap_report import draw_heat_maps, draw_training, words
+from sharedkd.lab.analysis.feature_plots import draw_heat_maps, draw_training
+from sharedkd.lab.analysis.gap_report import words
 from sharedkd.lab.analysis.gaps import GapMeter, paired
 from sharedkd.lab.analysis.similarity import MEASURES, aligned, cka, hsic, u_centred
 from sharedkd.losses.alignment import Pooled
@@ -51,7 +52,6 @@ def test_every_pair_is_measured_by_the_loss_s_own_distance():
     values = gaps.values["mse"][:, 0, 3]  # student 4, teacher 8
     assert matrix["mean"][0][1] == pytest.approx(values.mean())
     assert matrix["sd"][0][1] == pytest.approx(values.std(ddof=1))
-    assert matrix["half_width"][0][1] == pytest.approx(4.302653 * values.std(ddof=1) / 3**0.5)
 
 
 def test_cka_takes_all_channels_and_the_same_positions_of_each_map():
@@ -111,12 +111,6 @@ def test_padding_is_left_out():
         assert not np.allclose(meter(changed).values[name], after, atol=1e-3)
 
 
-def test_the_same_positions_are_drawn_for_every_state():
-    data = images(4)
-    first, again, other = (meter(data, positions=4, seed=s).values["cka"] for s in (0, 0, 1))
-    assert (first == again).all() and not np.allclose(first, other)
-
-
 @pytest.mark.parametrize(
     "ours, low, high, verdict",
     [  # t quantile of two degrees of freedom: 4.302653
@@ -148,37 +142,23 @@ def record(gaps, names=("initial", "iteration 5")):
     }
 
 
-def verdicts(state, overall, pairs):
-    """A state whose differences have these verdicts; by pair also the mean."""
-    signs = {name: {"verdict": verdict, "mean": mean} for name, (verdict, mean) in pairs.items()}
+def answer(state, verdict):
     for difference in state["taps"]["fpn"]["inner_minus_cross"].values():
-        difference.update(verdict=overall, mean=-1.0, pairs=signs)
+        difference["verdict"] = verdict
 
 
 def test_the_first_sentence_counts_the_answers():
     found = record(meter(images(4), minibatch=2))
     found["checkpoints"] = json.loads(json.dumps(found["checkpoints"]))
     before, after = found["checkpoints"]
-    verdicts(before, "larger", {})
-    verdicts(after, "smaller", {})
+    answer(before, "larger")
+    answer(after, "smaller")
     assert (
         "After training (iteration 5): **yes** in 3 of 3 measures; "
         "before training (initial): **yes** in 0 of 3 measures, **no** in 3." in words(found)
     )
     found["checkpoints"] = [before]
     assert "After training" not in words(found) and "Before training (initial)" in words(found)
-
-
-def test_where_most_pairs_disagree_the_ones_that_carry_the_mean_are_named():
-    found = record(meter(images(4), minibatch=2), names=("initial",))
-    pairs = {"4-8": ("larger", 0.1), "4-64": ("smaller", -2.0), "8-16": ("larger", 0.2)}
-    verdicts(found["checkpoints"][0], "smaller", {**pairs, "8-64": ("smaller", -3.0)})
-    assert "carried" not in words(found)  # two against two
-    verdicts(found["checkpoints"][0], "smaller", {**pairs, "8-64": ("no difference shown", -3.0)})
-    assert "carried" not in words(found)
-    more = {**pairs, "8-64": ("no difference shown", -3.0), "16-32": ("larger", 0.1)}
-    verdicts(found["checkpoints"][0], "smaller", more)
-    assert "3 larger; the mean is carried by the strides 8-64, 4-64\n" in words(found)
 
 
 def test_other_initial_weights_are_told_with_the_verdict():

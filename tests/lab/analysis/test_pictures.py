@@ -78,27 +78,15 @@ def is_grey(picture):
     return np.abs(np.asarray(picture, dtype=int) - 128).max() <= 1
 
 
-def test_grid_shows_the_fullest_images(dataset, tmp_path):
+def test_grid_shows_the_fullest_images_and_what_is_above_the_threshold(dataset, tmp_path):
     sure, unsure = Detector(0.9, masks=True), Detector(0.3)
-    figure, grid = draw(tmp_path / "grid.png", {"sure": sure, "unsure": unsure}, images=3)
-    assert sure.seen == unsure.seen == [1, 3, 0]
+    figure, grid = draw(tmp_path / "grid.png", {"sure": sure, "unsure": unsure}, images=4)
+    assert sure.seen == unsure.seen == [1, 3, 0, 2]
     assert [axes.get_title() for axes in figure.axes[:3]] == ["ground truth", "sure", "unsure"]
     drawn = [[not is_grey(picture) for picture in row] for row in grid]
-    assert drawn == [[True, True, False]] * 3
-    with Image.open(tmp_path / "grid.png") as image:
-        assert image.width > 3 * 300 and image.height > 3 * 200
-
-
-def test_images_without_objects_and_low_threshold(dataset, tmp_path):
-    _, grid = draw(tmp_path / "grid.png", {"unsure": Detector(0.3)}, score_threshold=0.2)
-    assert [is_grey(row[0]) for row in grid] == [False, False, False, True]
-    assert not any(is_grey(row[1]) for row in grid)
-
-
-def test_grid_is_deterministic(dataset, tmp_path):
-    for name in ("a.png", "b.png"):
-        draw(tmp_path / name, {"sure": Detector(0.9, masks=True)})
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert drawn == [[True, True, False]] * 3 + [[False, True, False]]
+    draw(tmp_path / "again.png", {"sure": sure, "unsure": unsure}, images=4)
+    assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "again.png").read_bytes()
 
 
 def write_metrics(path, rows, tail=""):
@@ -160,14 +148,6 @@ def test_loss_curves(distilled, tmp_path):
     assert left.lines[1].get_ydata() == pytest.approx([2.81, 2.61, 2.41])
     assert right.get_yscale() == "log"
     assert [line.get_label() for line in right.lines] == ["ours: fpn/cross", "ours: fpn/identical"]
-    with Image.open(tmp_path / "curves.png") as image:
-        assert image.size == (1800, 540)
-
-
-def test_loss_curves_of_chosen_keys(distilled, tmp_path):
-    path = str(tmp_path / "curves.png")
-    _, right = loss_curves({"ours": distilled}, path, keys=["lr", "absent"]).axes
-    assert [line.get_label() for line in right.lines] == ["ours: lr"]
 
 
 def test_smoothing_keeps_constants_and_averages_noise(tmp_path):

@@ -46,16 +46,6 @@ def test_hsic_is_the_published_estimator(n):
     assert estimate(x, y) == pytest.approx(song(x.copy(), y.copy()), rel=1e-9)
 
 
-def test_hsic_is_unbiased_where_the_biased_one_is_not():
-    """Of independent maps it is zero on average, in minibatches of eight."""
-    pairs = [examples(8, 5, 5, seed=seed) for seed in range(400)]
-    values = np.array([estimate(x, y) for x, y in pairs])
-    assert abs(values.mean()) < 3 * values.std() / 20
-    centring = np.eye(8) - 1 / 8
-    biased = [np.trace(x @ x.T @ centring @ y @ y.T @ centring) / 49 for x, y in pairs]
-    assert np.mean(biased) > 10 * abs(values.mean())
-
-
 def test_cka_of_equal_and_of_unrelated_maps():
     x, y = examples(400, 6, 9)
     assert cka_of((x, x)) == pytest.approx(1)
@@ -118,11 +108,6 @@ def test_mse_and_cosine_of_maps_of_two_sizes_and_widths(masked):
     assert found["cosine"] == pytest.approx(cosine.mean())
     a, b = ((z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True) for z in (a, b))
     assert found["mse"] == pytest.approx(((a - b) ** 2).mean(), rel=1e-5)
-
-
-def test_raw_mse():
-    x, y = maps(2, (2, 2), 0), maps(2, (2, 2), 1)
-    assert measure(x, y, "none")["mse"] == pytest.approx(((x - y) ** 2).mean())
 
 
 def test_equal_maps_have_no_gap():

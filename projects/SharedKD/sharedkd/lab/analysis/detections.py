@@ -1,6 +1,7 @@
-"""What detectors find on a validation set: AP per class and size, kinds of mistakes, image by image."""
+"""What detectors detect on a validation set: AP per class and size, kinds of mistakes, image by image."""
 
 import copy
+from collections import Counter
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any, Dict, List, Mapping, Sequence, Union
@@ -18,15 +19,7 @@ from sharedkd.errors import ConfigError
 from .mistakes import CORRECT, KINDS, Match, ap50, costs, match
 from .models import Detector
 
-__all__ = [
-    "Found",
-    "Truth",
-    "average_precision",
-    "detect",
-    "match_image",
-    "matches",
-    "mistakes",
-]
+__all__ = ["Found", "Truth", "average_precision", "detect", "match_images", "mistakes"]
 
 Found = Dict[int, List[Dict[str, Any]]]  #: image id -> detections as in COCO's result files
 
@@ -72,7 +65,7 @@ class Truth:
         return self.coco.imgToAnns[image_id]
 
     def geometry(self, note: Mapping[str, Any], task: str) -> Union[List[float], Dict[str, Any]]:
-        """What pycocotools compares of the annotation ``note``.
+        """What pycocotools compares of ``note``, an annotation or a detection.
 
         For the ``task`` "bbox" it is the box (x, y, width, height) in pixels, for "segm" RLE.
         """
@@ -149,10 +142,10 @@ def _percentage(values: np.ndarray) -> float:
     return 100 * float(known.mean()) if known.size else float("nan")
 
 
-def matches(
+def match_images(
     truth: Truth, found: Found, task: str, score_threshold: float = 0.0
 ) -> Dict[int, Match]:
-    """Every image's detections matched to its objects.
+    """Match every image's detections to its objects.
 
     Args:
         truth: whose images count.
@@ -163,49 +156,42 @@ def matches(
     Returns:
         image id -> match.
     """
-    return {i: match_image(truth, found, i, task, score_threshold) for i in truth.image_ids}
-
-
-def match_image(
-    truth: Truth, found: Found, image_id: int, task: str, score_threshold: float
-) -> Match:
-    """The image whose id is ``image_id`` alone.
-
-    ``truth``, ``found``, ``task`` and ``score_threshold`` are those of :func:`matches`.
-    """
-    sure = [x for x in found[image_id] if x["score"] >= score_threshold]
-    objects = truth.objects(image_id)
-    crowd = [note.get("iscrowd", 0) for note in objects]
-    iou = np.zeros((len(sure), len(objects)))
-    if iou.size:
-        ours = [x["bbox"] if task == "bbox" else x["segmentation"] for x in sure]
-        iou = mask_util.iou(ours, [truth.geometry(note, task) for note in objects], crowd)
-    return match(
-        [x["score"] for x in sure],
-        [x["category_id"] for x in sure],
-        iou,
-        [note["category_id"] for note in objects],
-        crowd,
-    )
+    matches = {}
+    for image_id in truth.image_ids:
+        sure = [x for x in found[image_id] if x["score"] >= score_threshold]
+        objects = truth.objects(image_id)
+        crowd = [note.get("iscrowd", 0) for note in objects]
+        iou = np.zeros((len(sure), len(objects)))
+        if iou.size:
+            ours = [truth.geometry(x, task) for x in sure]
+            iou = mask_util.iou(ours, [truth.geometry(note, task) for note in objects], crowd)
+        matches[image_id] = match(
+            [x["score"] for x in sure],
+            [x["category_id"] for x in sure],
+            iou,
+            [note["category_id"] for note in objects],
+            crowd,
+        )
+    return matches
 
 
 def mistakes(truth: Truth, found: Found, task: str, score_threshold: float) -> Dict[str, Any]:
     """What detections.json says of a model's mistakes.
 
     Args:
-        truth, found, task: as in :func:`matches`.
+        truth, found, task: as in :func:`match_images`.
         score_threshold: for the counts alone.
 
     Returns:
         "counts": correct detections and each kind of mistake among the detections that are at least
         as sure as the threshold; "costs": kind -> points of AP50, over all detections; "AP50".
     """
-    every = list(matches(truth, found, task).values())
-    shown = matches(truth, found, task, score_threshold).values()
-    counts = dict.fromkeys((CORRECT, *KINDS), 0)
-    for each in shown:
-        counts["missed"] += len(each.missed)
-        for kind in each.kinds:
-            if kind in counts:
-                counts[kind] += 1
-    return {"AP50": ap50(every), "counts": counts, "costs": costs(every)}
+    every = list(match_images(truth, found, task).values())
+    shown = match_images(truth, found, task, score_threshold).values()
+    counts = Counter(kind for each in shown for kind in each.kinds)
+    counts["missed"] = sum(len(each.missed) for each in shown)
+    return {
+        "AP50": ap50(every),
+        "counts": {kind: counts[kind] for kind in (CORRECT, *KINDS)},
+        "costs": costs(every),
+    }

@@ -1,16 +1,14 @@
-"""Objects drawn over images: boxes and masks in one colour per class, mistakes marked."""
+"""Objects drawn over images by Detectron2's Visualizer: one colour per class, mistakes marked."""
 
 import colorsys
 import itertools
 from dataclasses import dataclass
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.utils.visualizer import GenericMask, Visualizer
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.text import Text
-from matplotlib.transforms import Affine2D, Bbox
 
 __all__ = ["FALSE_ALARM", "MISSED", "DrawnObject", "class_color", "draw_objects", "picture_grid"]
 
@@ -42,46 +40,27 @@ class DrawnObject:
 
 def draw_objects(image: np.ndarray, objects: Sequence[DrawnObject]) -> np.ndarray:
     """``image`` (H, W, 3) of RGB bytes, enlarged if it is small, with ``objects`` drawn over it."""
-    visualizer = Visualizer(image, scale=max(1.0, _DRAWN_WIDTH / image.shape[1]))
+    height, width = image.shape[:2]
+    visualizer = Visualizer(image, scale=max(1.0, _DRAWN_WIDTH / width))
     for each in objects:
         if each.mask is not None and each.mark != MISSED:
             # By pixels: overlay_instances fills the holes of a mask.
-            pixels = GenericMask(each.mask, *image.shape[:2]).mask
+            pixels = GenericMask(each.mask, height, width).mask
             visualizer.draw_binary_mask(pixels, color=class_color(each.category), alpha=0.4)
     for each in objects:
         _draw_box(visualizer, each)
-    taken: List[Bbox] = []
+    font = _LABEL * width  # Visualizer sizes its labels for a picture that fills the screen
     for each in objects:
-        if each.label:
-            # Visualizer sizes its labels for a picture that fills the screen.
-            visualizer.draw_text(
-                each.label,
-                (each.box[0], each.box[1]),
-                font_size=_LABEL * image.shape[1],
-                color=class_color(each.category, lightness=0.8),
-                horizontal_alignment="left",
-            )
-            taken.append(_settle(visualizer.output.ax.texts[-1], taken))
+        x0, y0, x1, _ = each.box
+        at_the_right = x0 > width / 2  # there the label could leave the picture
+        visualizer.draw_text(
+            each.label,
+            (min(x1, width) if at_the_right else max(x0, 0), min(max(y0, 0), height - 2 * font)),
+            font_size=font,
+            color=class_color(each.category, lightness=0.8),
+            horizontal_alignment="right" if at_the_right else "left",
+        )
     return visualizer.output.get_image()
-
-
-def _settle(label: Text, taken: Sequence[Bbox]) -> Bbox:
-    """Move a label a few lines down or up, off those that are there, and into the picture."""
-    extent, picture = label.get_window_extent().padded(2), label.axes.figure.bbox.padded(2)
-    left = min(0.0, picture.x1 - extent.x1)
-    line = extent.height + 1
-    places = [extent.translated(left, n * line) for n in sorted(range(-9, 10), key=abs)]
-    free = [
-        place
-        for place in places
-        if picture.y0 <= place.y0
-        and place.y1 <= picture.y1
-        and not any(place.overlaps(other) for other in taken)
-    ]
-    place = (free or places)[0]
-    moved = Affine2D().translate(place.x0 - extent.x0, place.y0 - extent.y0)
-    label.set_transform(label.get_transform() + moved)
-    return place
 
 
 def _draw_box(visualizer: Visualizer, each: DrawnObject) -> None:
@@ -113,7 +92,7 @@ def picture_grid(
     captions: Sequence[str] = (),
     classes: Sequence[Tuple[str, int]] = (),
 ) -> Figure:
-    """Pictures side by side, one row per image.
+    """Write pictures side by side, one row per image, and return the figure.
 
     Args:
         rows: (H, W, 3) of RGB bytes each.
@@ -121,9 +100,6 @@ def picture_grid(
         path: the file to write.
         captions: left of the rows.
         classes: (name, category) for a legend of the colours.
-
-    Returns:
-        The figure that was written; its first axes are the pictures, row by row.
     """
     heights = [_CELL * row[0].shape[0] / row[0].shape[1] for row in rows]
     figure = Figure(figsize=(_CELL * len(titles), sum(heights) + 0.4), layout="constrained")

@@ -11,8 +11,8 @@ from sharedkd.files import replace
 from sharedkd.lab.strict_json import strict_json
 from sharedkd.modeling.taps import pyramid_shapes
 
-from .feature_maps import draw_maps, position_maps
-from .gap_report import draw_heat_maps, draw_training, words
+from .feature_plots import draw_heat_maps, draw_maps, draw_training, position_maps
+from .gap_report import words
 from .gaps import GapMeter, Gaps, paired
 from .pair import INITIAL, TAPS, Checkpoint, Pair, saved_checkpoints, validation_records
 from .similarity import MEASURES

@@ -1,4 +1,4 @@
-"""What features.json says, as heat maps, curves over training, and words.
+"""What features.json says, in words.
 
 All functions read that record, a plain dict:
 
@@ -12,103 +12,18 @@ All functions read that record, a plain dict:
 from typing import Any, List, Mapping, Optional
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from tabulate import tabulate
 
 from .gaps import QUANTITIES
 from .similarity import MEASURES
 
-__all__ = ["draw_heat_maps", "draw_training", "words"]
+__all__ = ["first_and_last", "words"]
 
 NAMES = {"mse": "MSE", "cosine": "cosine", "cka": "linear CKA"}
 # What the bright cells of a heat map are.
 BRIGHT = {"mse": "far apart", "cosine": "alike", "cka": "alike"}
 GAPS = {"mse": "MSE", "cosine": "1 - cosine", "cka": "1 - CKA"}
 TAPS = {"fpn": "FPN", "backbone": "backbone stages"}
-_COLORS = {"identical": "#0072B2", "inner": "#D55E00", "cross": "#000000", "teacher": "#009E73"}
-_LINES = {"identical": "-", "inner": "--", "cross": "-.", "teacher": ":"}
-_DPI = 110
-
-
-def draw_heat_maps(record: Mapping[str, Any], tap: str, path: Optional[str] = None) -> Figure:
-    """A row per measure; the teacher's own levels, then for the first and the last checkpoint
-    student-teacher and student-student.  A row has one scale of colours.
-
-    Args:
-        record: as the module describes it.
-        tap: one of those that were measured: "fpn" or "backbone".
-        path: the picture to write, in the format of its ending; None: none is written.
-    """
-    steps = first_and_last(record)
-    shown = [("teacher - teacher", steps[0], "teacher-teacher")]
-    for step in steps:
-        for kind in ("student-teacher", "student-student"):
-            shown.append((f"{kind.replace('-', ' - ')}\n{step['name']}", step, kind))
-    figure = Figure(figsize=(2.7 * len(shown), 2.7 * len(MEASURES)), layout="constrained")
-    grid = figure.subplots(len(MEASURES), len(shown), squeeze=False)
-    for row, measure in zip(grid, MEASURES):
-        matrices = [step["taps"][tap]["matrices"][kind][measure] for _, step, kind in shown]
-        known = np.concatenate([np.ravel(np.array(m["mean"], float)) for m in matrices])
-        low, high = np.nanmin(known), np.nanmax(known)
-        for axes, (title, _, kind), matrix in zip(row, shown, matrices):
-            picture = _heat_map(axes, matrix, low, high)
-            axes.set_title(title if measure == MEASURES[0] else "", fontsize="medium")
-            axes.set_ylabel(f"{kind.split('-')[0]}'s stride", fontsize="small")
-            axes.set_xlabel(f"{kind.split('-')[1]}'s stride", fontsize="small")
-        figure.colorbar(picture, ax=list(row), label=NAMES[measure], shrink=0.9)
-    if path:
-        figure.savefig(path, dpi=_DPI)
-    return figure
-
-
-def _heat_map(axes: Axes, matrix: Mapping[str, Any], low: float, high: float) -> AxesImage:
-    mean, sd = np.array(matrix["mean"], float), np.array(matrix["sd"], float)
-    picture = axes.imshow(mean, cmap="cividis", vmin=low, vmax=high)
-    for (i, j), value in np.ndenumerate(mean):
-        if np.isnan(value):
-            continue
-        dark = value < (low + high) / 2
-        spread = f"\n±{sd[i, j]:.2f}" if np.isfinite(sd[i, j]) else ""
-        color = "white" if dark else "black"
-        axes.text(j, i, f"{value:.2f}{spread}", ha="center", va="center", color=color, fontsize=7)
-    axes.set_xticks(range(len(matrix["columns"])), matrix["columns"], fontsize="small")
-    axes.set_yticks(range(len(matrix["rows"])), matrix["rows"], fontsize="small")
-    return picture
-
-
-def draw_training(
-    record: Mapping[str, Any], tap: str, path: Optional[str] = None
-) -> Optional[Figure]:
-    """The quantities over training with their 95 % intervals over images; a panel per measure.
-
-    Args:
-        record, tap, path: as in :func:`draw_heat_maps`.
-
-    Returns:
-        the figure; None with fewer than two checkpoints of known iteration.
-    """
-    steps = [step for step in record["checkpoints"] if step["iteration"] is not None]
-    if len(steps) < 2:
-        return None
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES):
-        x = [step["iteration"] for step in steps]
-        for name in QUANTITIES:
-            points = [step["taps"][tap]["quantities"][measure][name] for step in steps]
-            mean, half = (np.array([p[k] for p in points], float) for k in ("mean", "half_width"))
-            line = dict(color=_COLORS[name], linestyle=_LINES[name], marker=".", label=name)
-            axes.plot(x, mean, **line)
-            axes.fill_between(x, mean - half, mean + half, color=_COLORS[name], alpha=0.15, lw=0)
-        axes.set(xlabel="iteration", title=f"{TAPS[tap]}: {GAPS[measure]}")
-        # Intervals of few minibatches may be far wider than the range of the gaps.
-        axes.set_ylim(0, 1.2 * max(np.nanmax(line.get_ydata()) for line in axes.lines))
-        axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    if path:
-        figure.savefig(path, dpi=_DPI)
-    return figure
 
 
 def first_and_last(record: Mapping[str, Any]) -> List[Mapping[str, Any]]:
@@ -187,21 +102,7 @@ def _sentence(step: Mapping[str, Any], tap: str, measure: str) -> str:
     return (
         f"{answer}: {_number(inner)} against {_number(cross)}, difference {_interval(difference)} over "
         f"{difference['count']} {over}; of {len(pairs)} level pairs {smaller} smaller, {larger} larger"
-        + _carried(difference)
     )
-
-
-def _carried(difference: Mapping[str, Any]) -> str:
-    """The level pairs that make the mean what it is, where most say the opposite."""
-    pairs, opposite = difference["pairs"], {"smaller": "larger", "larger": "smaller"}
-    against = [x for x in pairs.values() if x["verdict"] == opposite.get(difference["verdict"])]
-    if 2 * len(against) <= len(pairs):
-        return ""
-    sign = np.sign(difference["mean"])
-    few = sorted(
-        (n for n in pairs if sign * pairs[n]["mean"] > 0), key=lambda n: -sign * pairs[n]["mean"]
-    )
-    return f"; the mean is carried by the strides {', '.join(few)}"
 
 
 def _gap_table(record: Mapping[str, Any], taps: List[str]) -> str:

@@ -157,22 +157,19 @@ class Gaps:
             measure: one of :data:`~.similarity.MEASURES`.
 
         Returns:
-            "rows" and "columns" (strides), "mean", "sd" and "half_width" (of the 95 % interval)
-            over images or minibatches, and "count", the number of these.  The "mean" of CKA is its
-            estimate from all minibatches together.
+            "rows" and "columns" (strides), "mean" and "sd" over images or minibatches, and "count",
+            the number of these.  The "mean" of CKA is its estimate from all minibatches together.
         """
         rows, columns = KINDS[kind]
         index = np.ix_(
             *([i for i, n in enumerate(self.nodes) if n[0] == w] for w in (rows, columns))
         )
         values = np.stack([x[index] for x in self.values[measure]])
-        bounds = np.array([[interval(v) for v in row] for row in values.transpose(1, 2, 0)])
         return {
             "rows": self.strides(rows),
             "columns": self.strides(columns),
-            "mean": (self.cka[index] if measure == "cka" else bounds[..., 0]).tolist(),
+            "mean": (self.cka[index] if measure == "cka" else values.mean(0)).tolist(),
             "sd": (values.std(0, ddof=1) if len(values) > 1 else values[0] * np.nan).tolist(),
-            "half_width": bounds[..., 1].tolist(),
             "count": len(values),
         }
 

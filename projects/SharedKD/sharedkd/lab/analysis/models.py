@@ -63,7 +63,7 @@ def sources(
         folder: of a comparison, of a run, or with runs right below it; or None.
         config: for checkpoints that have no config.yaml beside them.
         models: ``name=CHECKPOINT``; for a comparison, names of its methods (default: the baseline,
-            the first distilled student, and of the others the one with the best AP); beside a run
+            the first distilled student, and of the others the one with the best AP); beside runs
             they come first.
         seed: of a comparison; None: the first one that all of the methods have.
 
@@ -71,21 +71,17 @@ def sources(
         ConfigError: there is no model, or one that is named has no checkpoint or no config, or a
             method no finished run of the seed.
     """
+    pair = config
     if folder is None:
         found = [_named(item, config) for item in models]
-        pair = config
     elif (folder / "results.json").exists():
-        found = _of_comparison(folder, models, seed)
-        pair = None
-    elif (folder / "config.yaml").exists():
-        # Differences are of the second to the first: the run to what it is compared with.
-        found = [_named(item, config) for item in models]
-        found.append(Source(folder.resolve().name, folder / "config.yaml", _weights(folder)))
-        pair = folder / "config.yaml"
+        found, pair = _of_comparison(folder, models, seed), None
     else:
-        runs = [path for path in sorted(folder.glob("*/")) if (path / "config.yaml").exists()]
-        found = [Source(run.name, run / "config.yaml", _weights(run)) for run in runs]
-        pair = None
+        own = folder / "config.yaml"
+        pair = own if own.exists() else None
+        runs = [folder] if pair else [x.parent for x in sorted(folder.glob("*/config.yaml"))]
+        # Differences are of the second to the first: the run to what it is compared with.
+        found = [*(_named(item, config) for item in models), *map(_of_run, runs)]
     if not found:
         raise ConfigError(
             "--models", "", "there is no model", "name a run's folder, or models as name=CHECKPOINT"
@@ -108,11 +104,11 @@ def _named(item: str, config: Optional[Path]) -> Source:
     return Source(name, beside if beside.exists() else config, checkpoint)
 
 
-def _weights(run: Path) -> Path:
-    path = run / "model_final.pth"
-    if not path.exists():
+def _of_run(run: Path) -> Source:
+    weights = run / "model_final.pth"
+    if not weights.exists():
         raise ConfigError(str(run), "", "has no model_final.pth", "finish this run first")
-    return path
+    return Source(run.resolve().name, run / "config.yaml", weights)
 
 
 def _has_teacher(config: Path) -> bool:

@@ -1,8 +1,4 @@
-"""Pictures of trained detectors: what they find next to the ground truth, and their loss curves.
-
-Figures are built through Matplotlib's object-oriented API, so no display, backend or global figure
-state is involved.
-"""
+"""Pictures of runs: detections next to the ground truth, and loss curves."""
 
 import json
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -50,24 +46,23 @@ def side_by_side(
     grid = []
     for sample in samples[:images]:
         image = read_image(sample["file_name"], format="RGB")
-        row = [_draw_annotations(image, sample.get("annotations", []), classes)]
+        row = [draw_objects(image, _annotations(sample, classes))]
         for model in models.values():
             with torch.no_grad():
                 found = model([mapper(sample)])[0]["instances"].to("cpu")
-            row.append(_draw_detections(image, found[found.scores >= score_threshold], classes))
+            found = found[found.scores >= score_threshold]
+            row.append(draw_objects(image, _detections(found, classes)))
         grid.append(row)
 
     return picture_grid(grid, ["ground truth", *models], path)
 
 
-def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]] = None) -> Figure:
+def loss_curves(runs: Mapping[str, str], path: str) -> Figure:
     """Draw the training curves of runs: left the detector's own loss, right the distillation terms.
 
     Args:
         runs: name of a run to its ``metrics.json``.
         path: the PNG file to write.
-        keys: the metrics of the right half; by default all whose names start with ``distill/``,
-            but for the stages' weights.
 
     Returns:
         The figure that was written; its two axes hold one labelled line per curve, each a moving
@@ -81,9 +76,10 @@ def loss_curves(runs: Mapping[str, str], path: str, keys: Optional[Sequence[str]
     for name, metrics in runs.items():
         curves = read_curves(metrics)
         _plot(left, curves["iteration"], detector_loss(curves), name)
-        for key in _distillation_terms(curves) if keys is None else keys:
-            if key in curves:
-                _plot(right, curves["iteration"], curves[key], f"{name}: {_term(key)}")
+        for key in sorted(curves):
+            if key.startswith(_DISTILLATION) and not key.endswith("/weight"):
+                label = f"{name}: {key.removeprefix(_DISTILLATION)}"
+                _plot(right, curves["iteration"], curves[key], label)
     left.set_title("detector's loss")
     right.set_title("distillation terms")
     for axes in (left, right):
@@ -155,14 +151,6 @@ def detector_loss(curves: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.sum(terms, axis=0) if terms else np.full(len(curves["iteration"]), np.nan)
 
 
-def _distillation_terms(curves: Mapping[str, np.ndarray]) -> List[str]:
-    return sorted(k for k in curves if k.startswith(_DISTILLATION) and not k.endswith("/weight"))
-
-
-def _term(key: str) -> str:
-    return key[len(_DISTILLATION) :] if key.startswith(_DISTILLATION) else key
-
-
 def _plot(axes: Axes, iterations: np.ndarray, values: np.ndarray, label: str) -> None:
     known = ~np.isnan(values)
     if known.any():
@@ -179,31 +167,22 @@ def _object_count(sample: Mapping[str, Any]) -> int:
     return sum(not note.get("iscrowd", 0) for note in sample.get("annotations", []))
 
 
-def _draw_annotations(
-    image: np.ndarray, notes: Sequence[Mapping[str, Any]], classes: Sequence[str]
-) -> np.ndarray:
-    with_masks = all("segmentation" in note for note in notes)
-    return draw_objects(
-        image,
-        [
-            DrawnObject(
-                BoxMode.convert(list(note["bbox"]), note["bbox_mode"], BoxMode.XYXY_ABS),
-                note["category_id"],
-                note["segmentation"] if with_masks else None,
-                classes[note["category_id"]],
-            )
-            for note in notes
-        ],
-    )
+def _annotations(sample: Mapping[str, Any], classes: Sequence[str]) -> List[DrawnObject]:
+    return [
+        DrawnObject(
+            BoxMode.convert(list(note["bbox"]), note["bbox_mode"], BoxMode.XYXY_ABS),
+            note["category_id"],
+            note.get("segmentation"),
+            classes[note["category_id"]],
+        )
+        for note in sample.get("annotations", [])
+    ]
 
 
-def _draw_detections(image: np.ndarray, found: Instances, classes: Sequence[str]) -> np.ndarray:
+def _detections(found: Instances, classes: Sequence[str]) -> List[DrawnObject]:
     masks = found.pred_masks.numpy() if found.has("pred_masks") else [None] * len(found)
     boxes, categories = found.pred_boxes.tensor.tolist(), found.pred_classes.tolist()
-    return draw_objects(
-        image,
-        [
-            DrawnObject(box, category, mask, f"{classes[category]} {score:.0%}")
-            for box, category, mask, score in zip(boxes, categories, masks, found.scores.tolist())
-        ],
-    )
+    return [
+        DrawnObject(box, category, mask, f"{classes[category]} {score:.0%}")
+        for box, category, mask, score in zip(boxes, categories, masks, found.scores.tolist())
+    ]

@@ -13,8 +13,8 @@ from sharedkd.lab.scores import MORE_METRICS, TASKS, interval
 from sharedkd.lab.strict_json import strict_json
 
 from .detection_plots import draw_ap, draw_mistakes
-from .detections import Found, Truth, average_precision, detect, mistakes
-from .gallery import draw_gallery, most_different, qualities
+from .detections import Found, Truth, average_precision, detect, match_images, mistakes
+from .gallery import draw_gallery
 from .mistakes import FOREGROUND, IN_WORDS
 from .models import Source, load_detectors
 from .pair import validation_records
@@ -66,16 +66,16 @@ def visualize(
         say(f"{detector.source.name}: {len(records)} images")
     tasks = _tasks(truth, results)
     task = tasks[-1]
-    scores = {n: qualities(truth, x, task, score_threshold) for n, x in results.items()}
+    matches = {n: match_images(truth, x, task, score_threshold) for n, x in results.items()}
+    scores = {n: {i: match.quality for i, match in of.items()} for n, of in matches.items()}
     ours, theirs = (scores[name] for name in between)
     difference = _difference(scores, between)
-    chosen = most_different(ours, theirs, pictures)
-    if not any(
-        x["score"] >= score_threshold for f in results.values() for i in f.values() for x in i
-    ):
+    chosen = sorted(ours, key=lambda i: -abs(ours[i] - theirs[i]))[:pictures]
+    if not any(match.kinds for of in matches.values() for match in of.values()):
         # All images are equal: none of them shows anything.
         difference["verdict"] = f"no detection reaches {score_threshold:g}: lower --score-threshold"
         chosen = []
+    per_image = {r["image_id"]: _per_image(truth, r, scores) for r in records}
     record = {
         "command": command,
         "dataset": truth.coco.dataset.get("info", {}).get("description") or dataset,
@@ -84,38 +84,28 @@ def visualize(
         "score_threshold": score_threshold,
         "tasks": tasks,
         "models": {
-            detector.source.name: {
-                "config": str(detector.source.config),
-                "checkpoint": str(detector.source.checkpoint or ""),
+            source.name: {
+                "config": str(source.config),
+                "checkpoint": str(source.checkpoint or ""),
                 **{
-                    t: {
-                        **average_precision(truth, results[detector.source.name], t, most),
-                        "mistakes": mistakes(
-                            truth, results[detector.source.name], t, score_threshold
-                        ),
-                    }
+                    t: _of_model(truth, results[source.name], t, score_threshold, most)
                     for t in tasks
                 },
             }
-            for detector in detectors
+            for source in (detector.source for detector in detectors)
         },
-        "per_image": [_per_image(truth, r, scores) for r in records],
+        "per_image": list(per_image.values()),
         "between": list(between),
         "difference": difference,
     }
     output.mkdir(parents=True, exist_ok=True)
-    by_id = {r["image_id"]: r for r in records}
-    captions = [_caption(i, scores, between) for i in chosen]
-    shown = [by_id[i] for i in chosen]
-    files = (
-        draw_gallery(truth, shown, results, task, score_threshold, captions, output)
-        if shown
-        else []
-    )
-    record["gallery"] = [
-        {**_per_image(truth, by_id[i], scores), "pictures": paths}
-        for i, paths in zip(chosen, files)
-    ]
+    files = []
+    if chosen:
+        by_id = {r["image_id"]: r for r in records}
+        captions = [_caption(i, scores, between) for i in chosen]
+        shown = [by_id[i] for i in chosen]
+        files = draw_gallery(truth, shown, results, matches, task, captions, output)
+    record["gallery"] = [{**per_image[i], "pictures": paths} for i, paths in zip(chosen, files)]
     draw_ap(record, str(output / "ap_bars.png"))
     draw_mistakes(record, str(output / "mistakes.png"))
     replace(str(output / "detections.json"), lambda f: f.write(strict_json(record)))
@@ -143,6 +133,13 @@ def _tasks(truth: Truth, results: Mapping[str, Found]) -> List[str]:
     everything = [x for found in results.values() for image in found.values() for x in image]
     masks = bool(everything) and all("segmentation" in x for x in everything)
     return ["bbox", "segm"] if masks and truth.has_masks else ["bbox"]
+
+
+def _of_model(
+    truth: Truth, found: Found, task: str, score_threshold: float, most: int
+) -> Dict[str, Any]:
+    ap = average_precision(truth, found, task, most)
+    return {**ap, "mistakes": mistakes(truth, found, task, score_threshold)}
 
 
 def _per_image(

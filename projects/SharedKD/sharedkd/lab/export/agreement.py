@@ -1,4 +1,4 @@
-"""Does an exported file find what the eager detector finds?"""
+"""Compares the detections of an exported file with those of the eager detector."""
 
 from dataclasses import dataclass
 from typing import Dict, Sequence
@@ -23,10 +23,10 @@ UNMATCHED = 0.01
 
 @dataclass
 class Agreement:
-    """What a comparison has found, over all images so far.
+    """The result of a comparison, over all images so far.
 
     Args:
-        images, empty: compared images, and how many of them the eager detector finds nothing in.
+        images, empty: compared images, and in how many of them the eager detector detects nothing.
         detections: of the eager detector.
         unmatched: of either side, without a partner within :data:`TOLERANCES`.
         largest: tensor -> largest difference of partners; of boxes in pixels.
@@ -66,8 +66,8 @@ def compare(
     largest = {name: 0.0 for name in names if name != "classes"}
     bounds = {**TOLERANCES, "boxes": TOLERANCES["boxes"] * max(size)}
     free = torch.ones(len(b["scores"]), dtype=torch.bool)
-    pairs = 0
-    for i in range(len(a["scores"])):
+    count = len(a["scores"])
+    for i in range(count):
         distance = (b["boxes"] - a["boxes"][i]).abs().amax(1)
         distance += (b["scores"] - a["scores"][i]).abs()
         distance[~free | (b["classes"] != a["classes"][i])] = torch.inf
@@ -77,8 +77,7 @@ def compare(
         apart = {name: (a[name][i] - b[name][j]).abs().max().item() for name in largest}
         if all(value <= bounds[name] for name, value in apart.items()):
             free[j] = False
-            pairs += 1
             largest = {name: max(value, apart[name]) for name, value in largest.items()}
-    count = len(a["scores"])
-    unmatched = count - pairs + int(free.sum())
-    return Agreement(1, int(count == 0), count, unmatched, largest)
+    unpaired = int(free.sum())
+    pairs = len(free) - unpaired
+    return Agreement(1, int(count == 0), count, count - pairs + unpaired, largest)

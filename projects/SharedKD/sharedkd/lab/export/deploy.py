@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from sharedkd.config import student_only
 from sharedkd.config.build import construct
 from sharedkd.engine.hooks.record import hardware, versions
-from sharedkd.errors import ConfigError, Findings
+from sharedkd.errors import ConfigError, ConfigErrors
 from sharedkd.files import replace
 from sharedkd.modeling.detectors import num_classes
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 from sharedkd.weights.loading import fingerprint, load_trained
 
 from .agreement import TOLERANCES, UNMATCHED, Agreement, compare
-from .formats import FORMATS, Format, NotExportable, Runner, detect, outputs_of
+from .formats import FORMATS, UNSUPPORTED, NotExportable, Runner, detect, outputs_of
 from .images import Images, fit, read_images
 
 __all__ = ["Export", "export_student"]
@@ -35,26 +35,25 @@ WARM_UP = 3  # runs that are not counted: TorchScript compiles in its first ones
 
 @dataclass
 class Export:
-    """What an export has come to.
+    """The result of an export.
 
     Args:
-        files: format -> path, megabytes, and :class:`Agreement`'s fields.
+        files: format -> path, and :class:`Agreement`'s fields.
         milliseconds: ``student`` (eager), each format, perhaps ``teacher`` -> median, least and
             greatest, on the same image.
         megabytes: of the weights of ``student`` and ``teacher``, and of each file.
         about: image size, hardware, versions, and why there is no teacher.
-        refused: what could not be exported.
+        refused: what could not be exported, and why.
     """
 
     files: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     milliseconds: Dict[str, Dict[str, float]] = field(default_factory=dict)
     megabytes: Dict[str, float] = field(default_factory=dict)
     about: Dict[str, Any] = field(default_factory=dict)
-    refused: Findings = field(default_factory=Findings)
+    refused: List[ConfigError] = field(default_factory=list)
 
     def as_json(self) -> Dict[str, Any]:
-        refused = [str(e) for e in self.refused.errors]
-        return {**{k: v for k, v in vars(self).items() if k != "refused"}, "refused": refused}
+        return {**vars(self), "refused": [str(e) for e in self.refused]}
 
 
 def export_student(
@@ -71,56 +70,58 @@ def export_student(
     real images; beside it lies ``<file>.json``, which says all that its use needs.
 
     Args:
-        cfg: of :func:`~sharedkd.config.load.load_config`; of a pair, the student is taken.
+        cfg: of :func:`~sharedkd.config.load.load_config`; of a pair, the student is exported.
         formats: names in :data:`FORMATS`.
         files: images; none: some of the config's validation set.
-        size: (H, W) for formats with a fixed size; None: that of the largest of the images.
-        rounds: runs of each arm whose latency is measured; 0: none.
+        size: (H, W) of the timed image; None: that of the largest of the images.
+        rounds: timed runs of each arm; 0: none.
 
     Raises:
         ConfigError: before anything is written.  What a format refuses is in the result instead.
     """
-    result = Export()
     _check_formats(formats)
     student = load_student(cfg)
     images = read_images(student_only(cfg), files)
     example = _example(student, images)
-    if size is None:
-        size = images.common_size(max(student.backbone.size_divisibility, 1))
-    images = images.with_corner_cases(example)
+    checked = [*images.tensors, *images.corner_cases(example)]
+    eager = [detect(student, image) for image in checked]
     about = _describe(cfg, student, images)
+    result = Export(megabytes={"student": _megabytes(student)})
     os.makedirs(output, exist_ok=True)
-    runners: Dict[str, Runner] = {}
+    arms: Dict[str, Callable[[Tensor], Any]] = {"student": partial(detect, student)}
     for name in formats:
-        runners.update(
-            result.refused.step(
-                _export, FORMATS[name], student, example, images, size, about, output, result
-            )
-            or {}
-        )
-    image = fit(example, size, images.fill)
+        try:
+            arms[name] = _export(name, student, example, checked, eager, about, output, result)
+        except NotExportable as e:
+            result.refused.append(ConfigError("--format", name, str(e), e.fix))
+    image = fit(
+        example,
+        size or images.common_size(max(student.backbone.size_divisibility, 1)),
+        images.fill,
+    )
     if rounds:
-        _measure(result, cfg, student, runners, image, images.input_format, rounds)
-    result.megabytes["student"] = _megabytes(student)
+        _add_teacher(arms, result, cfg, image, images.about["channels"])
+        result.milliseconds = _time(arms, image, rounds)
     result.about.update(
-        image=list(image.shape[-2:]),
-        hardware=hardware(torch.device("cpu")),
-        versions=versions(),
+        image=list(image.shape[-2:]), hardware=hardware(torch.device("cpu")), versions=versions()
     )
     return result
 
 
 def _check_formats(names: Sequence[str]) -> None:
-    findings = Findings()
+    errors = []
     for name in names:
-        if name not in FORMATS:
+        if name in UNSUPPORTED:
+            errors.append(ConfigError("--format", name, *UNSUPPORTED[name]))
+        elif name not in FORMATS:
             known = ", ".join(FORMATS)
-            findings.add(ConfigError("--format", name, "no such format", f"use any of {known}"))
+            errors.append(ConfigError("--format", name, "no such format", f"use any of {known}"))
         elif FORMATS[name].missing():
             missing = " and ".join(FORMATS[name].missing())
             fix = f"pip install {' '.join(FORMATS[name].packages)}"
-            findings.add(ConfigError("--format", name, f"{missing} is not installed", fix))
-    findings.raise_errors()
+            errors.append(ConfigError("--format", name, f"{missing} is not installed", fix))
+    if errors:
+        raise ConfigErrors(errors)
 
 
 def load_student(cfg: DictConfig) -> nn.Module:
@@ -136,13 +137,11 @@ def load_student(cfg: DictConfig) -> nn.Module:
         )
     student = construct(student_only(cfg).model, "model")
     load_trained(student, cfg.train.init_checkpoint, key)
-    for parameter in student.parameters():
-        parameter.requires_grad_(False)
-    return student.eval()
+    return student.requires_grad_(False).eval()
 
 
 def _example(student: nn.Module, images: Images) -> Tensor:
-    """The image with the most detections: what is traced on it takes part in the graph."""
+    """The image with the most detections: tracing follows it through the model."""
     try:
         counts = [len(detect(student, image)[0]) for image in images.tensors]
     except NotExportable as e:
@@ -160,84 +159,68 @@ def _example(student: nn.Module, images: Images) -> Tensor:
 
 
 def _export(
-    to: Format,
+    name: str,
     student: nn.Module,
     example: Tensor,
-    images: Images,
-    size: Tuple[int, int],
+    checked: Sequence[Tensor],
+    eager: Sequence[Sequence[Tensor]],
     about: Mapping[str, Any],
     output: str,
     result: Export,
-) -> Dict[str, Runner]:
+) -> Runner:
     """Convert, load, compare; then, and only then, put the files in their place."""
-    if to.fixed_size:
-        example = fit(example, size, images.fill)
+    to = FORMATS[name]
     path = os.path.join(output, f"student.{to.suffix}")
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=output) as folder:
         unfinished = os.path.join(folder, os.path.basename(path))
-        try:
-            to.convert(student, example, unfinished)
-            runner = to.load(unfinished)
-            agreement = agreement_of(to, runner, student, images, size)
-        except NotExportable as e:
-            raise ConfigError("--format", to.name, str(e), "leave it out") from e
+        to.convert(student, example, unfinished)
+        runner = to.load(unfinished)
+        agreement = _agreement(outputs_of(student), runner, checked, eager)
         if not agreement.holds:
-            raise ConfigError(
-                "--format",
-                to.name,
+            raise NotExportable(
                 f"the file was dropped: {agreement.unmatched} detections differ from the eager "
                 f"student's {agreement.detections} by more than {TOLERANCES}",
                 "use another format",
             )
         sidecar = {
             "file": os.path.basename(path),
-            "format": to.name,
+            "format": name,
             "runs_with": to.runs_with,
             **about,
-            "input_size": list(size) if to.fixed_size else None,
             "agreement": {**asdict(agreement), "tolerances": TOLERANCES, "may_differ": UNMATCHED},
         }
         replace(f"{path}.json", lambda f: f.write(json.dumps(sidecar, indent=1).encode()))
         with open(unfinished, "rb") as source:
             replace(path, lambda f: shutil.copyfileobj(source, f))
-    megabytes = os.path.getsize(path) / 2**20
-    result.files[to.name] = {"path": path, **asdict(agreement)}
-    result.megabytes[to.name] = megabytes
-    return {to.name: runner}
+    result.megabytes[name] = os.path.getsize(path) / 2**20
+    result.files[name] = {"path": path, **asdict(agreement)}
+    return runner
 
 
-def agreement_of(
-    to: Format, runner: Runner, student: nn.Module, images: Images, size: Tuple[int, int]
+def _agreement(
+    names: Sequence[str],
+    runner: Runner,
+    images: Sequence[Tensor],
+    eager: Sequence[Sequence[Tensor]],
 ) -> Agreement:
-    """Both on every image; of fixed size, if the format wants it."""
-    names = outputs_of(student)
-    total = None
-    for image in images.tensors:
-        image = fit(image, size, images.fill) if to.fixed_size else image
+    """The file on every image, whatever its size, against the ``eager`` student's detections."""
+    total = Agreement(0, 0, 0, 0, {name: 0.0 for name in names if name != "classes"})
+    for image, expected in zip(images, eager):
+        size = image.shape[-2:]
         try:
             exported = runner(image)
         except Exception as e:
             reason = str(e).strip().splitlines()[-1:] or [type(e).__name__]
-            shape = "x".join(map(str, image.shape[-2:]))
+            shape = "x".join(map(str, size))
             raise NotExportable(f"the file fails on an image of {shape}: {reason[0]}") from e
-        found = compare(names, detect(student, image), exported, image.shape[-2:])
-        total = found if total is None else total + found
+        total = total + compare(names, expected, exported, size)
     return total
 
 
 def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, Any]:
     """What a program that knows nothing of this package needs to run the file."""
     return {
-        "inputs": {
-            "image": {
-                "shape": [3, "H", "W"],
-                "dtype": "uint8",
-                "channels": images.input_format,
-                "resize": images.resize,
-                "preprocessing": images.preprocessing,
-                "fill": images.fill,
-            }
-        },
+        "inputs": {"image": {"shape": [3, "H", "W"], "dtype": "uint8", **images.about}},
         "in_graph": {
             "pixel_mean": student.pixel_mean.flatten().tolist(),
             "pixel_std": student.pixel_std.flatten().tolist(),
@@ -264,53 +247,43 @@ def _class_names(cfg: DictConfig, count: Optional[int]) -> List[str]:
     return [str(i) for i in range(count or 0)]
 
 
-def _measure(
+def _add_teacher(
+    arms: Dict[str, Callable[[Tensor], Any]],
     result: Export,
     cfg: DictConfig,
-    student: nn.Module,
-    runners: Mapping[str, Runner],
     image: Tensor,
-    input_format: str,
-    rounds: int,
+    channels: str,
 ) -> None:
-    """Latency of student, files and teacher in turn, so that what slows one slows all of them."""
-    arms: Dict[str, Callable[[], Any]] = {"student": lambda: detect(student, image)}
-    arms.update((name, partial(run, image)) for name, run in runners.items())
-    try:
-        teacher = _teacher(cfg)
-    except ConfigError as e:
-        result.about["no_teacher"] = f"{e.key}={e.value}: {e.problem.partition(' (')[0]}"
-    else:
-        seen = image if teacher.input_format == input_format else image.flip(0)
-        result.megabytes["teacher"] = _megabytes(teacher.model)
-        try:
-            detect(teacher.model, seen)
-        except NotExportable as e:
-            result.about["no_teacher"] = str(e)
-        else:
-            arms["teacher"] = lambda: detect(teacher.model, seen)
-    seconds: Dict[str, List[float]] = {name: [] for name in arms}
-    for turn in range(-WARM_UP, rounds):
-        for name, arm in arms.items():
-            start = time.perf_counter()
-            arm()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    result.milliseconds = {
-        name: {"median": 1e3 * median(x), "low": 1e3 * min(x), "high": 1e3 * max(x)}
-        for name, x in seconds.items()
-    }
-
-
-def _teacher(cfg: DictConfig) -> FrozenTeacher:
-    """The teacher, only to be measured beside the student; it has to have weights on this disk."""
+    """Have the teacher timed, too, if its weights are on this disk and it is a detector."""
     node = cfg.model.get("teacher")
     weights = node.get("weights") if node is not None else None
     if not weights or not os.path.isfile(weights):
-        raise ConfigError(
-            "model.teacher.weights", weights, "no such file", "name one to measure the teacher, too"
-        )
-    return construct(node, "model.teacher")
+        result.about["no_teacher"] = f"model.teacher.weights={weights}: no such file"
+        return
+    try:
+        teacher: FrozenTeacher = construct(node, "model.teacher")
+        flips = teacher.input_format != channels
+        arm = lambda x: detect(teacher.model, x.flip(0) if flips else x)  # noqa: E731
+        arm(image)
+    except (ConfigError, NotExportable) as e:
+        result.about["no_teacher"] = str(e)
+        return
+    result.megabytes["teacher"] = _megabytes(teacher.model)
+    arms["teacher"] = arm
+
+
+def _time(
+    arms: Mapping[str, Callable[[Tensor], Any]], image: Tensor, rounds: int
+) -> Dict[str, Dict[str, float]]:
+    """Milliseconds of each arm; they take turns, so that what slows one slows all of them."""
+    spent: Dict[str, List[float]] = {name: [] for name in arms}
+    for turn in range(-WARM_UP, rounds):
+        for name, arm in arms.items():
+            start = time.perf_counter()
+            arm(image)
+            if turn >= 0:
+                spent[name].append(1e3 * (time.perf_counter() - start))
+    return {name: {"median": median(x), "low": min(x), "high": max(x)} for name, x in spent.items()}
 
 
 def _megabytes(model: nn.Module) -> float:

@@ -1,9 +1,9 @@
-"""Real images, as the student's evaluation gives them to it."""
+"""Real images, prepared as in the student's evaluation."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.data import transforms as T
@@ -19,25 +19,22 @@ __all__ = ["Images", "fit", "read_images"]
 MOST = 4  # of a validation set
 
 
-@dataclass(frozen=True)
+@dataclass
 class Images:
     """Images after the resizing that the config's evaluation does.
 
     Args:
         names: file names.
         tensors: (3, H, W) uint8 each.
-        input_format: channel order, ``BGR`` or ``RGB``.
-        resize: ``short_edge`` and ``max_size`` in pixels, bilinear; None if nothing or something
-            else is done.
-        preprocessing: all that is done, in words.
+        about: how they were prepared: ``channels`` (``BGR`` or ``RGB``), ``resize`` (``short_edge``
+            and ``max_size`` in pixels, bilinear; None if nothing or something else is done) and
+            ``preprocessing``, all that is done, in words.
         fill: value per channel that becomes 0 in the network, rounded to whole numbers.
     """
 
     names: List[str]
     tensors: List[Tensor]
-    input_format: str
-    resize: Optional[Dict[str, int]]
-    preprocessing: List[str]
+    about: Dict[str, Any]
     fill: List[int]
 
     def common_size(self, multiple: int) -> Tuple[int, int]:
@@ -45,13 +42,11 @@ class Images:
         height, width = (max(x.shape[i] for x in self.tensors) for i in (1, 2))
         return ceil(height / multiple) * multiple, ceil(width / multiple) * multiple
 
-    def with_corner_cases(self, image: Tensor) -> "Images":
-        """Also a part of ``image``, which has another size, and one that is empty."""
+    def corner_cases(self, image: Tensor) -> List[Tensor]:
+        """A part of ``image``, which has another size, and an image without objects."""
         _, height, width = image.shape
         part = image[:, : height * 3 // 4, : width * 5 // 6].contiguous()
-        empty = fit(image[:, :0, :0], (height, width), self.fill)
-        names = [*self.names, "a part of one", "an empty image"]
-        return replace(self, names=names, tensors=[*self.tensors, part, empty])
+        return [part, fit(image[:, :0, :0], (height, width), self.fill)]
 
 
 def fit(image: Tensor, size: Sequence[int], fill: Sequence[int]) -> Tensor:
@@ -92,16 +87,16 @@ def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
             raise ConfigError(
                 "--images", record["file_name"], f"cannot be read: {e}", "name image files"
             ) from e
+    steps = getattr(mapper, "augmentations", [])
+    steps = list(getattr(steps, "augs", steps))
+    about = {
+        "channels": node.get("image_format", "BGR"),
+        "resize": _resize(steps),
+        "preprocessing": [" ".join(repr(step).split()) for step in steps],
+    }
     mean = OmegaConf.select(cfg, "model.pixel_mean", default=(0, 0, 0))
-    steps = _steps(mapper)
-    return Images(
-        names=[record["file_name"] for record in records],
-        tensors=tensors,
-        input_format=node.get("image_format", "BGR"),
-        resize=_resize(steps),
-        preprocessing=[" ".join(repr(step).split()) for step in steps],
-        fill=[round(x) for x in mean],
-    )
+    names = [record["file_name"] for record in records]
+    return Images(names, tensors, about, [round(x) for x in mean])
 
 
 def _validation_records(cfg: DictConfig) -> List[Dict[str, Any]]:
@@ -112,11 +107,6 @@ def _validation_records(cfg: DictConfig) -> List[Dict[str, Any]]:
     by_size = {(x.get("height"), x.get("width")): x for x in reversed(records)}
     chosen = list(by_size.values())[::-1][:MOST]
     return chosen + [x for x in records if x not in chosen][: MOST - len(chosen)]
-
-
-def _steps(mapper: Callable[[Dict[str, Any]], Dict[str, Any]]) -> List[Any]:
-    steps = getattr(mapper, "augmentations", [])
-    return list(getattr(steps, "augs", steps))
 
 
 def _resize(steps: Sequence[Any]) -> Optional[Dict[str, int]]:
