@@ -1,6 +1,6 @@
 """What the documentation says about keys, options and methods, read from the code that has them.
 
-Run as a program, it fills tables of MODEL_ZOO.md, README.md and docs/performance.md from docs/results.
+Run as a program, it fills tables of MODEL_ZOO.md, README.md and docs/results.md from docs/results.
 """
 
 import ast
@@ -23,8 +23,8 @@ from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The benchmarks that README.md quotes, of one machine.
-QUOTED = ROOT / "docs/results/performance/amd_epyc_avx2_without_bfloat16_2_thread_s"
+#: The benchmarks that README.md quotes.
+QUOTED = ROOT / "docs/results/performance"
 
 #: Comparisons of a teacher's precisions, each on one machine and with a teacher of its own.
 PRECISION = ("precision", "precision_rounded")
@@ -201,7 +201,7 @@ def measured() -> Dict[Tuple[str, str], str]:
     records = {name: _record(name) for name in PAIRS}
     found = {("MODEL_ZOO.md", name): _zoo(record) for name, record in records.items()}
     found["README.md", "choice"] = _choice(records)
-    found["docs/performance.md", "precision"] = _precision([_record(name) for name in PRECISION])
+    found["docs/results.md", "precision"] = _precision([_record(name) for name in PRECISION])
     return found
 
 
