@@ -1,7 +1,7 @@
 # Any Python from 3.11 on. A Detectron2 that it can import already is used as it is.
 PYTHON ?= $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
-.PHONY: setup demo test torture lint docs linkcheck benchmark clean
+.PHONY: setup demo test torture lint docs linkcheck benchmark gpu wheels clean
 
 setup: .venv/.ready
 
@@ -39,41 +39,35 @@ torture: .venv/.ready
 	.venv/bin/python tools/torture.py --kills $(KILLS) --steps $(STEPS) --arms $(ARMS)
 	HYPOTHESIS_PROFILE=torture FUZZ_EXAMPLES=$(FUZZ) .venv/bin/python -m pytest -q -s tests/data/test_fuzz_coco.py
 
-# Fills docs/results/performance and docs/performance.md: make benchmark DEVICE=cuda SIZE=800 BATCH=8, then BATCH=16
+# Fills docs/results/performance and docs/performance.md. On a GPU: make benchmark DEVICE=cuda SIZE=800 BATCH=8
 DEVICE ?= cpu
 SIZE ?= 320
 BATCH ?= 2
-ROUNDS ?= 5
-MEASURE = .venv/bin/python tools/benchmark.py --device $(DEVICE) --image-size $(SIZE) \
-	--batch-size $(BATCH) --rounds $(ROUNDS) --json output/benchmark/$(DEVICE)_$(SIZE)x$(BATCH)_$(1).json --config-file configs/$(2)
-RIVALS = --methods semckd,fgd,mgd,reviewkd
-VARIANTS = $(addprefix --variant ,train.channels_last=False train.channels_last=True \
-	model.teacher.fold=False $(BF16) optimizer.fused=True \
-	$(if $(HAS_BF16),train.amp.enabled=$(if $(AMP),False,True)) train.activation_checkpointing=True model.teacher.compile=True train.compile=True)
-BF16 = model.teacher.precision=bfloat16
+ROUNDS ?= 7
+RECORDS = docs/results/performance
+MEASURE = .venv/bin/python tools/benchmark.py --device $(DEVICE) --image-size $(SIZE) --batch-size $(BATCH) \
+	--rounds $(ROUNDS) --json $(RECORDS)/$(DEVICE)_$(SIZE)x$(BATCH)_$(1).json --config-file configs/$(2) $(AMP)
 AMP = $(if $(filter cuda,$(DEVICE)),train.amp.enabled=True)
-# A CPU without instructions for bfloat16 gains nothing by it. Asked once.
-HAS_BF16 = $(eval HAS_BF16 := $(if $(filter cpu,$(DEVICE)),$(shell .venv/bin/python -W ignore -c "from sharedkd.modeling.hardware import has_bfloat16; print('yes' if has_bfloat16() else '')"),yes))$(HAS_BF16)
-MASK_R50_R18 = custom_coco_mask.py model.teacher.config=COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml
-MASK = mask_rcnn_sharedkd.py model.teacher.config=COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml
-RETINANET_R50_R18 = custom_coco_retinanet.py model.teacher.config=COCO-Detection/retinanet_R_50_FPN_3x.yaml
-R50_R18 = custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
-
-# Name, config, and flags of the first run; the second one, with the teacher in bfloat16, only where that is fast.
-define BOTH
-$(call MEASURE,$(1),$(2)) $(AMP) $(3)
-$(if $(HAS_BF16),$(call MEASURE,$(1)_bf16,$(2)) $(AMP) $(BF16))
-endef
+TEACHER = model.teacher.config=COCO-
 
 benchmark: .venv/.ready
-	rm -rf output/benchmark
-	$(call BOTH,faster_rcnn_r50_r18,$(R50_R18),$(RIVALS) $(VARIANTS) --growth --processes 2)
-	$(call BOTH,mask_rcnn_r50_r18,$(MASK_R50_R18))
-	$(call BOTH,retinanet_r50_r18,$(RETINANET_R50_R18))
-	$(call BOTH,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
-	$(call BOTH,mask_rcnn_r101_r50,$(MASK))
-	$(call BOTH,retinanet_r101_r50,retinanet_sharedkd.py,--rounds 9)
-	.venv/bin/python tools/benchmark_tables.py output/benchmark docs/results/performance docs/performance.md
+	$(call MEASURE,faster_rcnn_r50_r18,custom_coco.py) $(TEACHER)Detection/faster_rcnn_R_50_FPN_3x.yaml \
+		--methods semckd,fgd,mgd,reviewkd
+	$(call MEASURE,mask_rcnn_r50_r18,custom_coco_mask.py) $(TEACHER)InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml
+	$(call MEASURE,retinanet_r50_r18,custom_coco_retinanet.py) $(TEACHER)Detection/retinanet_R_50_FPN_3x.yaml
+	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
+	$(call MEASURE,mask_rcnn_r101_r50,mask_rcnn_sharedkd.py) $(TEACHER)InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml
+	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py)
+	.venv/bin/python tools/benchmark_tables.py $(RECORDS) docs/performance.md
+
+# Tests and the benchmark of two pairs on an NVIDIA GPU. Without a network: make wheels WHEELS=FOLDER on
+# another machine, then make gpu WHEELS=FOLDER on that one.
+gpu:
+	@packaging/gpu.sh
+
+# For the Python and the kind of machine that it runs on. A machine without torch needs those of requirements.txt, too.
+wheels:
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir $(WHEELS) --constraint requirements.txt --requirement packaging/gpu.txt
 
 # `*.*` leaves out __pycache__, which an installation touches.
 .venv/.ready: requirements.txt setup.py packaging/setup_env.py $(wildcard packaging/detectron2/*.*)

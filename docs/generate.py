@@ -1,6 +1,6 @@
 """What the documentation says about keys, options and methods, read from the code that has them.
 
-Run as a program, it fills tables of MODEL_ZOO.md and docs/performance.md from docs/results.
+Run as a program, it fills tables of MODEL_ZOO.md and docs/results.md from docs/results.
 """
 
 import ast
@@ -196,7 +196,7 @@ def measured() -> Dict[Tuple[str, str], str]:
     """(page, name of its markers) -> the table between them, from the records of docs/results."""
     records = {name: _record(name) for name in PAIRS}
     found = {("MODEL_ZOO.md", name): _zoo(record) for name, record in records.items()}
-    found["docs/performance.md", "precision"] = _precision([_record(name) for name in PRECISION])
+    found["docs/results.md", "precision"] = _precision([_record(name) for name in PRECISION])
     return found
 
 

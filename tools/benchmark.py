@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Time a distillation step beside its parts, its lower bound and rival methods. Needs no weights or data.
+"""Time a distillation step beside what it is made of, and other methods. Needs no weights or data.
 
     tools/benchmark.py --config-file configs/faster_rcnn_sharedkd.py --device cpu \\
         --image-size 320 --batch-size 2 --methods fgd,mgd,semckd --json output/benchmark.json
 
 `overhead` is a distillation step over the plain student's step plus the teacher's forward, both as
-Detectron2 runs them, as the median over the rounds. Memory is measured in one process per arm.
+Detectron2 runs them, as the median over the rounds. Memory is measured in a process for each arm.
 """
 
 import os

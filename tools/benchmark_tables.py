@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Keep what tools/benchmark.py --json wrote, and fill the tables of docs/performance.md from all that is kept.
+"""Fill the tables of docs/performance.md from what tools/benchmark.py --json wrote.
 
-tools/benchmark_tables.py output/benchmark docs/results/performance docs/performance.md
+tools/benchmark_tables.py docs/results/performance docs/performance.md
 """
 
 import os
@@ -14,18 +14,16 @@ import prologue  # noqa: F401
 import argparse
 from pathlib import Path
 
-from sharedkd.lab.performance import document, keep
+from sharedkd.lab.performance import document
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="of the files")
-    parser.add_argument("records", type=Path, help="folder of the records of all machines")
+    parser.add_argument("folder", type=Path, help="of the *.json files")
     parser.add_argument("document", type=Path)
     args = parser.parse_args()
     try:
-        keep(args.folder, args.records)
-        document(args.records, args.document)
+        document(args.folder, args.document)
     except ValueError as e:
         sys.exit(f"error: {e}")

@@ -3,20 +3,16 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny
 import torch
 from detectron2.engine import SimpleTrainer
-from detectron2.layers import Conv2d
 
 from sharedkd import ConfigError
 from sharedkd.config import load_config
-from sharedkd.lab.benchmark import Benchmark, growth, ratio
-from sharedkd.losses.identical_layer import IdenticalLayer
-from sharedkd.methods import with_method
-from sharedkd.modeling.teachers.frozen import FrozenTeacher
+from sharedkd.lab import benchmark
+from sharedkd.lab.benchmark import Benchmark, ratio
 
 QUICKSTART = str(tiny.ROOT / "configs/quickstart/sharedkd.py")
 SETTINGS = ["train.device=cpu", "train.amp.enabled=False"]
@@ -25,76 +21,82 @@ SETTINGS = ["train.device=cpu", "train.amp.enabled=False"]
 @pytest.fixture(scope="module")
 def bench():
     cfg = load_config(QUICKSTART, SETTINGS, without_data=True)
-    methods = {"fgd": with_method(cfg, "fgd", tiny.ROOT / "configs/common/methods")}
-    return Benchmark(cfg, methods, image_size=64, batch_size=1)
+    return Benchmark(cfg, {}, image_size=64, batch_size=1)
 
 
-def test_every_arm_does_its_work_in_every_round(bench):
-    seconds = bench.times(bench.arms(), rounds=2)
-    assert list(seconds) == [
-        *("student", "teacher_eager", "student_sharedkd", "teacher", "distill", "fgd"),
-        *("losses/distill", "losses/fgd", "copies"),
-    ]
-    assert all(len(x) == 2 and min(x) > 0 for x in seconds.values())
-
-
-def test_parts_add_up_to_a_step(bench):
-    parts = bench.parts(rounds=2)
-    whole = parts.pop("whole")
-    assert set(parts) == {
-        *("data", "teacher", "student_forward", "losses", "backward", "optimizer", "rest"),
-    }
-    assert min(parts.values()) > 0  # counted twice, something would leave less than nothing
-    assert sum(parts.values()) == pytest.approx(whole)
-
-
-def test_a_part_takes_what_it_takes(bench, monkeypatch):
-    def slower(work):
-        def run(*args, **kwargs):
-            time.sleep(0.3)
-            return work(*args, **kwargs)
-
-        return run
-
-    monkeypatch.setattr(FrozenTeacher, "features", slower(FrozenTeacher.features))
-    monkeypatch.setattr(IdenticalLayer, "forward", slower(IdenticalLayer.forward))
-    parts = bench.parts(rounds=1)
-    assert parts["teacher"] > 0.3 and parts["losses"] > 0.3
-    assert min(parts.values()) > 0 and parts["whole"] > parts["teacher"] + parts["losses"]
-
-
-def test_losses_are_profiled_by_themselves(bench):
-    found = bench.loss_operations()
-    assert found["calls"] > 100 and not any("convolution" in name for name in found["shares"])
-    shares = list(found["shares"].values())
-    assert shares == sorted(shares, reverse=True) and 0.5 < sum(shares) <= 1
-
-
-def test_measuring_leaves_the_student_as_it_is(bench):
-    before = {k: v.clone() for k, v in bench.student.named_parameters()}
-    bench.arm("distill")()
-    assert all(torch.equal(v, before[k]) for k, v in bench.student.named_parameters())
-
-
-def test_the_plain_student_is_detectron2s(bench):
-    trainer = bench.arm("student").trainer
-    assert type(trainer) is SimpleTrainer
-    convs = [m for m in trainer.model.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert all(type(m) in (Conv2d, torch.nn.Conv2d) for m in convs)
-    assert all(m.weight.is_contiguous() for m in convs)
-
-
-def test_the_eager_teacher_is_not_the_prepared_one(bench):
-    norms = [
-        sum(isinstance(m, torch.nn.BatchNorm2d) for m in t.model.backbone.modules())
-        for t in (bench._eager, bench.teacher)
-    ]
-    assert norms[0] > 50 and norms[1] == 0
+def test_arms_take_turns_and_each_round_begins_with_another(bench, monkeypatch):
+    calls, clock = [], iter(range(1000))
+    monkeypatch.setattr(bench, "arm", lambda name: lambda: calls.append(name))
+    monkeypatch.setattr(bench, "_now", lambda: float(next(clock)))
+    seconds = bench.times(["a", "b", "c"], rounds=3)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds == ["bca", "cab", "abc", "bca", "cab"]  # the first two warm up
+    assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_ratios_are_taken_within_a_round():
     seconds = {"a": [3.0, 30.0, 8.0], "b": [1.0, 10.0, 2.0], "c": [2.0, 20.0, 2.0]}
     assert ratio(seconds, "a", "b", "c") == {"median": 1.0, "low": 1.0, "high": 2.0}
+    assert ratio(seconds, "a", "c", minus="b") == {"median": 1.0, "low": 1.0, "high": 3.0}
+
+
+def test_the_plain_student_is_detectron2s(bench, monkeypatch):
+    trainers = []
+    monkeypatch.setattr(benchmark, "_one_step", lambda trainer, _: trainers.append(trainer))
+    bench.arm("student")()
+    (trainer,) = trainers
+    assert type(trainer) is SimpleTrainer
+    assert all(p.is_contiguous() for p in trainer.model.parameters())
+
+
+def test_the_eager_teacher_is_not_the_prepared_one(bench):
+    def norms(teacher):
+        modules = teacher.model.backbone.modules()
+        return sum(isinstance(x, torch.nn.BatchNorm2d) for x in modules)
+
+    assert norms(bench._new_teacher()) > 50 and norms(bench.teacher) == 0
+
+
+def test_a_step_runs_every_loss_of_a_stage_that_starts_late_and_leaves_the_student():
+    cfg = load_config(QUICKSTART, SETTINGS, without_data=True)
+    for stage in ("identical", "cross"):
+        cfg.model.stages[stage].start = 0.5
+    bench = Benchmark(cfg, {}, image_size=64, batch_size=1)
+    pair = bench._pair("distill")
+    before = [p.clone() for p in bench.student.parameters()]
+    calls = []
+    for name, loss in pair.losses.items():
+        loss.register_forward_hook(lambda *_, name=name: calls.append(name))
+    bench._step(pair)()
+    assert calls == ["identical", "cross"]
+    assert all(map(torch.equal, bench.student.parameters(), before))
+
+
+def test_the_arm_of_the_losses_computes_them_alone(bench):
+    arm, seen = bench.arm("losses/distill"), []
+    hook = bench.student.register_forward_hook(lambda *_: seen.append("student"))
+    with torch.profiler.profile() as found:
+        arm()
+    hook.remove()
+    names = {each.key for each in found.key_averages()}
+    assert not seen and "_StandardisedMSEBackward" in names
+    assert not any("convolution" in name for name in names)
+
+
+def test_growth_of_images_pixels_and_levels(monkeypatch):
+    seen = []
+
+    def times(bench, names, rounds):
+        levels = bench.cfg.model.stages.identical.loss.strides
+        seen.append((*bench.size, levels and len(levels)))
+        return dict(student=[2.0], teacher_eager=[1.0], distill=[6.0])
+
+    monkeypatch.setattr(Benchmark, "times", times)
+    cfg = load_config(QUICKSTART, SETTINGS, without_data=True)
+    found = benchmark.growth(Benchmark(cfg, {}, 64, 1), rounds=1)
+    assert [x["overhead"] for x in found] == [2.0] * 6
+    assert [x["levels"] for x in found] == [5, 5, 5, 2, 3, 4]
+    assert seen == [*((64, 1, None), (64, 2, None), (96, 1, None)), *((64, 1, n) for n in (2, 3, 4))]
 
 
 def test_a_plain_detector_is_no_pair():
@@ -103,68 +105,31 @@ def test_a_plain_detector_is_no_pair():
         Benchmark(cfg, {}, 64, 1)
 
 
-def test_growth(monkeypatch):
-    """Each case by itself; peaks, which take a process each, are made up."""
-    cfg = load_config(QUICKSTART, SETTINGS, without_data=True)
-    sizes = {}
-
-    def peaks(bench, name, starts):
-        strides = len(bench.cfg.model.stages.identical.loss.strides or ())
-        sizes.setdefault((len(bench.records), bench.image_size, strides), []).append(name)
-        return [100.0 if name == "distill" else 60.0] * starts
-
-    monkeypatch.setattr(Benchmark, "peaks", peaks)
-    found = growth(Benchmark(cfg, {}, 64, 1), rounds=1)
-    assert [(x["batch_size"], x["image_size"], x["levels"]) for x in found] == [
-        *((1, 64, 5), (2, 64, 5), (1, 96, 5)),
-        *((1, 64, 2), (1, 64, 3), (1, 64, 4)),
-    ]
-    for case in found:
-        seconds = case["seconds"]
-        plain = seconds["student"] + seconds["teacher_eager"]
-        assert case["overhead"] == pytest.approx(seconds["distill"] / plain)
-        assert case["over_student_mb"] == 40.0
-    assert list(sizes) == [
-        *((1, 64, 0), (2, 64, 0), (1, 96, 0)),
-        *((1, 64, 2), (1, 64, 3), (1, 64, 4)),
-    ]
-    assert all(names == ["student_sharedkd", "distill"] for names in sizes.values())
-
-
+@pytest.mark.nightly
 def test_command_line(tmp_path):
+    variant = "train.channels_last=False"
     command = [
         *(sys.executable, str(tiny.ROOT / "tools/benchmark.py"), "--config-file", QUICKSTART),
-        *("--image-size", "64", "--batch-size", "1", "--rounds", "1"),
-        *("--starts", "1"),
-        *("--processes", "2", "--variant", "train.channels_last=False"),
+        *("--image-size", "64", "--batch-size", "1", "--rounds", "1", "--starts", "1"),
+        *("--methods", "fgd", "--variant", variant, "--processes", "2"),
         *("--json", str(tmp_path / "deeper/out.json"), "train.amp.enabled=False"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "deeper/out.json").read_text())
-    assert found["overhead"] == found["ratios"]["overhead"]["median"] > 0
-    seconds = found["seconds"]
-    assert found["overhead"] == pytest.approx(
-        seconds["distill"]["median"]
-        / (seconds["student"]["median"] + seconds["teacher_eager"]["median"])
-    )
-    assert found["images"] == [[64, 96]] and found["teacher_precision"] == "float32"
-    assert max(found["teacher_deviation"].values()) < 1e-5
-    variant = "train.channels_last=False"
-    assert found["memory"]["peak_mb"].keys() == {
-        *("student", "student_sharedkd", "distill", variant),
-    }
-    assert found["ratios"][variant]["median"] == pytest.approx(
-        seconds[variant]["median"] / seconds["distill"]["median"]
-    )
-    assert found["memory"]["starts_mb"].keys() == {"student", "student_sharedkd", "distill"}
+    seconds = {name: x["median"] for name, x in found["seconds"].items()}
+    assert list(seconds) == [
+        *("student", "teacher_eager", "student_sharedkd", "teacher", "distill", "fgd"),
+        *("losses/distill", "losses/fgd", variant),
+    ]
+    plain = seconds["student"] + seconds["teacher_eager"]
+    assert found["overhead"] == pytest.approx(seconds["distill"] / plain, rel=1e-3)
+    added = (seconds["distill"] - seconds["student_sharedkd"]) / seconds["teacher_eager"]
+    assert found["ratios"]["added"]["median"] == pytest.approx(added, rel=1e-2, abs=1e-2)
+    assert found["ratios"].keys() >= {"distill/fgd", variant, "losses", "teacher", "over_plain"}
+    memory = found["memory_mb"]
+    assert memory.keys() == {"student", "student_sharedkd", "distill", "fgd", variant}
+    assert memory["distill"] > memory["student_sharedkd"] > 100
     assert found["efficiency"].keys() == {"student_sharedkd", "distill"}
-    assert found["memory"]["teacher_maps_mb"] == pytest.approx(
-        64 * 4 * sum(64 * 96 / s**2 for s in (4, 8, 16, 32)) / 2**20
-        + 64 * 4 * 2 / 2**20  # the level of stride 64
-    )
-    assert sum(found["operations"].values()) == pytest.approx(1)
-    assert min(found["operations"].values()) > 0  # also RoIAlign and matrix products
-    student_maps = sum(64 * 96 / s**2 for s in (4, 8, 16, 32)) * 64 * 4 / 2**20
-    assert found["memory"]["gradients_mb"] > student_maps
+    assert found["images"] == [[64, 96]] and found["teacher_precision"] == "float32"
     assert "overhead: " in done.stdout and "| distill" in done.stdout

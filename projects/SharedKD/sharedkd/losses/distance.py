@@ -19,7 +19,7 @@ __all__ = ["Distance", "DISTANCES", "NORMALIZATIONS"]
 EPS = 1e-6  # added to a variance: a constant map has a gradient of zero, not NaN
 # How many numbers of a map are read at a time: as many as stay in the cache with what is computed of
 # them.  On a GPU, enough for all of it.
-CPU_BLOCK, GPU_BLOCK = 2**20, 2**24
+CPU_BLOCK, GPU_BLOCK = 2**17, 2**24
 
 
 def _mean(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ def has_bfloat16() -> bool:
 def trains_channels_last() -> bool:
     """Whether a training step is faster here with channels last in memory.
 
-    With AVX2 alone it is not: a convolution's gradient by its weight takes longer that way.  The rows
-    ``train.channels_last`` of docs/performance.md have both.
+    With AVX2 alone it is not: a convolution's gradient by its weight takes longer that way.
+    ``tools/benchmark.py --variant train.channels_last=False`` measures it.
     """
     return torch.backends.cpu.get_cpu_capability() != "AVX2"

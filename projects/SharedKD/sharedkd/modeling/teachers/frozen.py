@@ -305,7 +305,8 @@ class FrozenTeacher(Teacher):
             of its own backbone's.
         """
         model = self.model
-        images = [x["image"].to(model.pixel_mean.device) for x in batched_inputs]
+        device = model.pixel_mean.device  # a copy to a GPU does not wait for what that computes
+        images = [x["image"].to(device, non_blocking=True) for x in batched_inputs]
         if input_format != self.input_format:
             images = [x.flip(0) for x in images]
         images = [(x - model.pixel_mean) / model.pixel_std for x in images]
