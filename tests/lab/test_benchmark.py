@@ -96,7 +96,10 @@ def test_growth_of_images_pixels_and_levels(monkeypatch):
     found = benchmark.growth(Benchmark(cfg, {}, 64, 1), rounds=1)
     assert [x["overhead"] for x in found] == [2.0] * 6
     assert [x["levels"] for x in found] == [5, 5, 5, 2, 3, 4]
-    assert seen == [*((64, 1, None), (64, 2, None), (96, 1, None)), *((64, 1, n) for n in (2, 3, 4))]
+    assert seen == [
+        *((64, 1, None), (64, 2, None), (96, 1, None)),
+        *((64, 1, n) for n in (2, 3, 4)),
+    ]
 
 
 def test_a_plain_detector_is_no_pair():

@@ -368,7 +368,13 @@ def efficiency(
 
 
 def _in_group(
-    rank: int, world: int, store: str, cfg: DictConfig, image_size: int, batch_size: int, rounds: int
+    rank: int,
+    world: int,
+    store: str,
+    cfg: DictConfig,
+    image_size: int,
+    batch_size: int,
+    rounds: int,
 ) -> Dict[str, float]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store, world_size=world, rank=rank)
