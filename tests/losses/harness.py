@@ -108,7 +108,7 @@ def total(terms):
 def leaves(levels):
     """The same maps by tap as leaves that collect gradients."""
     return {
-        tap: {s: x.clone().requires_grad_() for s, x in found.items()}
+        tap: {s: x.detach().clone().requires_grad_() for s, x in found.items()}
         for tap, found in levels.items()
     }
 

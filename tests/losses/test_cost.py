@@ -1,5 +1,6 @@
 """Shared-KD's losses are at most 2 % of a training step, forward and backward."""
 
+from dataclasses import replace
 from time import perf_counter
 
 import pytest
@@ -20,26 +21,33 @@ def test_the_losses_share_of_a_step(config):
     records = [tiny.record(320, 320, seed=i) for i in range(2)]
     for x in records:  # of 80 classes, and no masks
         x["instances"].remove("gt_masks")
-    batches = []
+    given = []
     for loss in model.losses.values():
-        loss.register_forward_pre_hook(lambda module, args: batches.append((module, args[0])))
+        loss.register_forward_pre_hook(lambda module, args: given.append((module, args[0])))
 
     def step():
         model.zero_grad()
         with EventStorage(0):
             sum(model(records).values()).backward()
 
+    step()
+    batches = [
+        (
+            loss,
+            replace(batch, student=harness.leaves({t: batch.student[t].copy() for t in loss.taps})),
+        )
+        for loss, batch in given
+    ]
+    for loss in model.losses.values():
+        loss._forward_pre_hooks.clear()
+
     def losses():
-        for loss, batch in given:
-            batch.student = harness.leaves({t: batch.student[t] for t in loss.taps})
+        for loss, batch in batches:
+            for levels in batch.student.values():
+                for x in levels.values():
+                    x.grad = None
             sum(loss(batch).values()).backward()
 
-    step()
-    given = list(batches)
-    for _, batch in given:
-        batch.student = {
-            tap: {s: x.detach() for s, x in levels.items()} for tap, levels in batch.student.items()
-        }
     fastest = {}
     for _ in range(5):  # side by side, so that a busy machine slows down both
         for call in (step, losses):
@@ -47,4 +55,5 @@ def test_the_losses_share_of_a_step(config):
             call()
             spent = perf_counter() - start
             fastest[call] = min(spent, fastest.get(call, spent))
-    assert fastest[losses] <= 0.02 * fastest[step]
+    share = fastest[losses] / fastest[step]
+    assert share <= 0.02, f"{share:.1%}"
