@@ -81,6 +81,7 @@ def test_features(runs, workspace, tmp_path, capsys):
     assert {"gaps_fpn.png", "training_backbone.png", "maps_fpn_0.jpg"} <= set(record["pictures"])
 
 
+@pytest.mark.nightly
 def test_features_of_named_states(runs, tmp_path):
     """The plain student may be put beside the distilled one; equal weights have equal gaps."""
     final = runs / "sharedkd/model_final.pth"
@@ -153,7 +154,8 @@ def test_a_run_is_compared_with_the_models_beside_it(runs):
 
 def test_where_nothing_is_found_it_says_so(runs, tmp_path, capsys):
     (tmp_path / "side_by_side.jpg").touch()
-    assert tool("visualize_pair.py", runs, "--score-threshold", 1.01, "--output", tmp_path) is None
+    options = ["--models", f"plain={runs}/plain/model_final.pth", "--score-threshold", 1.01]
+    assert tool("visualize_pair.py", *options, "--output", tmp_path) is None
     said = capsys.readouterr().out
     assert "No detection reaches 1.01: lower --score-threshold." in said
     assert "ahead" not in said
