@@ -203,7 +203,7 @@ def test_any_maps_are_refused_or_have_finite_losses_and_gradients(kind):
     seen = Counter()
 
     @settings(
-        max_examples=25,
+        max_examples=20,
         derandomize=True,
         database=None,
         deadline=None,
@@ -226,7 +226,7 @@ def test_any_maps_are_refused_or_have_finite_losses_and_gradients(kind):
         seen["finite"] += 1
 
     check()
-    assert seen["finite"] >= 5, seen
+    assert seen["finite"] >= 4, seen
 
 
 # --- padding ---------------------------------------------------------------------------------
