@@ -41,7 +41,7 @@ def benchmark(args) -> Benchmark:
     cfg = load()
     methods = {name: with_method(cfg, name, RECIPES) for name in args.methods}
     variants = {override: load(override) for override in args.variant}
-    return Benchmark(cfg, methods, args.image_size, args.batch_size, variants)
+    return Benchmark(cfg, args.image_size, args.batch_size, methods, variants)
 
 
 if __name__ == "__main__":
@@ -91,8 +91,7 @@ if __name__ == "__main__":
         if args.growth:
             result["growth"] = growth(bench, args.rounds)
         if args.processes:
-            sizes = args.image_size, args.batch_size
-            result["efficiency"] = efficiency(bench.cfg, *sizes, args.processes, args.rounds)
+            result["efficiency"] = efficiency(bench, args.processes, args.rounds)
     except ConfigError as e:
         sys.exit(f"error: {e}")
     if args.json:

@@ -21,7 +21,7 @@ SETTINGS = ["train.device=cpu", "train.amp.enabled=False"]
 @pytest.fixture(scope="module")
 def bench():
     cfg = load_config(QUICKSTART, SETTINGS, without_data=True)
-    return Benchmark(cfg, {}, image_size=64, batch_size=1)
+    return Benchmark(cfg, image_size=64, batch_size=1)
 
 
 def test_arms_take_turns_and_each_round_begins_with_another(bench, monkeypatch):
@@ -61,7 +61,7 @@ def test_a_step_runs_every_loss_of_a_stage_that_starts_late_and_leaves_the_stude
     cfg = load_config(QUICKSTART, SETTINGS, without_data=True)
     for stage in ("identical", "cross"):
         cfg.model.stages[stage].start = 0.5
-    bench = Benchmark(cfg, {}, image_size=64, batch_size=1)
+    bench = Benchmark(cfg, image_size=64, batch_size=1)
     pair = bench._pair("distill")
     before = [p.clone() for p in bench.student.parameters()]
     calls = []
@@ -93,7 +93,7 @@ def test_growth_of_images_pixels_and_levels(monkeypatch):
 
     monkeypatch.setattr(Benchmark, "times", times)
     cfg = load_config(QUICKSTART, SETTINGS, without_data=True)
-    found = benchmark.growth(Benchmark(cfg, {}, 64, 1), rounds=1)
+    found = benchmark.growth(Benchmark(cfg, 64, 1), rounds=1)
     assert [x["overhead"] for x in found] == [2.0] * 6
     assert [x["levels"] for x in found] == [5, 5, 5, 2, 3, 4]
     assert seen == [
@@ -105,7 +105,7 @@ def test_growth_of_images_pixels_and_levels(monkeypatch):
 def test_a_plain_detector_is_no_pair():
     cfg = load_config(str(tiny.ROOT / "configs/quickstart/plain.py"), SETTINGS, without_data=True)
     with pytest.raises(ConfigError, match="use a pair's config"):
-        Benchmark(cfg, {}, 64, 1)
+        Benchmark(cfg, 64, 1)
 
 
 @pytest.mark.nightly

@@ -133,7 +133,8 @@ def blocks(x):
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
-def test_blocks_follow_the_size_of_a_map_and_its_layout():
+def test_blocks_follow_the_size_of_a_map_and_its_layout(monkeypatch):
+    read_in_blocks_of(2**20, monkeypatch)
     for layout in LAYOUTS:
         small = torch.zeros(2, 64, 90, 90).contiguous(memory_format=layout).flatten(2)
         assert blocks(small) == [small.numel()]

@@ -6,7 +6,6 @@ of them down alike, and ratios are taken within a round.  Weights are random: ti
 
 import itertools
 import multiprocessing as mp
-import os
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -39,6 +38,7 @@ __all__ = ["Benchmark", "efficiency", "growth", "measure"]
 OBJECTS = 8  # per image, of random places and sizes
 WARM_UP = 2  # rounds that are not counted
 FOREVER = 10**9
+NOTHING: Mapping[str, DictConfig] = MappingProxyType({})
 PLAIN = ("student", "teacher_eager", "student_sharedkd", "teacher")
 
 Arm = Callable[[], object]
@@ -59,9 +59,9 @@ class Benchmark:
 
     Args:
         cfg: of a pair, see :func:`~sharedkd.config.load.load_config`.
-        methods: name -> config of the same pair with another method.
         image_size: shorter side of the images in pixels; the longer one is 4/3 of it.
         batch_size: images a step.
+        methods: name -> config of the same pair with another method.
         variants: name -> config of the same pair with another setting.
 
     Raises:
@@ -71,10 +71,10 @@ class Benchmark:
     def __init__(
         self,
         cfg: DictConfig,
-        methods: Mapping[str, DictConfig],
         image_size: int,
         batch_size: int,
-        variants: Mapping[str, DictConfig] = MappingProxyType({}),
+        methods: Mapping[str, DictConfig] = NOTHING,
+        variants: Mapping[str, DictConfig] = NOTHING,
     ):
         if cfg.model.get("student") is None or cfg.model.get("teacher") is None:
             raise ConfigError(
@@ -108,7 +108,7 @@ class Benchmark:
             taps = frozenset({"fpn"})
             return lambda: self.teacher.features(self.records, taps, self.teacher.input_format)
         if name in self.variants:
-            return Benchmark(self.variants[name], {}, *self.size).arm("distill")
+            return Benchmark(self.variants[name], *self.size).arm("distill")
         if name.startswith("losses/"):
             return self._losses(self._pair(name.partition("/")[2]))
         return self._step(self._pair(name))
@@ -246,13 +246,24 @@ class Benchmark:
     def peak_mb(self, name: str, starts: int = 1) -> float:
         """Peak memory of a step, the median of ``starts`` processes of its own."""
         cfg = {**self.methods, **self.variants}.get(name, self.cfg)
-        arm = name if name in PLAIN else "distill"
-        found = []
-        for _ in range(starts):
-            with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
-                work = pool.submit(_peak, torch.get_num_threads(), arm, cfg, *self.size)
-                found.append(work.result())
-        return median(found)
+        work = torch.get_num_threads(), name if name in PLAIN else "distill", cfg, *self.size
+        return median(_in_processes(1, _peak, *work)[0] for _ in range(starts))
+
+
+def _in_processes(count: int, function: Callable[..., Any], *work: Any) -> List[Any]:
+    """What ``function`` returns in new processes; each gets its rank and ``work``."""
+    with ProcessPoolExecutor(count, mp.get_context("spawn")) as pool:
+        return [x.result() for x in [pool.submit(function, rank, *work) for rank in range(count)]]
+
+
+def _peak(
+    rank: int, threads: int, arm: str, cfg: DictConfig, image_size: int, batch_size: int
+) -> float:
+    torch.set_num_threads(threads)
+    run = Benchmark(cfg, image_size, batch_size).arm(arm)
+    run()
+    run()  # from the second step on there is what the optimizer keeps
+    return peak_memory_mb()
 
 
 def ratio(seconds: Seconds, over: str, *under: str, minus: str = "") -> Dict[str, float]:
@@ -308,11 +319,7 @@ def measure(bench: Benchmark, rounds: int, starts: int = 3) -> Dict[str, Any]:
 
 
 def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
-    """``overhead`` with twice the images, twice the pixels, and with fewer levels.
-
-    Args:
-        bench: of the first case; its other methods and variants are left out.
-        rounds: of each case.
+    """``overhead`` of the pair with twice the images, twice the pixels, and with fewer levels.
 
     Returns:
         of each case ``image_size``, ``batch_size``, ``levels`` and ``overhead``.
@@ -328,42 +335,26 @@ def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
         for stage in cfg.model.stages.values():
             if strides != levels and isinstance(stage, DictConfig) and "strides" in stage.loss:
                 stage.loss.strides = strides
-        seconds = Benchmark(cfg, {}, size, count).times(
-            ["student", "teacher_eager", "distill"], rounds
-        )
-        overhead = ratio(seconds, "distill", "student", "teacher_eager")["median"]
-        case = dict(image_size=size, batch_size=count, levels=len(strides))
-        found.append({**case, "overhead": overhead})
+        arms = "distill", "student", "teacher_eager"
+        overhead = ratio(Benchmark(cfg, size, count).times(arms, rounds), *arms)["median"]
+        case = dict(image_size=size, batch_size=count, levels=len(strides), overhead=overhead)
+        found.append(case)
     return found
 
 
-def efficiency(
-    cfg: DictConfig, image_size: int, batch_size: int, processes: int, rounds: int
-) -> Dict[str, float]:
+def efficiency(bench: Benchmark, processes: int, rounds: int) -> Dict[str, float]:
     """A step of one process over a step of several with as many images each, by median.
 
     CPU processes over gloo, with one thread each.  1: sharing gradients costs nothing.
-
-    Args:
-        cfg, image_size, batch_size: see :class:`Benchmark`.
-        processes: how many are several.
-        rounds: of :meth:`Benchmark.times`.
 
     Returns:
         arm (student_sharedkd, distill) -> ratio.
     """
     seconds = []
     for world in (1, processes):
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            ProcessPoolExecutor(world, mp.get_context("spawn")) as pool,
-        ):
-            store = f"file://{os.path.join(folder, 'store')}"
-            work = [
-                pool.submit(_in_group, rank, world, store, cfg, image_size, batch_size, rounds)
-                for rank in range(world)
-            ]
-            seconds.append(work[0].result())
+        with tempfile.TemporaryDirectory() as folder:
+            work = world, f"file://{folder}/store", rounds, bench.cfg, *bench.size
+            seconds.append(_in_processes(world, _in_group, *work)[0])
     return {name: seconds[0][name] / seconds[1][name] for name in seconds[0]}
 
 
@@ -371,26 +362,17 @@ def _in_group(
     rank: int,
     world: int,
     store: str,
+    rounds: int,
     cfg: DictConfig,
     image_size: int,
     batch_size: int,
-    rounds: int,
 ) -> Dict[str, float]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store, world_size=world, rank=rank)
-    seconds = Benchmark(cfg, {}, image_size, batch_size).times(
-        ["student_sharedkd", "distill"], rounds
-    )
+    arms = "student_sharedkd", "distill"
+    seconds = Benchmark(cfg, image_size, batch_size).times(arms, rounds)
     dist.destroy_process_group()
     return {name: median(each) for name, each in seconds.items()}
-
-
-def _peak(threads: int, arm: str, cfg: DictConfig, image_size: int, batch_size: int) -> float:
-    torch.set_num_threads(threads)
-    run = Benchmark(cfg, {}, image_size, batch_size).arm(arm)
-    run()
-    run()  # from the second step on there is what the optimizer keeps
-    return peak_memory_mb()
 
 
 def _one_step(trainer: SimpleTrainer, iteration: int) -> None:
