@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from sharedkd.config import load_config
-from sharedkd.errors import ConfigError
+from sharedkd.errors import SharedKDError
 from sharedkd.files import replace
 from sharedkd.lab.benchmark import Benchmark, efficiency, growth, measure
 from sharedkd.lab.performance import table
@@ -93,7 +93,7 @@ if __name__ == "__main__":
         if args.processes:
             sizes = args.image_size, args.batch_size
             result["efficiency"] = efficiency(bench.cfg, *sizes, args.processes, args.rounds)
-    except ConfigError as e:
+    except SharedKDError as e:
         sys.exit(f"error: {e}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

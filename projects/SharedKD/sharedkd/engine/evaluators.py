@@ -1,13 +1,9 @@
 """Evaluators whose files a full disk may refuse."""
 
-import copy
-import os
-import tempfile
-from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional
+from typing import Any, Callable, ContextManager, Dict, List, Optional
 
 from detectron2.config import instantiate
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 from omegaconf import ListConfig
 
 from sharedkd.files import disk_errors
@@ -17,47 +13,21 @@ __all__ = ["Handled", "build_evaluators"]
 #: Takes what is written, and is the context that decides what becomes of a disk's refusal.
 Handled = Callable[[str], ContextManager]
 
-ROOM = 2**20  # bytes: a disk without them is full
-
 
 def build_evaluators(nodes: Any, handled: Handled) -> List[DatasetEvaluator]:
     """The evaluators of ``nodes``, the config's ``dataloader.evaluator``: one or a list of them.
 
-    One with an ``output_dir`` that cannot be written to gives its metrics without its files, if
-    ``handled`` lets it.  Detectron2 writes in between: a disk that fills up only then takes the metrics
-    with it.
-
-    Raises:
-        whatever ``handled`` makes of an OSError.
+    One whose files cannot be written has no metrics, if ``handled`` does not raise.
     """
-    return [_build(x, handled) for x in (nodes if isinstance(nodes, ListConfig) else [nodes])]
-
-
-def _build(node: Any, handled: Handled) -> DatasetEvaluator:
-    folder = node.get("output_dir") if isinstance(node, Mapping) else None
-    if not folder:
-        return instantiate(node)
-    what = f"the evaluator's results in {folder}"
-    with handled(what):
-        if comm.is_main_process():  # no other one writes
-            _try_to_write(folder)
-        return _Guarded(instantiate(node), handled, what)
-    node = copy.deepcopy(node)
-    node.output_dir = None
-    return instantiate(node)
-
-
-def _try_to_write(folder: str) -> None:
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as f:
-        f.write(bytes(ROOM))
+    nodes = nodes if isinstance(nodes, ListConfig) else [nodes]
+    return [_Guarded(instantiate(node), handled) for node in nodes]
 
 
 class _Guarded(DatasetEvaluator):
-    """Gives no metrics where the disk refuses its files, if ``handled`` lets it."""
+    """Lets ``handled`` decide what becomes of an OSError; all else is as in ``evaluator``."""
 
-    def __init__(self, evaluator: DatasetEvaluator, handled: Handled, what: str):
-        self.evaluator, self.handled, self.what = evaluator, handled, what
+    def __init__(self, evaluator: DatasetEvaluator, handled: Handled):
+        self.evaluator, self.handled = evaluator, handled
 
     def reset(self) -> None:
         self.evaluator.reset()
@@ -66,6 +36,6 @@ class _Guarded(DatasetEvaluator):
         self.evaluator.process(inputs, outputs)
 
     def evaluate(self) -> Optional[Dict[str, Any]]:
-        with self.handled(self.what), disk_errors():
+        with self.handled("an evaluator's results"), disk_errors():
             return self.evaluator.evaluate()
         return {}

@@ -17,7 +17,7 @@ from detectron2.engine import TrainerBase
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
-from sharedkd.errors import ConfigError, DataError, NonFiniteLossError
+from sharedkd.errors import ConfigError, DataError, SharedKDError
 
 from .interrupt import forward_signals, interruptible
 
@@ -31,8 +31,8 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
 
     Under ``torchrun`` this process joins the group it finds in the environment.  Otherwise
     ``--num-gpus`` processes are started on this machine: one per GPU, or CPU processes over gloo
-    where there is no GPU (Detectron2 0.6 cannot do that).  A ConfigError or NonFiniteLossError ends
-    the program with one line and exit status 1.
+    where there is no GPU (Detectron2 0.6 cannot do that).  A SharedKDError ends the
+    program with one line and exit status 1.
 
     Args:
         main: a function that a new process can import; what it returns is lost.
@@ -70,7 +70,7 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
                 )
     except mp.ProcessExitedException as e:  # the process itself has said why
         sys.exit(e.exit_code if e.exit_code >= 0 else 128 - e.exit_code)
-    except ConfigError as e:
+    except SharedKDError as e:
         _say_and_exit(e)
 
 
@@ -99,14 +99,14 @@ def _guarded(main: Callable[[Namespace], Any], args: Namespace) -> None:
     try:
         with interruptible("nothing is to be saved yet"):
             main(args)
-    except (ConfigError, NonFiniteLossError) as e:
+    except SharedKDError as e:
         _say_and_exit(e)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
     """For the log of Detectron2's training loop: an error that says it all in a line has just that."""
     error = record.exc_info and record.exc_info[1]
-    if isinstance(error, (ConfigError, NonFiniteLossError)):
+    if isinstance(error, SharedKDError):
         record.msg, record.args, record.exc_info = f"Training stops: {error}", (), None
     return True
 

@@ -20,27 +20,28 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from sharedkd.config import load_config, student_only
-from sharedkd.engine.checkpoint import StudentCheckpointer
-from sharedkd.engine.hooks.cost import Cost
-from sharedkd.engine.hooks.metrics import Metrics
-from sharedkd.engine.hooks.record import FILE as RECORD
-from sharedkd.engine.hooks.record import RunRecord, origin
-from sharedkd.engine.hooks.shares import Watchdog
-from sharedkd.engine.hooks.writers import open_writers
-from sharedkd.engine.parts import Parts, amp_dtype, assemble, check_output, losses_of
+from sharedkd.config.load import load
 from sharedkd.errors import Findings
 from sharedkd.files import remove_unfinished
 from sharedkd.modeling.detectors import num_classes
 from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
 
-from .checkpoint import Checkpoints, SaveErrors, quiet, written
+from .checkpoint import Checkpoints, SaveErrors, StudentCheckpointer, quiet, written
+from .checks import check_output
 from .evaluators import Handled, build_evaluators
+from .hooks.cost import Cost
+from .hooks.metrics import Metrics
+from .hooks.record import FILE as RECORD
+from .hooks.record import RunRecord, origin
+from .hooks.shares import Watchdog
+from .hooks.writers import open_writers
 from .interrupt import StopRequest
 from .lock import locked
 from .overview import advise, as_text, describe
+from .parts import Parts, amp_dtype, assemble, losses_of
 from .progress import live_log
 from .resume import FinishStep, config_kept, latest_checkpoint
 from .trainer import SharedKDTrainer
@@ -71,11 +72,10 @@ def run(args: Namespace) -> Dict[str, Any]:
     """
     with ExitStack() as held, _log_later() as log_opens:
         findings = Findings()
-        cfg = findings.step(load_config, args.config_file, args.opts, findings=findings)
-        if args.eval_only:
-            cfg = findings.step(student_only, cfg)
-        parts = findings.step(assemble, cfg, args.eval_only, args.resume, findings=findings)
+        loaded = findings.step(load, args.config_file, args.opts, findings=findings)
+        parts = findings.step(assemble, loaded, args.eval_only, args.resume, findings=findings)
         findings.raise_errors()
+        cfg = parts.cfg
         model, resuming = parts.model, parts.resuming
         if args.eval_only:
             # Not a run's own folder, whose config.yaml says how it was trained, nor one of several runs.
@@ -99,7 +99,7 @@ def run(args: Namespace) -> Dict[str, Any]:
         if args.eval_only:
             return evaluate(cfg, model)
         if comm.is_main_process():
-            _say(cfg, parts, findings)
+            _say(parts, findings)
         return train(cfg, trainer, checkpoint, origin(args))
 
 
@@ -127,10 +127,10 @@ def _raise_disk_error(record: logging.LogRecord) -> bool:
     return True
 
 
-def _say(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
+def _say(parts: Parts, findings: Findings) -> None:
     """Log what will be trained, and what about it may not be meant."""
-    advise(cfg, parts, findings)
-    logger.info("The run:\n" + as_text(describe(cfg, parts, findings)))
+    advise(parts, findings)
+    logger.info("The run:\n" + as_text(describe(parts)))
     for warning in findings.warnings:
         logger.warning(str(warning))
 
@@ -255,7 +255,8 @@ def train(
         start = trainer.iter + 1
         trainer.data_loader.first_batch = start * cfg.train.accumulate
     elif cfg.train.eval_teacher:
-        evaluate_teacher(cfg, module, errors.handled)
+        for name in getattr(module, "sources", {}):
+            evaluate_teacher(cfg, module, errors.handled, name)
     with stop:
         trainer.train(start, cfg.train.max_iter)
         checkpoints.finish()
@@ -316,11 +317,20 @@ def first_records(records: List[Dict[str, Any]], count: int) -> List[Dict[str, A
 
 
 def evaluate_teacher(
-    cfg: DictConfig, model: nn.Module, handled: Optional[Handled] = None
+    cfg: DictConfig,
+    model: nn.Module,
+    handled: Optional[Handled] = None,
+    name: Optional[str] = None,
 ) -> Dict[str, Any]:
-    """Evaluate the teacher on the student's validation data, and log its results."""
-    teacher = getattr(model, "teacher", None)
-    if teacher is None:
+    """Evaluate a teacher of ``model`` on the student's validation data, and log its results.
+
+    Args:
+        cfg, handled: see :func:`evaluate`.
+        model: a pair; of a plain detector there is nothing to evaluate.
+        name: of the teacher; None: ``model.teacher``.
+    """
+    teacher = getattr(model, "sources", {}).get(name)
+    if not isinstance(teacher, FrozenTeacher):
         return {}
     ours, theirs = num_classes(model.student), num_classes(teacher.model)
     if ours != theirs:
@@ -329,7 +339,8 @@ def evaluate_teacher(
             "cannot be evaluated here"
         )
         return {}
-    logger.info("The teacher's results, before the first iteration:")
+    who = "teacher" if name is None else f"teacher {name}"
+    logger.info(f"The {who}'s results, before the first iteration:")
     return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format), handled)
 
 

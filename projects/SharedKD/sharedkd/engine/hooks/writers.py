@@ -12,7 +12,6 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from sharedkd.config.plain import leaves, read_plain
 
 __all__ = [
-    "WRITERS",
     "MLflowWriter",
     "ServiceWriter",
     "WandbWriter",
@@ -27,12 +26,13 @@ def open_writers(names: Sequence[str], folder: str, first: int, window: int) -> 
     """The writers of these names.
 
     Args:
-        names: keys of :data:`WRITERS`.
+        names: some of :data:`~sharedkd.config.defaults.WRITERS`.
         folder: the run's output folder, with its config.yaml.
         first: the first iteration that will be logged; above 0 a resumed run goes on.
         window: values of which the median is logged.
     """
-    return [WRITERS[name](folder, first > 0, window) for name in names]
+    writers = {"wandb": WandbWriter, "mlflow": MLflowWriter}
+    return [writers[name](folder, first > 0, window) for name in names]
 
 
 class ServiceWriter(EventWriter):
@@ -121,6 +121,3 @@ class MLflowWriter(ServiceWriter):
 
     def close(self) -> None:
         self.service.end_run()
-
-
-WRITERS = {writer.package: writer for writer in (WandbWriter, MLflowWriter)}
