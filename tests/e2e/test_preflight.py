@@ -267,7 +267,7 @@ def test_warnings_do_not_stop_a_run(good, tmp_path, key):
 @pytest.mark.parametrize("key", ["train.amp.enabled", "model.teacher.precision"])
 @pytest.mark.parametrize("there", [True, False])
 def test_bfloat16_on_a_cpu_without_it_is_warned_of(good, tmp_path, monkeypatch, key, there):
-    monkeypatch.setattr("sharedkd.engine.overview.has_bfloat16", lambda: there)
+    monkeypatch.setattr("sharedkd.engine.advice.has_bfloat16", lambda: there)
     value = {"train.amp.enabled": "True", "model.teacher.precision": "bfloat16"}[key]
     overrides = [f"train.output_dir={tmp_path}/run", f"{key}={value}", "train.device=cpu"]
     found = preflight(good["pair"], overrides, measure=False)

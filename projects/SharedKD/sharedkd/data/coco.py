@@ -143,8 +143,8 @@ def check_coco(
         categories={} if categories is FAILED else categories,
         refused=bool(own.errors),
     )
-    for found in own.errors:
-        findings.add(found)
+    for each in own.errors:
+        findings.add(each)
     return summary
 
 

@@ -1,147 +1,96 @@
-"""What a run will be, in numbers and as text, and what about it is probably not meant."""
+"""What a run will be, in numbers and as text."""
 
 import re
 from dataclasses import asdict, dataclass, field
 from math import lcm
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import torch
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.utils import comm
-from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 from torch import nn
 
 from sharedkd.data.coco import CocoSummary
-from sharedkd.errors import FAILED, Findings
+from sharedkd.errors import FAILED
 from sharedkd.modeling.detectors import count_parameters, num_classes
-from sharedkd.modeling.hardware import has_bfloat16
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers import Teacher
 
 from .hooks.cost import in_words
-from .parts import Parts, losses_of
+from .parts import Parts, images_per_step, losses_of
 
-__all__ = ["Detector", "Level", "Measured", "Overview", "StageRow", "advise", "as_text", "describe"]
-
-#: Detectron2's own schedules: SGD with 0.02 for 16 images.  Twice as much per image is suspicious.
-SGD_LR_PER_IMAGE, SUSPICIOUS = 0.02 / 16, 2.0
-#: How many times as long a pass in bfloat16 takes on a CPU without the instructions, about.
-BFLOAT16_SLOWDOWN = 10
+__all__ = ["Detector", "Level", "Measured", "Overview", "StageRow", "as_text", "describe"]
 
 
 @dataclass
 class Detector:
-    """A detector in words and numbers.
+    """A detector in words and numbers."""
 
-    Args:
-        family: its name as people call it.
-        backbone: its bottom-up network.
-        parameters: how many numbers its parameters hold.
-        classes: how many it tells apart; None: unknown.
-        masks: whether it predicts masks.
-        weights: where they come from.
-        name: the config of a teacher.
-    """
-
-    family: str
+    family: str  # its name as people call it
     backbone: str
     parameters: int
-    classes: Optional[int]
-    masks: bool
-    weights: str
-    name: str = ""
+    classes: Optional[int]  # None: it does not say
+    masks: bool  # whether it predicts them
+    weights: str  # where they come from
+    name: str = ""  # a teacher's config
 
 
 @dataclass
 class Level:
-    """Maps of one tap and stride.
-
-    Args:
-        tap, stride: where they are taken.
-        student_channels, teacher_channels: None: there is no such map.
-        map_size: height and width for the first image; None: unknown.
-        aligned: stage -> how it makes the maps comparable.
-        teachers: name of a further teacher -> its channels.
-    """
+    """The maps of one tap and stride; None stands for what is not there or not known."""
 
     tap: str
     stride: int
     student_channels: Optional[int]
     teacher_channels: Optional[int]
-    map_size: Optional[Tuple[int, int]]
-    aligned: Dict[str, str]
-    teachers: Dict[str, Optional[int]] = field(default_factory=dict)
+    teachers: Dict[str, Optional[int]]  # the channels of the further teachers
+    map_size: Optional[Tuple[int, int]]  # (height, width), of the first image
+    aligned: Dict[str, str]  # stage -> how it makes the maps comparable
 
 
 @dataclass
 class StageRow:
-    """A stage, with its schedule in iterations.
-
-    Args:
-        stage: its name.
-        loss: its loss's class.
-        taps, strides: of the maps that it compares.
-        weight, relative: see :class:`~sharedkd.modeling.stages.Stage`.
-        start, end: the first iteration that uses it, and the first that no longer does.
-        ramp: over how many iterations its weight grows.
-        parameters: how many the loss has.
-        teacher: the name of its source of maps; None: ``model.teacher``.
-    """
+    """A stage, with its schedule in iterations."""
 
     stage: str
     loss: str
+    teacher: Optional[str]  # the name of its source of maps
     taps: List[str]
     strides: List[int]
     weight: float
     relative: bool
-    start: int
+    start: int  # the first iteration that uses it
     ramp: int
-    end: int
+    end: int  # the first one that no longer does; 0: none uses it
     parameters: int
-    teacher: Optional[str] = None
 
 
 @dataclass
 class Measured:
-    """What training steps cost here: seconds, and the peak memory of this process or its GPU."""
+    """What training steps take here, without evaluations."""
 
     seconds_per_step: float
     total_seconds: float
-    peak_memory_mb: float
+    peak_memory_mb: float  # of this process or its GPU
 
 
 @dataclass
 class Overview:
-    """What is known of a run, as far as it could be built.
-
-    Args:
-        output_dir, device, max_iter: of ``train``.
-        images_per_step: of all processes together.
-        image_size: height and width of the first image as the student gets it, in pixels.
-        processes: how many train.
-        data: ``train`` and ``test`` -> counts of their annotations.
-        disk: see :func:`~sharedkd.engine.disk.check_disk`.
-        student, teacher: None if there is none, or if it could not be built.
-        teachers: the further ones, by name.
-        levels: the maps that stages may use.
-        stages: the stages.
-        measured: None: not measured.
-    """
+    """What is known of a run; None stands for what is not there or could not be built."""
 
     output_dir: str
     device: str
     max_iter: int
-    images_per_step: Optional[int]
-    image_size: Optional[Tuple[int, int]]
+    images_per_step: Optional[int]  # of all processes
+    image_size: Optional[Tuple[int, int]]  # (height, width) of the first image for the student
     processes: int
-    data: Dict[str, Dict[str, Any]]
-    disk: Optional[Mapping[str, float]] = None
+    data: Dict[str, Dict[str, Any]]  # train and test -> counts
+    disk: Optional[Mapping[str, float]] = None  # see check_disk
     student: Optional[Detector] = None
     teacher: Optional[Detector] = None
-    teachers: Dict[str, Detector] = field(default_factory=dict)
+    teachers: Dict[str, Detector] = field(default_factory=dict)  # the further ones
     levels: List[Level] = field(default_factory=list)
     stages: List[StageRow] = field(default_factory=list)
     measured: Optional[Measured] = None
@@ -164,7 +113,7 @@ def describe(parts: Parts) -> Overview:
         output_dir=cfg.train.output_dir,
         device=cfg.train.device,
         max_iter=cfg.train.max_iter,
-        images_per_step=_images_per_step(cfg),
+        images_per_step=images_per_step(cfg),
         image_size=tuple(parts.sample["image"].shape[-2:]) if parts.sample else None,
         processes=comm.get_world_size(),
         data={split: _numbers(summaries) for split, summaries in readable.items() if summaries},
@@ -235,11 +184,6 @@ def _student_weights(parts: Parts) -> str:
     return words + (f", {len(parts.inherited)} tensors of the teacher" if parts.inherited else "")
 
 
-def _images_per_step(cfg: DictConfig) -> Optional[int]:
-    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
-    return batch * cfg.train.accumulate if isinstance(batch, int) else None
-
-
 def _numbers(summaries: Sequence[CocoSummary]) -> Dict[str, Any]:
     """The counts of some data sets together, and their classes."""
     names = ("images", "objects", "crowds", "empty_images", "broken_annotations", "unmasked")
@@ -271,7 +215,7 @@ def _levels(
                 if tap in stage.loss.taps and stride in stage.loss.strides
             }
             size = _map_size([student, *(x.detector for x in teachers.values())], sample, stride)
-            rows.append(Level(tap, stride, s, channels.pop(None, None), size, aligned, channels))
+            rows.append(Level(tap, stride, s, channels.pop(None, None), channels, size, aligned))
     return rows
 
 
@@ -291,6 +235,7 @@ def _stage(name: str, stage: Stage, max_iter: int) -> StageRow:
     return StageRow(
         stage=name,
         loss=type(stage.loss).__name__,
+        teacher=stage.teacher,
         taps=sorted(stage.loss.taps),
         strides=list(stage.loss.strides or []),
         weight=stage.weight,
@@ -299,116 +244,7 @@ def _stage(name: str, stage: Stage, max_iter: int) -> StageRow:
         ramp=round(stage.ramp * max_iter) if isinstance(stage.ramp, float) else stage.ramp,
         end=end,
         parameters=count_parameters(stage.loss),
-        teacher=stage.teacher,
     )
-
-
-# --- warnings -----------------------------------------------------------------------------------
-
-
-def advise(parts: Parts, findings: Findings) -> None:
-    """Warn of what works, and is probably not meant.
-
-    Args:
-        parts: see :func:`describe`.
-        findings: takes the warnings.
-    """
-    cfg, train, warn = parts.cfg, parts.cfg.train, findings.warn
-    if not parts.resuming and not train.init_checkpoint and not train.inherit:
-        fix = "set it to an ImageNet backbone or a detector if there is one"
-        warn("train.init_checkpoint", "''", "the student starts from random weights", fix)
-    if cfg.dataloader.get("evaluator") is None:
-        fix = "set it to a DatasetEvaluator"
-        warn("dataloader.evaluator", None, "nothing is evaluated", fix)
-    elif train.eval_period == 0:
-        fix = "set a number of iterations to follow the run"
-        warn("train.eval_period", 0, "the student is evaluated at the end alone", fix)
-    if train.checkpointer.period > train.max_iter and not train.fast_dev_run:
-        problem = f"there is no checkpoint before the end at {train.max_iter}"
-        fix = "set fewer iterations, or an interrupted run starts anew"
-        warn("train.checkpointer.period", train.checkpointer.period, problem, fix)
-    disk = parts.disk
-    if disk and disk["free_mb"] < disk["needed_mb"]:
-        problem = (
-            f"{disk['needed_mb']:.0f} MB of checkpoints on a disk with {disk['free_mb']:.0f} MB"
-        )
-        fix = "keep fewer by train.checkpointer.max_to_keep, or choose another disk"
-        warn("train.output_dir", train.output_dir, problem, fix)
-    _advise_precision(parts, findings)
-    _advise_optimizer(cfg, parts.optimizer, findings)
-    _advise_data(parts, findings)
-    if parts.model is not FAILED and losses_of(parts.model):
-        _advise_pair(parts, findings)
-
-
-def _key(name: Optional[str]) -> str:
-    """Where a teacher stands in the config."""
-    return "model.teacher" if name is None else f"model.teachers.{name}"
-
-
-def _advise_precision(parts: Parts, findings: Findings) -> None:
-    cfg = parts.cfg
-    if torch.device(cfg.train.device).type != "cpu" or has_bfloat16():
-        return
-    problem = (
-        f"this CPU has no instructions for bfloat16: about {BFLOAT16_SLOWDOWN} times as slow as "
-        "float32"
-    )
-    if cfg.train.amp.enabled and cfg.train.amp.dtype in (None, "bfloat16"):
-        findings.warn("train.amp.enabled", True, problem, "use train.amp.enabled=False")
-    for name, teacher in parts.teachers.items():
-        if getattr(teacher, "precision", None) == "bfloat16":
-            key = f"{_key(name)}.precision"
-            findings.warn(key, "bfloat16", problem, f"use {key}=float32")
-
-
-def _advise_optimizer(
-    cfg: DictConfig, optimizer: Optional[torch.optim.Optimizer], findings: Findings
-) -> None:
-    if not optimizer:
-        return
-    lr, name = max(group["lr"] for group in optimizer.param_groups), type(optimizer).__name__
-    images = _images_per_step(cfg)
-    if lr == 0:
-        findings.warn("optimizer.lr", lr, "nothing is learnt", "use a value above 0")
-    elif name == "SGD" and images and lr > SUSPICIOUS * SGD_LR_PER_IMAGE * images:
-        usual = SGD_LR_PER_IMAGE * images
-        problem = (
-            f"is high for SGD with {images} images a step; Detectron2's own schedules scale to"
-        )
-        findings.warn("optimizer.lr", lr, f"{problem} {usual:.2g}", f"use {usual:.2g} or so")
-
-
-def _advise_data(parts: Parts, findings: Findings) -> None:
-    train, test = parts.data.usable("train"), parts.data.usable("test")
-    for summary in test:
-        if summary.json_file in {x.json_file for x in train}:
-            problem = "is the training data, too: figures say nothing about other images"
-            fix = "use images held out of training"
-            findings.warn(summary.key, summary.json_file, problem, fix)
-
-
-def _advise_pair(parts: Parts, findings: Findings) -> None:
-    ours, max_iter = num_classes(parts.student), parts.cfg.train.max_iter
-    for name, teacher in parts.teachers.items():
-        theirs = None if teacher.detector is None else num_classes(teacher.detector)
-        if theirs not in (None, ours):
-            problem = f"The teacher has {theirs} classes, the student {ours}: the teacher's head is unused"
-            fix = "its feature maps are what counts"
-            findings.warn(f"{_key(name)}.config", _teacher(teacher).name, problem, fix)
-        if getattr(teacher, "weights", None) == "":
-            fix = "set it to a trained detector's weights"
-            findings.warn(f"{_key(name)}.weights", "''", "the teacher is not trained", fix)
-    for name, stage in parts.model.stages.items():
-        key, row = f"model.stages.{name}", _stage(name, stage, max_iter)
-        if row.start == row.end:
-            problem = f"never begins within train.max_iter={max_iter}"
-            findings.warn(f"{key}.start", stage.start, problem, "start earlier or train longer")
-        elif row.ramp > row.end - row.start:
-            problem = (
-                f"does not reach its full weight: it is on for {row.end - row.start} iterations"
-            )
-            findings.warn(f"{key}.ramp", stage.ramp, problem, "use a shorter ramp")
 
 
 # --- text ---------------------------------------------------------------------------------------

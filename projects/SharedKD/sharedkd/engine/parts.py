@@ -47,6 +47,7 @@ __all__ = [
     "amp_dtype",
     "assemble",
     "build",
+    "images_per_step",
     "losses_of",
     "memory_layout",
     "rewire",
@@ -342,7 +343,7 @@ def rewire(cfg: DictConfig, student: nn.Module) -> None:
     By its ``activation_checkpointing`` and ``compile``.
 
     Raises:
-        ConfigError: the last two exclude each other; see also
+        ConfigError: the two exclude each other; see also
             :func:`~sharedkd.modeling.backbones.recompute_blocks`.
     """
     if cfg.train.activation_checkpointing and cfg.train.compile:
@@ -353,6 +354,12 @@ def rewire(cfg: DictConfig, student: nn.Module) -> None:
         logger.info(f"{recompute_blocks(student)} blocks of the student keep no activations")
     if cfg.train.compile:
         compile_backbone(student)
+
+
+def images_per_step(cfg: DictConfig) -> Optional[int]:
+    """How many images all processes together train on in a step; None: the loader does not say."""
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    return batch * cfg.train.accumulate if isinstance(batch, int) else None
 
 
 def losses_of(model: nn.Module) -> nn.Module:

@@ -29,6 +29,7 @@ from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
 
+from .advice import advise
 from .checkpoint import Checkpoints, SaveErrors, StudentCheckpointer, quiet, written
 from .checks import check_output
 from .evaluators import Handled, build_evaluators
@@ -40,7 +41,7 @@ from .hooks.shares import Watchdog
 from .hooks.writers import open_writers
 from .interrupt import StopRequest
 from .lock import locked
-from .overview import advise, as_text, describe
+from .overview import as_text, describe
 from .parts import Parts, amp_dtype, assemble, losses_of
 from .progress import live_log
 from .resume import FinishStep, config_kept, latest_checkpoint
@@ -129,9 +130,8 @@ def _raise_disk_error(record: logging.LogRecord) -> bool:
 
 def _say(parts: Parts, findings: Findings) -> None:
     """Log what will be trained, and what about it may not be meant."""
-    advise(parts, findings)
     logger.info("The run:\n" + as_text(describe(parts)))
-    for warning in findings.warnings:
+    for warning in (*findings.warnings, *advise(parts)):
         logger.warning(str(warning))
 
 

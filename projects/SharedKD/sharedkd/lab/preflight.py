@@ -13,9 +13,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from sharedkd.config.load import load
+from sharedkd.engine.advice import advise
 from sharedkd.engine.hooks.cost import STEPS
 from sharedkd.engine.hooks.record import peak_memory_mb
-from sharedkd.engine.overview import Measured, Overview, advise, as_text, describe
+from sharedkd.engine.overview import Measured, Overview, as_text, describe
 from sharedkd.engine.parts import Parts, assemble, losses_of
 from sharedkd.engine.run import build_trainer
 from sharedkd.errors import FAILED, Findings, NonFiniteLossError, RunError, SharedKDError
@@ -72,7 +73,7 @@ def preflight(
         loaded = findings.step(load, config_file, overrides, findings=findings)
         parts = findings.step(assemble, loaded, False, resume, findings=findings)
         if parts is not FAILED:
-            advise(parts, findings)
+            findings.warnings += advise(parts)
             overview = describe(parts)
             if measure and not findings.errors:
                 overview.measured = findings.step(_measure, parts) or None
