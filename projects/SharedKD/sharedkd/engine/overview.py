@@ -133,8 +133,8 @@ def describe(parts: Parts) -> Overview:
 
 def _detector(model: nn.Module, weights: str, name: str = "") -> Detector:
     return Detector(
-        family=family(model),
-        backbone=backbone(model),
+        family=_family(model),
+        backbone=_backbone(model),
         parameters=count_parameters(model),
         classes=num_classes(model),
         masks=bool(getattr(getattr(model, "roi_heads", None), "mask_on", False)),
@@ -154,7 +154,7 @@ def _teacher(teacher: Teacher) -> Detector:
     return _detector(teacher.detector, weights or "none, it is not trained", name)
 
 
-def family(model: nn.Module) -> str:
+def _family(model: nn.Module) -> str:
     """A detector's name as people call it."""
     heads = getattr(model, "roi_heads", None)
     if heads is None:
@@ -164,7 +164,7 @@ def family(model: nn.Module) -> str:
     return f"{'Cascade ' if cascade else ''}{kind}R-CNN"
 
 
-def backbone(model: nn.Module) -> str:
+def _backbone(model: nn.Module) -> str:
     """The bottom-up network's name; of a ResNet with its depth."""
     network = getattr(model.backbone, "bottom_up", model.backbone)
     name = type(network).__name__
