@@ -76,14 +76,13 @@ def load(
         findings.step(override, cfg, text, path)
     _check_groups(cfg, path)
     _refuse_gone(cfg, findings)
-    _settle(cfg, "train", Train, TRAIN_DEFAULTS, findings)
+    _settle(cfg, findings)
     if cfg.train.fast_dev_run:
         _shorten(cfg)
     if cfg.model.get("student") is not None and OmegaConf.select(cfg, IMAGE_FORMAT) is not None:
         cfg.model.setdefault("input_format", f"${{{IMAGE_FORMAT}}}")
     data = {}
     if "data" in cfg:
-        _settle(cfg, "data", Data, DATA_DEFAULTS, findings)
         if without_data:
             cfg.data.num_classes = cfg.data.num_classes or 80
         else:
@@ -155,19 +154,21 @@ def _refuse_gone(cfg: DictConfig, findings: Findings) -> None:
             del node[name]
 
 
-def _settle(
-    cfg: DictConfig, key: str, structure: type, defaults: Dict[str, Any], findings: Findings
-) -> None:
-    """Give the group ``key`` of ``cfg`` the types and defaults of ``structure``."""
-    given = cfg.get(key, {})
-    if isinstance(given, DictConfig):
-        for name in missing_keys(given):
-            findings.add(not_set(f"{key}.{name}"))
-        # Values may refer to keys that are not given.
-        known = OmegaConf.create(defaults, flags={"allow_objects": True})
-        cfg[key] = OmegaConf.merge(known, given)
-        given = cfg[key]
-    cfg[key] = OmegaConf.create(settle(structure, given, key, findings))
+def _settle(cfg: DictConfig, findings: Findings) -> None:
+    """Give the groups `train` and `data` of ``cfg`` their types and defaults."""
+    groups = {"train": (Train, TRAIN_DEFAULTS)}
+    if "data" in cfg:
+        groups["data"] = (Data, DATA_DEFAULTS)
+    objects = {"allow_objects": True}
+    for key, (_, defaults) in groups.items():  # before values that may refer to them are read
+        given = cfg.setdefault(key, {})
+        if isinstance(given, DictConfig):
+            for name in missing_keys(given):
+                findings.add(not_set(f"{key}.{name}"))
+            cfg[key] = OmegaConf.merge(OmegaConf.create(defaults, flags=objects), given)
+    for key, (structure, _) in groups.items():
+        settled = settle(structure, cfg[key], key, findings)
+        cfg[key] = OmegaConf.create(settled, flags=objects)
 
 
 def _shorten(cfg: DictConfig) -> None:
