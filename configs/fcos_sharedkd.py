@@ -1,4 +1,4 @@
-"""FCOS R101 -> R50, 2x; train the teacher first, by configs/teachers/fcos_r101.py."""
+"""FCOS R101 -> R50, 2x; train the teacher first, see its config: the model zoo has no weights."""
 
 from pathlib import Path
 

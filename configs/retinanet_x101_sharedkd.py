@@ -1,4 +1,4 @@
-"""RetinaNet X101 -> R50, 2x, as in the published weight study; train the teacher first."""
+"""RetinaNet X101 -> R50, 2x: the published weight study; train the teacher first, see its config."""
 
 from pathlib import Path
 

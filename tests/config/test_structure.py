@@ -7,72 +7,86 @@ from omegaconf import OmegaConf
 
 from sharedkd import ConfigError
 from sharedkd.config import load_config
-from sharedkd.config.defaults import Train
+from sharedkd.config.defaults import Data, Train
 from sharedkd.config.structure import settle
 from sharedkd.errors import Findings
 
-CONFIG = str(tiny.ROOT / "configs/custom_coco.py")
 
-CONVERTED = {
-    "train.max_iter=1e3": 1000,
-    "train.max_iter='10'": 10,
-    "train.max_iter=20.0": 20,
-    "train.clip_grad_norm=5": 5.0,
-    "train.clip_grad_norm='1e-3'": 0.001,
-    "train.amp.enabled=1": True,
-    "train.amp.enabled='false'": False,
-    "train.init_sha256=12345678": "12345678",
-    "train.inherit=neck": ["neck"],
-    "train.eval_period=${train.checkpointer.period}": 300,
-    "train.ddp.bucket_cap_mb=3": 3,  # DistributedDataParallel's own
-    "train.checkpointer.max_to_keep=null": None,
-    "data.short_edge=64": [64],
-    "data.short_edge=['64',96]": [64, 96],
-}
+def settled(key, value):
+    """What becomes of one value, and the errors."""
+    findings = Findings()
+    group, _, name = key.partition(".")
+    given = OmegaConf.create({})
+    OmegaConf.update(given, name, value)
+    found = settle({"train": Train, "data": Data}[group], given, group, findings)
+    return OmegaConf.select(OmegaConf.create(found), name), findings.errors
 
 
-@pytest.mark.parametrize("override", CONVERTED)
-def test_a_value_with_one_meaning_is_converted(override):
-    found = OmegaConf.select(
-        load_config(CONFIG, [override], without_data=True), override.partition("=")[0]
-    )
-    assert repr(found) == repr(CONVERTED[override])  # the type, too
+CONVERTED = [
+    ("train.max_iter", 1e3, 1000),
+    ("train.max_iter", "10", 10),
+    ("train.max_iter", "1e3", 1000),
+    ("train.clip_grad_norm", 5, 5.0),
+    ("train.clip_grad_norm", "1e-3", 0.001),
+    ("train.amp.enabled", 1, True),
+    ("train.amp.enabled", "false", False),
+    ("train.init_sha256", 12345678, "12345678"),
+    ("train.inherit", "neck", ["neck"]),
+    ("train.ddp.bucket_cap_mb", 3, 3),  # DistributedDataParallel's own
+    ("train.checkpointer.max_to_keep", None, None),
+    ("data.short_edge", 64, [64]),
+    ("data.short_edge", ["64", 96.0], [64, 96]),
+]
 
 
-REFUSED = {
-    "train.max_iter=True": "train.max_iter=True: is no whole number; use a whole number of 1 or more",
-    "train.amp.enabled=2": "train.amp.enabled=2: is neither true nor false; use True or False",
-    "train.output_dir=1e3": "train.output_dir=1000.0: is not a name or path; write it as text",
-    "train.eval_periods=3": "train.eval_periods=3: no such key; did you mean eval_period?",
-    "train.eval_period=${nothing}": "train.eval_period=: cannot be read: Interpolation key 'nothing'",
-    "train.max_iter=???": "train.max_iter=???: is not set; add train.max_iter=... to the command",
-    "train.on_nonfinite=go": "train.on_nonfinite=go: no such name; use one of stop, skip_step",
-    "train.writers=[wandb,x]": "train.writers=x: no such name; use one of wandb, mlflow",
-    "data.short_edge=[64,big]": "data.short_edge='big': is no whole number",
-    "data=5": "data=5: is no group of keys; use data.NAME=VALUE",
-}
+@pytest.mark.parametrize("key,value,expected", CONVERTED)
+def test_a_value_with_one_meaning_is_converted(key, value, expected):
+    found, errors = settled(key, value)
+    assert errors == [] and repr(found) == repr(expected)  # the type, too
 
 
-@pytest.mark.parametrize("override", REFUSED)
-def test_what_has_none_is_refused_in_one_line(override):
-    with pytest.raises(ConfigError) as error:
-        load_config(CONFIG, [override], without_data=True)
-    assert str(error.value).startswith(REFUSED[override])
-    assert "\n" not in str(error.value)
+REFUSED = [
+    ("train.max_iter", True, "=True: is no whole number; use a whole number of 1 or more"),
+    ("train.max_iter", 1.5, "=1.5: is no whole number"),
+    ("train.clip_grad_norm", "nan", "=nan: is not finite; use a number above 0, or null"),
+    ("train.amp.enabled", 2, "=2: is neither true nor false; use True or False"),
+    ("train.output_dir", 1e3, "=1000.0: is not a name or path; write it as text"),
+    ("train.eval_periods", 3, "=3: no such key; did you mean eval_period?"),
+    ("train.on_nonfinite", "go", "=go: no such name; use one of stop, skip_step"),
+    ("train.writers", ["wandb", "x"], "=x: no such name; use one of wandb, mlflow"),
+    ("train.inherit", {"neck": True}, "={'neck': True}: is no list; use [], [A] or [A,B]"),
+    ("data.short_edge", [64, "big"], "='big': is no whole number"),
+    ("train.checkpointer", 5, "=5: is no group of keys; use train.checkpointer.NAME=VALUE"),
+]
+
+
+@pytest.mark.parametrize("key,value,words", REFUSED)
+def test_what_has_none_is_refused_in_one_line(key, value, words):
+    _, (error,) = settled(key, value)
+    assert str(error).startswith(key + words) and "\n" not in str(error)
 
 
 def test_all_mistakes_of_a_group_at_once_and_defaults_stand_in():
     findings = Findings()
-    given = OmegaConf.create({"max_iter": -1, "amp": {"dtype": "int8"}, "sed": 3, "log_period": 7})
-    train = settle(Train, given, "train", findings)
+    wrong = {"max_iter": -1, "amp": {"dtype": "int8"}, "sed": 3, "log_period": 7}
+    train = settle(Train, OmegaConf.create(wrong), "train", findings)
     assert [e.key for e in findings.errors] == ["train.max_iter", "train.amp.dtype", "train.sed"]
     assert (train["max_iter"], train["amp"]["dtype"], train["log_period"]) == (90000, None, 7)
 
 
-def test_a_pair_reads_images_as_its_loader_delivers_them(tmp_path):
-    """Else its teacher would see the channels in another order."""
+def test_values_may_refer_to_keys_that_a_config_leaves_out(tmp_path):
+    """A pair also reads images as its loader delivers them: else its teacher would see other colours."""
     cfg = tiny.config("custom_coco.py")
-    del cfg.model.input_format
+    del cfg.model.input_format, cfg.train.max_iter
     LazyConfig.save(cfg, str(tmp_path / "pair.yaml"))
-    loaded = load_config(str(tmp_path / "pair.yaml"), without_data=True)
+    period = ["train.eval_period=${train.max_iter}"]
+    loaded = load_config(str(tmp_path / "pair.yaml"), period, without_data=True)
+    assert loaded.train.eval_period == loaded.train.max_iter == 90000
     assert loaded.model.input_format == "RGB"
+    wrong = ["train.eval_period=${nothing}", "train.max_iter=???"]
+    with pytest.raises(ConfigError) as error:
+        load_config(str(tmp_path / "pair.yaml"), wrong, without_data=True)
+    assert [str(e) for e in error.value.errors] == [
+        "train.max_iter=???: is not set; add train.max_iter=... to the command",
+        "train.eval_period=: cannot be read: Interpolation key 'nothing' not found; correct this key",
+    ]

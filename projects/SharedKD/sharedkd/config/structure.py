@@ -2,7 +2,7 @@
 
 from dataclasses import field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, Dict, Mapping, get_args, get_origin, get_type_hints
+from typing import Any, Dict, Mapping, Sequence, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
@@ -108,6 +108,8 @@ def _converted(value: Any, kind: Any) -> Any:
     """
     if get_origin(kind) is list:
         items = [value] if isinstance(value, (str, int, float)) else value
+        if not isinstance(items, Sequence):
+            raise ValueError(value)
         return [_converted(x, get_args(kind)[0]) for x in items]
     if kind is int and isinstance(value, (str, float)) and float(value).is_integer():
         return int(float(value))
