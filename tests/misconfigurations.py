@@ -86,7 +86,7 @@ def fitnets(options):
     return f"{{_target_:sharedkd.modeling.stages.Stage,loss:{loss}}}"
 
 
-FURTHER = "{_target_:sharedkd.FrozenTeacher,config:${model.teacher.config}}"
+FURTHER = "{_target_:sharedkd.FrozenTeacher,config:COCO-Detection/nothing.yaml}"
 TEACHER, INIT, JSON = "model.teacher.weights", "train.init_checkpoint", "data.train_json"
 CACHE = "model.teacher.cache"
 LOADER, CROSS, SAME = "dataloader.train", "model.stages.cross", "model.stages.identical"
@@ -98,7 +98,7 @@ PLAIN = {
     "override without value": (["train.max_iter"], "override", ["train.max_iter", "key=value"]),
     "override below a number": (["train.max_iter.x=1"], "override", ["train.max_iter.x"]),
     "a value to be quoted": (["data.train_json=a(1).json"], "override", ["a(1).json", "'value'"]),
-    "train is no group": (["train=5"], "train", ["5", "train.KEY=VALUE"]),
+    "train is no group": (["train=5"], "train", ["5", "train.NAME=VALUE"]),
     # keys and values of train
     "unknown key of train": (["train.max_itr=9"], "train.max_itr", ["no such key", "max_iter"]),
     "unknown key of train.amp": (["train.amp.enabld=True"], "train.amp.enabld", ["enabled"]),
@@ -406,10 +406,10 @@ PAIR = {
         f"{SAME}.teacher",
         ["large", "no source of maps"],
     ),
-    "option of a further teacher": (
-        [f"model.teachers.large={FURTHER}", f"{SAME}.teacher=large", f"{CROSS}.weight=0"],
-        "model.teachers.large.weights",
-        ["not in the model zoo", "set it to"],
+    "a further teacher that is not in the zoo": (
+        [f"model.teachers.large={FURTHER}", f"{SAME}.teacher=large"],
+        "model.teachers.large.config",
+        ["COCO-Detection/nothing.yaml", "model zoo"],
     ),
     "unknown stage": (["model.stages.crosss.weight=1"], "model.stages.crosss", ["is not a Stage"]),
     "stage without loss": ([f"{SAME}.loss=null"], f"{SAME}.loss", ["None", "L(LOSS)"]),
