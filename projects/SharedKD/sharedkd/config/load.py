@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Optional, Sequence, Set
+from typing import Any, Dict, Optional, Sequence, Set, Tuple
 
 from detectron2.config import LazyConfig
 from detectron2.utils import comm
@@ -156,7 +156,7 @@ def _refuse_gone(cfg: DictConfig, findings: Findings) -> None:
 
 def _settle(cfg: DictConfig, findings: Findings) -> None:
     """Give the groups `train` and `data` of ``cfg`` their types and defaults."""
-    groups = {"train": (Train, TRAIN_DEFAULTS)}
+    groups: Dict[str, Tuple[type, Dict[str, Any]]] = {"train": (Train, TRAIN_DEFAULTS)}
     if "data" in cfg:
         groups["data"] = (Data, DATA_DEFAULTS)
     objects = {"allow_objects": True}
