@@ -1,8 +1,17 @@
 """As custom_coco.py, with a one-stage student: RetinaNet."""
 
-from sharedkd.config import ONE_STAGE_WEIGHT, distill, shared_kd_stages
+from detectron2.config import LazyCall as L
 
-from .common.own_data import trained_teacher as _teacher
+from sharedkd import FrozenTeacher, SharedKD
+from sharedkd.config import ONE_STAGE_WEIGHT, shared_kd_stages
+
 from .custom_coco_retinanet_plain import data, dataloader, lr_multiplier, model, optimizer, train
 
-model = distill(student=model, stages=shared_kd_stages(ONE_STAGE_WEIGHT), **_teacher)
+model = L(SharedKD)(
+    student=model,
+    teacher=L(FrozenTeacher)(
+        config="output/teacher/config.yaml", weights="output/teacher/model_final.pth"
+    ),
+    stages=shared_kd_stages(ONE_STAGE_WEIGHT),
+    input_format="${dataloader.train.mapper.image_format}",
+)

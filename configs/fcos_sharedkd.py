@@ -1,17 +1,20 @@
-"""FCOS R101 -> R50, 2x.
+"""FCOS R101 -> R50, 2x; train the teacher first, see its config: the model zoo has no weights."""
 
-The model zoo has no weights for this teacher: train it first, with configs/teachers/fcos_r101.py.
-"""
+from pathlib import Path
 
-import os
+from detectron2.config import LazyCall as L
 
-from sharedkd.config import ONE_STAGE_WEIGHT, distill, shared_kd_stages
+from sharedkd import FrozenTeacher, SharedKD
+from sharedkd.config import ONE_STAGE_WEIGHT, shared_kd_stages
 
 from .fcos_plain import dataloader, lr_multiplier, model, optimizer, train
 
-model = distill(
+model = L(SharedKD)(
     student=model,
-    teacher=os.path.join(os.path.dirname(__file__), "teachers/fcos_r101.py"),
-    weights="output/fcos_r101/model_final.pth",
+    teacher=L(FrozenTeacher)(
+        config=str(Path(__file__).with_name("teachers") / "fcos_r101.py"),
+        weights="output/fcos_r101/model_final.pth",
+    ),
     stages=shared_kd_stages(ONE_STAGE_WEIGHT),
+    input_format="${dataloader.train.mapper.image_format}",
 )

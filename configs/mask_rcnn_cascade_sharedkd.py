@@ -1,16 +1,20 @@
-"""Cascade Mask R-CNN X101 -> Mask R-CNN R50, 2x.
+"""Cascade Mask R-CNN X101 -> Mask R-CNN R50, 2x; train the teacher first, see its config."""
 
-The model zoo has no weights for this teacher: train it first, with configs/teachers/cascade_mask_rcnn_x101.py.
-"""
+from pathlib import Path
 
-import os
+from detectron2.config import LazyCall as L
 
-from sharedkd.config import distill
+from sharedkd import FrozenTeacher, SharedKD
+from sharedkd.config import shared_kd_stages
 
 from .mask_rcnn_plain import dataloader, lr_multiplier, model, optimizer, train
 
-model = distill(
+model = L(SharedKD)(
     student=model,
-    teacher=os.path.join(os.path.dirname(__file__), "teachers/cascade_mask_rcnn_x101.py"),
-    weights="output/cascade_mask_rcnn_x101/model_final.pth",
+    teacher=L(FrozenTeacher)(
+        config=str(Path(__file__).with_name("teachers") / "cascade_mask_rcnn_x101.py"),
+        weights="output/cascade_mask_rcnn_x101/model_final.pth",
+    ),
+    stages=shared_kd_stages(),
+    input_format="${dataloader.train.mapper.image_format}",
 )

@@ -1,11 +1,15 @@
 """RetinaNet R101 -> R50, 2x; the teacher and its weights come from the model zoo."""
 
-from sharedkd.config import ONE_STAGE_WEIGHT, distill, shared_kd_stages
+from detectron2.config import LazyCall as L
+
+from sharedkd import FrozenTeacher, SharedKD
+from sharedkd.config import ONE_STAGE_WEIGHT, shared_kd_stages
 
 from .retinanet_plain import dataloader, lr_multiplier, model, optimizer, train
 
-model = distill(
+model = L(SharedKD)(
     student=model,
-    teacher="COCO-Detection/retinanet_R_101_FPN_3x.yaml",
+    teacher=L(FrozenTeacher)(config="COCO-Detection/retinanet_R_101_FPN_3x.yaml"),
     stages=shared_kd_stages(ONE_STAGE_WEIGHT),
+    input_format="${dataloader.train.mapper.image_format}",
 )

@@ -1,17 +1,20 @@
-"""RetinaNet X101 -> R50, 2x: the pair of the published weight study.
+"""RetinaNet X101 -> R50, 2x: the published weight study; train the teacher first, see its config."""
 
-The model zoo has no weights for this teacher: train it first, with configs/teachers/retinanet_x101.py.
-"""
+from pathlib import Path
 
-import os
+from detectron2.config import LazyCall as L
 
-from sharedkd.config import ONE_STAGE_WEIGHT, distill, shared_kd_stages
+from sharedkd import FrozenTeacher, SharedKD
+from sharedkd.config import ONE_STAGE_WEIGHT, shared_kd_stages
 
 from .retinanet_plain import dataloader, lr_multiplier, model, optimizer, train
 
-model = distill(
+model = L(SharedKD)(
     student=model,
-    teacher=os.path.join(os.path.dirname(__file__), "teachers/retinanet_x101.py"),
-    weights="output/retinanet_x101/model_final.pth",
+    teacher=L(FrozenTeacher)(
+        config=str(Path(__file__).with_name("teachers") / "retinanet_x101.py"),
+        weights="output/retinanet_x101/model_final.pth",
+    ),
     stages=shared_kd_stages(ONE_STAGE_WEIGHT),
+    input_format="${dataloader.train.mapper.image_format}",
 )

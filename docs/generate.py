@@ -8,13 +8,16 @@ import inspect
 import io
 import json
 import re
+import textwrap
 import tokenize
+from dataclasses import is_dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple, get_type_hints
 
 from sharedkd import losses
 from sharedkd.config import defaults
+from sharedkd.config.structure import defaults_of
 from sharedkd.data.loader import build_train_loader
 from sharedkd.lab.scores import difference, interval
 from sharedkd.losses import DistillationLoss
@@ -60,42 +63,35 @@ def tables() -> Dict[str, str]:
 
 
 def train_keys() -> List[Tuple[str, str, str]]:
-    """Key, default and meaning of everything in ``sharedkd.config.TRAIN_DEFAULTS``."""
-    source = Path(defaults.__file__).read_text()
-    call = next(
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "TRAIN_DEFAULTS"
-    )
-    return list(_commented(call, source, "train."))
+    """Key, default and meaning of everything in ``train``."""
+    return list(_commented(defaults.Train, "train."))
 
 
 def data_keys() -> List[Tuple[str, str, str]]:
     """The same of own data's keys."""
-    source = (ROOT / "configs/common/own_data.py").read_text()
-    call = next(
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "data"
-    )
-    return list(_commented(call, source, "data."))
+    return list(_commented(defaults.Data, "data."))
 
 
-def _commented(call: ast.Call, source: str, prefix: str) -> Iterator[Tuple[str, str, str]]:
-    """The keywords of a ``dict(...)`` with their values as written and the comments beside them."""
+def _commented(structure: type, prefix: str) -> Iterator[Tuple[str, str, str]]:
+    """The fields of a dataclass with their defaults and the comments beside or above them."""
+    source = textwrap.dedent(inspect.getsource(structure))
     comments = {
         token.start[0]: token.string.lstrip("#: ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    for keyword in call.keywords:
-        value, key = keyword.value, f"{prefix}{keyword.arg}"
-        if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "dict":
-            yield from _commented(value, source, f"{key}.")
+    types, values = get_type_hints(structure), defaults_of(structure)
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    for node in fields:
+        name = node.target.id
+        if is_dataclass(types[name]):
+            yield from _commented(types[name], f"{prefix}{name}.")
             continue
-        lines = range(keyword.lineno, (value.end_lineno or keyword.lineno) + 1)
-        meaning = " ".join(comments[line] for line in lines if line in comments)
-        yield key, " ".join(ast.get_source_segment(source, value).split()), meaning
+        lines = [x for x in range(node.lineno, node.end_lineno + 1) if x in comments]
+        above = node.lineno - 1
+        if not lines and source.splitlines()[above - 1].lstrip().startswith("#"):
+            lines = [above]
+        yield f"{prefix}{name}", repr(values[name]), " ".join(comments[x] for x in lines)
 
 
 def options(cls: Callable, prefix: str) -> List[Tuple[str, str, str]]:

@@ -86,6 +86,7 @@ def fitnets(options):
     return f"{{_target_:sharedkd.modeling.stages.Stage,loss:{loss}}}"
 
 
+FURTHER = "{_target_:sharedkd.FrozenTeacher,config:COCO-Detection/nothing.yaml}"
 TEACHER, INIT, JSON = "model.teacher.weights", "train.init_checkpoint", "data.train_json"
 CACHE = "model.teacher.cache"
 LOADER, CROSS, SAME = "dataloader.train", "model.stages.cross", "model.stages.identical"
@@ -97,7 +98,7 @@ PLAIN = {
     "override without value": (["train.max_iter"], "override", ["train.max_iter", "key=value"]),
     "override below a number": (["train.max_iter.x=1"], "override", ["train.max_iter.x"]),
     "a value to be quoted": (["data.train_json=a(1).json"], "override", ["a(1).json", "'value'"]),
-    "train is no group": (["train=5"], "train", ["5", "train.KEY=VALUE"]),
+    "train is no group": (["train=5"], "train", ["5", "train.NAME=VALUE"]),
     # keys and values of train
     "unknown key of train": (["train.max_itr=9"], "train.max_itr", ["no such key", "max_iter"]),
     "unknown key of train.amp": (["train.amp.enabld=True"], "train.amp.enabld", ["enabled"]),
@@ -145,7 +146,7 @@ PLAIN = {
     "development run": train("fast_dev_run", "please", "True or False"),
     "device not there": train("device", "cuda:77", "train.device=cpu"),
     "device name": train("device", "gpu", "train.device=cpu"),
-    "device is a number": train("device", 0, "as text"),
+    "device is a number": train("device", 0, "train.device=cpu"),
     "compiling and recomputing": (
         ["train.compile=True", "train.activation_checkpointing=True"],
         "train.compile",
@@ -153,7 +154,7 @@ PLAIN = {
     ),
     "inheriting without a teacher": (["train.inherit=[neck]"], "train.inherit", ["no teacher"]),
     "no output folder": (["train.output_dir=''"], "train.output_dir", ["as text"]),
-    "something to inherit": train("inherit", "neck", "no list"),
+    "something to inherit": (["train.inherit=[1.5]"], "train.inherit", ["1.5", "as text"]),
     "ddp is no number": train("ddp", 5, "train.ddp.NAME"),
     # the output folder
     "output folder is a file": (
@@ -231,7 +232,13 @@ PLAIN = {
         f"{LOADER}.mapper.image_format",
         ["BGR", "RGB"],
     ),
-    "image size in words": (["data.short_edge=[large]"], f"{LOADER}.mapper", ["cannot load"]),
+    "image size in words": (["data.short_edge=[large]"], "data.short_edge", ["large", "whole"]),
+    "an augmentation that fails": (
+        [f"{LOADER}.mapper.augmentations.0.short_edge_length=[large]"],
+        f"{LOADER}.mapper",
+        ["cannot load"],
+    ),
+    "unknown key of data": (["data.shortedge=9"], "data.shortedge", ["9", "mean short_edge"]),
     "another data set": (
         [f"{LOADER}.dataset.names=nothing"],
         f"{LOADER}.dataset.names",
@@ -394,6 +401,16 @@ PAIR = {
     "option of the teacher": (["model.teacher.speed=9"], "model.teacher", ["speed"]),
     "part to inherit": (["train.inherit=[tail]"], "train.inherit", ["tail", "neck"]),
     "no teacher for a stage": (["model.teacher=null"], f"{SAME}.loss", ["needs a teacher"]),
+    "no such teacher for a stage": (
+        [f"{SAME}.teacher=large"],
+        f"{SAME}.teacher",
+        ["large", "no source of maps"],
+    ),
+    "a further teacher that is not in the zoo": (
+        [f"model.teachers.large={FURTHER}", f"{SAME}.teacher=large"],
+        "model.teachers.large.config",
+        ["COCO-Detection/nothing.yaml", "model zoo"],
+    ),
     "unknown stage": (["model.stages.crosss.weight=1"], "model.stages.crosss", ["is not a Stage"]),
     "stage without loss": ([f"{SAME}.loss=null"], f"{SAME}.loss", ["None", "L(LOSS)"]),
     "unknown loss": (

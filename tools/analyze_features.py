@@ -22,7 +22,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from sharedkd.errors import ConfigError
+from sharedkd.errors import SharedKDError
 from sharedkd.lab.analysis.features import analyze_features, named_checkpoints
 
 if __name__ == "__main__":
@@ -51,6 +51,6 @@ if __name__ == "__main__":
             args.pictures,
             command=shlex.join(["tools/analyze_features.py", *sys.argv[1:]]),
         )
-    except ConfigError as e:
+    except SharedKDError as e:
         sys.exit(f"error: {e}")
     print(report)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from sharedkd.config import load_config
-from sharedkd.errors import ConfigError
+from sharedkd.errors import SharedKDError
 from sharedkd.files import replace
 from sharedkd.lab.benchmark import Benchmark, efficiency, growth, measure
 from sharedkd.lab.performance import table
@@ -92,7 +92,7 @@ if __name__ == "__main__":
             result["growth"] = growth(bench, args.rounds)
         if args.processes:
             result["efficiency"] = efficiency(bench, args.processes, args.rounds)
-    except ConfigError as e:
+    except SharedKDError as e:
         sys.exit(f"error: {e}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from sharedkd.engine.interrupt import interruptible
-from sharedkd.errors import ConfigError
+from sharedkd.errors import SharedKDError
 from sharedkd.lab.compare.comparison import run_comparison
 from sharedkd.lab.report import write_report
 from sharedkd.lab.runs import short
@@ -97,5 +97,5 @@ if __name__ == "__main__":
         page = write_report(args.output)
         tables = (args.output / "report.md").read_text().partition("## How to read this")[0]
         print(f"\n{tables}{short(args.output / 'report.md')}\n{short(page)}")
-    except ConfigError as e:
+    except SharedKDError as e:
         sys.exit(f"error: {e}")

@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from sharedkd.engine.interrupt import interruptible
-from sharedkd.errors import ConfigError
+from sharedkd.errors import SharedKDError
 from sharedkd.lab.demo import run_demo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,5 +33,5 @@ if __name__ == "__main__":
     try:
         with interruptible("the same command continues"):
             run_demo(ROOT, args.output, args.overrides)
-    except ConfigError as e:
+    except SharedKDError as e:
         sys.exit(f"error: {e}")

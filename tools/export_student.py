@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from sharedkd.config import load_config
 from sharedkd.engine.checkpoint import has_run
-from sharedkd.errors import ConfigError
+from sharedkd.errors import SharedKDError
 from sharedkd.files import replace
 from sharedkd.lab.export import FORMATS, export_student
 from sharedkd.lab.export.table import table
@@ -88,7 +88,7 @@ if __name__ == "__main__":
         result = export_student(
             cfg, args.format, args.output, args.images, args.size, max(args.rounds, 0)
         )
-    except ConfigError as e:
+    except SharedKDError as e:
         sys.exit(f"error: {e}")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)

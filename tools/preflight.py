@@ -17,7 +17,7 @@ import argparse
 import json
 
 from sharedkd.files import replace
-from sharedkd.lab.preflight import preflight, report
+from sharedkd.lab.preflight import preflight
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -32,8 +32,8 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     found = preflight(args.config_file, args.overrides, args.resume, measure=not args.no_steps)
-    text = json.dumps(found, indent=1)
+    text = json.dumps(found.as_dict(), indent=1)
     if args.json and args.json != "-":
         replace(args.json, lambda f: f.write(text.encode()))
-    print(text if args.json == "-" else report(found))
-    sys.exit(not found["ok"])
+    print(text if args.json == "-" else found.as_text())
+    sys.exit(bool(found.errors))

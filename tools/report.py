@@ -20,7 +20,7 @@ import prologue  # noqa: F401
 import argparse
 from pathlib import Path
 
-from sharedkd.errors import ConfigError
+from sharedkd.errors import SharedKDError
 from sharedkd.lab.compare.events import write_events
 from sharedkd.lab.report import write_report
 from sharedkd.lab.runs import short
@@ -44,6 +44,6 @@ if __name__ == "__main__":
         if args.tensorboard:
             write_events(args.folder, read_comparison(args.folder, "--tensorboard"))
         path = write_report(args.folder, args.output, args.features, args.detections)
-    except (ConfigError, OSError) as e:
+    except (SharedKDError, OSError) as e:
         sys.exit(f"error: {e}")
     print(f"{short(path)} ({path.stat().st_size / 1024:,.0f} kB)")

@@ -24,7 +24,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from sharedkd.errors import ConfigError
+from sharedkd.errors import SharedKDError
 from sharedkd.lab.analysis.models import sources
 from sharedkd.lab.analysis.visualize import visualize
 
@@ -62,5 +62,5 @@ if __name__ == "__main__":
                 command=shlex.join(["tools/visualize_pair.py", *sys.argv[1:]]),
             )
         )
-    except ConfigError as e:
+    except SharedKDError as e:
         sys.exit(f"error: {e}")

@@ -1,29 +1,15 @@
-"""Own COCO-format data: set the first four keys on the command line; the rest has defaults."""
+"""Own COCO-format data: data.train_json, val_json, train_images and val_images come from the command line."""
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.evaluation import COCOEvaluator
+from omegaconf import OmegaConf
 
+from sharedkd.config import DATA_DEFAULTS
 from sharedkd.data.loader import build_test_loader, build_train_loader
 
-data = dict(
-    train_json=None,  # COCO-format annotations to train on
-    val_json=None,  # those to evaluate on
-    train_images=None,  # folder of the images that train_json names
-    val_images=None,  # folder of those of val_json; it may be the same one
-    name="own",  # the data set's name in Detectron2's catalog: own_train, own_val
-    num_classes=None,  # counted in the json
-    masks=False,  # load instance masks
-    short_edge=[224, 240, 256],  # training sizes in pixels, one drawn per image
-    test_short_edge=240,  # size in evaluation
-    max_size=480,  # of the longer edge
-)
-
-# Where the command of custom_coco_teacher.py in docs/own_data.md puts the teacher.
-trained_teacher = dict(
-    teacher="output/teacher/config.yaml", weights="output/teacher/model_final.pth"
-)
+data = OmegaConf.create(DATA_DEFAULTS)  # sharedkd/config/defaults.py says what each key means
 
 dataloader = dict(
     train=L(build_train_loader)(

@@ -1,4 +1,4 @@
-"""Training settings shared by all configs; projects/SharedKD/sharedkd/config.py explains the keys."""
+"""Training settings shared by all configs; sharedkd/config/defaults.py says what each key means."""
 
 from omegaconf import OmegaConf
 

@@ -2,15 +2,21 @@
 
 from pathlib import Path
 
-from sharedkd.config import distill
+from detectron2.config import LazyCall as L
+
+from sharedkd import FrozenTeacher, SharedKD
+from sharedkd.config import shared_kd_stages
 
 from .plain import data, dataloader, lr_multiplier, model, optimizer, shapes, train
 
 _runs = Path(train.output_dir).parent
-
-model = distill(
-    student=model,
-    teacher=str(Path(__file__).resolve().with_name("teacher.py")),
-    weights=str(_runs / "teacher/model_final.pth"),
-)
 train.output_dir = str(_runs / "sharedkd")
+model = L(SharedKD)(
+    student=model,
+    teacher=L(FrozenTeacher)(
+        config=str(Path(__file__).with_name("teacher.py")),
+        weights=str(_runs / "teacher/model_final.pth"),
+    ),
+    stages=shared_kd_stages(),
+    input_format="${dataloader.train.mapper.image_format}",
+)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sharedkd.data import coco as coco_module
 from sharedkd.data.coco import check_coco, check_same_classes, register_coco
-from sharedkd.errors import FAILED, ConfigError, Findings
+from sharedkd.errors import ConfigError, Findings
 
 HEIGHT, WIDTH = 40, 60
 
@@ -306,8 +306,8 @@ def test_every_kind_of_fault_is_said_at_once(own, tmp_path):
     ]
     assert "2 numbers" in caught.value.errors[3].problem
     findings = Findings()
-    assert check_coco(*arguments, findings=findings) is FAILED
-    (summary,) = findings.facts["files"]["train"]
+    summary = check_coco(*arguments, findings=findings)
+    assert summary.refused
     assert (summary.images, summary.objects, summary.broken_annotations) == (4, 4, 4)
     assert len(findings.errors) == len(caught.value.errors)
 

@@ -12,10 +12,18 @@ from misconfigurations import PAIR, PLAIN, Bad
 
 from sharedkd import ConfigError
 from sharedkd.config import load_config
+from sharedkd.config.load import Loaded
+from sharedkd.engine.parts import assemble
 from sharedkd.engine.run import run
-from sharedkd.lab.preflight import preflight, report
+from sharedkd.lab import preflight as lab
 
 MISSING = "/no/such/file"
+
+
+def preflight(config, overrides, **options):
+    """What tools/preflight.py --json writes, and as ``text`` what it prints."""
+    found = lab.preflight(config, overrides, **options)
+    return {**found.as_dict(), "text": found.as_text()}
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +76,7 @@ def test_one_line_that_names_key_and_fix(good, workspace, tmp_path, kind, case):
     assert "\n" not in message and len(message) < 1000
     for word in words:
         assert word in message
-    assert message in report(found)
+    assert message in found["text"]
     with pytest.raises(ConfigError) as refused:
         start(good[kind], overrides)
     assert str(refused.value) == message
@@ -90,7 +98,7 @@ def test_a_single_model_is_no_pair(good, tmp_path):
     said = {}
     for kind in ("plain", "pair"):
         found = preflight(good[kind], [f"train.output_dir={tmp_path}/run"], measure=False)
-        said[kind] = report(found)
+        said[kind] = found["text"]
     for word in ("student:", "student's", "teacher", "made comparable", "unmasked"):
         assert word not in said["plain"] and word in said["pair"], word
     assert "model: Faster R-CNN" in said["plain"]
@@ -115,7 +123,7 @@ def test_all_mistakes_at_once(good, tmp_path):
     found = preflight(good["pair"], [f"train.output_dir={tmp_path}/run", *ALL.values()])
     assert sorted(e["key"] for e in found["errors"]) == sorted(ALL)
     assert "measured" not in found
-    assert f"not ready: {len(ALL)} errors" in report(found)
+    assert f"not ready: {len(ALL)} errors" in found["text"]
 
 
 def test_a_failed_part_blocks_only_what_needs_it(good, tmp_path):
@@ -148,7 +156,7 @@ def test_broken_annotations_are_counted_beside_what_is_wrong_with_them(good, wor
         12,
         3,
     )
-    text = report(found)
+    text = found["text"]
     assert "broken annotations" in text and "(and 1 more)" in text
 
 
@@ -198,7 +206,7 @@ def test_what_a_run_will_be(good, tmp_path):
     assert found["disk"]["kept"] == 2  # one of the two periodic ones, and the final one
     assert not (tmp_path / "run").exists()
     json.dumps(found)
-    text = report(found)
+    text = found["text"]
     assert "ready" in text and "never" in text and "ResNet-18" in text
 
 
@@ -224,16 +232,11 @@ def test_a_disk_that_is_too_small(good, tmp_path, monkeypatch):
 
 
 def test_measuring_changes_neither_weights_nor_draws(good, tmp_path):
-    from sharedkd.engine.parts import assemble
-    from sharedkd.errors import Findings
-    from sharedkd.lab.preflight import _measure
-
-    findings = Findings()
     cfg = load_config(good["pair"], [f"train.output_dir={tmp_path}/run"])
-    parts = assemble(cfg, findings=findings)
+    parts = assemble(Loaded(cfg))
     before = {k: v.clone() for k, v in parts.model.state_dict().items()}
     draws = torch.random.get_rng_state()
-    _measure(cfg, parts)
+    lab._measure(parts)
     for name, x in parts.model.state_dict().items():
         assert torch.equal(x, before[name]), name
     assert torch.equal(draws, torch.random.get_rng_state())
@@ -264,7 +267,7 @@ def test_warnings_do_not_stop_a_run(good, tmp_path, key):
 @pytest.mark.parametrize("key", ["train.amp.enabled", "model.teacher.precision"])
 @pytest.mark.parametrize("there", [True, False])
 def test_bfloat16_on_a_cpu_without_it_is_warned_of(good, tmp_path, monkeypatch, key, there):
-    monkeypatch.setattr("sharedkd.engine.overview.has_bfloat16", lambda: there)
+    monkeypatch.setattr("sharedkd.engine.advice.has_bfloat16", lambda: there)
     value = {"train.amp.enabled": "True", "model.teacher.precision": "bfloat16"}[key]
     overrides = [f"train.output_dir={tmp_path}/run", f"{key}={value}", "train.device=cpu"]
     found = preflight(good["pair"], overrides, measure=False)

@@ -68,21 +68,6 @@ def evaluations(folder):
 # --- an evaluator's files -------------------------------------------------------------------------
 
 
-def test_a_run_gives_its_metrics_without_the_evaluators_files(
-    train, whole, fault, tmp_path, sharedkd_log
-):
-    results = fault.disk / "results"
-    results.mkdir()
-    options = (*SHORT, f"dataloader.evaluator.output_dir={results}")
-    with fault.breaks(fault.disk):
-        folder, found = train(CONFIG, *options, "train.on_save_error=continue")
-        assert not os.listdir(results)
-    assert evaluations(folder) == evaluations(whole)
-    assert found["bbox"]["AP"] == evaluations(whole)[-1]
-    said = [x for x in sharedkd_log.messages if "training goes on" in x]
-    assert len(said) == 1 and fault.reason in said[0] and str(results) in said[0]
-
-
 def test_a_run_stops_at_an_evaluation_whose_files_are_refused(train, whole, fault, tmp_path):
     results = fault.disk / "results"
     results.mkdir()

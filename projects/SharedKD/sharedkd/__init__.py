@@ -4,7 +4,7 @@ config -> pair -> student and teacher features -> losses -> stages -> trainer ->
 """
 
 from sharedkd.engine.trainer import SharedKDTrainer
-from sharedkd.errors import ConfigError, NonFiniteLossError
+from sharedkd.errors import ConfigError, NonFiniteLossError, RunError, SharedKDError
 from sharedkd.losses import CrossLayer, DistillationLoss, IdenticalLayer
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.stages import Stage
@@ -17,7 +17,9 @@ __all__ = [
     "FrozenTeacher",
     "IdenticalLayer",
     "NonFiniteLossError",
+    "RunError",
     "SharedKD",
+    "SharedKDError",
     "SharedKDTrainer",
     "Stage",
 ]

@@ -1,7 +1,7 @@
-"""The one error that users see, a line that names the config key, what is wrong and the fix; and many."""
+"""What users are told, in one line each: the key at fault, its value, what is wrong and what to do."""
 
 from functools import wraps
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, TypeVar
+from typing import Any, Callable, Iterable, List, Optional, Tuple, TypeVar
 
 __all__ = [
     "FAILED",
@@ -9,23 +9,25 @@ __all__ = [
     "ConfigErrors",
     "DataError",
     "Findings",
-    "collecting",
     "NonFiniteLossError",
+    "RunError",
+    "SharedKDError",
+    "collecting",
 ]
 
 _Result = TypeVar("_Result")
 
 
-class ConfigError(Exception):
-    """Something the user wrote, or points at, cannot work.  The tools print it as one line, exit status 1.
+class SharedKDError(Exception):
+    """Something that a user can mend.  The tools print it as one line, with exit status 1.
 
     Args:
-        key: the config key at fault, for example ``"model.teacher.weights"``.
+        key: the config key or flag at fault, for example ``"model.teacher.weights"``.
         value: what the key holds.
         problem: what is wrong with it, with the value that it conflicts with.
         fix: what to do about it.
 
-    >>> print(ConfigError("train.seed", "x", "is no whole number", "use one"))
+    >>> print(SharedKDError("train.seed", "x", "is no whole number", "use one"))
     train.seed=x: is no whole number; use one
     """
 
@@ -34,34 +36,73 @@ class ConfigError(Exception):
         self.key, self.value, self.problem, self.fix = key, value, problem, fix
 
     @property
-    def errors(self) -> List["ConfigError"]:
-        """This one; of :class:`ConfigErrors` each of them."""
+    def errors(self) -> List["SharedKDError"]:
+        """The errors that this one consists of: itself, unless it is :class:`ConfigErrors`."""
         return [self]
 
-    def below(self, key: str) -> "ConfigError":
-        """The same error of a part of the config: its key is one of those below ``key``."""
-        return ConfigError(f"{key}.{self.key}", self.value, self.problem, self.fix)
+    def at(self, key: str) -> "SharedKDError":
+        """The same error at another ``key``."""
+        return type(self)(key, self.value, self.problem, self.fix)
 
     def __reduce__(self) -> Tuple[type, Tuple[Any, ...]]:
         return type(self), (self.key, self.value, self.problem, self.fix)
 
 
-class ConfigErrors(ConfigError):
-    """Several ``errors`` at once.
+class ConfigError(SharedKDError):
+    """Something in the config, or a file that it names, cannot work; raised before training begins.
 
-    As text, each is a line of its own after the first, which the tools introduce.
+    Args:
+        key, value, problem, fix: see :class:`SharedKDError`.
     """
 
-    def __init__(self, errors: Iterable[ConfigError]):
+
+class ConfigErrors(ConfigError):
+    """Several errors at once; as text, each is a line of its own.
+
+    Args:
+        errors: the errors.
+    """
+
+    def __init__(self, errors: Iterable[SharedKDError]):
         self._errors = list(errors)
         Exception.__init__(self, "\nerror: ".join(map(str, self._errors)))
 
     @property
-    def errors(self) -> List[ConfigError]:
+    def errors(self) -> List[SharedKDError]:
         return self._errors
 
     def __reduce__(self) -> Tuple[type, Tuple[Any, ...]]:
         return type(self), (self._errors,)
+
+
+class RunError(SharedKDError):
+    """Something went wrong in a run that had begun: a full disk, a lost process, a step that fails.
+
+    Args:
+        key, value, problem, fix: see :class:`SharedKDError`.
+    """
+
+
+class DataError(RunError):
+    """An image cannot be read, or a loading process died, while a run trains or evaluates.
+
+    Args:
+        key, value, problem, fix: see :class:`SharedKDError`.
+    """
+
+
+class NonFiniteLossError(RunError, FloatingPointError):
+    """A loss term became infinite or NaN: training stops before the weights are touched.
+
+    Args:
+        message: which term, at which level and iteration.
+    """
+
+    def __init__(self, message: str):
+        Exception.__init__(self, message)
+
+    def __reduce__(self) -> Tuple[type, Tuple[Any, ...]]:
+        return type(self), self.args
 
 
 #: What a step of :class:`Findings` returns instead of its result when there is none.
@@ -69,10 +110,10 @@ FAILED = type("Failed", (), {"__repr__": lambda self: "FAILED", "__bool__": lamb
 
 
 class Findings:
-    """Runs independent checks and keeps what all of them find, so that one run reports every mistake.
+    """Runs independent checks and collects their errors, so that one run reports every mistake.
 
-    A check is a function that raises a ConfigError.  What needs the result of another takes it as an
-    argument, and is left out if that one failed::
+    A check is a function that raises one of the errors above.  What needs the result of another takes
+    it as an argument, and is left out if that one failed::
 
         findings = Findings()
         student = findings.step(construct, cfg.model.student, "model.student")
@@ -83,28 +124,27 @@ class Findings:
     Attributes:
         errors: what failed, in the order it was found, each once.
         warnings: what works, but is probably not meant; in the same form.
-        facts: what checks learn on their way and the overview shows.
     """
 
     def __init__(self) -> None:
-        self.errors: List[ConfigError] = []
-        self.warnings: List[ConfigError] = []
-        self.facts: Dict[str, Any] = {}
+        self.errors: List[SharedKDError] = []
+        self.warnings: List[SharedKDError] = []
 
     def step(self, function: Callable, *args: Any, **options: Any) -> Any:
         """The result of ``function(*args, **options)``, if there is one.
 
-        :data:`FAILED` if it raises a ConfigError, or if one of ``args`` or ``options`` is FAILED.
+        :data:`FAILED` if it raises one of the errors above, or if one of ``args`` or ``options`` is
+        FAILED.
         """
         if any(x is FAILED for x in (*args, *options.values())):
             return FAILED
         try:
             return function(*args, **options)
-        except ConfigError as e:
+        except SharedKDError as e:
             self.add(e)
             return FAILED
 
-    def add(self, error: ConfigError) -> None:
+    def add(self, error: SharedKDError) -> None:
         """Note ``error``, or the errors that it consists of, but nothing twice."""
         known = {str(e) for e in self.errors}
         self.errors += [e for e in error.errors if str(e) not in known]
@@ -113,20 +153,18 @@ class Findings:
         """Note what does not stop a run.
 
         Args:
-            key, value, problem, fix: see :class:`ConfigError`.
+            key, value, problem, fix: see :class:`SharedKDError`.
         """
         self.warnings.append(ConfigError(key, value, problem, fix))
 
     def raise_errors(self) -> None:
-        """Raises:
-        ConfigError: the one error there is, or all of them; nothing if there is none.
-        """
+        """Raise the one error there is, or all of them as :class:`ConfigErrors`; return if there is none."""
         if self.errors:
             raise self.errors[0] if len(self.errors) == 1 else ConfigErrors(self.errors)
 
 
 def collecting(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Let ``function``, which puts what it finds into its ``findings``, raise it without them."""
+    """Let a caller leave out ``findings``: the errors that ``function`` puts there are then raised."""
 
     @wraps(function)
     def wrapper(*args: Any, findings: Optional[Findings] = None, **options: Any) -> _Result:
@@ -138,15 +176,3 @@ def collecting(function: Callable[..., _Result]) -> Callable[..., _Result]:
         return result
 
     return wrapper
-
-
-class DataError(ConfigError):
-    """Data that fail during a run: an image that cannot be read, a loading process that died.
-
-    Args:
-        key, value, problem, fix: see :class:`ConfigError`.
-    """
-
-
-class NonFiniteLossError(FloatingPointError):
-    """A loss term became infinite or NaN: training stops before the weights are touched."""

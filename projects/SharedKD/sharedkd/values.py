@@ -5,7 +5,7 @@ from typing import Any, Collection, Sequence
 
 from sharedkd.errors import ConfigError
 
-__all__ = ["check_choice", "check_names", "check_number", "check_switch", "check_text"]
+__all__ = ["check_choice", "check_list", "check_number", "check_switch", "check_text"]
 
 
 def check_number(
@@ -67,13 +67,12 @@ def check_text(key: str, value: Any, empty: bool = True) -> None:
         raise ConfigError(key, repr(value), "is not a name or path", "write it as text")
 
 
-def check_names(key: str, value: Any) -> None:
+def check_list(key: str, value: Any) -> None:
     """Raises:
-    ConfigError: ``value``, that of ``key``, is no list of names.
+    ConfigError: ``value``, that of ``key``, is no list.
     """
-    several = isinstance(value, Sequence) and not isinstance(value, str)
-    if not several or not all(isinstance(x, str) for x in value):
-        raise ConfigError(key, repr(value), "is no list of names", "use [], [A] or [A,B]")
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ConfigError(key, repr(value), "is no list", "use [], [A] or [A,B]")
 
 
 def check_choice(key: str, value: Any, known: Collection[str]) -> None:

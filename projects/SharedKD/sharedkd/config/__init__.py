@@ -4,11 +4,12 @@ from sharedkd.modeling.shared_kd import ONE_STAGE_WEIGHT, published_stages, shar
 
 from .build import construct
 from .classic import add_sharedkd_config
-from .defaults import TRAIN_DEFAULTS
+from .defaults import DATA_DEFAULTS, TRAIN_DEFAULTS
 from .load import load_config, override, student_only
 from .pair import distill
 
 __all__ = [
+    "DATA_DEFAULTS",
     "ONE_STAGE_WEIGHT",
     "TRAIN_DEFAULTS",
     "add_sharedkd_config",

@@ -1,6 +1,6 @@
 """Objects from their config nodes, with every mistake in one go."""
 
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, List, Mapping
 
 from detectron2.config import instantiate
 from detectron2.utils.registry import locate
@@ -8,12 +8,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.errors import ConfigError, Findings
 
-__all__ = ["construct", "not_set"]
+from .plain import leaves
+
+__all__ = ["construct", "missing_keys", "not_set", "value_of"]
 
 
 def not_set(key: str) -> ConfigError:
     """What to say of ``key``, which a config leaves to the command line."""
     return ConfigError(key, "???", "is not set", f"add {key}=... to the command")
+
+
+def missing_keys(node: DictConfig) -> List[str]:
+    """The keys below ``node`` that a config leaves to the command line; nothing is resolved."""
+    return sorted(key for key, text in leaves(OmegaConf.to_container(node)) if text == "???")
 
 
 def construct(node: DictConfig, key: str) -> Any:
@@ -33,7 +40,7 @@ def construct(node: DictConfig, key: str) -> Any:
     findings.step(_check_target, node, key)
     parts: Dict[str, Any] = {}
     for name in node:  # in this order: they may draw random weights
-        child = findings.step(_value, node, name, f"{key}.{name}")
+        child = findings.step(value_of, node, name, f"{key}.{name}")
         recursive = isinstance(child, DictConfig) and "_target_" in child
         parts[name] = findings.step(construct, child, f"{key}.{name}") if recursive else child
     findings.raise_errors()
@@ -42,7 +49,7 @@ def construct(node: DictConfig, key: str) -> Any:
     except ConfigError as e:
         for each in e.errors:
             # Classes know their options, but not where they are in the config.
-            findings.add(each.below(key) if each.key in parts else each)
+            findings.add(each.at(f"{key}.{each.key}") if each.key in parts else each)
     except Exception as e:
         reason = f"cannot be built: {str(e) or type(e).__name__}"
         target = node.get("_target_")
@@ -63,10 +70,16 @@ def _check_target(node: Mapping, key: str) -> None:
         raise ConfigError(f"{key}._target_", target, "there is no such class", "correct its name")
 
 
-def _value(node: Mapping, name: str, key: str) -> Any:
+def value_of(node: Mapping, name: str, key: str) -> Any:
+    """The value of ``name`` in ``node``, references resolved; ``key`` is its place in the config.
+
+    Raises:
+        ConfigError: it is not set, or refers to nothing.
+    """
     if isinstance(node, DictConfig) and OmegaConf.is_missing(node, name):
         raise not_set(key)
     try:
         return node[name]
     except Exception as e:  # a reference that leads nowhere
-        raise ConfigError(key, "", f"cannot be read: {e}", "correct this key") from e
+        reason = str(e).splitlines()[0]
+        raise ConfigError(key, "", f"cannot be read: {reason}", "correct this key") from e

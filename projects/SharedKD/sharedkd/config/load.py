@@ -1,7 +1,8 @@
-"""LazyConfig helpers: a distillation pair in a few lines, own COCO-format data in four keys."""
+"""Reading a run's config: the file, its overrides, the types and defaults of its groups, its own data."""
 
 import os
-from typing import Any, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, Optional, Sequence, Set, Tuple
 
 from detectron2.config import LazyConfig
 from detectron2.utils import comm
@@ -11,15 +12,28 @@ from omegaconf import DictConfig, OmegaConf
 from sharedkd.data.coco import CocoSummary, check_coco, check_same_classes, register_coco
 from sharedkd.errors import FAILED, ConfigError, Findings, collecting
 
-from .build import not_set
-from .defaults import GONE, TRAIN_DEFAULTS, TRAIN_RULES, TYPE_RULES
+from .build import missing_keys, not_set
+from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
 from .overrides import check_override, not_applicable
+from .structure import settle
 
-__all__ = [
-    "load_config",
-    "override",
-    "student_only",
-]
+__all__ = ["Loaded", "load", "load_config", "override", "student_only"]
+
+IMAGE_FORMAT = "dataloader.train.mapper.image_format"
+
+
+@dataclass
+class Loaded:
+    """A run's config, and what is known of its own data.
+
+    Args:
+        cfg: with all keys of ``train`` and ``data``, its own data registered.
+        data: ``train`` and ``test`` -> what the file of ``data`` holds; FAILED if it cannot be read.
+            Empty without own data.
+    """
+
+    cfg: DictConfig
+    data: Dict[str, CocoSummary] = field(default_factory=dict)
 
 
 @collecting
@@ -31,47 +45,57 @@ def load_config(
     *,
     findings: Findings,
 ) -> DictConfig:
-    """Read a LazyConfig, apply ``key=value`` overrides, fill in defaults, settle own data.
+    """The config of :func:`load`, which has these arguments, too."""
+    return load(path, overrides, keep_teacher, without_data, findings=findings).cfg
+
+
+@collecting
+def load(
+    path: str,
+    overrides: Sequence[str] = (),
+    keep_teacher: bool = False,
+    without_data: bool = False,
+    *,
+    findings: Findings,
+) -> Loaded:
+    """Read a LazyConfig, apply ``key=value`` overrides, fill in defaults, register own data.
 
     Args:
         path: of an existing ``.py`` file, or of a ``.yaml`` such as a run's saved config.
         overrides: ``key=value`` each, applied in this order.
         keep_teacher: also one that no stage learns from; else it is neither loaded nor run.
         without_data: nothing will be loaded; own data that is not named has COCO's 80 classes.
-        findings: takes the errors that leave something to go on checking; its fact ``data`` becomes
-            the summaries of own data, see :func:`settle_own_data`.
+        findings: takes the errors that leave something to go on checking.
 
     Raises:
         ConfigError: no such file, an override that cannot be applied, an unknown key or impossible
-            value of ``train``, or bad own data.
+            value of ``train`` or ``data``, or bad own data.
     """
     cfg = _read(path)
     for text in overrides:
         findings.step(override, cfg, text, path)
-    for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
-        if not isinstance(cfg.get(key), DictConfig):
-            findings.add(
-                ConfigError(
-                    "--config-file", path, f"has no `{key}`", "start from a file of configs/"
-                )
-            )
-            findings.raise_errors()  # there is nothing else to check
+    _check_groups(cfg, path)
     _refuse_gone(cfg, findings)
-    cfg.train = _settle_train(cfg.get("train", {}), findings)
+    _settle(cfg, findings)
     if cfg.train.fast_dev_run:
-        cfg.train.max_iter = cfg.train.eval_period = 20
-        cfg.train.log_period = 1
-        cfg.train.eval_teacher = False
-        cfg.train.checkpointer.period = 10**9  # the final one is the only one
-        batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
-        if isinstance(batch, int):
-            cfg.dataloader.train.total_batch_size = min(batch, 2 * comm.get_world_size())
-    if "data" in cfg and without_data:
-        cfg.data.num_classes = cfg.data.num_classes or 80
-    elif "data" in cfg:
-        settle_own_data(cfg, findings)
+        _shorten(cfg)
+    if cfg.model.get("student") is not None and OmegaConf.select(cfg, IMAGE_FORMAT) is not None:
+        cfg.model.setdefault("input_format", f"${{{IMAGE_FORMAT}}}")
+    data = {}
+    if "data" in cfg:
+        if without_data:
+            cfg.data.num_classes = cfg.data.num_classes or 80
+        else:
+            data = _own_data(cfg.data, findings)
     if not (keep_teacher or cfg.train.inherit or cfg.train.eval_teacher):
-        _drop_idle_teacher(cfg.model, findings)
+        _drop_idle_teachers(cfg.model, findings)
+    return Loaded(cfg, data)
+
+
+def student_only(cfg: DictConfig) -> DictConfig:
+    """A copy of ``cfg`` with the plain student as its model: evaluation needs no teacher."""
+    cfg = cfg.copy()
+    cfg.model = cfg.model.get("student", cfg.model)
     return cfg
 
 
@@ -110,6 +134,15 @@ def override(cfg: DictConfig, text: str, path: str) -> None:
         )
 
 
+def _check_groups(cfg: DictConfig, path: str) -> None:
+    findings = Findings()
+    for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
+        if not isinstance(cfg.get(key), DictConfig):
+            problem, fix = f"has no `{key}`", "start from a file of configs/"
+            findings.add(ConfigError("--config-file", path, problem, fix))
+    findings.raise_errors()
+
+
 def _refuse_gone(cfg: DictConfig, findings: Findings) -> None:
     """Report the keys of earlier versions, and go on without them."""
     for key, remedy in GONE.items():
@@ -121,129 +154,123 @@ def _refuse_gone(cfg: DictConfig, findings: Findings) -> None:
             del node[name]
 
 
-def _settle_train(given: Any, findings: Findings) -> DictConfig:
-    """`train` with defaults for what is not given, and for what is wrong while the rest is checked."""
-    if not isinstance(given, Mapping):
-        findings.add(ConfigError("train", given, "is no group of keys", "use train.KEY=VALUE"))
-        given = {}
-    train = OmegaConf.create(TRAIN_DEFAULTS)
-    _fill(train, given, TRAIN_DEFAULTS, "train", findings)
-    return train
+def _settle(cfg: DictConfig, findings: Findings) -> None:
+    """Give the groups `train` and `data` of ``cfg`` their types and defaults."""
+    groups: Dict[str, Tuple[type, Dict[str, Any]]] = {"train": (Train, TRAIN_DEFAULTS)}
+    if "data" in cfg:
+        groups["data"] = (Data, DATA_DEFAULTS)
+    objects = {"allow_objects": True}
+    for key, (_, defaults) in groups.items():  # before values that may refer to them are read
+        given = cfg.setdefault(key, {})
+        if isinstance(given, DictConfig):
+            for name in missing_keys(given):
+                findings.add(not_set(f"{key}.{name}"))
+            cfg[key] = OmegaConf.merge(OmegaConf.create(defaults, flags=objects), given)
+    for key, (structure, _) in groups.items():
+        settled = settle(structure, cfg[key], key, findings)
+        cfg[key] = OmegaConf.create(settled, flags=objects)
 
 
-def _fill(
-    train: DictConfig,
-    given: Mapping[str, Any],
-    known: Mapping[str, Any],
-    group: str,
-    findings: Findings,
-) -> None:
-    for name, default in known.items():
-        if name not in given:
-            continue
-        key = f"{group}.{name}"
-        if OmegaConf.is_missing(given, name):
-            findings.add(not_set(key))
-        elif not isinstance(default, Mapping):
-            rule = TRAIN_RULES.get(key.partition(".")[2], TYPE_RULES.get(type(default)))
-            if not rule or findings.step(rule, key, given[name]) is not FAILED:
-                train[name] = given[name]
-        elif not isinstance(given[name], Mapping):
-            findings.add(
-                ConfigError(key, given[name], "is no group of keys", f"use {key}.NAME=VALUE")
-            )
-        elif name == "ddp":  # DistributedDataParallel's own options
-            train[name] = OmegaConf.merge(train[name], given[name])
-        else:
-            _fill(train[name], given[name], default, key, findings)
-    for name in sorted(set(given) - set(known)):
-        value = "???" if OmegaConf.is_missing(given, name) else given[name]
+def _shorten(cfg: DictConfig) -> None:
+    """What ``train.fast_dev_run`` does to a config."""
+    cfg.train.update(max_iter=20, eval_period=20, log_period=1, eval_teacher=False)
+    cfg.train.checkpointer.period = 10**9  # the final one is the only one
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    if isinstance(batch, int):
+        cfg.dataloader.train.total_batch_size = min(batch, 2 * comm.get_world_size())
+
+
+# --- own data -----------------------------------------------------------------------------------
+
+
+def _own_data(data: DictConfig, findings: Findings) -> Dict[str, CocoSummary]:
+    """Check and register the COCO-format data of ``data``, and count its classes.
+
+    Sets ``data.num_classes``, to which the model refers; 80 stands in for it where no file says it.
+
+    Returns:
+        ``train`` and ``test`` -> what the file holds; FAILED if it cannot be read.
+    """
+    found = {
+        loader: findings.step(_check_own_data, data, split, findings)
+        for loader, split in (("train", "train"), ("test", "val"))
+    }
+    usable = [x for x in found.values() if x and not x.refused]
+    if len(usable) == 2:
+        findings.step(check_same_classes, *usable)
+    if usable and data.num_classes not in (None, len(usable[0].classes)):
+        problem = f"contradicts the {len(usable[0].classes)} categories of {data.train_json}"
+        fix = "leave it out: classes are counted"
+        findings.add(ConfigError("data.num_classes", data.num_classes, problem, fix))
+    data.num_classes = len(usable[0].classes) if usable else 80
+    return found
+
+
+def _check_own_data(data: DictConfig, split: str, findings: Findings) -> CocoSummary:
+    keys = [f"data.{split}_json", f"data.{split}_images"]
+    json_file, images = (data[key.partition(".")[2]] for key in keys)
+    for key, value in zip(keys, (json_file, images)):
+        if not value:
+            findings.add(ConfigError(key, value, "is not set", f"add {key}=PATH to the command"))
+    if not (json_file and images):
+        return FAILED
+    summary = check_coco(json_file, images, *keys, train=split == "train", findings=findings)
+    if summary.refused:
+        return summary
+    register_coco(f"{data.name}_{split}", json_file, images)
+    if data.masks and not summary.has_masks:
         findings.add(
-            ConfigError(f"{group}.{name}", value, "no such key", f"use one of {', '.join(known)}")
+            ConfigError(
+                keys[0],
+                summary.json_file,
+                f"{summary.unmasked} of {summary.objects} objects have no segmentation, and "
+                "data.masks is true",
+                "use a config without masks, such as configs/custom_coco.py",
+            )
         )
+        return replace(summary, refused=True)
+    return summary
 
 
-def _drop_idle_teacher(model: DictConfig, findings: Findings) -> None:
-    """Without a stage that learns from it, a teacher is neither loaded nor run."""
-    if model.get("teacher") is None or not isinstance(model.get("stages"), DictConfig):
+# --- teachers that nobody learns from -----------------------------------------------------------
+
+
+def _drop_idle_teachers(model: DictConfig, findings: Findings) -> None:
+    """Remove the teachers that no stage learns from: they need neither be loaded nor run."""
+    wanted = _wanted_teachers(model)
+    if wanted is None:
         return
+    fix = "give a stage that needs a teacher a weight above 0"
+    problem = "no stage learns from it, so it is neither loaded nor run"
+    if model.get("teacher") is not None and None not in wanted:
+        findings.warn("model.teacher", _name(model.teacher), problem, fix)
+        model.teacher = None
+    further = model.get("teachers")
+    if isinstance(further, DictConfig):
+        for name in [x for x in further if x not in wanted]:
+            findings.warn(f"model.teachers.{name}", _name(further[name]), problem, fix)
+            del further[name]
+
+
+def _wanted_teachers(model: DictConfig) -> Optional[Set[Optional[str]]]:
+    """The names of the teachers that stages learn from, None is `model.teacher`; None: nobody knows."""
+    if not isinstance(model.get("stages"), DictConfig):
+        return None
+    wanted: Set[Optional[str]] = set()
     for name, stage in model.stages.items():
         if name == "_target_":
             continue
         if not isinstance(stage, DictConfig) or "loss" not in stage:
-            return  # reported where the stages are built
+            return None  # reported where the stages are built
         loss = OmegaConf.select(stage, "loss._target_")
         try:
             loss = locate(loss) if isinstance(loss, str) else loss
         except ImportError:
-            return
+            return None
         if stage.get("weight", 1.0) and "teacher" in getattr(loss, "needs", ("teacher",)):
-            return
-    findings.warn(
-        "model.teacher",
-        model.teacher.get("config") if isinstance(model.teacher, DictConfig) else model.teacher,
-        "no stage learns from it, so it is neither loaded nor run",
-        "give a stage that needs a teacher a weight above 0",
-    )
-    model.teacher = None
+            wanted.add(stage.get("teacher"))
+    return wanted
 
 
-def student_only(cfg: DictConfig) -> DictConfig:
-    """A copy of ``cfg`` with the plain student as its model: evaluation needs no teacher."""
-    cfg = cfg.copy()
-    cfg.model = cfg.model.get("student", cfg.model)
-    return cfg
-
-
-def settle_own_data(cfg: DictConfig, findings: Findings) -> None:
-    """Check and register the COCO-format data of ``cfg.data``, and count its classes.
-
-    Sets ``data.num_classes``, to which the model refers; 80 stands in for it where no file says it.
-
-    Args:
-        findings: takes what is wrong with the data, and as its fact ``data`` for ``train`` and
-            ``test`` a list of summaries, FAILED in place of one that there is not.
-    """
-    summaries = {
-        loader: findings.step(_check_own_data, cfg.data, split, findings)
-        for loader, split in (("train", "train"), ("test", "val"))
-    }
-    findings.step(check_same_classes, *summaries.values())
-    findings.facts["data"] = {loader: [summary] for loader, summary in summaries.items()}
-    counts = [len(x.classes) for x in summaries.values() if x is not FAILED]
-    given = cfg.data.get("num_classes")
-    if counts and given not in (None, counts[0]):
-        findings.add(
-            ConfigError(
-                "data.num_classes",
-                given,
-                f"contradicts the {counts[0]} categories of {cfg.data.train_json}",
-                "leave it out: classes are counted",
-            )
-        )
-    cfg.data.num_classes = (counts or [80])[0]
-
-
-def _check_own_data(data: DictConfig, split: str, findings: Findings) -> CocoSummary:
-    key = f"data.{split}_json"
-    for name in (key, f"data.{split}_images"):
-        value = data.get(name.partition(".")[2])
-        if not value or not isinstance(value, str):
-            findings.add(ConfigError(name, value, "is not set", f"add {name}=PATH to the command"))
-    json_file, images = data.get(f"{split}_json"), data.get(f"{split}_images")
-    if not (json_file and images and isinstance(json_file, str) and isinstance(images, str)):
-        return FAILED
-    where = (key, f"data.{split}_images")
-    summary = check_coco(json_file, images, *where, train=split == "train", findings=findings)
-    if summary is FAILED:
-        return FAILED
-    register_coco(f"{data.name}_{split}", json_file, images)
-    if data.masks and not summary.has_masks:
-        raise ConfigError(
-            key,
-            summary.json_file,
-            f"{summary.unmasked} of {summary.objects} objects have no segmentation, and "
-            "data.masks is true",
-            "use a config without masks, such as configs/custom_coco.py",
-        )
-    return summary
+def _name(teacher: Any) -> Any:
+    return teacher.get("config") if isinstance(teacher, DictConfig) else teacher

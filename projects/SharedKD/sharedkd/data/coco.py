@@ -52,6 +52,7 @@ class CocoSummary:
         has_rle: whether some object's segmentation is RLE, which Detectron2's mapper takes with
             ``instance_mask_format="bitmask"`` only.
         categories: category id -> class name, ids ascending.
+        refused: something is wrong with the file, so that it cannot be used.
     """
 
     key: str
@@ -64,6 +65,7 @@ class CocoSummary:
     unmasked: int
     has_rle: bool
     categories: Dict[int, str]
+    refused: bool = False
 
     @property
     def classes(self) -> List[str]:
@@ -96,11 +98,10 @@ def check_coco(
         train: True asks for at least one object.  False asks for what COCO evaluation reads:
             ``area`` and ``iscrowd`` of each annotation, and annotation ids above 0.
         verify_sizes: also compare width and height with the headers of up to 1000 images.
-        findings: takes what is wrong, and as its fact ``files`` for ``train`` and ``test`` a list of
-            summaries, also of files that are refused.
+        findings: takes what is wrong.
 
     Returns:
-        what the file holds; FAILED if it is refused.
+        what the file holds, also if it is refused.
 
     Raises:
         ConfigError: for each kind of fault the first one, how many there are like it, and the fix.
@@ -140,14 +141,11 @@ def check_coco(
         unmasked=sum(not a.get("segmentation") for a in (objects if train else annotations)),
         has_rle=any(isinstance(a.get("segmentation"), dict) for a in objects),
         categories={} if categories is FAILED else categories,
+        refused=bool(own.errors),
     )
-    files = findings.facts.setdefault("files", {"train": [], "test": []})
-    files["train" if train else "test"].append(summary)
-    if not own.errors:
-        return summary
-    for error in own.errors:
-        findings.add(error)
-    return FAILED
+    for each in own.errors:
+        findings.add(each)
+    return summary
 
 
 def check_same_classes(train: CocoSummary, val: CocoSummary) -> None:

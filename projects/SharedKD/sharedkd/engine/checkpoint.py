@@ -15,7 +15,7 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
-from sharedkd.errors import ConfigError
+from sharedkd.errors import RunError
 from sharedkd.files import replace
 from sharedkd.weights.loading import DataCheckpointer
 
@@ -96,11 +96,11 @@ def has_run(folder: Union[str, Path]) -> bool:
     return recorded and any(zipfile.is_zipfile(path) for path in ours)
 
 
-class SaveError(ConfigError):
+class SaveError(RunError):
     """The output folder cannot be written any more.
 
     Args:
-        key, value, problem, fix: see :class:`~sharedkd.errors.ConfigError`.
+        key, value, problem, fix: see :class:`~sharedkd.errors.SharedKDError`.
     """
 
 

@@ -16,7 +16,7 @@ from detectron2.engine import TrainerBase
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
-from sharedkd.errors import ConfigError, DataError, NonFiniteLossError
+from sharedkd.errors import ConfigError, DataError, SharedKDError
 
 from .checkpoint import DISK
 from .interrupt import forward_signals, interruptible
@@ -30,8 +30,8 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
     """Run ``main(args)`` in as many processes as the command line asks for; never returns an error.
 
     Under ``torchrun`` this process joins the group it finds in the environment, over gloo on the CPU.
-    Otherwise Detectron2 starts ``--num-gpus`` processes on this machine.  A ConfigError or
-    NonFiniteLossError ends the program with one line and exit status 1.
+    Otherwise Detectron2 starts ``--num-gpus`` processes on this machine.  A SharedKDError ends the
+    program with one line and exit status 1.
 
     Args:
         main: a function that a new process can import; what it returns is lost.
@@ -53,7 +53,7 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
             )
     except mp.ProcessExitedException as e:  # the process itself has said why
         sys.exit(e.exit_code if e.exit_code >= 0 else 128 - e.exit_code)
-    except ConfigError as e:
+    except SharedKDError as e:
         _say_and_exit(e)
 
 
@@ -77,7 +77,7 @@ def _guarded(main: Callable[[Namespace], Any], args: Namespace) -> None:
     try:
         with interruptible("nothing is to be saved yet"):
             main(args)
-    except (ConfigError, NonFiniteLossError) as e:
+    except SharedKDError as e:
         _say_and_exit(e)
 
 
@@ -85,7 +85,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     """For the log of Detectron2's training loop: an error that says it all in a line has just that."""
     error = record.exc_info and record.exc_info[1]
     full = isinstance(error, OSError) and error.errno in DISK
-    if full or isinstance(error, (ConfigError, NonFiniteLossError)):
+    if full or isinstance(error, SharedKDError):
         record.msg, record.args, record.exc_info = f"Training stops: {error}", (), None
     return True
 

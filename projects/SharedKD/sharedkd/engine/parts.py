@@ -1,43 +1,53 @@
-"""The parts of a run, built from its config in steps: whatever is wrong with any of them is found at once."""
+"""What a run is made of, built from its config in steps: all that is wrong with it is found at once."""
 
-import glob
 import logging
-import os
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from sharedkd.config.build import construct, not_set
-from sharedkd.data.coco import CocoSummary, check_coco
+from sharedkd.config.build import construct, missing_keys, not_set
+from sharedkd.config.load import Loaded, student_only
 from sharedkd.data.loader import TrainLoader
-from sharedkd.errors import FAILED, ConfigError, Findings, collecting
+from sharedkd.errors import FAILED, ConfigError, ConfigErrors, Findings, SharedKDError, collecting
 from sharedkd.modeling.backbones import compile_backbone, recompute_blocks
-from sharedkd.modeling.detectors import count_parameters, num_classes
+from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import trains_channels_last
 from sharedkd.modeling.meta_arch import SharedKD, check_image_format
 from sharedkd.modeling.stages import Stage
+from sharedkd.modeling.teachers import Teacher
 from sharedkd.values import check_number
 from sharedkd.weights.loading import inherit, initialise, load_trained
 
 from .checkpoint import has_run
-from .disk import check_disk, check_folder
+from .checks import (
+    DataSets,
+    check_classes,
+    check_datasets,
+    check_device,
+    check_evaluation,
+    check_output,
+    check_sample,
+    check_scheduler,
+)
+from .disk import check_disk
 from .lock import check_free
 from .resume import check_settings, saved_seed
 from .trainer import check_amp
 
 __all__ = [
+    "Built",
     "Parts",
     "amp_dtype",
     "assemble",
     "build",
-    "check_output",
+    "images_per_step",
     "losses_of",
     "memory_layout",
     "rewire",
@@ -49,80 +59,112 @@ OPTIMIZER_NUMBERS = ("lr", "weight_decay", "momentum")
 
 
 @dataclass
-class Parts:
-    """What a run is made of; FAILED in place of what could not be built.
+class Built:
+    """A run's model; FAILED in place of what could not be built.
 
     Args:
-        model: on its device, with its initial weights.
-        resuming: the weights come from the run's own checkpoint later.
-        optimizer, loader, scheduler: for training; None in an evaluation.
-        sample: the first training image as the loader delivers it; None if that cannot be known.
+        model: on its device, with its initial weights: a pair or a plain detector.
+        student: of a plain detector, itself.
+        teachers: name -> source of maps; None is the name of ``model.teacher``.
+        loaded: how many of the student's tensors its initial weights filled; None: not loaded here.
+        inherited: the student's tensors that are copies of the teacher's.
     """
 
     model: nn.Module
-    resuming: bool
+    student: nn.Module
+    teachers: Mapping[Optional[str], Teacher] = field(default_factory=dict)
+    loaded: Optional[int] = None
+    inherited: List[str] = field(default_factory=list)
+
+
+@dataclass
+class Parts(Built):
+    """What a run is made of; FAILED in place of what could not be built.
+
+    Args:
+        cfg: its config; of an evaluation without a teacher.
+        resuming: the weights come from the run's own checkpoint later.
+        data: what its data sets hold.
+        optimizer, loader, scheduler: for training; None in an evaluation.
+        sample: the first training image as the loader delivers it; None if that cannot be known.
+        disk: see :func:`~sharedkd.engine.disk.check_disk`.
+    """
+
+    cfg: DictConfig = None
+    resuming: bool = False
+    data: DataSets = field(default_factory=DataSets)
     optimizer: Optional[torch.optim.Optimizer] = None
     loader: Any = None
     scheduler: Any = None
     sample: Optional[Dict[str, Any]] = field(default=None, repr=False)
+    disk: Optional[Mapping[str, float]] = None
 
 
 @collecting
 def assemble(
-    cfg: DictConfig, eval_only: bool = False, resume: bool = False, *, findings: Findings
+    loaded: Loaded, eval_only: bool = False, resume: bool = False, *, findings: Findings
 ) -> Parts:
     """Build and check all that a run needs.  Nothing is written.
 
     Args:
-        cfg: of :func:`~sharedkd.config.load.load_config`; of an evaluation without a teacher.  A seed is
-            drawn into it if it has none.
+        loaded: its config.  A seed is drawn into it if it has none.
         eval_only: ``train.init_checkpoint`` is a trained student, to be evaluated.
         resume: the output folder may hold a run, which then goes on.
-        findings: takes every error; without it, they are raised.  Of its facts, ``data`` becomes,
-            for ``train`` and ``test``, a list of the summaries of COCO-format data, ``disk`` what
-            :func:`check_disk` returns, ``student_tensors`` and ``inherited`` what filled the student.
+        findings: takes every error; without it, they are raised.
     """
+    cfg = student_only(loaded.cfg) if eval_only else loaded.cfg
     step = findings.step
-    for key in sorted(OmegaConf.missing_keys(cfg)):
+    for key in missing_keys(cfg):
         findings.add(not_set(key))
-    if step(_check_device, cfg.train.device) is FAILED:
+    if step(check_device, cfg.train.device) is FAILED:
         cfg.train.device = "cpu"  # stands in for it
+    folder = None
     if not eval_only:
         step(check_free, cfg.train.output_dir)
         folder = step(check_output, cfg.train.output_dir, resume)
-    if comm.is_main_process():
-        check_datasets(cfg, eval_only, findings)
+    data = check_datasets(cfg, loaded.data, eval_only, findings)
     resuming = resume and not eval_only and has_run(cfg.train.output_dir)
+    _seed(cfg, resuming)
+    if resuming:
+        step(check_settings, cfg)
+
+    usable = [*data.usable("train"), *data.usable("test")]
+    classes_known = not loaded.data or bool(usable)
+    parts = Parts(
+        **vars(_build(cfg, eval_only, resuming, classes_known, findings)),
+        cfg=cfg,
+        resuming=resuming,
+        data=data,
+    )
+    for summary in usable[:1]:
+        step(check_classes, cfg, parts.student, summary)
+    if comm.is_main_process():
+        check_evaluation(cfg, data, findings)
+    if eval_only:
+        return parts
+
+    parts.scheduler = step(construct, cfg.lr_multiplier, "lr_multiplier")
+    step(check_scheduler, parts.scheduler)
+    parts.optimizer = step(_optimizer, cfg, parts.student if parts.model is FAILED else parts.model)
+    if FAILED not in (parts.model, folder):
+        parts.disk = step(check_disk, cfg, parts.model, parts.optimizer) or None
+    loader = cfg.dataloader.train if data.complete("train") else FAILED
+    parts.loader = step(construct, loader, "dataloader.train")
+    if isinstance(parts.loader, TrainLoader):
+        parts.loader.pin_memory = torch.device(cfg.train.device).type != "cpu"
+        sample = step(parts.loader.first_sample)
+        step(check_sample, parts.student, sample)
+        parts.sample = sample or None
+    return parts
+
+
+def _seed(cfg: DictConfig, resuming: bool) -> None:
+    """Draw a seed into ``cfg`` if it has none, and start from it."""
     if cfg.train.seed < 0 and resuming:
         cfg.train.seed = saved_seed(cfg.train.output_dir)
     if cfg.train.seed < 0:
         cfg.train.seed = comm.shared_random_seed()
     seed_all_rng(cfg.train.seed + comm.get_rank())
-    if resuming:
-        step(check_settings, cfg)
-    parts = Parts(build(cfg, eval_only, resuming, findings=findings), resuming)
-    student = findings.facts["student"]
-    splits = ("test",) if eval_only else ("train", "test")
-    for summary in [x for split in splits for x in _summaries(findings, split)][:1]:
-        step(_check_classes, cfg, student, summary)
-    if comm.is_main_process():
-        step(_check_evaluation, cfg, findings)
-    if eval_only:
-        return parts
-    parts.scheduler = step(construct, cfg.lr_multiplier, "lr_multiplier")
-    step(_check_scheduler, parts.scheduler)
-    parts.optimizer = step(_optimizer, cfg, student if parts.model is FAILED else parts.model)
-    if FAILED not in (parts.model, folder):
-        findings.facts["disk"] = step(check_disk, cfg, parts.model, parts.optimizer)
-    if FAILED in _summaries(findings, "train"):
-        parts.loader = FAILED
-    else:
-        parts.loader = step(construct, cfg.dataloader.train, "dataloader.train")
-    if isinstance(parts.loader, TrainLoader):
-        parts.loader.pin_memory = torch.device(cfg.train.device).type != "cpu"
-        parts.sample = step(parts.loader.first_sample)
-        step(_check_sample, student, parts.sample)
-    return parts
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -140,71 +182,112 @@ def build(
         resuming: the weights come from the run's own checkpoint later.
         findings: takes the errors, and FAILED may be returned; without it, they are raised.
     """
+    return _build(cfg, trained, resuming, True, findings).model
+
+
+def _build(
+    cfg: DictConfig, trained: bool, resuming: bool, classes_known: bool, findings: Findings
+) -> Built:
+    """As :func:`build`; without known classes nobody knows what a checkpoint should have."""
     step = findings.step
     dtype = step(amp_dtype, cfg)
-    student, teacher, model = _construct(cfg, findings)
-    findings.facts["student"] = student
+    built = _construct(cfg, classes_known, findings)
+    model, student = built.model, built.student
     image_format = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
     if not trained and image_format is not None:
         step(check_image_format, student, image_format)
     if trained:
-        # Without data nobody knows how many classes the checkpoint should have.
-        step(_load_student, cfg, FAILED if _classes_unknown(cfg, findings) else student)
+        step(_load_student, cfg, student if classes_known else FAILED)
     elif not resuming:
-        loaded = step(initialise, student, cfg.train.init_checkpoint, *_source(cfg))
-        findings.facts["student_tensors"] = loaded
+        built.loaded = step(initialise, student, cfg.train.init_checkpoint, *_source(cfg))
         if cfg.train.inherit:
-            findings.facts["inherited"] = step(_inherit, cfg, student, teacher)
+            built.inherited = step(_inherit, cfg, student, built.teachers.get(None))
     if model is not FAILED:
         logger.info(
             f"{count_parameters(student):,} parameters in the student, "
             f"{count_parameters(losses_of(model)):,} in distillation losses"
         )
     placed = step(_place, cfg, model)
-    if teacher:
-        step(_prepare, teacher, dtype, placed)
+    for name, teacher in built.teachers.items():
+        step(_prepare, name, teacher, dtype, placed)
     step(rewire, cfg, student)
-    return model
+    return built
 
 
-def _construct(cfg: DictConfig, findings: Findings) -> Tuple[Any, Any, Any]:
-    """(student, teacher or None, model).
-
-    Where a part of a pair fails, the rest is still put together, to see whether that would fit; the
-    model is then FAILED.
-    """
+def _construct(cfg: DictConfig, classes_known: bool, findings: Findings) -> Built:
+    """Where a part of a pair fails, the others are still put together, to see whether they fit."""
     node = cfg.model
     if node.get("student") is None:
         model = findings.step(construct, node, "model")
-        return getattr(model, "student", model), None, model
+        return Built(model, getattr(model, "student", model))
     errors = len(findings.errors)
     student = findings.step(construct, node.student, "model.student")
-    teacher = node.get("teacher")
-    if teacher is not None:
-        teacher = findings.step(construct, teacher, "model.teacher")
-    stages = node.get("stages") or {}
-    if not isinstance(stages, Mapping):
-        findings.add(
-            ConfigError("model.stages", stages, "is no group of stages", "use L(stage_dict)")
-        )
-        stages = {}
-    built = {}
-    for name, stage in stages.items():
+    teachers = _teachers(node, findings)
+    there = {name: teacher for name, teacher in teachers.items() if teacher is not FAILED}
+    stages = {}
+    for name, stage in _stages(node, findings).items():
+        needs = getattr(stage.loss, "needs", ()) if isinstance(stage, Stage) else ()
+        waits = "teacher" in needs and teachers.get(stage.teacher) is FAILED
+        if not waits and (classes_known or "regions" not in needs):
+            stages[name] = stage
+    pair = {k: node[k] for k in node if k not in ("student", "teacher", "teachers", "stages")}
+    further = {name: teacher for name, teacher in there.items() if name is not None}
+    pair.update(student=student, teacher=there.get(None), stages=stages)
+    pair.update({"teachers": further} if "teachers" in node else {})
+    model = findings.step(construct, FAILED if student is FAILED else pair, "model")
+    return Built(FAILED if len(findings.errors) > errors else model, student, there)
+
+
+def _teachers(node: DictConfig, findings: Findings) -> Dict[Optional[str], Teacher]:
+    """The teachers of a pair by name, None for ``model.teacher``."""
+    found = {}
+    if node.get("teacher") is not None:
+        found[None] = findings.step(construct, node.teacher, "model.teacher")
+    for name, teacher in _group(node, "teachers", "L(dict)(NAME=...)", findings).items():
+        found[name] = findings.step(_construct_named, teacher, name)
+    return found
+
+
+def _construct_named(teacher: DictConfig, name: str) -> Teacher:
+    with _called(name):
+        return construct(teacher, f"model.teachers.{name}")
+
+
+def _stages(node: DictConfig, findings: Findings) -> Dict[str, Any]:
+    found = {}
+    for name, stage in _group(node, "stages", "L(stage_dict)(NAME=...)", findings).items():
         if isinstance(stage, DictConfig) and "_target_" in stage:
             stage = findings.step(construct, stage, f"model.stages.{name}")
-        if name != "_target_" and stage is not FAILED:
-            built[name] = stage
-    needs = {
-        n: getattr(s.loss, "needs", ()) if isinstance(s, Stage) else () for n, s in built.items()
-    }
-    if teacher is FAILED:
-        built = {n: s for n, s in built.items() if "teacher" not in needs[n]}
-    if _classes_unknown(cfg, findings):
-        built = {n: s for n, s in built.items() if "regions" not in needs[n]}
-    others = {k: node[k] for k in node if k not in ("student", "teacher", "stages")}
-    whole = {**others, "student": student, "teacher": teacher or None, "stages": built}
-    model = findings.step(construct, FAILED if student is FAILED else whole, "model")
-    return student, teacher, FAILED if len(findings.errors) > errors else model
+        if stage is not FAILED:
+            found[name] = stage
+    return found
+
+
+def _group(node: DictConfig, key: str, example: str, findings: Findings) -> Dict[str, Any]:
+    """The members of a group of nodes."""
+    group = node.get(key) or {}
+    if not isinstance(group, Mapping):
+        problem = "is no group of nodes"
+        findings.add(ConfigError(f"model.{key}", group, problem, f"use {example}"))
+        return {}
+    return {name: group[name] for name in group if name != "_target_"}
+
+
+@contextmanager
+def _called(name: Optional[str]) -> Iterator[None]:
+    """A teacher takes itself for `model.teacher`: give its errors the key of the one called ``name``."""
+
+    def here(text: str) -> str:
+        return re.sub(r"\bmodel\.teacher(?=\.|$)", f"model.teachers.{name}", text)
+
+    try:
+        yield
+    except SharedKDError as e:
+        if name is None:
+            raise
+        raise ConfigErrors(
+            type(x)(here(x.key), x.value, here(x.problem), here(x.fix)) for x in e.errors
+        ) from e
 
 
 def _load_student(cfg: DictConfig, student: nn.Module) -> None:
@@ -238,6 +321,14 @@ def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:
     return model.to(cfg.train.device, memory_format=memory_layout(cfg))
 
 
+def _prepare(
+    name: Optional[str], teacher: Teacher, dtype: Optional[torch.dtype], placed: nn.Module
+) -> None:
+    """Prepare a teacher once the model, ``placed``, has taken it to its device."""
+    with _called(name):
+        teacher.prepare(dtype)
+
+
 def memory_layout(cfg: DictConfig) -> torch.memory_format:
     """Of the student's weights and of all maps that losses read, as ``cfg.train.channels_last`` says."""
     wanted = cfg.train.channels_last
@@ -246,17 +337,13 @@ def memory_layout(cfg: DictConfig) -> torch.memory_format:
     return torch.channels_last if wanted else torch.preserve_format
 
 
-def _prepare(teacher: Any, dtype: Optional[torch.dtype], placed: nn.Module) -> None:
-    teacher.prepare(dtype)
-
-
 def rewire(cfg: DictConfig, student: nn.Module) -> None:
     """Make ``student`` run as ``cfg.train`` says.
 
     By its ``activation_checkpointing`` and ``compile``.
 
     Raises:
-        ConfigError: the last two exclude each other; see also
+        ConfigError: the two exclude each other; see also
             :func:`~sharedkd.modeling.backbones.recompute_blocks`.
     """
     if cfg.train.activation_checkpointing and cfg.train.compile:
@@ -269,6 +356,12 @@ def rewire(cfg: DictConfig, student: nn.Module) -> None:
         compile_backbone(student)
 
 
+def images_per_step(cfg: DictConfig) -> Optional[int]:
+    """How many images all processes together train on in a step; None: the loader does not say."""
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    return batch * cfg.train.accumulate if isinstance(batch, int) else None
+
+
 def losses_of(model: nn.Module) -> nn.Module:
     """The distillation losses of ``model``.
 
@@ -277,117 +370,18 @@ def losses_of(model: nn.Module) -> nn.Module:
     return model.losses if isinstance(model, SharedKD) else nn.ModuleDict()
 
 
-# --- the data -----------------------------------------------------------------------------------
+def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
+    """What a training step computes in under autocast by ``cfg.train``; None: no autocast.
 
-
-def check_datasets(cfg: DictConfig, eval_only: bool, findings: Findings) -> None:
-    """Check every COCO-format data set that the config names.
-
-    Args:
-        findings: takes unknown names and what is wrong with files, and as its fact ``data`` what
-            there is.
+    Raises:
+        ConfigError: a type that the device does not offer.
     """
-    own = {f"{cfg.data.name}_{x}" for x in ("train", "val")} if "data" in cfg else set()
-    data = findings.facts.setdefault("data", {})
-    for split in ("test",) if eval_only else ("train", "test"):
-        key = f"dataloader.{split}.dataset.names"
-        names = OmegaConf.select(cfg, key)
-        for name in [names] if isinstance(names, str) else names or []:
-            if name in own:  # checked already
-                continue
-            summary = findings.step(_check_dataset, name, key, split == "train", findings)
-            data[split] = [*data.get(split, ()), *([] if summary is None else [summary])]
-
-
-def _check_dataset(name: str, key: str, train: bool, findings: Findings) -> Optional[CocoSummary]:
-    if name not in DatasetCatalog.list():
-        raise ConfigError(key, name, "is not registered", "use configs/custom_coco.py")
-    metadata = MetadataCatalog.get(name)
-    if not metadata.get("json_file"):
+    if not cfg.train.amp.enabled:
         return None
-    files = metadata.json_file, metadata.image_root
-    return check_coco(*files, key, key, train=train, findings=findings)
-
-
-def _summaries(findings: Findings, split: str) -> List[Any]:
-    return findings.facts.get("data", {}).get(split, [])
-
-
-def _classes_unknown(cfg: DictConfig, findings: Findings) -> bool:
-    """Whether classes should have been counted, and no file can be read."""
-    found = [x for split in ("train", "test") for x in _summaries(findings, split)]
-    return "data" in cfg and bool(found) and all(x is FAILED for x in found)
-
-
-def _check_classes(cfg: DictConfig, student: nn.Module, summary: CocoSummary) -> None:
-    count = num_classes(student)
-    if count not in (None, len(summary.classes)):
-        raise ConfigError(
-            _key_of_classes(cfg.model),
-            count,
-            f"is how many classes the student has; {summary.key}={summary.json_file} has "
-            f"{len(summary.classes)}",
-            "set both to the same number; own data's is ${data.num_classes}",
-        )
-
-
-def _key_of_classes(model: DictConfig) -> str:
-    name = "model" if model.get("student") is None else "model.student"
-    waiting = [(name, model.get("student", model))]
-    for key, node in waiting:
-        if "num_classes" in node:
-            return f"{key}.num_classes"
-        waiting += [(f"{key}.{k}", v) for k, v in node.items() if isinstance(v, DictConfig)]
-    return name
-
-
-def _check_sample(student: nn.Module, sample: Mapping[str, Any]) -> None:
-    heads = getattr(student, "roi_heads", None)
-    if getattr(heads, "mask_on", False) and not sample["instances"].has("gt_masks"):
-        raise ConfigError(
-            "dataloader.train.mapper.use_instance_mask",
-            False,
-            "the student has a mask head, which cannot be trained without masks",
-            "use data.masks=True and data with segmentations, or a student without masks",
-        )
-
-
-def _check_evaluation(cfg: DictConfig, findings: Findings) -> None:
-    """An evaluator that cannot be built would be found out after hours of training."""
-    nodes = cfg.dataloader.get("evaluator")
-    if nodes is None or FAILED in _summaries(findings, "test"):
-        return
-    if "test" not in cfg.dataloader:
-        raise ConfigError(
-            "dataloader.test",
-            None,
-            "is not there to evaluate on",
-            "set it, or leave out the evaluator",
-        )
-    findings.step(construct, cfg.dataloader.test, "dataloader.test")
-    for i, node in enumerate(nodes if isinstance(nodes, ListConfig) else [nodes]):
-        key = f"dataloader.evaluator{f'[{i}]' if isinstance(nodes, ListConfig) else ''}"
-        name = node.get("dataset_name") if isinstance(node, Mapping) else None
-        if name is not None and name not in DatasetCatalog.list():
-            findings.add(
-                ConfigError(f"{key}.dataset_name", name, "is not registered", "name the test data")
-            )
-        elif name is None or MetadataCatalog.get(name).get("json_file"):
-            findings.step(_check_evaluator, findings.step(construct, node, key), key)
-        # else it may write the annotations into a json file as soon as it is built
-
-
-def _check_evaluator(evaluator: Any, key: str) -> None:
-    if not isinstance(evaluator, DatasetEvaluator):
-        raise ConfigError(
-            key,
-            type(evaluator).__name__,
-            "is no evaluator",
-            "use a subclass of detectron2.evaluation.DatasetEvaluator",
-        )
-
-
-# --- optimizer, schedule, device, output folder ---------------------------------------------------
+    device = torch.device(cfg.train.device).type
+    dtype = getattr(torch, cfg.train.amp.dtype or ("float16" if device == "cuda" else "bfloat16"))
+    check_amp(dtype, device)
+    return dtype
 
 
 def _optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -413,77 +407,3 @@ def _optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
             "optimizer", type(optimizer).__name__, "is no optimizer", "use one of torch.optim"
         )
     return optimizer
-
-
-def _check_scheduler(scheduler: Any) -> None:
-    """A multiplier of the learning rate: a function of the share of the run that is over."""
-    for where in (0.0, 0.5, 1 - 1e-6):
-        try:
-            value = scheduler(where)
-        except Exception as e:
-            raise ConfigError(
-                "lr_multiplier",
-                type(scheduler).__name__,
-                f"cannot be evaluated at {where:g} of the run: {e}",
-                "use a ParamScheduler of fvcore",
-            ) from e
-        check_number(f"lr_multiplier at {where:g} of the run", value, least=0)
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-        there = device.type == "cpu" or (
-            device.type == "cuda" and torch.empty(1, device=device).is_cuda
-        )
-    except Exception:
-        there = False
-    if not there:
-        raise ConfigError(
-            "train.device", name, "there is no such device here", "use train.device=cpu"
-        )
-
-
-def check_output(output_dir: str, resume: bool) -> None:
-    """Check a run's output folder.
-
-    Args:
-        output_dir: need not exist.
-        resume: it may hold a run, which then goes on.
-
-    Raises:
-        ConfigError: it cannot be written to, or holds what a run must not overwrite.
-    """
-    key = "train.output_dir"
-    check_folder(key, output_dir)
-    weights = glob.glob(os.path.join(glob.escape(output_dir), "*.pth"))
-    if not has_run(output_dir):
-        if not weights:
-            return
-        raise ConfigError(
-            key,
-            output_dir,
-            f"holds {os.path.basename(weights[0])} of a run that cannot be resumed",
-            "choose another folder",
-        )
-    if not resume:
-        raise ConfigError(
-            key,
-            output_dir,
-            "holds another run's checkpoint",
-            "add --resume to continue that run, or choose another folder",
-        )
-
-
-def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
-    """What a training step computes in under autocast by ``cfg.train``; None: no autocast.
-
-    Raises:
-        ConfigError: a type that the device does not offer.
-    """
-    if not cfg.train.amp.enabled:
-        return None
-    device = torch.device(cfg.train.device).type
-    dtype = getattr(torch, cfg.train.amp.dtype or ("float16" if device == "cuda" else "bfloat16"))
-    check_amp(dtype, device)
-    return dtype

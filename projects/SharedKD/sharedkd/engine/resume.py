@@ -50,6 +50,8 @@ FREE = (
     "train.output_dir",
     "train.force_resume",
 )
+#: What is said of `model.teacher` holds for the further teachers, too.
+NAMED = re.compile(r"^model\.teachers\.[^.]+")
 
 
 def latest_checkpoint(folder: str) -> str:
@@ -138,7 +140,8 @@ def changes(folder: Union[str, Path], cfg: DictConfig) -> List[Change]:
         path = os.path.join(temporary, "config.yaml")
         LazyConfig.save(cfg, path)  # which does not raise where it cannot
         now = _plain(path, folder, "the config to go on with, written as yaml,")
-    return [change for change in _differences("", then, now) if not _below(change[0], FREE)]
+    found = _differences("", then, now)
+    return [change for change in found if not _below(NAMED.sub("model.teacher", change[0]), FREE)]
 
 
 def differences(then: str, now: str) -> List[Change]:

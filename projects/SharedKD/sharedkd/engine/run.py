@@ -19,25 +19,27 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from sharedkd.config import load_config, student_only
-from sharedkd.engine.checkpoint import StudentCheckpointer
-from sharedkd.engine.hooks.cost import Cost
-from sharedkd.engine.hooks.record import FILE as RECORD
-from sharedkd.engine.hooks.record import RunRecord, origin
-from sharedkd.engine.hooks.shares import Watchdog
-from sharedkd.engine.hooks.writers import build_writers
-from sharedkd.engine.parts import Parts, amp_dtype, assemble, check_output, losses_of
+from sharedkd.config.load import load
 from sharedkd.errors import Findings
 from sharedkd.files import remove_unfinished
 from sharedkd.modeling.detectors import num_classes
 from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
 
-from .checkpoint import Checkpoints, disk_failure
+from .advice import advise
+from .checkpoint import Checkpoints, StudentCheckpointer, disk_failure
+from .checks import check_output
+from .hooks.cost import Cost
+from .hooks.record import FILE as RECORD
+from .hooks.record import RunRecord, origin
+from .hooks.shares import Watchdog
+from .hooks.writers import build_writers
 from .interrupt import StopRequest
 from .lock import locked
-from .overview import advise, as_text, describe
+from .overview import as_text, describe
+from .parts import Parts, amp_dtype, assemble, losses_of
 from .resume import FinishStep, config_kept, latest_checkpoint
 from .trainer import SharedKDTrainer
 
@@ -67,11 +69,10 @@ def run(args: Namespace) -> Dict[str, Any]:
     """
     with ExitStack() as held, _log_later() as log_opens:
         findings = Findings()
-        cfg = findings.step(load_config, args.config_file, args.opts, findings=findings)
-        if args.eval_only:
-            cfg = findings.step(student_only, cfg)
-        parts = findings.step(assemble, cfg, args.eval_only, args.resume, findings=findings)
+        loaded = findings.step(load, args.config_file, args.opts, findings=findings)
+        parts = findings.step(assemble, loaded, args.eval_only, args.resume, findings=findings)
         findings.raise_errors()
+        cfg = parts.cfg
         model, resuming = parts.model, parts.resuming
         if args.eval_only:
             # Not a run's own folder, whose config.yaml says how it was trained, nor one of several runs.
@@ -94,15 +95,14 @@ def run(args: Namespace) -> Dict[str, Any]:
         if args.eval_only:
             return evaluate(cfg, model)
         if comm.is_main_process():
-            _say(cfg, parts, findings)
+            _say(parts, findings)
         return train(cfg, trainer, checkpoint, origin(args))
 
 
-def _say(cfg: DictConfig, parts: Parts, findings: Findings) -> None:
+def _say(parts: Parts, findings: Findings) -> None:
     """Log what will be trained, and what about it may not be meant."""
-    advise(cfg, parts, findings)
-    logger.info("The run:\n" + as_text(describe(cfg, parts, findings)))
-    for warning in findings.warnings:
+    logger.info("The run:\n" + as_text(describe(parts)))
+    for warning in (*findings.warnings, *advise(parts)):
         logger.warning(str(warning))
 
 
@@ -199,7 +199,8 @@ def train(
         start = trainer.iter + 1
         trainer.data_loader.first_batch = start * cfg.train.accumulate
     elif cfg.train.eval_teacher:
-        evaluate_teacher(cfg, module)
+        for name in getattr(module, "sources", {}):
+            evaluate_teacher(cfg, module, name)
     if comm.is_main_process():
         writers = build_writers(folder, cfg.train.writers, cfg.train.max_iter, start)
         about = {**started, "fast_dev_run": cfg.train.fast_dev_run}
@@ -258,10 +259,18 @@ def first_records(records: List[Dict[str, Any]], count: int) -> List[Dict[str, A
     return records[:count]
 
 
-def evaluate_teacher(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
-    """Evaluate the teacher on the student's validation data, and log its results."""
-    teacher = getattr(model, "teacher", None)
-    if teacher is None:
+def evaluate_teacher(
+    cfg: DictConfig, model: nn.Module, name: Optional[str] = None
+) -> Dict[str, Any]:
+    """Evaluate a teacher of ``model`` on the student's validation data, and log its results.
+
+    Args:
+        cfg: see :func:`evaluate`.
+        model: a pair; of a plain detector there is nothing to evaluate.
+        name: of the teacher; None: ``model.teacher``.
+    """
+    teacher = getattr(model, "sources", {}).get(name)
+    if not isinstance(teacher, FrozenTeacher):
         return {}
     ours, theirs = num_classes(model.student), num_classes(teacher.model)
     if ours != theirs:
@@ -270,7 +279,8 @@ def evaluate_teacher(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
             "cannot be evaluated here"
         )
         return {}
-    logger.info("The teacher's results, before the first iteration:")
+    who = "teacher" if name is None else f"teacher {name}"
+    logger.info(f"The {who}'s results, before the first iteration:")
     return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format))
 
 

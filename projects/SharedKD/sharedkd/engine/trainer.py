@@ -296,16 +296,18 @@ class SharedKDTrainer(SimpleTrainer):
             NonFiniteLossError: a step whose losses were not read yet is not finite.
         """
         state = super().state_dict()
-        state["teacher"] = self._teacher_fingerprint()
+        fingerprints = self._teacher_fingerprints()
+        state["teacher"] = fingerprints.pop(None, None)
+        state["teachers"] = fingerprints  # of the named ones
         state["grad_scaler"] = self.scaler.state_dict()
         state["bad_images"] = dict(self.bad_images)
         # Dense detectors keep a running mean outside of their state dict.
         state["loss_normalizer"] = getattr(self.detector, "loss_normalizer", None)
         return state
 
-    def _teacher_fingerprint(self) -> Optional[str]:
-        teacher = getattr(self.module, "teacher", None)
-        return teacher and teacher.fingerprint
+    def _teacher_fingerprints(self) -> Dict[Optional[str], Optional[str]]:
+        sources = getattr(self.module, "sources", {})
+        return {name: teacher.fingerprint for name, teacher in sources.items()}
 
     @property
     def bad_images(self) -> Dict[str, str]:
@@ -322,14 +324,17 @@ class SharedKDTrainer(SimpleTrainer):
         Raises:
             ConfigError: its run learned from another teacher.
         """
-        before, now = state_dict["teacher"], self._teacher_fingerprint()
-        if before != now:
-            raise ConfigError(
-                "model.teacher.weights",
-                now,
-                f"is not the teacher of the run to resume ({before})",
-                "resume with the same teacher, or start anew in another train.output_dir",
-            )
+        then = {None: state_dict["teacher"], **state_dict.get("teachers", {})}
+        now = self._teacher_fingerprints()
+        for name in dict.fromkeys([*then, *now]):
+            before, after = then.get(name), now.get(name)
+            if before != after:
+                raise ConfigError(
+                    "model.teacher.weights" if name is None else f"model.teachers.{name}.weights",
+                    after,
+                    f"is not the teacher of the run to resume ({before})",
+                    "resume with the same teacher, or start anew in another train.output_dir",
+                )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from ``state_dict``, which :meth:`state_dict` returned.

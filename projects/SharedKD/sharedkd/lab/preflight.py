@@ -4,71 +4,83 @@ import copy
 import logging
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
 from torch import nn
 
-from sharedkd.config import load_config
+from sharedkd.config.load import load
+from sharedkd.engine.advice import advise
 from sharedkd.engine.hooks.cost import STEPS
 from sharedkd.engine.hooks.record import peak_memory_mb
-from sharedkd.engine.overview import advise, as_text, describe
+from sharedkd.engine.overview import Measured, Overview, as_text, describe
 from sharedkd.engine.parts import Parts, assemble, losses_of
 from sharedkd.engine.run import build_trainer
-from sharedkd.errors import FAILED, ConfigError, Findings, NonFiniteLossError
+from sharedkd.errors import FAILED, Findings, NonFiniteLossError, RunError, SharedKDError
 
-__all__ = ["preflight", "report"]
+__all__ = ["Preflight", "preflight"]
+
+
+@dataclass
+class Preflight:
+    """What is known of a run before it starts.
+
+    Args:
+        errors: what is in its way.
+        warnings: what is probably not meant.
+        overview: what it will be; None if its config cannot be read.
+    """
+
+    errors: List[SharedKDError]
+    warnings: List[SharedKDError]
+    overview: Optional[Overview] = None
+
+    def as_dict(self) -> Dict[str, Any]:
+        """As nested dicts for JSON: ``ok``, ``errors``, ``warnings``, and the fields of the overview."""
+        return {
+            "ok": not self.errors,
+            "errors": [_as_dict(x) for x in self.errors],
+            "warnings": [_as_dict(x) for x in self.warnings],
+            **(self.overview.as_dict() if self.overview else {}),
+        }
+
+    def as_text(self) -> str:
+        """For people."""
+        lines = [f"warning: {x}" for x in self.warnings] + [f"error: {x}" for x in self.errors]
+        if self.errors:
+            count = len(self.errors)
+            lines.append(f"not ready: {count} error{'s' if count > 1 else ''}, see above")
+        else:
+            lines.append("ready: nothing is in the way of this run")
+        text = as_text(self.overview) if self.overview else ""
+        return "\n\n".join(x for x in (text, "\n".join(lines)) if x)
 
 
 def preflight(
     config_file: str, overrides: Sequence[str] = (), resume: bool = False, measure: bool = True
-) -> Dict[str, Any]:
+) -> Preflight:
     """Check a run as the training command would, and measure two of its steps.  Nothing is written.
 
     Args:
         config_file, overrides, resume: as the training command takes them.
         measure: False leaves out the two steps.
-
-    Returns:
-        ``ok``; ``errors`` and ``warnings``, each with ``key``, ``value``, ``problem``, ``fix`` and
-        ``message``; what :func:`~sharedkd.engine.overview.describe` returns, if there is a config; and
-        ``measured``: ``seconds_per_step``, ``total_seconds`` (without evaluations) and
-        ``peak_memory_mb`` of this process or its GPU.
     """
-    findings, found = Findings(), {}
+    findings, overview = Findings(), None
     with _quiet():
-        cfg = findings.step(load_config, config_file, overrides, findings=findings)
-        parts = findings.step(assemble, cfg, False, resume, findings=findings)
+        loaded = findings.step(load, config_file, overrides, findings=findings)
+        parts = findings.step(assemble, loaded, False, resume, findings=findings)
         if parts is not FAILED:
-            advise(cfg, parts, findings)
-            found = describe(cfg, parts, findings)
-        if measure and not findings.errors:
-            measured = findings.step(_measure, cfg, parts)
-            found.update({} if measured is FAILED else {"measured": measured})
-    return {
-        "ok": not findings.errors,
-        "errors": [_as_dict(e) for e in findings.errors],
-        "warnings": [_as_dict(w) for w in findings.warnings],
-        **found,
-    }
+            findings.warnings += advise(parts)
+            overview = describe(parts)
+            if measure and not findings.errors:
+                overview.measured = findings.step(_measure, parts) or None
+    return Preflight(findings.errors, findings.warnings, overview)
 
 
-def report(found: Dict[str, Any]) -> str:
-    """``found``, what :func:`preflight` returns, for people."""
-    lines = [f"warning: {w['message']}" for w in found["warnings"]]
-    lines += [f"error: {e['message']}" for e in found["errors"]]
-    if found["ok"]:
-        lines.append("ready: nothing is in the way of this run")
-    else:
-        count = len(found["errors"])
-        lines.append(f"not ready: {count} error{'s' if count > 1 else ''}, see above")
-    text = as_text(found) if "data" in found else ""
-    return "\n\n".join(x for x in (text, "\n".join(lines)) if x)
-
-
-def _as_dict(error: ConfigError) -> Dict[str, str]:
+def _as_dict(error: SharedKDError) -> Dict[str, str]:
     return {
         "key": error.key,
         "value": str(error.value),
@@ -78,9 +90,9 @@ def _as_dict(error: ConfigError) -> Dict[str, str]:
     }
 
 
-def _measure(cfg: DictConfig, parts: Parts) -> Dict[str, float]:
+def _measure(parts: Parts) -> Measured:
     """Time training steps on the first batches, all stages on; weights are then what they were."""
-    model = parts.model
+    model, cfg = parts.model, parts.cfg
     with _unchanged(model):
         trainer = build_trainer(cfg, parts)
         weights = {name: stage.weight for name, stage in trainer.stages.items()}
@@ -92,11 +104,11 @@ def _measure(cfg: DictConfig, parts: Parts) -> Dict[str, float]:
             with EventStorage(trainer.iter) as trainer.storage:
                 seconds.append(_time(cfg, trainer.run_step))
         parts.optimizer.state.clear()
-    return {
-        "seconds_per_step": seconds[-1],
-        "total_seconds": seconds[-1] * cfg.train.max_iter,
-        "peak_memory_mb": peak_memory_mb(),
-    }
+    return Measured(
+        seconds_per_step=seconds[-1],
+        total_seconds=seconds[-1] * cfg.train.max_iter,
+        peak_memory_mb=peak_memory_mb(),
+    )
 
 
 def _time(cfg: DictConfig, step: Callable[[], None]) -> float:
@@ -106,18 +118,18 @@ def _time(cfg: DictConfig, step: Callable[[], None]) -> float:
         if torch.device(cfg.train.device).type == "cuda":
             torch.cuda.synchronize()
     except NonFiniteLossError as e:
-        raise ConfigError(
+        raise RunError(
             "train", "first steps", f"do not work: {e}", "check init_checkpoint, teacher and data"
         ) from e
     except torch.cuda.OutOfMemoryError as e:
-        raise ConfigError(
+        raise RunError(
             "dataloader.train.total_batch_size",
             cfg.dataloader.train.get("total_batch_size"),
             "needs more memory than the GPU has",
             "use fewer images, train.amp.enabled=True or train.activation_checkpointing=True",
         ) from e
     except Exception as e:  # of whatever a detector, a mapper or a loss is made of
-        raise ConfigError(
+        raise RunError(
             "train",
             "first steps",
             f"fail: {type(e).__name__}: {e}",

@@ -20,7 +20,6 @@ from sharedkd.config.plain import leaves, read_plain
 from sharedkd.files import replace
 
 __all__ = [
-    "WRITERS",
     "MLflowWriter",
     "ServiceWriter",
     "WandbWriter",
@@ -42,17 +41,18 @@ def build_writers(
 
     Args:
         folder: the run's output folder, with its config.yaml.
-        names: keys of :data:`WRITERS`.
+        names: some of :data:`~sharedkd.config.defaults.WRITERS`.
         max_iter: length of the run, for the time that is left.
         first: the first iteration that will be logged; above 0 a resumed run goes on.
     """
     path = os.path.join(folder, FILE)
     _remove_lines(path, first)
+    services = {"wandb": WandbWriter, "mlflow": MLflowWriter}
     return [
         CommonMetricPrinter(max_iter),
         JSONWriter(path),
         TensorboardXWriter(folder, purge_step=first or None),
-        *(WRITERS[name](folder, first > 0) for name in names),
+        *(services[name](folder, first > 0) for name in names),
     ]
 
 
@@ -151,6 +151,3 @@ class MLflowWriter(ServiceWriter):
 
     def close(self) -> None:
         self.service.end_run()
-
-
-WRITERS = {writer.package: writer for writer in (WandbWriter, MLflowWriter)}

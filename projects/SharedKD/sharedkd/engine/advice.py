@@ -1,0 +1,138 @@
+"""What about a run works, and is probably not meant: checks that each yield warnings."""
+
+from typing import Iterator, List, Optional
+
+import torch
+
+from sharedkd.errors import FAILED, ConfigError
+from sharedkd.modeling.detectors import num_classes
+from sharedkd.modeling.hardware import has_bfloat16
+
+from .parts import Parts, images_per_step, losses_of
+
+__all__ = ["advise"]
+
+#: Detectron2's own schedules: SGD with 0.02 for 16 images.  Twice as much per image is suspicious.
+SGD_LR_PER_IMAGE, SUSPICIOUS = 0.02 / 16, 2.0
+#: How many times as long as float32 bfloat16 takes on a CPU without the instructions, about.
+BFLOAT16_SLOWDOWN = 10
+
+
+def advise(parts: Parts) -> List[ConfigError]:
+    """The warnings for a run; a part that could not be built has none.
+
+    Args:
+        parts: what :func:`~sharedkd.engine.parts.assemble` made of its config.
+    """
+    checks = (_weights, _evaluation, _checkpoints, _disk, _precision, _optimizer, _data)
+    found = [warning for check in checks for warning in check(parts)]
+    if parts.model is not FAILED and losses_of(parts.model):
+        found += [*_teachers(parts), *_stages(parts)]
+    return found
+
+
+def _weights(parts: Parts) -> Iterator[ConfigError]:
+    train = parts.cfg.train
+    if not parts.resuming and not train.init_checkpoint and not train.inherit:
+        problem = "the student starts from random weights"
+        fix = "set it to an ImageNet backbone or a detector if there is one"
+        yield ConfigError("train.init_checkpoint", "''", problem, fix)
+
+
+def _evaluation(parts: Parts) -> Iterator[ConfigError]:
+    if parts.cfg.dataloader.get("evaluator") is None:
+        fix = "set it to a DatasetEvaluator"
+        yield ConfigError("dataloader.evaluator", None, "nothing is evaluated", fix)
+    elif parts.cfg.train.eval_period == 0:
+        problem = "the student is evaluated at the end alone"
+        fix = "set a number of iterations to follow the run"
+        yield ConfigError("train.eval_period", 0, problem, fix)
+
+
+def _checkpoints(parts: Parts) -> Iterator[ConfigError]:
+    train = parts.cfg.train
+    if train.checkpointer.period > train.max_iter and not train.fast_dev_run:
+        problem = f"there is no checkpoint before the end at {train.max_iter}"
+        fix = "set fewer iterations, or an interrupted run starts anew"
+        yield ConfigError("train.checkpointer.period", train.checkpointer.period, problem, fix)
+
+
+def _disk(parts: Parts) -> Iterator[ConfigError]:
+    disk = parts.disk
+    if disk and disk["free_mb"] < disk["needed_mb"]:
+        need, free = f"{disk['needed_mb']:.0f} MB", f"{disk['free_mb']:.0f} MB"
+        problem = f"{need} of checkpoints on a disk with {free}"
+        fix = "keep fewer by train.checkpointer.max_to_keep, or choose another disk"
+        yield ConfigError("train.output_dir", parts.cfg.train.output_dir, problem, fix)
+
+
+def _precision(parts: Parts) -> Iterator[ConfigError]:
+    train = parts.cfg.train
+    if torch.device(train.device).type != "cpu" or has_bfloat16():
+        return
+    problem = "this CPU has no instructions for bfloat16: "
+    problem += f"about {BFLOAT16_SLOWDOWN} times as slow as float32"
+    if train.amp.enabled and train.amp.dtype in (None, "bfloat16"):
+        yield ConfigError("train.amp.enabled", True, problem, "use train.amp.enabled=False")
+    for name, teacher in parts.teachers.items():
+        if getattr(teacher, "precision", None) == "bfloat16":
+            key = f"{_key(name)}.precision"
+            yield ConfigError(key, "bfloat16", problem, f"use {key}=float32")
+
+
+def _optimizer(parts: Parts) -> Iterator[ConfigError]:
+    if not parts.optimizer:
+        return
+    lr = max(group["lr"] for group in parts.optimizer.param_groups)
+    images = images_per_step(parts.cfg)
+    if lr == 0:
+        yield ConfigError("optimizer.lr", lr, "nothing is learnt", "use a value above 0")
+    elif isinstance(parts.optimizer, torch.optim.SGD) and images:
+        usual = SGD_LR_PER_IMAGE * images
+        if lr > SUSPICIOUS * usual:
+            problem = f"is high for SGD with {images} images a step; Detectron2's own schedules "
+            problem += f"scale to {usual:.2g}"
+            yield ConfigError("optimizer.lr", lr, problem, f"use {usual:.2g} or so")
+
+
+def _data(parts: Parts) -> Iterator[ConfigError]:
+    trained = {x.json_file for x in parts.data.usable("train")}
+    for summary in parts.data.usable("test"):
+        if summary.json_file in trained:
+            problem = "is the training data, too: figures say nothing about other images"
+            fix = "use images held out of training"
+            yield ConfigError(summary.key, summary.json_file, problem, fix)
+
+
+def _teachers(parts: Parts) -> Iterator[ConfigError]:
+    ours = num_classes(parts.student)
+    for name, teacher in parts.teachers.items():
+        theirs = None if teacher.detector is None else num_classes(teacher.detector)
+        if theirs not in (None, ours):
+            problem = f"The teacher has {theirs} classes, the student {ours}: "
+            problem += "the teacher's head is unused"
+            value = getattr(teacher, "name", type(teacher).__name__)
+            fix = "its feature maps are what counts"
+            yield ConfigError(f"{_key(name)}.config", value, problem, fix)
+        if getattr(teacher, "weights", None) == "":
+            fix = "set it to a trained detector's weights"
+            yield ConfigError(f"{_key(name)}.weights", "''", "the teacher is not trained", fix)
+
+
+def _stages(parts: Parts) -> Iterator[ConfigError]:
+    max_iter = parts.cfg.train.max_iter
+    for name, stage in parts.model.stages.items():
+        key, (start, end) = f"model.stages.{name}", stage.span(max_iter)
+        ramp = stage.ramp * max_iter if isinstance(stage.ramp, float) else stage.ramp
+        if start == end:
+            problem = f"never begins within train.max_iter={max_iter}"
+            fix = "start earlier or train longer"
+            yield ConfigError(f"{key}.start", stage.start, problem, fix)
+        elif ramp > end - start:
+            problem = f"does not reach its full weight: it is on for {end - start} iterations"
+            yield ConfigError(f"{key}.ramp", stage.ramp, problem, "use a shorter ramp")
+
+
+def _key(name: Optional[str]) -> str:
+    """Where a teacher stands in the config."""
+    return "model.teacher" if name is None else f"model.teachers.{name}"

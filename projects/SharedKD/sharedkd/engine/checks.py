@@ -1,0 +1,210 @@
+"""Checks of what a run needs around its model: data sets, evaluators, device, output folder, schedule."""
+
+import glob
+import os
+from dataclasses import dataclass, field
+from typing import Any, List, Mapping
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from sharedkd.config.build import construct
+from sharedkd.data.coco import CocoSummary, check_coco
+from sharedkd.errors import FAILED, ConfigError, Findings
+from sharedkd.modeling.detectors import num_classes
+from sharedkd.values import check_number
+
+from .checkpoint import has_run
+from .disk import check_folder
+
+__all__ = [
+    "DataSets",
+    "check_classes",
+    "check_datasets",
+    "check_device",
+    "check_evaluation",
+    "check_output",
+    "check_sample",
+    "check_scheduler",
+]
+
+
+@dataclass
+class DataSets:
+    """What the COCO-format data sets of a run hold.
+
+    Args:
+        train, test: a summary each; FAILED in place of a file that cannot be read.
+    """
+
+    train: List[CocoSummary] = field(default_factory=list)
+    test: List[CocoSummary] = field(default_factory=list)
+
+    def usable(self, split: str) -> List[CocoSummary]:
+        """Those of ``split`` with which nothing is wrong."""
+        return [x for x in getattr(self, split) if x and not x.refused]
+
+    def complete(self, split: str) -> bool:
+        """Whether nothing is wrong with any of ``split``."""
+        return len(self.usable(split)) == len(getattr(self, split))
+
+
+def check_datasets(
+    cfg: DictConfig, own: Mapping[str, CocoSummary], eval_only: bool, findings: Findings
+) -> DataSets:
+    """Check every COCO-format data set that the config names; in the first process alone.
+
+    Args:
+        cfg: the run's.
+        own: what is known of own data, see :class:`~sharedkd.config.load.Loaded`.
+        eval_only: no data are needed to train on.
+        findings: takes unknown names and what is wrong with files.
+    """
+    found = DataSets(**{split: [summary] for split, summary in own.items()})
+    if not comm.is_main_process():
+        return found
+    known = {f"{cfg.data.name}_{x}" for x in ("train", "val")} if own else set()
+    for split in ("test",) if eval_only else ("train", "test"):
+        key = f"dataloader.{split}.dataset.names"
+        names = OmegaConf.select(cfg, key)
+        for name in [names] if isinstance(names, str) else names or []:
+            if name in known:
+                continue
+            if name not in DatasetCatalog.list():
+                fix = "use configs/custom_coco.py"
+                findings.add(ConfigError(key, name, "is not registered", fix))
+                getattr(found, split).append(FAILED)
+            elif MetadataCatalog.get(name).get("json_file"):
+                data = MetadataCatalog.get(name)
+                where = (data.json_file, data.image_root, key, key)
+                options = dict(train=split == "train", findings=findings)
+                getattr(found, split).append(findings.step(check_coco, *where, **options))
+    return found
+
+
+def check_classes(cfg: DictConfig, student: nn.Module, summary: CocoSummary) -> None:
+    """Raises:
+    ConfigError: ``student`` has another number of classes than the data of ``summary``.
+    """
+    count = num_classes(student)
+    if count not in (None, len(summary.classes)):
+        raise ConfigError(
+            _key_of_classes(cfg.model),
+            count,
+            f"is how many classes the student has; {summary.key}={summary.json_file} has "
+            f"{len(summary.classes)}",
+            "set both to the same number; own data's is ${data.num_classes}",
+        )
+
+
+def _key_of_classes(model: DictConfig) -> str:
+    name = "model" if model.get("student") is None else "model.student"
+    waiting = [(name, model.get("student", model))]
+    for key, node in waiting:
+        if "num_classes" in node:
+            return f"{key}.num_classes"
+        waiting += [(f"{key}.{k}", v) for k, v in node.items() if isinstance(v, DictConfig)]
+    return name
+
+
+def check_sample(student: nn.Module, sample: Mapping[str, Any]) -> None:
+    """Raises:
+    ConfigError: ``student`` has a mask head, and ``sample``, the first of the loader, no masks.
+    """
+    heads = getattr(student, "roi_heads", None)
+    if getattr(heads, "mask_on", False) and not sample["instances"].has("gt_masks"):
+        raise ConfigError(
+            "dataloader.train.mapper.use_instance_mask",
+            False,
+            "the student has a mask head, which cannot be trained without masks",
+            "use data.masks=True and data with segmentations, or a student without masks",
+        )
+
+
+def check_evaluation(cfg: DictConfig, data: DataSets, findings: Findings) -> None:
+    """Build the evaluators and their data: what fails there would be found after hours of training."""
+    nodes = cfg.dataloader.get("evaluator")
+    if nodes is None or not data.complete("test"):
+        return
+    if "test" not in cfg.dataloader:
+        fix = "set it, or leave out the evaluator"
+        findings.add(ConfigError("dataloader.test", None, "is not there to evaluate on", fix))
+        return
+    findings.step(construct, cfg.dataloader.test, "dataloader.test")
+    for i, node in enumerate(nodes if isinstance(nodes, ListConfig) else [nodes]):
+        key = f"dataloader.evaluator{f'[{i}]' if isinstance(nodes, ListConfig) else ''}"
+        name = node.get("dataset_name") if isinstance(node, Mapping) else None
+        if name is not None and name not in DatasetCatalog.list():
+            findings.add(
+                ConfigError(f"{key}.dataset_name", name, "is not registered", "name the test data")
+            )
+        elif name is None or MetadataCatalog.get(name).get("json_file"):
+            findings.step(_check_evaluator, findings.step(construct, node, key), key)
+        # else it may write the annotations into a json file as soon as it is built
+
+
+def _check_evaluator(evaluator: Any, key: str) -> None:
+    if not isinstance(evaluator, DatasetEvaluator):
+        fix = "use a subclass of detectron2.evaluation.DatasetEvaluator"
+        raise ConfigError(key, type(evaluator).__name__, "is no evaluator", fix)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Check a multiplier of the learning rate: a function of the share of the run that is over.
+
+    Raises:
+        ConfigError: it fails, or is negative or not finite somewhere.
+    """
+    for where in (0.0, 0.5, 1 - 1e-6):
+        try:
+            value = scheduler(where)
+        except Exception as e:
+            raise ConfigError(
+                "lr_multiplier",
+                type(scheduler).__name__,
+                f"cannot be evaluated at {where:g} of the run: {e}",
+                "use a ParamScheduler of fvcore",
+            ) from e
+        check_number(f"lr_multiplier at {where:g} of the run", value, least=0)
+
+
+def check_device(name: str) -> None:
+    """Raises:
+    ConfigError: there is no device called ``name`` here.
+    """
+    try:
+        device = torch.device(name)
+        there = device.type == "cpu" or (
+            device.type == "cuda" and torch.empty(1, device=device).is_cuda
+        )
+    except Exception:
+        there = False
+    if not there:
+        fix = "use train.device=cpu"
+        raise ConfigError("train.device", name, "there is no such device here", fix)
+
+
+def check_output(output_dir: str, resume: bool) -> None:
+    """Check a run's output folder.
+
+    Args:
+        output_dir: need not exist.
+        resume: it may hold a run, which then goes on.
+
+    Raises:
+        ConfigError: it cannot be written to, or holds what a run must not overwrite.
+    """
+    key = "train.output_dir"
+    check_folder(key, output_dir)
+    weights = glob.glob(os.path.join(glob.escape(output_dir), "*.pth"))
+    if has_run(output_dir):
+        if not resume:
+            fix = "add --resume to continue that run, or choose another folder"
+            raise ConfigError(key, output_dir, "holds another run's checkpoint", fix)
+    elif weights:
+        problem = f"holds {os.path.basename(weights[0])} of a run that cannot be resumed"
+        raise ConfigError(key, output_dir, problem, "choose another folder")

@@ -1,0 +1,55 @@
+"""A further teacher beside `model.teacher`: built, verified, prepared, told, and fixed for the run."""
+
+import pytest
+import tiny
+import torch
+
+from sharedkd import ConfigError
+
+SECOND = "{_target_:sharedkd.modeling.teachers.FrozenTeacher,config:%s,weights:%s}"
+OPTIONS = ["train.max_iter=2", "model.stages.identical.teacher=large"]
+
+
+@pytest.fixture
+def second(workspace, tmp_path):
+    """Overrides that add one with other weights."""
+    torch.save(
+        {"model": tiny.detector("mask_rcnn", 18, 6, seed=8).state_dict()}, tmp_path / "2.pth"
+    )
+    node = SECOND % (workspace.root / "teacher.py", tmp_path / "2.pth")
+    return [f"model.teachers.large={node}", *OPTIONS]
+
+
+def test_a_stage_learns_from_the_teacher_that_it_names(train, second, tmp_path):
+    output, _ = train("custom_coco_mask.py", *second, "train.eval_teacher=True")
+    log = (output / "log.txt").read_text()
+    assert "teacher large: Mask R-CNN, ResNet-18" in log and f"{tmp_path}/2.pth, verified" in log
+    assert "The teacher large's results, before the first iteration" in log
+    assert "large's" in log.partition("student's channels")[2].splitlines()[0]
+
+    state = torch.load(output / "model_final.pth", weights_only=False)["trainer"]
+    assert set(state["teachers"]) == {"large"}
+    assert state["teachers"]["large"] not in (None, state["teacher"])
+
+    # Under another name of its file it is the same teacher; with other weights it is not.
+    (tmp_path / "2.pth").rename(tmp_path / "moved.pth")
+    moved = [x.replace("2.pth", "moved.pth") for x in [*second, "train.eval_teacher=True"]]
+    longer = [x.replace("max_iter=2", "max_iter=3") for x in moved]
+    train("custom_coco_mask.py", *longer, output=output, flags=["--resume"])
+    other = tiny.detector("mask_rcnn", 18, 6, seed=9)
+    torch.save({"model": other.state_dict()}, tmp_path / "moved.pth")
+    with pytest.raises(ConfigError, match="^model.teachers.large.weights=.*not the teacher of the"):
+        train("custom_coco_mask.py", *longer, output=output, flags=["--resume"])
+
+
+def test_one_that_no_stage_names_is_not_loaded(train, second):
+    idle = [x for x in second if "identical" not in x]
+    broken = [x.replace("2.pth", "none.pth") for x in idle]
+    output, _ = train("custom_coco_mask.py", *broken)
+    assert "model.teachers.large" in (output / "log.txt").read_text()
+
+
+def test_its_errors_name_it(train, second):
+    half = [*second, "model.teachers.large.precision=float16"]
+    with pytest.raises(ConfigError, match="^model.teachers.large.precision=float16: does not work"):
+        train("custom_coco_mask.py", *half)
