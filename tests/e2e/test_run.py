@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +20,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
+from same import assert_same
 from tiny import arguments
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
@@ -148,23 +148,6 @@ def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, conf
         torch.load(folder / "model_final.pth", weights_only=False) for folder in (whole, halved)
     )
     assert_same(first, second)
-
-
-def assert_same(a, b, where=""):
-    """Equal to the bit, through dicts and lists."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{where}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 def test_eval_only_of_distilled_and_plain_config_agree(train, workspace, tmp_path):
@@ -421,34 +404,3 @@ def test_a_trained_student_is_loaded_for_evaluation(workspace):
     saved = torch.load(workspace.weights, weights_only=True)["model"]
     loaded = build(cfg, trained=True).state_dict()
     assert all(torch.equal(loaded[name], x) for name, x in saved.items())
-
-
-def test_on_a_terminal_progress_is_one_line(workspace, tmp_path):
-    ours, theirs = os.openpty()
-    opts = [*workspace.data, f"train.output_dir={tmp_path}/run"]
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    run = tiny.command("custom_coco_mask_plain.py", *opts)
-    with subprocess.Popen(run, stdout=theirs, stderr=theirs, env=env) as process:
-        os.close(theirs)
-        shown = b""
-        with suppress(OSError):  # which is how a terminal's end is told
-            while chunk := os.read(ours, 4096):
-                shown += chunk
-    os.close(ours)
-    assert process.returncode == 0
-
-    lines = shown.decode().replace("\r\n", "\n").split("\n")
-    live = [text for line in lines for text in line.split("\r\x1b[K")[:-1] if text]
-    assert [re.sub("loss .*", "", text).strip() for text in live] == [
-        f"iteration {i}/4" for i in (1, 2, 3, 4)
-    ]
-    assert all(re.search(r" loss \d+\.\d+( |$)", text) for text in live)
-    # What stays is the log without these, each line once.
-    stayed = [line.split("\r\x1b[K")[-1] for line in lines]
-    found = [re.search(r"\[\S+ [\d:]+ \S+\]: (?:\x1b\[0m)?(.*)", line) for line in stayed]
-    logged = re.findall(
-        r"^\[\S+ [\d:]+\] \S+ \w+: (.*)", (tmp_path / "run/log.txt").read_text(), re.M
-    )
-    assert len([x for x in logged if " iter: " in x]) == 4
-    assert [x[1] for x in found if x] == [x for x in logged if " iter: " not in x]
-    assert stayed[-1] == ""
