@@ -156,23 +156,23 @@ def test_evaluation_gives_the_runs_results_and_leaves_its_folder_alone(
 
 def test_resume_refuses_another_teacher(finished, workspace, tmp_path):
     output, *_ = finished
-    before = {p.name: p.read_bytes() for p in output.iterdir() if p.suffix in (".yaml", ".pth")}
+    before = {p: p.read_bytes() for p in output.iterdir() if p.suffix in (".yaml", ".pth")}
     other = tmp_path / "other.pth"
     torch.save({"model": tiny.detector("mask_rcnn", num_classes=6, seed=8).state_dict()}, other)
-    opts = [
+    args = arguments(
+        "custom_coco_mask.py",
         *workspace.data,
         *workspace.pair,
         f"train.output_dir={output}",
         "train.inherit=[neck,head]",
-    ]
+        f"model.student.{KEEP_ALL}",
+        f"model.teacher.weights={other}",
+        flags=["--resume"],
+    )
     refused = "model.teacher.weights.*not the teacher of the run to resume"
     with pytest.raises(ConfigError, match=refused):
-        run(
-            arguments(
-                "custom_coco_mask.py", *opts, f"model.teacher.weights={other}", flags=["--resume"]
-            )
-        )
-    assert before == {p.name: p.read_bytes() for p in output.iterdir() if p.name in before}
+        run(args)
+    assert before == {p: p.read_bytes() for p in before}
 
 
 def test_default_predictor_reads_a_checkpoint(tmp_path):
@@ -212,7 +212,7 @@ def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, conf
     fitnets = "{_target_:sharedkd.losses.FitNets,tap:fpn}"
     opts = [
         "train.max_iter=5",
-        "train.checkpointer.period=2",
+        "train.checkpointer.period=3",
         "model.stages.identical.ramp=4",
         f"model.stages.fitnets={{_target_:sharedkd.modeling.stages.Stage,loss:{fitnets}}}",
     ]
@@ -221,7 +221,7 @@ def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, conf
     step = SharedKDTrainer.run_step
 
     def interrupted(self):
-        if self.iter == 3:
+        if self.iter == 4:
             raise KeyboardInterrupt
         step(self)
 
@@ -229,7 +229,7 @@ def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, conf
     with pytest.raises(KeyboardInterrupt):
         train(config, *opts, output=tmp_path / "halved")
     monkeypatch.setattr(SharedKDTrainer, "run_step", step)
-    assert (tmp_path / "halved/last_checkpoint").read_text() == "model_0000001.pth"
+    assert (tmp_path / "halved/last_checkpoint").read_text() == "model_0000002.pth"
     halved, _ = train(config, *opts, output=tmp_path / "halved", flags=["--resume"])
 
     first, second = (
@@ -249,7 +249,7 @@ def test_fast_dev_run(train, monkeypatch):
 
     monkeypatch.setattr(engine, "inference_on_dataset", inference_on_dataset)
     monkeypatch.setattr(engine, "DEV_RUN_IMAGES", 3)  # of 4
-    output, results = train("custom_coco.py", "train.fast_dev_run=True", "train.max_iter=999")
+    output, results = train("custom_coco_plain.py", "train.fast_dev_run=True", "train.max_iter=999")
     iterations = [x["iteration"] for x in map(json.loads, open(output / "metrics.json"))]
     assert iterations[:20] == list(range(20)) and max(iterations) <= 20
     assert [p.name for p in output.glob("*.pth")] == ["model_final.pth"]
