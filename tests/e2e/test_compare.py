@@ -34,8 +34,8 @@ def overrides(workspace):
     return [*workspace.data, *workspace.pair, "train.clip_grad_norm=5"]
 
 
-def compare(output, overrides, methods=METHODS, seeds=(0, 1), **options):
-    return run_comparison(ROOT, CONFIG, methods, seeds, output, overrides, **options)
+def compare(output, overrides, methods=METHODS, seeds=(0, 1), config=CONFIG, **options):
+    return run_comparison(ROOT, config, methods, seeds, output, overrides, **options)
 
 
 @pytest.fixture(scope="module")
@@ -190,24 +190,28 @@ def test_other_settings_are_refused(finished, overrides):
 
 
 def test_a_failed_arm_is_shown_and_the_others_are_trained(overrides, tmp_path, capsys):
+    """Of RetinaNets."""
+    config = str(ROOT / "configs/custom_coco_retinanet.py")
     bad = tmp_path / "bad.py"
     bad.write_text(
         "from detectron2.config import LazyCall as L\n"
         "from sharedkd import IdenticalLayer, Stage\n"
         "from sharedkd.modeling.stages import stage_dict\n"
         "paper = 'none'\n"
-        "stages = dict(faster_rcnn=L(stage_dict)("
+        "stages = dict(retinanet=L(stage_dict)("
         "bad=L(Stage)(loss=L(IdenticalLayer)(), weight=1e38, ramp=2)))\n"
     )
     output = tmp_path / "out"
-    record = compare(output, overrides, [str(bad), "none", f"none@{bad}"], seeds=[0])
+    record = compare(output, overrides, [str(bad), "none", f"none@{bad}"], seeds=[0], config=config)
     broken, plain, timed = record["arms"]
     assert (broken["status"], plain["status"]) == ("failed", "finished")
     assert timed["status"] == "failed" and "no time to take" in timed["error"]
     assert "not finite" in broken["error"] and "bad" in (output / "report.md").read_text()
     assert "not finite" in (output / "report.md").read_text()
     capsys.readouterr()
-    again = compare(output, overrides, [str(bad), "none"], seeds=[0])  # is tried again
+    again = compare(
+        output, overrides, [str(bad), "none"], seeds=[0], config=config
+    )  # is tried again
     assert again["arms"][0]["status"] == "failed"
     assert capsys.readouterr().out.count("kept") == 1
 
@@ -223,12 +227,10 @@ def tool(output, overrides, methods, *flags, config=CONFIG):
 
 
 def test_shards_share_the_work(overrides, tmp_path):
-    """Of RetinaNets."""
-    config = ROOT / "configs/custom_coco_retinanet.py"
     methods = ["none", "frs", "none@frs"]
     shards = [
         subprocess.Popen(
-            tool(tmp_path, overrides, methods, "--shard", f"{i}/2", config=config),
+            tool(tmp_path, overrides, methods, "--shard", f"{i}/2"),
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -239,7 +241,7 @@ def test_shards_share_the_work(overrides, tmp_path):
     assert "[1/2] none" in said[0] and "[1/1] frs" in said[1]
     assert not list(tmp_path.rglob("*.tmp"))
     json.loads((tmp_path / "results.json").read_text())
-    last = run_comparison(ROOT, str(config), methods, [0], tmp_path, overrides)
+    last = compare(tmp_path, overrides, methods, seeds=[0])
     assert [a["status"] for a in last["arms"]] == ["finished"] * 3
     width = 128  # of the small FPN; FRS has a 3x3 convolution on each of five levels
     assert [a["parameters"]["losses"] for a in last["arms"]] == [0, 5 * (9 * width + 1) * width, 0]
