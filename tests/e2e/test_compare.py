@@ -34,8 +34,8 @@ def overrides(workspace):
     return [*workspace.data, *workspace.pair, "train.clip_grad_norm=5"]
 
 
-def compare(output, overrides, methods=METHODS, seeds=(0, 1), config=CONFIG, **options):
-    return run_comparison(ROOT, config, methods, seeds, output, overrides, **options)
+def compare(output, overrides, methods=METHODS, seeds=(0, 1), **options):
+    return run_comparison(ROOT, CONFIG, methods, seeds, output, overrides, **options)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,15 @@ def test_an_arm_whose_distillation_weighs_nothing_is_the_plain_one(finished):
         assert arm(record, IDLE, seed)["results"] == arm(record, "none", seed)["results"]
 
 
+def test_a_family_with_a_dense_head(overrides, tmp_path):
+    config = str(ROOT / "configs/custom_coco_retinanet.py")
+    record = run_comparison(ROOT, config, ["none", "pkd"], [0], tmp_path, overrides)
+    assert [a["status"] for a in record["arms"]] == ["finished"] * 2
+    assert len({a["initial_weights"] for a in record["arms"]}) == 1
+    assert all(a["results"]["bbox"]["AP"] >= 0 for a in record["arms"])
+    assert "Box AP" in (tmp_path / "report.md").read_text()
+
+
 def test_a_method_may_need_the_teacher_that_the_config_does_not(overrides, tmp_path):
     idle = [*overrides, "model.stages.identical.weight=0"]
     comparison = Comparison(ROOT, CONFIG, ["none", "config", "pkd"], [0], tmp_path, idle)
@@ -190,19 +199,17 @@ def test_other_settings_are_refused(finished, overrides):
 
 
 def test_a_failed_arm_is_shown_and_the_others_are_trained(overrides, tmp_path, capsys):
-    """Of RetinaNets."""
-    config = str(ROOT / "configs/custom_coco_retinanet.py")
     bad = tmp_path / "bad.py"
     bad.write_text(
         "from detectron2.config import LazyCall as L\n"
         "from sharedkd import IdenticalLayer, Stage\n"
         "from sharedkd.modeling.stages import stage_dict\n"
         "paper = 'none'\n"
-        "stages = dict(retinanet=L(stage_dict)("
+        "stages = dict(faster_rcnn=L(stage_dict)("
         "bad=L(Stage)(loss=L(IdenticalLayer)(), weight=1e38, ramp=2)))\n"
     )
     output = tmp_path / "out"
-    record = compare(output, overrides, [str(bad), "none", f"none@{bad}"], seeds=[0], config=config)
+    record = compare(output, overrides, [str(bad), "none", f"none@{bad}"], seeds=[0])
     broken, plain, timed = record["arms"]
     assert (broken["status"], plain["status"]) == ("failed", "finished")
     assert timed["status"] == "failed" and "no time to take" in timed["error"]
