@@ -216,9 +216,7 @@ def test_a_failed_arm_is_shown_and_the_others_are_trained(overrides, tmp_path, c
     assert "not finite" in broken["error"] and "bad" in (output / "report.md").read_text()
     assert "not finite" in (output / "report.md").read_text()
     capsys.readouterr()
-    again = compare(
-        output, overrides, [str(bad), "none"], seeds=[0], config=config
-    )  # is tried again
+    again = compare(output, overrides, [str(bad), "none"], seeds=[0])  # is tried again
     assert again["arms"][0]["status"] == "failed"
     assert capsys.readouterr().out.count("kept") == 1
 
