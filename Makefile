@@ -1,7 +1,7 @@
 # Any Python from 3.11 on. A Detectron2 that it can import already is used as it is.
 PYTHON ?= $(shell python3.11 -V >/dev/null 2>&1 && echo python3.11 || echo python3)
 
-.PHONY: setup demo test torture lint docs linkcheck benchmark gpu wheels clean
+.PHONY: setup demo test nightly lint docs linkcheck benchmark gpu wheels clean
 
 setup: .venv/.ready
 
@@ -9,11 +9,17 @@ demo: .venv/.ready
 	.venv/bin/python tools/demo.py
 
 # Idle OpenMP threads that spin would slow down tests that train in several processes.
-test: export OMP_WAIT_POLICY := PASSIVE
+test nightly: export OMP_WAIT_POLICY := PASSIVE
 # Tiny models gain nothing from a second thread; files of tests run side by side instead.
-test: export OMP_NUM_THREADS := 1
+test nightly: export OMP_NUM_THREADS := 1
+PYTEST = .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 test: .venv/.ready
-	.venv/bin/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+# Kills runs, trains for longer, reads broken annotations, opens a browser, builds the site: docs/reliability.md.
+nightly: export KILLS ?= 10
+nightly: .venv/.ready
+	$(PYTEST) -m nightly
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
@@ -29,15 +35,6 @@ docs: .venv/.ready
 # Needs a network. Its list of broken links is output/linkcheck/output.txt.
 linkcheck: .venv/.ready
 	.venv/bin/python -W ignore -m sphinx -b linkcheck -q -aE -c docs . output/linkcheck
-
-# Kills runs, trains for long, trains many at once, and reads broken annotations: docs/reliability.md.
-KILLS ?= 50
-STEPS ?= 10000
-ARMS ?= 20
-FUZZ ?= 2000
-torture: .venv/.ready
-	.venv/bin/python tools/torture.py --kills $(KILLS) --steps $(STEPS) --arms $(ARMS)
-	HYPOTHESIS_PROFILE=torture FUZZ_EXAMPLES=$(FUZZ) .venv/bin/python -m pytest -q -s tests/data/test_fuzz_coco.py
 
 # Fills docs/results/performance and docs/performance.md. On a GPU: make benchmark DEVICE=cuda SIZE=800 BATCH=8
 DEVICE ?= cpu

@@ -1,42 +1,25 @@
-"""Disks of their own for tests, and what can go wrong with them."""
+"""A small disk of its own for a test."""
 
 import os
 import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+
+import pytest
 
 
-def mounted(folder, size):
-    """Whether a disk of that size is there now: not everybody may mount one."""
+@contextmanager
+def disk(folder, size):
+    """A disk of that size, such as ``300m``; skips where the user may not mount one."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-    return os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
-
-
-def unmount(folder):
-    """Lazily: the log of a run stays open until its process ends."""
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-@contextmanager
-def full(folder):
-    with open(folder / "filler", "wb", buffering=0) as f, suppress(OSError):
-        while True:
-            f.write(bytes(4096))
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("may not mount a disk")
     try:
-        yield
+        yield folder
     finally:
-        (folder / "filler").unlink()
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@contextmanager
-def read_only(folder):
-    """For whatever is opened from now on: open files would keep the disk itself from it."""
-    subprocess.run(["mount", "--bind", folder, folder], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
-    try:
-        yield
-    finally:
-        unmount(folder)
-
-
-FAULTS = {"full": (full, "No space left on device"), "read-only": (read_only, "Read-only file")}
+def resize(folder, size):
+    """Make a disk of :func:`disk` larger."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)

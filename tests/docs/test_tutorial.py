@@ -3,8 +3,11 @@
 import json
 
 import nbformat
+import pytest
 import tiny
 from nbclient import NotebookClient
+
+pytestmark = pytest.mark.nightly
 
 PATH = tiny.ROOT / "docs/tutorial.ipynb"
 

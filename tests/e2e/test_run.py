@@ -6,8 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -21,14 +19,13 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
+from same import assert_same
 from tiny import arguments
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
-from sharedkd.config import load_config, shared_kd_stages, student_only
+from sharedkd.config import load_config, shared_kd_stages
 from sharedkd.engine import run as engine
 from sharedkd.engine.checkpoint import StudentCheckpointer
-from sharedkd.engine.hooks import cost
-from sharedkd.engine.parts import build
 from sharedkd.engine.run import evaluate, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -50,9 +47,31 @@ with torch.no_grad():
 torch.save([instances.pred_boxes.tensor, instances.scores, instances.pred_masks], out)
 """
 
+KEEP_ALL = "roi_heads.box_predictor.test_score_thresh=0.0"
 
-def test_checkpoint_is_the_plain_student(train, workspace, tmp_path):
-    output, _ = train("custom_coco_mask.py", "train.max_iter=2")
+
+@pytest.fixture(scope="module")
+def finished(workspace, tmp_path_factory):
+    """(folder, results, detections, log) of a pair whose student inherits and whose teacher is evaluated."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    args = arguments(
+        "custom_coco_mask.py",
+        *workspace.data,
+        *workspace.pair,
+        f"train.output_dir={output}",
+        "train.max_iter=2",
+        "train.eval_teacher=True",
+        "train.inherit=[neck,head]",
+        f"model.student.{KEEP_ALL}",
+        f"dataloader.evaluator.output_dir={output}/detections",
+    )
+    results = run(args)
+    detections = (output / "detections/coco_instances_results.json").read_bytes()
+    return output, results, detections, (output / "log.txt").read_text()
+
+
+def test_checkpoint_is_the_plain_student(finished, tmp_path):
+    output = finished[0]
     saved = torch.load(output / "model_final.pth", weights_only=False)
     plain = tiny.detector("mask_rcnn", num_classes=6).state_dict()
     assert {k: v.shape for k, v in saved["model"].items()} == {k: v.shape for k, v in plain.items()}
@@ -94,6 +113,68 @@ def test_checkpoint_is_the_plain_student(train, workspace, tmp_path):
     assert torch.equal(masks, expected.pred_masks)
 
 
+def test_a_run_is_recorded_and_logged(finished):
+    output, results, _, log = finished
+    assert set(results) == {"bbox", "segm"}
+    assert log.index("The teacher's results") < log.index("Starting training from iteration 0")
+    assert "inherits" in log
+    assert log.count("Environment info:") == log.count("Command line arguments:") == 1
+    assert re.search(r"measured: \S+ s a step", log)
+    record = json.loads((output / "run.json").read_text())
+    assert record["iterations"] == 2 and record["parameters"]["losses"] == 0
+    assert record["results"]["bbox"].keys() == results["bbox"].keys()
+    assert record["peak_memory_mb"] > 100 and record["processes"] == 1
+    assert record["config_file"].endswith("custom_coco_mask.py")
+    assert "train.max_iter=2" in record["overrides"]
+    assert shlex.split(record["command"])[0] == sys.executable and not record["fast_dev_run"]
+
+
+@pytest.mark.parametrize(
+    "config, prefix",
+    [("custom_coco_mask.py", "model.student."), ("custom_coco_mask_plain.py", "model.")],
+)
+def test_evaluation_gives_the_runs_results_and_leaves_its_folder_alone(
+    finished, workspace, tmp_path, config, prefix
+):
+    output, results, detections, _ = finished
+    files = [p for p in output.iterdir() if p.is_file() and p.name != "log.txt"]
+    before = {p: p.read_bytes() for p in files}
+    assert len(json.loads(detections)) > 50
+    args = arguments(
+        config,
+        *workspace.data,
+        f"train.output_dir={output}",
+        f"train.init_checkpoint={output}/model_final.pth",
+        f"dataloader.evaluator.output_dir={tmp_path}",
+        prefix + KEEP_ALL,
+        flags=["--eval-only"],
+    )
+    assert repr(run(args)) == repr(results)
+    assert (tmp_path / "coco_instances_results.json").read_bytes() == detections
+    assert before == {p: p.read_bytes() for p in files}
+
+
+def test_resume_refuses_another_teacher(finished, workspace, tmp_path):
+    output, *_ = finished
+    before = {p: p.read_bytes() for p in output.iterdir() if p.suffix in (".yaml", ".pth")}
+    other = tmp_path / "other.pth"
+    torch.save({"model": tiny.detector("mask_rcnn", num_classes=6, seed=8).state_dict()}, other)
+    args = arguments(
+        "custom_coco_mask.py",
+        *workspace.data,
+        *workspace.pair,
+        f"train.output_dir={output}",
+        "train.inherit=[neck,head]",
+        f"model.student.{KEEP_ALL}",
+        f"model.teacher.weights={other}",
+        flags=["--resume"],
+    )
+    refused = "model.teacher.weights.*not the teacher of the run to resume"
+    with pytest.raises(ConfigError, match=refused):
+        run(args)
+    assert before == {p: p.read_bytes() for p in before}
+
+
 def test_default_predictor_reads_a_checkpoint(tmp_path):
     """A classic yaml student, distilled, then used through Detectron2's DefaultPredictor."""
     cfg = get_cfg()
@@ -127,13 +208,20 @@ def test_default_predictor_reads_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("config", ["custom_coco_mask.py", "custom_coco_retinanet.py"])
 def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, config):
-    opts = ["train.max_iter=5", "train.checkpointer.period=2", "model.stages.identical.ramp=4"]
+    """Student, optimizer, parameters of the losses, random state, a RetinaNet's running normaliser."""
+    fitnets = "{_target_:sharedkd.losses.FitNets,tap:fpn}"
+    opts = [
+        "train.max_iter=5",
+        "train.checkpointer.period=3",
+        "model.stages.identical.ramp=4",
+        f"model.stages.fitnets={{_target_:sharedkd.modeling.stages.Stage,loss:{fitnets}}}",
+    ]
     whole, _ = train(config, *opts, output=tmp_path / "whole")
 
     step = SharedKDTrainer.run_step
 
     def interrupted(self):
-        if self.iter == 3:
+        if self.iter == 4:
             raise KeyboardInterrupt
         step(self)
 
@@ -141,73 +229,14 @@ def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, conf
     with pytest.raises(KeyboardInterrupt):
         train(config, *opts, output=tmp_path / "halved")
     monkeypatch.setattr(SharedKDTrainer, "run_step", step)
-    assert (tmp_path / "halved/last_checkpoint").read_text() == "model_0000001.pth"
+    assert (tmp_path / "halved/last_checkpoint").read_text() == "model_0000002.pth"
     halved, _ = train(config, *opts, output=tmp_path / "halved", flags=["--resume"])
 
     first, second = (
-        torch.load(folder / "model_final.pth", weights_only=False) for folder in (whole, halved)
+        torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole, halved)
     )
+    assert first["distillation"]
     assert_same(first, second)
-
-
-def assert_same(a, b, where=""):
-    """Equal to the bit, through dicts and lists."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{where}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    else:
-        assert a == b, where
-
-
-def test_eval_only_of_distilled_and_plain_config_agree(train, workspace, tmp_path):
-    keep_all = "roi_heads.box_predictor.test_score_thresh=0.0"
-    output, results = train(
-        "custom_coco_mask.py",
-        "train.max_iter=2",
-        f"model.student.{keep_all}",
-        f"dataloader.evaluator.output_dir={tmp_path}/trained",
-    )
-    assert set(results) == {"bbox", "segm"}
-    detections = (tmp_path / "trained/coco_instances_results.json").read_bytes()
-    assert len(json.loads(detections)) > 50
-    for config, prefix in (
-        ("custom_coco_mask.py", "model.student."),
-        ("custom_coco_mask_plain.py", "model."),
-    ):
-        folder = tmp_path / config
-        args = arguments(
-            config,
-            *workspace.data,
-            f"train.output_dir={folder}",
-            f"train.init_checkpoint={output}/model_final.pth",
-            f"dataloader.evaluator.output_dir={folder}",
-            prefix + keep_all,
-            flags=["--eval-only"],
-        )
-        assert repr(run(args)) == repr(results)
-        assert (folder / "coco_instances_results.json").read_bytes() == detections
-
-
-def test_plain_and_distilled_students_start_equal(workspace):
-    from detectron2.utils.env import seed_all_rng
-
-    states = []
-    for config, pair in (
-        ("custom_coco_mask_plain.py", []),
-        ("custom_coco_mask.py", workspace.pair),
-    ):
-        cfg = load_config(str(tiny.ROOT / "configs" / config), [*workspace.data, *pair])
-        seed_all_rng(cfg.train.seed)
-        states.append(build(cfg).state_dict())
-    assert_same(*states)
 
 
 def test_fast_dev_run(train, monkeypatch):
@@ -220,24 +249,12 @@ def test_fast_dev_run(train, monkeypatch):
 
     monkeypatch.setattr(engine, "inference_on_dataset", inference_on_dataset)
     monkeypatch.setattr(engine, "DEV_RUN_IMAGES", 3)  # of 4
-    output, results = train("custom_coco.py", "train.fast_dev_run=True", "train.max_iter=999")
+    output, results = train("custom_coco_plain.py", "train.fast_dev_run=True", "train.max_iter=999")
     iterations = [x["iteration"] for x in map(json.loads, open(output / "metrics.json"))]
     assert iterations[:20] == list(range(20)) and max(iterations) <= 20
     assert [p.name for p in output.glob("*.pth")] == ["model_final.pth"]
     assert "bbox" in results
     assert evaluated == [3]
-
-
-def test_the_teacher_is_evaluated_first(train, sharedkd_log):
-    train(
-        "custom_coco_mask.py",
-        "train.max_iter=1",
-        "train.eval_teacher=True",
-        "train.inherit=[neck,head]",
-    )
-    text = sharedkd_log.text
-    assert text.index("The teacher's results") < text.index("Starting training from iteration 0")
-    assert "inherits" in text
 
 
 def test_a_teacher_with_other_classes(train, tmp_path, sharedkd_log):
@@ -291,44 +308,11 @@ class CountingEvaluator(DatasetEvaluator):
         return {self.name: {"images": self.images, "objects": self.objects}}
 
 
-@pytest.mark.parametrize("config", ["custom_coco_plain.py", "custom_coco_retinanet_plain.py"])
-def test_a_plain_detector_is_trained_and_recorded(train, config):
-    output, results = train(config, "train.max_iter=2")
-    record = json.loads((output / "run.json").read_text())
-    assert record["iterations"] == 2 and record["parameters"]["losses"] == 0
-    assert record["results"]["bbox"].keys() == results["bbox"].keys()
-    assert record["peak_memory_mb"] > 100 and record["processes"] == 1
-    assert record["config_file"].endswith(config) and "train.max_iter=2" in record["overrides"]
-    assert shlex.split(record["command"])[0] == sys.executable and not record["fast_dev_run"]
-    text = (output / "log.txt").read_text()
-    assert text.count("Environment info:") == text.count("Command line arguments:") == 1
-
-
-def test_the_second_step_says_what_the_run_takes(train, sharedkd_log, monkeypatch):
-    """And after a resumption what the rest of it takes."""
-    clock = iter([100, 107, 107.9, 120, 130, 200, 201, 201.2])  # the first step takes far longer
-    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=clock.__next__))
-    output, _ = train("custom_coco_retinanet_plain.py", "train.checkpointer.period=2")
-    os.remove(output / "model_final.pth")
-    (output / "last_checkpoint").write_text("model_0000001.pth")
-    train("custom_coco_retinanet_plain.py", "train.checkpointer.period=2", flags=["--resume"])
-    said = re.findall(
-        r"measured: (\S+) s a step on .*thread\(s\), about (\S+ \S+) .*; (\d+) MB",
-        sharedkd_log.text,
-    )
-    assert [x[:2] for x in said] == [("0.9", "3.6 s"), ("0.2", "0.4 s")]  # 4 and 2 steps
-    assert all(float(memory) > 100 for *_, memory in said)
-
-
 def test_any_evaluator_or_several(workspace, tmp_path):
-    output = tmp_path / "run"
-    args = arguments("custom_coco_plain.py", *workspace.data, f"train.output_dir={output}")
-    cfg = load_config(args.config_file, args.opts)
-    weights = tmp_path / "w.pth"
-    torch.save({"model": build(cfg).state_dict()}, weights)
-    cfg.train.init_checkpoint = str(weights)
+    path = str(tiny.ROOT / "configs/custom_coco_plain.py")
+    cfg = load_config(path, [*workspace.data, f"train.output_dir={tmp_path}"])
     cfg.dataloader.evaluator = [L(CountingEvaluator)(name=n) for n in "ab"]
-    model = build(cfg, trained=True)
+    model = tiny.detector("faster_rcnn", num_classes=6)
     results = evaluate(cfg, model)
     assert set(results) == {"a", "b"} and results["a"]["images"] == results["b"]["images"] == 4
     cfg.dataloader.evaluator = L(CountingEvaluator)(name="one")
@@ -344,29 +328,6 @@ def test_without_a_teacher(train):
     )
     row = json.loads(open(output / "metrics.json").readline())
     assert row["loss_distill_cross"] > 0 and "loss_distill_identical" not in row
-
-
-def test_resume_refuses_another_teacher(train, workspace, tmp_path):
-    output, _ = train("custom_coco_mask.py", "train.max_iter=2", "train.checkpointer.period=1")
-    before = {p.name: p.read_bytes() for p in output.iterdir() if p.suffix in (".yaml", ".pth")}
-    other = tmp_path / "other.pth"
-    torch.save({"model": tiny.detector("mask_rcnn", num_classes=6, seed=8).state_dict()}, other)
-    with pytest.raises(
-        ConfigError, match="model.teacher.weights.*not the teacher of the run to resume"
-    ):
-        train("custom_coco_mask.py", f"model.teacher.weights={other}", flags=["--resume"])
-    assert before == {p.name: p.read_bytes() for p in output.iterdir() if p.name in before}
-
-
-def test_evaluation_leaves_the_runs_config_alone(train, workspace):
-    output, _ = train("custom_coco_mask.py", "train.max_iter=1")
-    before = (output / "config.yaml").read_bytes()
-    weights = f"train.init_checkpoint={output}/model_final.pth"
-    train("custom_coco_mask.py", weights, output=output, flags=["--eval-only"])
-    assert (output / "config.yaml").read_bytes() == before
-    files = {p.name for p in output.parent.iterdir()}  # of the folder of this run and others
-    train("custom_coco_mask.py", weights, output=output.parent, flags=["--eval-only"])
-    assert {p.name for p in output.parent.iterdir()} - files == {"eval"}
 
 
 def test_a_coco_config_through_the_command_line(workspace, tmp_path):
@@ -396,59 +357,19 @@ def test_a_coco_config_through_the_command_line(workspace, tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run/model_final.pth").exists()
-    missing = subprocess.run(
-        tiny.command(
-            "faster_rcnn_plain.py",
-            f"train.output_dir={tmp_path}/other",
-            "train.device=cpu",
-            "train.init_checkpoint=''",
-        ),
-        env={**env, "DETECTRON2_DATASETS": "/nowhere"},
-        capture_output=True,
-        text=True,
-    )
-    assert missing.returncode == 1
-    errors = [x for x in missing.stderr.splitlines() if x.startswith("error: ")]
-    keys = ("dataloader.train.dataset.names=", "dataloader.test.dataset.names=")
-    assert [x.startswith(f"error: {key}") for x, key in zip(errors, keys)] == [True, True], errors
-    assert len(errors) == 2
 
 
-def test_a_trained_student_is_loaded_for_evaluation(workspace):
-    """On own data, too, whose classes another caller may have counted."""
-    opts = [f"train.init_checkpoint={workspace.weights}", "train.device=cpu", *workspace.data]
-    cfg = student_only(load_config(str(tiny.ROOT / "configs/custom_coco_mask_plain.py"), opts))
-    saved = torch.load(workspace.weights, weights_only=True)["model"]
-    loaded = build(cfg, trained=True).state_dict()
-    assert all(torch.equal(loaded[name], x) for name, x in saved.items())
-
-
-def test_on_a_terminal_progress_is_one_line(workspace, tmp_path):
-    ours, theirs = os.openpty()
-    opts = [*workspace.data, f"train.output_dir={tmp_path}/run"]
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    run = tiny.command("custom_coco_mask_plain.py", *opts)
-    with subprocess.Popen(run, stdout=theirs, stderr=theirs, env=env) as process:
-        os.close(theirs)
-        shown = b""
-        with suppress(OSError):  # which is how a terminal's end is told
-            while chunk := os.read(ours, 4096):
-                shown += chunk
-    os.close(ours)
-    assert process.returncode == 0
-
-    lines = shown.decode().replace("\r\n", "\n").split("\n")
-    live = [text for line in lines for text in line.split("\r\x1b[K")[:-1] if text]
-    assert [re.sub("loss .*", "", text).strip() for text in live] == [
-        f"iteration {i}/4" for i in (1, 2, 3, 4)
+@pytest.mark.skipif("DETECTRON2_DATASETS" in os.environ, reason="COCO may be there")
+def test_a_coco_config_without_the_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where Detectron2 looks for datasets/coco
+    output = f"train.output_dir={tmp_path}/run"
+    with pytest.raises(ConfigError) as error:
+        run(
+            arguments(
+                "faster_rcnn_plain.py", output, "train.device=cpu", "train.init_checkpoint=''"
+            )
+        )
+    assert [e.key for e in error.value.errors] == [
+        "dataloader.train.dataset.names",
+        "dataloader.test.dataset.names",
     ]
-    assert all(re.search(r" loss \d+\.\d+( |$)", text) for text in live)
-    # What stays is the log without these, each line once.
-    stayed = [line.split("\r\x1b[K")[-1] for line in lines]
-    found = [re.search(r"\[\S+ [\d:]+ \S+\]: (?:\x1b\[0m)?(.*)", line) for line in stayed]
-    logged = re.findall(
-        r"^\[\S+ [\d:]+\] \S+ \w+: (.*)", (tmp_path / "run/log.txt").read_text(), re.M
-    )
-    assert len([x for x in logged if " iter: " in x]) == 4
-    assert [x[1] for x in found if x] == [x for x in logged if " iter: " not in x]
-    assert stayed[-1] == ""

@@ -115,14 +115,3 @@ def test_what_depends_on_the_input_stays():
 def test_statistics_that_still_move_are_refused():
     with pytest.raises(ValueError, match="training mode"):
         fold_norms(wrapped(nn.BatchNorm2d).train())
-
-
-def frozen(family):
-    """A small detector with frozen norms in its backbone."""
-    node = tiny.node(family)
-    node.backbone.bottom_up.stem.norm = node.backbone.bottom_up.stages.norm = "FrozenBN"
-    torch.manual_seed(0)
-    model = statistics(tiny.instantiate(node))
-    for norm in [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)]:
-        norm.weight.fill_(0.5)  # random weights would let maps grow from block to block
-    return model
