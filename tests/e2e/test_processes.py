@@ -2,12 +2,10 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
 import pytest
 import ranks
@@ -122,33 +120,3 @@ def test_two_processes_refuse_in_one_line(workspace, tmp_path):
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
     assert line.startswith("error: model.teacher.config=none: ")
     assert not (tmp_path / "run").exists()
-
-
-def test_on_a_terminal_progress_is_one_line(workspace, tmp_path):
-    ours, theirs = os.openpty()
-    opts = [*workspace.data, f"train.output_dir={tmp_path}/run"]
-    env = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "80"}
-    command = tiny.command("custom_coco_mask_plain.py", *opts)
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env) as process:
-        os.close(theirs)
-        shown = b""
-        with suppress(OSError):  # which is how a terminal's end is told
-            while chunk := os.read(ours, 4096):
-                shown += chunk
-    os.close(ours)
-    assert process.returncode == 0
-
-    lines = shown.decode().replace("\r\n", "\n").split("\n")
-    live = [text for line in lines for text in line.split("\r\x1b[K")[:-1] if text]
-    assert [re.sub("loss .*", "", text).strip() for text in live] == [
-        f"iteration {i}/4" for i in (1, 2, 3, 4)
-    ]
-    assert all(re.search(r" loss \d+\.\d+( |$)", text) for text in live)
-    # What stays is the log without these, each line once.
-    stayed = [line.split("\r\x1b[K")[-1] for line in lines]
-    found = [re.search(r"\[\S+ [\d:]+ \S+\]: (?:\x1b\[0m)?(.*)", line) for line in stayed]
-    log = (tmp_path / "run/log.txt").read_text()
-    logged = re.findall(r"^\[\S+ [\d:]+\] \S+ \w+: (.*)", log, re.M)
-    assert len([x for x in logged if " iter: " in x]) == 4
-    assert [x[1] for x in found if x] == [x for x in logged if " iter: " not in x]
-    assert stayed[-1] == ""
