@@ -2,6 +2,7 @@
 
 from typing import Dict, List, Optional
 
+import torch
 from torch import Tensor
 
 from sharedkd.values import check_choice
@@ -64,7 +65,7 @@ class IdenticalLayer(DistillationLoss):
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         # A mean is one of each channel: those that the student does not have need none.
         width = max(batch.student[self.tap][stride].shape[1] for stride in self.strides)
-        maps = {stride: x[:, :width].detach() for stride, x in batch.teacher[self.tap].items()}
+        maps = {stride: _crop(x.detach(), width) for stride, x in batch.teacher[self.tap].items()}
         targets = shared_targets(maps, self.strides, self.share)
         terms = {}
         for stride in self.strides:
@@ -72,3 +73,13 @@ class IdenticalLayer(DistillationLoss):
             mask = batch.inside(s, stride) if self.ignore_padding else None
             terms[f"s{stride}"] = self.distance(s, t, mask)
         return terms
+
+
+def _crop(x: Tensor, width: int) -> Tensor:
+    """The first ``width`` channels.
+
+    With channels last these lie apart: copied once here, not anew by everything that reads them.
+    """
+    crop = x[:, :width]
+    last = torch.channels_last
+    return crop.contiguous(memory_format=last) if x.is_contiguous(memory_format=last) else crop
