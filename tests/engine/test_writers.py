@@ -7,13 +7,15 @@ import textwrap
 import pytest
 import tiny
 from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
 
 from sharedkd.config import load_config
-from sharedkd.config.defaults import check_writers
+from sharedkd.config.defaults import Train
+from sharedkd.config.structure import settle
 from sharedkd.engine.checkpoint import SaveErrors
 from sharedkd.engine.hooks.metrics import Metrics
 from sharedkd.engine.hooks.writers import open_writers
-from sharedkd.errors import ConfigError
+from sharedkd.errors import ConfigError, Findings
 
 NOTE = """
     import json, os
@@ -133,14 +135,14 @@ def test_what_is_not_installed_is_said_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "wandb").mkdir()  # as wandb itself leaves one behind: no package
-    with pytest.raises(
-        ConfigError, match=r"train.writers=wandb.*is not installed.*pip install wandb"
-    ):
-        check_writers("train.writers", ["wandb"])
+    findings = Findings()
+    settle(Train, OmegaConf.create({"writers": ["wandb"]}), "train", findings)
+    (error,) = findings.errors
+    assert str(error).startswith("train.writers=wandb: is not installed; pip install wandb")
 
 
 @pytest.mark.parametrize(
-    "value, message", [("[comet]", "use one of wandb, mlflow"), ("wandb", "is no list of names")]
+    "value, message", [("[comet]", "use one of wandb, mlflow"), ("{a:1}", "train.writers")]
 )
 def test_bad_names(value, message):
     config = str(tiny.ROOT / "configs/faster_rcnn_sharedkd.py")

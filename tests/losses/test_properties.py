@@ -13,8 +13,8 @@ from losses import harness
 from omegaconf import OmegaConf
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, Stage, losses
-from sharedkd.config.defaults import TRAIN_DEFAULTS, TRAIN_RULES
-from sharedkd.config.load import _settle_train
+from sharedkd.config.defaults import TRAIN_DEFAULTS, Train
+from sharedkd.config.structure import settle
 from sharedkd.errors import Findings
 from sharedkd.losses.alignment import align
 from sharedkd.losses.base import Regions
@@ -338,12 +338,12 @@ keys = st.sampled_from([*TRAIN_DEFAULTS, "unknown"])
 @given(st.one_of(st.dictionaries(keys, values, max_size=6), values))
 def test_any_train_group_ends_in_findings_and_possible_values(given):
     findings = Findings()
-    train = _settle_train(OmegaConf.create({"train": given}).train, findings)
+    train = settle(Train, OmegaConf.create({"train": given}).train, "train", findings)
     assert set(train) == set(TRAIN_DEFAULTS)
     assert all(e.key.startswith("train") and e.fix for e in findings.errors)
-    for name, rule in TRAIN_RULES.items():
-        group, _, key = name.rpartition(".")
-        rule(name, (train[group] if group else train)[key])
+    again = Findings()
+    assert settle(Train, OmegaConf.create(train), "train", again) == train
+    assert again.errors == []
 
 
 @pytest.fixture(scope="module")
