@@ -68,10 +68,12 @@ def test_what_has_none_is_refused_in_one_line(key, value, words):
 
 def test_all_mistakes_of_a_group_at_once_and_defaults_stand_in():
     findings = Findings()
-    wrong = {"max_iter": -1, "amp": {"dtype": "int8"}, "sed": 3, "log_period": 7}
+    wrong = {"max_iter": -1, "amp": {"dtype": "int8"}, "sed": 3, "log_period": 7, "writers": 0}
     train = settle(Train, OmegaConf.create(wrong), "train", findings)
-    assert [e.key for e in findings.errors] == ["train.max_iter", "train.amp.dtype", "train.sed"]
+    keys = ["train.max_iter", "train.amp.dtype", "train.sed", "train.writers"]
+    assert [e.key for e in findings.errors] == keys
     assert (train["max_iter"], train["amp"]["dtype"], train["log_period"]) == (90000, None, 7)
+    assert train["writers"] == []
 
 
 def test_values_may_refer_to_keys_that_a_config_leaves_out(tmp_path):

@@ -1,5 +1,6 @@
 """A group of a config on a dataclass that says what it may hold: types, limits, choices, unknown keys."""
 
+from copy import deepcopy
 from dataclasses import field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Dict, Mapping, Sequence, get_args, get_origin, get_type_hints
@@ -81,7 +82,7 @@ def _set(settled: DictConfig, name: str, type_: Any, key: str, value: Any) -> No
     Raises:
         ConfigError: it is of another type, or not within its limits.
     """
-    default = settled[name]
+    default = deepcopy(settled[name])  # a list is changed in place
     optional = type(None) in get_args(type_)
     kind = get_args(type_)[0] if optional else type_
     try:
