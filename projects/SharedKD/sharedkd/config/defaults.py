@@ -29,6 +29,8 @@ GONE = {
     "train.fast_roi_align": _SPEED,
     "train.fast_focal_loss": _SPEED,
     "train.keep_memory": _SPEED,
+    "dataloader.train.sampler": "the loader draws its own order; for rare classes set "
+    "dataloader.train.repeat_threshold, such as 0.01",
     "model.teacher.cache": "leave it out: the teacher runs in every step",
 }
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from sharedkd.config.build import construct, not_set
-from sharedkd.data.coco import CocoSummary, check_coco
+from sharedkd.data.coco import CocoSummary, read_registered
 from sharedkd.data.loader import TrainLoader
 from sharedkd.errors import FAILED, ConfigError, Findings, collecting
 from sharedkd.modeling.backbones import compile_backbone, recompute_blocks
@@ -90,8 +90,7 @@ def assemble(
     if not eval_only:
         step(check_free, cfg.train.output_dir)
         folder = step(check_output, cfg.train.output_dir, resume)
-    if comm.is_main_process():
-        check_datasets(cfg, eval_only, findings)
+    check_datasets(cfg, eval_only, findings)
     resuming = resume and not eval_only and has_run(cfg.train.output_dir)
     if cfg.train.seed < 0 and resuming:
         cfg.train.seed = saved_seed(cfg.train.output_dir)
@@ -287,26 +286,36 @@ def check_datasets(cfg: DictConfig, eval_only: bool, findings: Findings) -> None
         findings: takes unknown names and what is wrong with files, and as its fact ``data`` what
             there is.
     """
-    own = {f"{cfg.data.name}_{x}" for x in ("train", "val")} if "data" in cfg else set()
     data = findings.facts.setdefault("data", {})
+    own = {}
+    if "data" in cfg:
+        own = {f"{cfg.data.name}_train": data.get("train"), f"{cfg.data.name}_val": data.get("test")}
     for split in ("test",) if eval_only else ("train", "test"):
         key = f"dataloader.{split}.dataset.names"
-        names = OmegaConf.select(cfg, key)
+        names, found = OmegaConf.select(cfg, key), []
         for name in [names] if isinstance(names, str) else names or []:
-            if name in own:  # checked already
-                continue
-            summary = findings.step(_check_dataset, name, key, split == "train", findings)
-            data[split] = [*data.get(split, ()), *([] if summary is None else [summary])]
+            if own.get(name):  # read already
+                found += own[name]
+            else:
+                summary = findings.step(_check_dataset, name, key, split == "train", findings)
+                found += [] if summary is None else [summary]
+        data[split] = found or data.get(split, [])
+    files = findings.facts.setdefault("files", {})
+    for split, found in data.items():
+        if FAILED not in found:
+            files[split] = found
 
 
 def _check_dataset(name: str, key: str, train: bool, findings: Findings) -> Optional[CocoSummary]:
     if name not in DatasetCatalog.list():
         raise ConfigError(key, name, "is not registered", "use configs/custom_coco.py")
-    metadata = MetadataCatalog.get(name)
-    if not metadata.get("json_file"):
+    data = read_registered(name, key, train=train)
+    if data is None:
         return None
-    files = metadata.json_file, metadata.image_root
-    return check_coco(*files, key, key, train=train, findings=findings)
+    for error in data.errors:
+        findings.add(error)
+    findings.warnings += data.warnings
+    return FAILED if data.errors else data.files[0]
 
 
 def _summaries(findings: Findings, split: str) -> List[Any]:
