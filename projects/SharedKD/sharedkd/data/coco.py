@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
@@ -207,6 +207,7 @@ def read_coco(
     by_file: Dict[str, Dict[str, Any]] = {}
     for f in readable:
         data.warnings += f.settle(data.categories, by_file)
+    _drop_copies(readable)
     data.image_files = list(by_file)
     data.files = [f.summary(train, data.categories) for f in readable]
     data.errors = [error for f in files for error in f.notes.errors]
@@ -231,8 +232,9 @@ class _File:
         self.notes = Notes(key, json_file, reading.repair)
         self.document = read_json(self.notes)
         self.images: List[Dict[str, Any]] = []
-        self.objects: Counter = Counter()
+        self.objects: Counter = Counter()  # by category id
         self.crowds: Counter = Counter()
+        self.united: Set[int] = set()  # ids of images that were listed twice
         if self.document is not None:
             self._images = settle_images(self.document, self.notes)
             self.categories = settle_categories(self.document, self.notes)
@@ -251,28 +253,25 @@ class _File:
             warnings about how images are read.
         """
         notes, reading = self.notes, self.reading
-        match_files([i for i in self.images if i["sound"]], self.root, self.images_key, notes)
         sound = [i for i in self.images if i["sound"]]
-        how = check_headers(
-            sound, self.root, self.images_key, notes, reading.image_range, reading.scales
-        )
+        there = match_files(sound, self.root, self.images_key, notes)
+        deep = (reading.image_range, reading.scales)
+        how = list(check_headers(there, self.root, self.images_key, notes, *deep))
+        for image in sound:
+            image["sound"] = image["width"] is not None
         fix = "data.image_range=[lo,hi] sets another range"
         warnings = [ConfigError(self.images_key, self.root, words, fix) for words in how]
         for image in sound:
             self._check_thin(image)
         self._unite(by_file)
         ids = {name: i for i, name in classes.items()}
-        known = {
-            k: ids[row["name"]] for k, row in self.categories.items() if row.get("name") in ids
-        }
+        known = {k: ids.get(row.get("name"), row["id"]) for k, row in self.categories.items()}
         settle_annotations(self.document, self._images, known, notes, reading.masks)
-        for a in self.document["annotations"]:
-            (self.crowds if a["iscrowd"] == 1 else self.objects)[a["category_id"]] += 1
         return warnings
 
     def _check_thin(self, image: Dict[str, Any]) -> None:
         most, sides = self.reading.max_size, sorted((image["width"] or 1, image["height"] or 1))
-        if most and sides[1] > most and int(sides[0] * most / sides[1] + 0.5) < 1:
+        if most and int(sides[0] * most / sides[1] + 0.5) < 1:
             self.notes.refuse(
                 f"image {image['file_name']!r} of {image['width']}x{image['height']} pixels has no side "
                 f"left once its longer one is {most} (data.max_size)",
@@ -286,15 +285,16 @@ class _File:
                 path = os.path.abspath(os.path.join(self.root, image["file_name"]))
                 first = by_file.setdefault(path, image)
                 if first is not image:
-                    self.notes.repair(
-                        SAME_FILE, f"{image['file_name']!r} is image {image['id']}, too"
-                    )
-                    self._images[key], image["sound"] = first, False
-                    self.images.remove(image)
+                    self.notes.repair(SAME_FILE, repr(image["file_name"]))
+                    self._images[key], image["sound"] = first, None
+                    self.united.add(first["id"])
+        self.images = [image for image in self.images if image["sound"] is not None]
 
     def summary(self, train: bool, classes: Mapping[int, str]) -> CocoSummary:
         annotations = self.document["annotations"]
         objects = [a for a in annotations if a["iscrowd"] != 1]
+        self.objects = Counter(a["category_id"] for a in objects)
+        self.crowds = Counter(a["category_id"] for a in annotations if a["iscrowd"] == 1)
         occupied = {a["image_id"] for a in objects} & {i["id"] for i in self.images}
         repairs = self.notes.repairs
         return CocoSummary(
@@ -317,6 +317,19 @@ def _keep_ids_apart(files: Sequence[_File]) -> None:
     images = [image for f in files for image in f.images]
     for i, image in enumerate(images):
         image["id"] = i + 1
+
+
+def _drop_copies(files: Sequence[_File]) -> None:
+    """Leave out second copies of the objects of an image that was listed twice."""
+    united, seen = set().union(*(f.united for f in files)), set()
+    for f in files if united else []:
+        kept = []
+        for a in f.document["annotations"]:
+            copy = (a["image_id"], a["category_id"], a["iscrowd"], *a["bbox"])
+            if a["image_id"] not in united or copy not in seen:
+                kept.append(a)
+            seen.add(copy)
+        f.document["annotations"] = kept
 
 
 def _match_classes(files: Sequence[_File], given: Optional[Mapping[int, str]]) -> Dict[int, str]:

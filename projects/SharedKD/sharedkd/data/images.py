@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from .masks import shown
 from .repair import FILE_NAMES, SIZES, Notes
 
-__all__ = ["ImageMapper", "check_headers", "match_files", "read_image"]
+__all__ = ["ImageMapper", "check_headers", "match_files", "read_image", "upright_size"]
 
 # Image headers that are read: enough to catch a wrong folder or a resized set within seconds.
 _MOST_HEADERS = 1000
@@ -170,41 +170,39 @@ def _any_case(name: str) -> str:
     return stem + extension.lower()
 
 
-def match_files(images: Sequence[Dict[str, Any]], root: str, images_key: str, notes: Notes) -> None:
-    """Set each ``file_name`` to that of the file which it means; refuse what is not there."""
+def match_files(
+    images: Sequence[Dict[str, Any]], root: str, images_key: str, notes: Notes
+) -> List[Dict[str, Any]]:
+    """Set each ``file_name`` to that of the file which it means.  Returns the images that are there."""
     if not os.path.isdir(root):
         notes.refuse("no such folder", f"name the folder of {notes.key}'s images", images_key, root)
-        for image in images:
-            image["sound"] = False
-        return
+        return []
     folder, prefix = _Folder(root), os.path.join(os.path.abspath(root), "")
-    matched: Dict[str, List[Dict[str, Any]]] = {}
+    correct = f"correct {images_key} or the file_name in {notes.json_file}"
+    there, meant = [], {}
     for image in images:
         name = image["file_name"]
         # A json from someone else must not read what it likes.
         inside = os.path.abspath(os.path.join(root, name)).startswith(prefix)
         if inside and folder.has(name):
+            there.append(image)
             continue
         found = folder.find(name)
-        if found is not None:
-            matched.setdefault(found, []).append(image)
-        elif inside:
-            fix = (
-                f"put the file there, or correct {images_key} or the file_name in {notes.json_file}"
-            )
+        if found is None and inside:
+            fix = f"put the file there, or {correct}"
             notes.refuse(f"no image file {name!r}", fix, images_key, root)
-        else:
-            fix = f"name a folder that holds all images, or correct the file_name in {notes.json_file}"
+        elif found is None:
+            fix = f"name a folder that holds all images, or {correct}"
             notes.refuse(f"image file {name!r} lies outside of it", fix, images_key, root)
-        image["sound"] &= found is not None
-    for found, them in matched.items():
-        if len({image["file_name"] for image in them}) > 1:
-            names = " and ".join(repr(image["file_name"]) for image in them[:2])
-            fix = f"correct {images_key} or the file_name in {notes.json_file}"
-            notes.refuse(f"{names} both fit one file, {found!r}", fix, images_key, root)
-        for image in them:
-            notes.repair(FILE_NAMES, f"{image['file_name']!r} is {found!r}")
+        elif meant.setdefault(found, name) != name:
+            problem = f"{meant[found]!r} and {name!r} both fit one file, {found!r}"
+            notes.refuse(problem, correct, images_key, root)
+        else:
+            form = " in another Unicode form" * (_normal(found) == _normal(name))
+            notes.repair(FILE_NAMES, f"{name!r} is {found!r}{form}")
             image["file_name"] = found
+            there.append(image)
+    return there
 
 
 def check_headers(
@@ -228,10 +226,10 @@ def check_headers(
     for i, image in enumerate(images):
         if i % every and image["width"] is not None:
             continue
-        name, said = image["file_name"], (image["width"], image["height"])
+        name = image["file_name"]
         try:
             with Image.open(os.path.join(root, name)) as picture:
-                size, turned, mode = picture.size, _is_turned(picture), picture.mode
+                size, upright, mode = picture.size, upright_size(picture), picture.mode
                 problem = _unreadable(picture)
         except Exception as e:  # Pillow's decoders raise what they please
             problem, fix = f"cannot be read as an image ({e})", "repair or replace the image"
@@ -240,51 +238,51 @@ def check_headers(
             if _is_deep(mode):
                 deep.append((image, mode))
         if not problem:
-            problem, fix = _wrong_size(image, size, turned, notes)
+            problem, fix = _wrong_size(image, size, upright, notes)
         if problem:
             notes.refuse(f"{name!r} {problem}", fix, images_key, root)
-            image["sound"] &= said != (None, None)
     if deep:
-        yield from _judge_depth(deep, len(images), root, images_key, notes, image_range, scales)
+        yield from _judge_depth(deep, root, images_key, notes, image_range, scales)
 
 
 def _wrong_size(
-    image: Dict[str, Any], size: Tuple[int, int], turned: bool, notes: Notes
+    image: Dict[str, Any], stored: Tuple[int, int], upright: Tuple[int, int], notes: Notes
 ) -> Tuple[str, str]:
     """(what is wrong with the size that the json has, the fix); fills in one that it lacks."""
-    said = image["width"], image["height"]
-    upright = size[::-1] if turned else size  # Detectron2 turns images upright as it reads them
+    said, turned = (image["width"], image["height"]), upright != stored
+    sizes = [f"{w}x{h}" for w, h in (stored, upright)]
     if said == (None, None) and not turned:
-        notes.repair(SIZES, f"{image['file_name']!r} is {size[0]}x{size[1]}")
-        image["width"], image["height"] = size
-    elif said != upright and turned and said in (size, (None, None)):
+        notes.repair(SIZES, f"{image['file_name']!r} is {sizes[0]}")
+        image["width"], image["height"] = stored
+    elif turned and said in (stored, (None, None)):
         return (
-            f"is stored as {size[0]}x{size[1]} and turned to {upright[0]}x{upright[1]} by its EXIF "
-            "orientation, which the boxes do not know of",
+            f"is stored as {sizes[0]} and turned to {sizes[1]} by its EXIF orientation, which the "
+            "boxes do not know of",
             "remove the orientation from the images, so that boxes stay on their objects "
-            "(exiftool -Orientation= FOLDER), or export boxes and sizes of upright images; other sizes "
-            "in the json alone would move the boxes off their objects",
+            "(exiftool -Orientation= FOLDER), or export boxes and sizes of upright images; another "
+            "size in the json alone would leave the boxes beside the objects",
         )
     elif said != upright:
         how = " once upright as its EXIF says" if turned else ""
         fix = f"correct the image, or its width and height in {notes.json_file}"
-        return f"is {upright[0]}x{upright[1]}{how}, not {said[0]}x{said[1]}", fix
+        return f"is {sizes[1]}{how}, not {said[0]}x{said[1]}", fix
     return "", ""
 
 
-def _is_turned(picture: Image.Image) -> bool:
+def upright_size(picture: Image.Image) -> Tuple[int, int]:
+    """(width, height) of an opened image once it is upright as its EXIF says, as Detectron2 reads it."""
     # Without the test, getexif() decodes the whole of a PNG in search of a late EXIF chunk.
-    if "exif" not in picture.info:
-        return False
-    try:
-        return picture.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS
-    except Exception:  # damaged EXIF, which Detectron2 ignores too
-        return False
+    if "exif" in picture.info:
+        try:
+            if picture.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS:
+                return picture.size[::-1]
+        except Exception:  # damaged EXIF, which Detectron2 ignores too
+            pass
+    return picture.size
 
 
 def _judge_depth(
     deep: List[Tuple[Dict[str, Any], str]],
-    total: int,
     root: str,
     images_key: str,
     notes: Notes,
