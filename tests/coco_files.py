@@ -143,7 +143,10 @@ def metrics(name=NAME, masks=True):
             decoded = [decode(o["segmentation"], *size) for o in objects]
             found.pred_masks = torch.tensor(np.array(decoded).reshape(-1, *size))
         evaluator.process([record], [{"instances": found}])
-    return {task: dict(values) for task, values in evaluator.evaluate().items()}
+    return {  # nan equals nothing
+        task: {k: -1.0 if np.isnan(x) else x for k, x in values.items()}
+        for task, values in evaluator.evaluate().items()
+    }
 
 
 def decode(segmentation, height, width):

@@ -532,7 +532,7 @@ def test_several_files_are_one_data_set(own):
     data = read_coco(files, [str(own.images), str(own.path / "other")], *KEYS)
     found = registered(data)
     dog = ("dog", [7, 8, 9, 9], False, True)
-    assert {k.removeprefix(f"{own.path}/images/"): v for k, v in found.items()} == {
+    assert found == {
         **CLEAN,
         f"{own.path}/other/b.png": [("straße", [1, 2, 3, 4], False, True)],
         f"{own.path}/other/{A}": [dog],
@@ -550,7 +550,7 @@ def test_an_image_of_two_files_is_one_with_the_objects_of_both(own):
 
     data = read_coco([own.write(), own.write(dogs, "dogs.json")], [str(own.images)] * 2, *KEYS)
     found = registered(data)
-    assert found[f"{own.images}/{A}"] == [CAT, ROAD, ("dog", [7, 8, 9, 9], False, True)]
+    assert found[A] == [CAT, ROAD, ("dog", [7, 8, 9, 9], False, True)]
     assert len(found) == 4 and "1 of 1 images are listed twice" in said(data)[0]
 
 
@@ -573,13 +573,13 @@ def test_registered_names_are_repaired_where_detectron2_reads_them(own):
     data = read_registered(NAME, "dataloader.train.dataset.names", train=True)
     assert data.errors == [] and seen()[A] == REPAIRED["over the edges"][2][A]
     assert MetadataCatalog.get(NAME).colour == 3
-    DatasetCatalog.remove(NAME)
-    DatasetCatalog.register(NAME, lambda: [])  # nobody knows what this reads
-    MetadataCatalog.get(NAME).json_file = own.write(setter("annotations", 0, id=0), "x.json")
-    (error,) = read_registered(NAME, "dataloader.train.dataset.names", train=True).errors
+    other = f"{NAME}_2"
+    DatasetCatalog.register(other, lambda: [])  # nobody knows what this reads
+    assert read_registered(other, "dataloader.train.dataset.names", train=True) is None
+    json_file = own.write(setter("annotations", 0, id=0))
+    MetadataCatalog.get(other).set(json_file=json_file, image_root=str(own.images))
+    (error,) = read_registered(other, "dataloader.train.dataset.names", train=True).errors
     assert "annotation ids" in error.problem
-    MetadataCatalog.remove(NAME)
-    assert read_registered(NAME, "dataloader.train.dataset.names", train=True) is None
 
 
 def dirt(data):
@@ -598,4 +598,4 @@ def test_repaired_data_evaluate_like_their_clean_twin(own):
     read(own, lambda d: d["annotations"][2].update(area=600)).register(NAME)  # that of its mask
     clean = metrics()
     registered(read(own, dirt))
-    assert metrics() == clean and 20 < clean["bbox"]["AP"] < 99 and 20 < clean["segm"]["AP"] < 100
+    assert metrics() == clean and 20 < clean["bbox"]["AP"] < 99

@@ -64,7 +64,7 @@ def foreign_json(data: Any) -> _Named:
             return "detections in COCO's result format", "name the json of the ground truth"
         if "image" in first and "annotations" in first:
             return "a CreateML json", _EXPORT
-        if "data" in first or "annotations" in first or "label" in first:
+        if "data" in first or {"image", "label"} <= first.keys():
             return "a list of Label Studio's tasks", "export it as COCO from Label Studio"
     if not isinstance(data, dict):
         return None
