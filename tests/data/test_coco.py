@@ -73,7 +73,11 @@ def test_a_clean_file_is_read_by_detectron2_itself(own):
 
 
 def text_ids(data):
-    for part, fields in (("images", ["id"]), ("annotations", ["image_id", "category_id"]), ("categories", ["id"])):
+    for part, fields in (
+        ("images", ["id"]),
+        ("annotations", ["image_id", "category_id"]),
+        ("categories", ["id"]),
+    ):
         for row in data[part]:
             row.update({f: f"{row[f]}" for f in fields})
 
@@ -102,7 +106,9 @@ def each(part, **fields):
 
 def twice_under_two_ids(data):
     data["images"].append({**data["images"][0], "id": 70})
-    data["annotations"].append(annotation(99, 70, 90, [40, 20, 9, 9], segmentation=[[40, 20, 49, 20, 49, 29]]))
+    data["annotations"].append(
+        annotation(99, 70, 90, [40, 20, 9, 9], segmentation=[[40, 20, 49, 20, 49, 29]])
+    )
     data["annotations"].append({**data["annotations"][0], "id": 98, "image_id": 70})
 
 
@@ -252,7 +258,9 @@ def test_needless_things_are_not_missed(own):
     assert data.files[0].repairs == () and data.files[0].unmasked == 3
 
 
-@pytest.mark.parametrize("bbox", [[59, 39, 2, 2], [-1, -1, 5, 5], [0, 0, 60, 40], [0.5, 2, 0.1, 0.1]])
+@pytest.mark.parametrize(
+    "bbox", [[59, 39, 2, 2], [-1, -1, 5, 5], [0, 0, 60, 40], [0.5, 2, 0.1, 0.1]]
+)
 def test_boxes_at_the_edge_are_left_as_they_are(own, bbox):
     data = read(own, setter("annotations", 0, bbox=bbox))
     assert registered(data)[A][0][1] == bbox and said(data) == []
@@ -425,7 +433,9 @@ def test_files_that_are_not_there(own):
 
 
 def test_two_names_that_fit_one_file_are_refused(own):
-    change = all_of(setter("images", 0, file_name="x/many.png"), setter("images", 3, file_name="y/many.png"))
+    change = all_of(
+        setter("images", 0, file_name="x/many.png"), setter("images", 3, file_name="y/many.png")
+    )
     (error,) = read(own, change).errors
     assert "'x/many.png' and 'y/many.png' both fit one file, 'many.png'" in str(error)
 
@@ -488,7 +498,11 @@ def test_empty_images_and_classes_are_warned_of(own):
 
 def test_validation_classes_are_matched_by_name(own):
     def other_ids(data):
-        data["categories"] = [dict(id=1, name="straße"), dict(id=2, name="cat"), dict(id=3, name="dog")]
+        data["categories"] = [
+            dict(id=1, name="straße"),
+            dict(id=2, name="cat"),
+            dict(id=3, name="dog"),
+        ]
         for a in data["annotations"]:
             a["category_id"] = {90: 1, 5: 2}[a["category_id"]]
 
@@ -506,7 +520,9 @@ def test_validation_classes_are_matched_by_name(own):
 
 
 def test_validation_objects_of_an_unknown_class_are_refused(own):
-    data = read(own, setter("categories", 1, name="Cat"), train=False, classes={5: "cat", 90: "straße"})
+    data = read(
+        own, setter("categories", 1, name="Cat"), train=False, classes={5: "cat", 90: "straße"}
+    )
     (error,) = data.errors
     assert "has 3 objects of 'Cat', which is no class of training; 'cat' of training" in str(error)
     assert error.fix == "write the same list of categories into both files"
@@ -545,7 +561,9 @@ def test_several_files_are_one_data_set(own):
 def test_an_image_of_two_files_is_one_with_the_objects_of_both(own):
     def dogs(data):
         data["images"] = [image(1, A)]
-        data["annotations"] = [annotation(1, 1, 1, [7, 8, 9, 9], segmentation=[[7, 8, 16, 8, 16, 17]])]
+        data["annotations"] = [
+            annotation(1, 1, 1, [7, 8, 9, 9], segmentation=[[7, 8, 16, 8, 16, 17]])
+        ]
         data["categories"] = [{"id": 1, "name": "dog"}]
 
     data = read_coco([own.write(), own.write(dogs, "dogs.json")], [str(own.images)] * 2, *KEYS)
@@ -569,7 +587,9 @@ def test_register(own):
 
 
 def test_registered_names_are_repaired_where_detectron2_reads_them(own):
-    register_coco_instances(NAME, {"colour": 3}, own.write(REPAIRED["over the edges"][0]), str(own.images))
+    register_coco_instances(
+        NAME, {"colour": 3}, own.write(REPAIRED["over the edges"][0]), str(own.images)
+    )
     data = read_registered(NAME, "dataloader.train.dataset.names", train=True)
     assert data.errors == [] and seen()[A] == REPAIRED["over the edges"][2][A]
     assert MetadataCatalog.get(NAME).colour == 3

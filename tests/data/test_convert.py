@@ -10,17 +10,14 @@ from coco_files import NAME, seen
 from PIL import Image
 
 from sharedkd.data.coco import check_coco, register_coco
+from sharedkd.errors import ConfigError
+from sharedkd.lab.convert import convert_voc, convert_yolo
 
 VOC = """<annotation><filename>{name}</filename>
 <size><width>{width}</width><height>40</height><depth>3</depth></size>
 <object><name>cat</name><difficult>0</difficult><bndbox><xmin>11</xmin><ymin>6</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object>
 <object><name>dog</name><difficult>1</difficult><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>60</xmax><ymax>40</ymax></bndbox></object>
 </annotation>"""
-
-
-def convert(*args):
-    command = [sys.executable, "-W", "ignore", "tools/convert_data.py", *map(str, args)]
-    return subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
 
 
 def picture(path):
@@ -36,10 +33,21 @@ def test_yolo(tmp_path):
     labels.mkdir(parents=True)
     # A box about (0.5, 0.5), a quarter of each side; a triangle.
     (labels / "a.txt").write_text("1 0.5 0.5 0.25 0.25\n0 0.1 0.1 0.6 0.1 0.6 0.5\n")
-    done = convert("yolo", tmp_path / "data.yaml", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "tools/convert_data.py",
+        "yolo",
+        f"{tmp_path}/data.yaml",
+    ]
+    done = subprocess.run(
+        [*command, f"{tmp_path}/out"], cwd=tiny.ROOT, capture_output=True, text=True
+    )
     root = f"{tmp_path}/images/train"
-    assert f"data.train_json={tmp_path}/out/train.json data.train_images={root}" in done.stdout
+    assert f"data.train_json={tmp_path}/out/train.json data.train_images={root}" in done.stdout, (
+        done.stderr
+    )
     register_coco(NAME, f"{tmp_path}/out/train.json", root)
     assert seen() == {
         "a.jpg": [("dog", [22.5, 15, 15, 10], False, False), ("cat", [6, 4, 30, 16], False, True)],
@@ -47,10 +55,15 @@ def test_yolo(tmp_path):
     }
     triangle = json.loads((tmp_path / "out/train.json").read_text())["annotations"][1]
     assert triangle["segmentation"] == [[6, 4, 36, 4, 36, 20]] and triangle["area"] == 240
-    assert check_coco(f"{tmp_path}/out/val.json", f"{tmp_path}/images/val", "k", "i", train=False).images == 1
+    assert (
+        check_coco(
+            f"{tmp_path}/out/val.json", f"{tmp_path}/images/val", "k", "i", train=False
+        ).images
+        == 1
+    )
     (labels / "b.txt").write_text("7 0.5 0.5 0.25 0.25\n")
-    done = convert("yolo", tmp_path, tmp_path / "out")
-    assert done.returncode == 1 and f"{labels}/b.txt: line 1 is no box" in done.stderr
+    with pytest.raises(ConfigError, match=f"{labels}/b.txt: line 1 is no box"):
+        convert_yolo(tmp_path, tmp_path / "out")
 
 
 def test_voc(tmp_path):
@@ -58,16 +71,19 @@ def test_voc(tmp_path):
     for name, width in (("a", 60), ("b", 0)):
         picture(tmp_path / "JPEGImages" / f"{name}.jpg")
         (tmp_path / "Annotations").mkdir(exist_ok=True)
-        (tmp_path / "Annotations" / f"{name}.xml").write_text(VOC.format(name=f"{name}.jpg", width=width))
-    done = convert("voc", tmp_path, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+        (tmp_path / "Annotations" / f"{name}.xml").write_text(
+            VOC.format(name=f"{name}.jpg", width=width)
+        )
+    convert_voc(tmp_path, tmp_path / "out")
     register_coco(NAME, tmp_path / "out/all.json", tmp_path / "JPEGImages")
     objects = [("cat", [10, 5, 20, 15], False, False), ("dog", [0, 0, 60, 40], True, False)]
     assert seen() == {"a.jpg": objects, "b.jpg": objects}
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
     (tmp_path / "ImageSets/Main/train.txt").write_text("b\n")
-    assert "data.train_json=" in convert("voc", tmp_path, tmp_path / "out").stdout
-    assert [i["file_name"] for i in json.loads((tmp_path / "out/train.json").read_text())["images"]] == ["b.jpg"]
+    assert list(convert_voc(tmp_path, tmp_path / "out")) == ["train"]
+    assert [
+        i["file_name"] for i in json.loads((tmp_path / "out/train.json").read_text())["images"]
+    ] == ["b.jpg"]
 
 
 FOREIGN = {
@@ -93,7 +109,7 @@ def test_labels_of_another_format_are_named(own, name):
     content, what, fix = FOREIGN[name]
     if not isinstance(content, (str, bytes)):
         content = json.dumps(content)
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(ConfigError) as caught:
         check_coco(own.write(lambda d: content, name), own.images, "data.train_json", "x")
     problem, _, advice = str(caught.value).partition("; ")
     assert f"is {what}" in problem and "not COCO json" in problem and fix in advice
@@ -112,5 +128,5 @@ def test_folders_are_named(own, files, what):
     for name in files:
         (own.path / "folder").mkdir(exist_ok=True)
         (own.path / "folder" / name).touch()
-    with pytest.raises(Exception, match=what):
+    with pytest.raises(ConfigError, match=what):
         check_coco(own.path / "folder", own.images, "data.train_json", "x")

@@ -75,7 +75,9 @@ def test_the_range_of_deep_images_can_be_named(tmp_path):
     path = saved(tmp_path / "a.tif", Image.fromarray(values))
     # (0 + 1000) / 2000 and 1500 / 2000 of 255; beyond the range it is 0 or 255.
     assert read_image(path, "L", (-1000, 1000))[0, :, 0].tolist() == [0, 128, 191, 255]
-    with pytest.raises(ValueError, match="mode F has values from -1000 to 9000: set data.image_range"):
+    with pytest.raises(
+        ValueError, match="mode F has values from -1000 to 9000: set data.image_range"
+    ):
         read_image(path, "L")
     path = saved(tmp_path / "b.tif", Image.fromarray(values.astype(np.int32)))
     with pytest.raises(ValueError, match="mode I has values from"):
@@ -131,7 +133,10 @@ def test_deep_images_are_told_once_with_file_and_range(own):
         Image.fromarray(values).save(own.images / name)
     data = read(own)
     assert data.errors == [] and [w.key for w in data.warnings] == ["data.train_images"]
-    assert "mode I;16: 0 to 65535 become 0 to 255 (the first is 'a.png', whose values reach from 50 to 4000)" in str(data.warnings[0])
+    assert (
+        "mode I;16: 0 to 65535 become 0 to 255 (the first is 'a.png', whose values reach from 50 to 4000)"
+        in str(data.warnings[0])
+    )
     assert "50 to 4000 become 0 to 255" in str(read(own, image_range=(50, 4000)).warnings[0])
     (error,) = read(own, scales=False).errors
     assert "'a.png' is of mode I;16, which this mapper cuts off at 255" in str(error)

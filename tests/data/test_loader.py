@@ -127,7 +127,9 @@ def test_images_of_rare_classes_are_repeated(dicts):
     np.testing.assert_allclose(loader.repeats, expected, rtol=1e-4)
     order = [batch[0][0] for batch in take(loader, 12_000)]
     counts = np.bincount(order, minlength=7)
-    np.testing.assert_allclose(counts / counts.sum(), loader.repeats / loader.repeats.sum(), atol=0.006)
+    np.testing.assert_allclose(
+        counts / counts.sum(), loader.repeats / loader.repeats.sum(), atol=0.006
+    )
 
 
 def test_repeats_depend_on_the_seed_alone_and_resume(dicts, monkeypatch):
@@ -145,7 +147,10 @@ def test_repeats_depend_on_the_seed_alone_and_resume(dicts, monkeypatch):
 
 def test_a_threshold_that_no_class_is_below_changes_nothing(dicts):
     """1.0 at most: each image once, though in another order than without."""
-    order = [b[0][0] for b in take(loader_of(dicts, **{**RARE, "repeat_threshold": 0.2}, total_batch_size=1), 14)]
+    order = [
+        b[0][0]
+        for b in take(loader_of(dicts, **{**RARE, "repeat_threshold": 0.2}, total_batch_size=1), 14)
+    ]
     assert sorted(order[:7]) == sorted(order[7:]) == list(range(7))
     with pytest.raises(ConfigError, match="dataloader.train.repeat_threshold=2"):
         loader_of(dicts, repeat_threshold=2)
