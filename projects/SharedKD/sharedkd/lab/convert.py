@@ -43,12 +43,9 @@ class _Coco:
     ) -> None:
         """``box`` as x0, y0, x1, y1 in pixels; of the last image."""
         x0, y0, x1, y1 = (round(x, 2) for x in box)
-        row: Dict[str, Any] = {
-            "id": len(self.annotations) + 1,
-            "image_id": len(self.images),
-            "iscrowd": 0,
-        }
-        row.update(category_id=self.ids[name], bbox=[x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)])
+        row: Dict[str, Any] = {"id": len(self.annotations) + 1, "image_id": len(self.images)}
+        row.update(category_id=self.ids[name], iscrowd=crowd)
+        row["bbox"] = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
         row["area"] = row["bbox"][2] * row["bbox"][3]
         if polygon:
             row["segmentation"] = [[round(x, 2) for x in polygon]]
@@ -211,7 +208,7 @@ def _parse_voc(path: Path) -> Tuple[str, Tuple[int, ...], List[_Object]]:
     try:
         root = ElementTree.parse(path).getroot()
         size = tuple(int(float(root.findtext(f"size/{x}") or 0)) for x in ("width", "height"))
-        objects = []
+        objects: List[_Object] = []
         for x in root.iter("object"):
             x0, y0, x1, y1 = (float(x.findtext(f"bndbox/{side}") or "") for side in _SIDES)
             name = (x.findtext("name") or "").strip()
