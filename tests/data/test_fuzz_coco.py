@@ -215,7 +215,8 @@ def true_run_lengths(draw, height, width):
 def annotations(draw, number):
     image, width, height = draw(st.sampled_from(IMAGES))
     x, y = draw(st.floats(0, width - 1)), draw(st.floats(0, height - 1))
-    box = [x, y, draw(st.floats(0.01, width - x)), draw(st.floats(0.01, height - y))]
+    least = min(0.01 if image == 8 else 1.5, width - x, height - y)  # no shares of an image
+    box = [x, y, draw(st.floats(least, width - x)), draw(st.floats(least, height - y))]
     shape = draw(
         st.one_of(
             sane_polygons if image != 8 else st.none(),

@@ -1,21 +1,19 @@
 """LazyConfig helpers: a distillation pair in a few lines, own COCO-format data in four keys."""
 
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Mapping, Sequence
 
 from detectron2.config import LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from sharedkd.data.coco import CocoData, Reading, read_coco
-from sharedkd.data.images import ImageMapper
 from sharedkd.errors import FAILED, ConfigError, Findings, collecting
-from sharedkd.values import check_switch
 
 from .build import not_set
 from .defaults import GONE, TRAIN_DEFAULTS, TRAIN_RULES, TYPE_RULES
 from .overrides import check_override, not_applicable
+from .own_data import read_own_data
 
 __all__ = [
     "load_config",
@@ -198,123 +196,10 @@ def student_only(cfg: DictConfig) -> DictConfig:
 
 
 def settle_own_data(cfg: DictConfig, findings: Findings) -> None:
-    """Read and register the COCO-format data of ``cfg.data``, and count its classes.
-
-    Sets ``data.num_classes``, to which the model refers (80 stands in for it where no file says it),
-    and ``data.classes``, their names, which are saved with the run.
-
-    Args:
-        findings: takes what is wrong with the data or was repaired, and as its facts ``data`` and
-            ``files`` for ``train`` and ``test`` a list of summaries; in ``data``, FAILED in place of
-            refused ones.
-    """
-    train = findings.step(_read_own_data, cfg, "train", findings)
-    classes = train.categories if train is not FAILED and train.categories else None
-    val = findings.step(_read_own_data, cfg, "val", findings, classes)
-    for split, data in (("train", train), ("test", val)):
-        summaries = [] if data is FAILED else data.files
-        ok = data is not FAILED and not data.errors
-        findings.facts.setdefault("files", {})[split] = summaries
-        findings.facts.setdefault("data", {})[split] = summaries if ok else [FAILED]
-    if FAILED not in (train, val):
-        _warn_of_overlap(train, val, findings)
-    found = [x for x in (train, val) if x is not FAILED and x.categories]
-    given = cfg.data.get("num_classes")
-    if found and given not in (None, len(found[0].classes)):
-        findings.add(
-            ConfigError(
-                "data.num_classes",
-                given,
-                f"contradicts the {len(found[0].classes)} categories of {cfg.data.train_json}",
-                "leave it out: classes are counted",
-            )
-        )
-    cfg.data.num_classes = len(found[0].classes) if found else 80
-    cfg.data.classes = found[0].classes if found else None
-
-
-def _read_own_data(
-    cfg: DictConfig, split: str, findings: Findings, classes: Optional[Dict[int, str]] = None
-) -> CocoData:
-    """The data of a split, registered if nothing is wrong with them."""
-    data, key, images_key = cfg.data, f"data.{split}_json", f"data.{split}_images"
-    files, roots = (_paths(cfg, name, findings) for name in (key, images_key))
-    if not files or not roots:
-        return FAILED
-    if len(roots) not in (1, len(files)):
-        problem = f"names {len(roots)} folders for the {len(files)} files of {key}"
-        raise ConfigError(images_key, roots, problem, "name one folder, or one for each file")
-    reading = _reading(cfg, split, findings)
-    found = read_coco(
-        files,
-        roots if len(roots) == len(files) else roots * len(files),
-        key,
-        images_key,
-        train=split == "train",
-        classes=classes,
-        reading=reading,
-    )
-    for error in found.errors:
-        findings.add(error)
-    findings.warnings += found.warnings
-    if not found.errors:
-        found.register(f"{data.name}_{split}")
-        for summary in found.files:
-            if data.masks and not summary.has_masks:
-                findings.add(
-                    ConfigError(
-                        key,
-                        summary.json_file,
-                        f"{summary.unmasked} of {summary.objects} objects have no segmentation, and "
-                        "data.masks is true",
-                        "use a config without masks, such as configs/custom_coco.py",
-                    )
-                )
-    return found
-
-
-def _paths(cfg: DictConfig, key: str, findings: Findings) -> List[str]:
-    """The one or several paths of a key; none if it holds something else, which is reported."""
-    value = OmegaConf.select(cfg, key)
-    paths = list(value) if isinstance(value, ListConfig) else [value]
-    if paths and all(isinstance(x, str) and x for x in paths):
-        return [os.path.expanduser(x) for x in paths]
-    findings.add(ConfigError(key, value, "is not set", f"add {key}=PATH to the command"))
-    return []
-
-
-def _reading(cfg: DictConfig, split: str, findings: Findings) -> Reading:
-    data, key = cfg.data, "data.image_range"
-    span = data.get("image_range")
-    if span is not None:
-        span = list(span) if isinstance(span, ListConfig) else [span]
-        numbers = [x for x in span if isinstance(x, (int, float)) and not isinstance(x, bool)]
-        if len(span) != 2 or len(numbers) != 2 or not span[0] < span[1]:
-            findings.add(ConfigError(key, span, "is no range", "use null or [lo,hi], lo below hi"))
-            span = None
-    repair = data.get("repair", True)
-    findings.step(check_switch, "data.repair", repair)
-    loader = "train" if split == "train" else "test"
-    mapper = OmegaConf.select(cfg, f"dataloader.{loader}.mapper._target_")
-    if isinstance(mapper, str):
-        mapper = locate(mapper)
-    most = data.get("max_size")
-    return Reading(
-        masks=bool(data.masks),
-        repair=repair is not False,
-        max_size=most if isinstance(most, int) else None,
-        image_range=span,
-        scales=isinstance(mapper, type) and issubclass(mapper, ImageMapper),
-    )
-
-
-def _warn_of_overlap(train: CocoData, val: CocoData, findings: Findings) -> None:
-    both = len({*train.image_files} & {*val.image_files})
-    if both and not {x.json_file for x in train.files} & {x.json_file for x in val.files}:
-        findings.warn(
-            val.files[0].key,
-            ", ".join(x.json_file for x in val.files),
-            f"{both} of its {len(val.image_files)} images are trained on, too: figures say little "
-            "about other images",
-            "use images held out of training",
-        )
+    """:func:`~sharedkd.config.own_data.read_own_data`, with its summaries as facts of ``findings``."""
+    found = read_own_data(cfg, findings)
+    findings.facts["files"] = {split: [x for x in them if x] for split, them in found.items()}
+    findings.facts["data"] = {
+        split: [FAILED if x is FAILED or x.refused else x for x in them]
+        for split, them in found.items()
+    }

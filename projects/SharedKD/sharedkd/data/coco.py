@@ -78,6 +78,7 @@ class CocoSummary:
         unmasked: number of objects without a segmentation; for evaluation also of crowd regions.
         categories: category id -> class name, ids ascending.
         repairs: what was repaired, by kind.
+        refused: whether the file cannot be used.
     """
 
     key: str
@@ -91,6 +92,7 @@ class CocoSummary:
     unmasked: int
     categories: Dict[int, str]
     repairs: Tuple[Repair, ...]
+    refused: bool
 
     @property
     def classes(self) -> List[str]:
@@ -130,6 +132,11 @@ class CocoData:
     def classes(self) -> List[str]:
         """Class names in order of category id."""
         return list(self.categories.values())
+
+    def refuse(self, errors: Sequence[ConfigError]) -> None:
+        """Add to the reasons not to use the data; with any, all their files are refused."""
+        self.errors += errors
+        self.files = [replace(x, refused=bool(self.errors)) for x in self.files]
 
     def raise_errors(self) -> None:
         """Raises:
@@ -210,9 +217,9 @@ def read_coco(
     _drop_copies(readable)
     data.image_files = list(by_file)
     data.files = [f.summary(train, data.categories) for f in readable]
-    data.errors = [error for f in files for error in f.notes.errors]
+    data.refuse([error for f in files for error in f.notes.errors])
     if not data.errors:
-        data.errors = _unlearnable(data, readable, train)
+        data.refuse(_unlearnable(data, readable, train))
     for f in files:
         for repair in f.notes.repairs:
             fix = "the file on the disk stays as it is"
@@ -310,6 +317,7 @@ class _File:
             unmasked=sum(not a.get("segmentation") for a in (objects if train else annotations)),
             categories=dict(classes),
             repairs=repairs,
+            refused=False,
         )
 
 

@@ -561,7 +561,7 @@ def _other_reading(
     shares = (
         (boxes >= 0).all(1) & (boxes <= 1).all(1) & (boxes[:, 2:] > 0).all(1) & (sizes > 2).all(1)
     )
-    if shares.sum() > 0.1 * n:
+    if shares.sum() > 0.1 * n and (boxes[shares] % 1).any():
         what = f"{shares.sum()} of {n} boxes lie within 0 and 1: shares of the image, not pixels ({first})"
         return what, "multiply x and width by the image's width, y and height by its height"
     as_corners = (boxes[:, 2:] > start).all(1) & (boxes[:, 2:] <= sizes + _BOX_SLACK).all(1)

@@ -125,7 +125,7 @@ def _images_per_step(cfg: DictConfig) -> Optional[int]:
 def _numbers(summaries: Sequence[CocoSummary]) -> Dict[str, Any]:
     """The counts of some data sets together, and their classes."""
     names = [f.name for f in fields(summaries[0]) if isinstance(getattr(summaries[0], f.name), int)]
-    counts = {n: sum(int(getattr(x, n)) for x in summaries) for n in names if n != "has_rle"}
+    counts = {n: sum(int(getattr(x, n)) for x in summaries) for n in names if n != "refused"}
     return {
         "files": [x.json_file for x in summaries],
         **counts,
