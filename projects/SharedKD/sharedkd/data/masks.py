@@ -9,6 +9,7 @@ import pycocotools.mask as mask_util
 __all__ = [
     "LARGEST",
     "MOST_PIXELS",
+    "are_numbers",
     "area",
     "as_polygons",
     "box",
@@ -39,6 +40,16 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and -LARGEST <= value <= LARGEST
 
 
+def are_numbers(values: List[Any]) -> bool:
+    """Whether each of ``values`` is a number, as :func:`is_number` says."""
+    if not {*map(type, values)} <= {int, float}:
+        return False
+    try:
+        return bool(np.abs(np.array(values, dtype=np.float64)).max(initial=0) <= LARGEST)
+    except OverflowError:
+        return False
+
+
 def shown(value: Any) -> str:
     """``value`` for a message, shortened; None is "none"."""
     return "none" if value is None else reprlib.repr(value)
@@ -63,7 +74,7 @@ def fault(segmentation: Any, height: int, width: int) -> str:
 
 def as_polygons(segmentation: List[Any]) -> List[Any]:
     """A list of flat polygons of what is meant as one: a flat polygon, or polygons of [x, y] pairs."""
-    if segmentation and all(map(is_number, segmentation)):
+    if segmentation and are_numbers(segmentation):
         return [segmentation]
     if len(segmentation) > 2 and all(map(_is_pair, segmentation)):
         return [[x for pair in segmentation for x in pair]]
@@ -76,7 +87,7 @@ def as_polygons(segmentation: List[Any]) -> List[Any]:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+    return isinstance(value, list) and len(value) == 2 and are_numbers(value)
 
 
 def area(segmentation: Any, height: int, width: int) -> float:
@@ -106,7 +117,7 @@ def _polygon_fault(polygon: Any, height: int, width: int) -> str:
         return f"has {shown(polygon)} for a polygon"
     if len(polygon) < 6 or len(polygon) % 2:
         return f"has a polygon of {len(polygon)} numbers"
-    if not all(map(is_number, polygon)):
+    if not are_numbers(polygon):
         return "has a polygon with something else than finite numbers"
     xs, ys = polygon[::2], polygon[1::2]
     left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)

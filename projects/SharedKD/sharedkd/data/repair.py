@@ -18,7 +18,7 @@ import numpy as np
 from sharedkd.errors import ConfigError
 
 from .foreign import foreign_file, foreign_json
-from .masks import MOST_PIXELS, area, as_polygons, box, fault, is_int, is_number, shown
+from .masks import MOST_PIXELS, are_numbers, area, as_polygons, box, fault, is_int, is_number, shown
 
 __all__ = [
     "Notes",
@@ -433,7 +433,7 @@ def _settle_annotation(
         notes.refuse(f"{where} has ignore {shown(a['ignore'])}", fix, item=i)
     points = a.get("keypoints")
     # Detectron2 shifts those of any kind as it reads the file.
-    if points is not None and not (isinstance(points, list) and all(map(is_number, points))):
+    if points is not None and not (isinstance(points, list) and are_numbers(points)):
         fix = "write keypoints as finite numbers [x1, y1, visibility1, ...], or remove them"
         notes.refuse(f"{where} has keypoints {shown(points)}", fix, item=i)
     if image["sound"] and not _settle_mask(a, where, image, notes, masks, i):
@@ -450,14 +450,18 @@ def _settle_mask(
         if mask != a["segmentation"]:
             notes.repair(ONE_LIST, where)
             a["segmentation"] = mask
-        problems = [fault([p], *size) for p in mask]
-        good = [p for p, x in zip(mask, problems) if not x or not _is_harmless(p, x)]
-        if len(good) < len(mask) and (good or masks):
-            notes.repair(FEW_POINTS if good else NO_MASK, f"{where} {next(filter(None, problems))}")
-            a["segmentation"] = mask = good
+        found = [(p, fault([p], *size)) for p in mask]
+        good = [(p, x) for p, x in found if not (x and _is_harmless(p, x))]
+        if len(good) < len(found) and (good or masks):
+            example = f"{where} {next(x for _, x in found if x)}"
+            notes.repair(FEW_POINTS if good else NO_MASK, example)
+            a["segmentation"] = [p for p, _ in good]
             if not good:
                 return False
-    problem = fault(mask, *size)
+            found = good
+        problem = next((x for _, x in found if x), "")
+    else:
+        problem = fault(mask, *size)
     if problem and masks:
         fix = "write polygons [[x1, y1, x2, y2, x3, y3, ...]] in pixels or RLE of the image's size, or remove the object"
         notes.refuse(f"{where} {problem}", fix, item=i)
@@ -469,11 +473,8 @@ def _settle_mask(
 
 def _is_harmless(polygon: Any, problem: str) -> bool:
     """Whether a polygon shows nothing: it has too few points, or lies outside of its image."""
-    return (
-        isinstance(polygon, list)
-        and all(map(is_number, polygon))
-        and (len(polygon) < 6 or "lies outside" in problem)
-    )
+    numbers = isinstance(polygon, list) and are_numbers(polygon)
+    return numbers and (len(polygon) < 6 or "lies outside" in problem)
 
 
 def _settle_numbers(
@@ -493,7 +494,7 @@ def _settle_numbers(
         except ValueError:
             pass
     found = a.get("bbox")
-    if isinstance(found, list) and len(found) == 4 and all(map(is_number, found)):
+    if isinstance(found, list) and len(found) == 4 and are_numbers(found):
         if min(found[2:]) >= 0:
             return True
         problem = f"{where} has a box of negative size {shown(found)}"
