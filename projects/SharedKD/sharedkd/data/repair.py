@@ -553,39 +553,41 @@ def _settle_boxes(kept: List[_Kept], notes: Notes) -> List[_Kept]:
 def _other_reading(
     sound: List[_Kept], boxes: np.ndarray, sizes: np.ndarray
 ) -> Optional[Tuple[str, str]]:
-    """(what all boxes of a file seem to be instead of x, y, width, height in pixels, the fix)."""
-    n, far = len(boxes), max(1, len(boxes) // 1000)
-    start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    """(what the boxes of a file are instead of x, y, width, height in pixels, the fix), or None."""
+    n, start, sides = len(boxes), boxes[:, :2], boxes[:, 2:]
     first = (
         f"the first is {shown(sound[0][1]['bbox'])} in an image of {sizes[0, 0]:g}x{sizes[0, 1]:g}"
     )
-    shares = (
-        (boxes >= 0).all(1) & (boxes <= 1).all(1) & (boxes[:, 2:] > 0).all(1) & (sizes > 2).all(1)
-    )
+    shares = ((boxes >= 0) & (boxes <= 1)).all(1) & (sides > 0).all(1) & (sizes > 2).all(1)
     if shares.sum() > 0.1 * n and (boxes[shares] % 1).any():
-        what = f"{shares.sum()} of {n} boxes lie within 0 and 1: shares of the image, not pixels ({first})"
-        return what, "multiply x and width by the image's width, y and height by its height"
-    as_corners = (boxes[:, 2:] > start).all(1) & (boxes[:, 2:] <= sizes + _BOX_SLACK).all(1)
-    over = ((end - sizes) > np.maximum(_BOX_SLACK, 0.05 * sizes)).any(axis=1)
-    contradicted = asked = 0
-    for j in range(0, n, far):
+        what = f"{shares.sum()} of {n} boxes lie within 0 and 1: shares of the image, not pixels"
+        fix = "multiply x and width by the image's width, y and height by its height"
+        return f"{what} ({first})", fix
+    fix = "write bbox as [x, y, width, height]: subtract x from the third number, y from the fourth"
+    asked, corners = _around_masks(sound, boxes)
+    if corners > 0.5 * asked:
+        what = f"{corners} of {asked} boxes are the corners x0, y0, x1, y1 of their segmentation"
+        return f"{what} ({first})", fix
+    could_be = (sides > start).all() and (sides <= sizes + _BOX_SLACK).all()
+    over = (start + sides - sizes > np.maximum(_BOX_SLACK, 0.05 * sizes)).any(axis=1).sum()
+    if could_be and over > (0.5 if n < 20 else 0.1) * n:
+        what = f"{over} of {n} boxes reach over the edge as x, y, width, height"
+        return f"{what}, and none as corners x0, y0, x1, y1 ({first})", fix
+    return None
+
+
+def _around_masks(sound: List[_Kept], boxes: np.ndarray) -> Tuple[int, int]:
+    """(how many of up to 1000 objects have a mask, the box of how many is its corners instead)."""
+    asked = corners = 0
+    for j in range(0, len(boxes), max(1, len(boxes) // 1000)):
         mask, image = sound[j][1].get("segmentation"), sound[j][3]
         if not mask or fault(mask, image["height"], image["width"]):
             continue
         asked += 1
-        x0, y0, x1, y1 = box(mask, image["height"], image["width"])
-        slack = np.maximum(2, 0.05 * np.array([x1 - x0, y1 - y0, x1 - x0, y1 - y0]))
-        corners = np.abs(boxes[j] - (x0, y0, x1, y1)) <= slack
-        contradicted += corners.all() and not (np.abs(end[j] - (x1, y1)) <= slack[2:]).all()
-    fix = "write bbox as [x, y, width, height]: subtract x from the third number, y from the fourth"
-    if contradicted > 0.5 * asked:
-        return (
-            f"{contradicted} of {asked} boxes are the corners x0, y0, x1, y1 of their segmentation ({first})",
-            fix,
-        )
-    if as_corners.all() and over.sum() > (0.5 if n < 20 else 0.1) * n:
-        return (
-            f"{over.sum()} of {n} boxes reach over the edge as x, y, width, height, and none as corners x0, y0, x1, y1 ({first})",
-            fix,
-        )
-    return None
+        tight = np.array(box(mask, image["height"], image["width"]))
+        slack = np.maximum(1, 0.05 * (tight[2:] - tight[:2]))
+        as_corners = np.abs(boxes[j] - tight) <= np.tile(slack, 2)
+        as_sides = np.abs(boxes[j, :2] + boxes[j, 2:] - tight[2:]) <= 2 * slack
+        large = (tight[2:] - tight[:2] > 2 * slack).all()
+        corners += bool(large and as_corners.all() and not as_sides.all())
+    return asked, corners
