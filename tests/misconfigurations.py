@@ -319,6 +319,12 @@ PLAIN = {
         "data.val_json",
         ["1 of", "have no area", "data.repair=True"],
     ),
+    "range of images": (["data.image_range=[5,5]"], "data.image_range", ["5", "lo below hi"]),
+    "folders for several files": (
+        ["data.train_json=[a,b]", "data.train_images=[a,b,c]"],
+        "data.train_images",
+        ["3 folders", "2 files", "one for each"],
+    ),
     "number of classes": (["data.num_classes=4"], "data.num_classes", ["4", "leave it out"]),
     "student's number of classes": (
         ["model.roi_heads.num_classes=80", "model.roi_heads.box_predictor.num_classes=80"],

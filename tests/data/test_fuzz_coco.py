@@ -240,7 +240,10 @@ def documents(draw):
     """A file as it should be."""
     images = [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, w, h in IMAGES]
     objects = [draw(annotations(i + 1)) for i in range(draw(st.integers(1, 4)))]
-    objects[0]["iscrowd"] = 0
+    for a in objects:  # a class of crowd regions alone is refused
+        a["iscrowd"] *= any(
+            b["category_id"] == a["category_id"] and not b["iscrowd"] for b in objects
+        )
     categories = [{"id": 5, "name": "cat"}, {"id": 2, "name": "ünï"}]
     return {"info": {}, "images": images, "annotations": objects, "categories": categories}
 

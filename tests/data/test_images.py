@@ -167,6 +167,20 @@ def test_images_turned_by_exif(own, orientation, said, words):
         assert re.search(words, errors[0])
 
 
+def test_a_tiff_is_turned_once_and_told_of_alike(own):
+    """Red above, black below, stored with red at the right: orientation 8 turns a quarter to the left."""
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    pixels[:, WIDTH // 2 :, 0] = 255
+    Image.fromarray(pixels).save(own.images / "a.tif", exif=exif(8))
+    seen = read_image(str(own.images / "a.tif"), "RGB")
+    assert seen.shape == (WIDTH, HEIGHT, 3)
+    assert seen[: WIDTH // 2, :, 0].min() == 255 and seen[WIDTH // 2 :].max() == 0
+    (error,) = [
+        e for e in read(own, setter("images", 0, file_name="a.tif")).errors if e.key == KEYS[1]
+    ]
+    assert "stored as 60x40 and turned to 40x60 by its EXIF orientation" in str(error)
+
+
 def test_the_remedy_for_exif_leaves_boxes_on_their_objects(own):
     """Stored 60x40 with the object at x 5 to 25, y 5 to 15, drawn by a tool that ignores EXIF."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)

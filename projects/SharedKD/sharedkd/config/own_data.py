@@ -1,8 +1,9 @@
 """The group `data`: own data in COCO format, read, repaired and registered."""
 
 import os
-from typing import Dict, List, Mapping, Optional
+from typing import Dict, List, Mapping, Optional, Sequence
 
+from detectron2.data import MetadataCatalog
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -11,7 +12,7 @@ from sharedkd.data.images import ImageMapper
 from sharedkd.errors import FAILED, ConfigError, Findings
 from sharedkd.values import check_switch
 
-__all__ = ["read_own_data"]
+__all__ = ["check_class_names", "class_names", "read_own_data"]
 
 
 def read_own_data(cfg: DictConfig, findings: Findings) -> Dict[str, List[CocoSummary]]:
@@ -130,3 +131,50 @@ def _warn_of_overlap(train: CocoData, val: CocoData, findings: Findings) -> None
             "about other images",
             "use images held out of training",
         )
+
+
+# --- classes of models that were trained elsewhere ------------------------------------------------
+
+
+def class_names(cfg: DictConfig) -> Optional[List[str]]:
+    """The class names, in order, of the data that a config trains on; None if nobody knows them.
+
+    A run's saved config says them; else they are those of ``data.train_json``, if it is there, or of the
+    registered data set.
+    """
+    names = OmegaConf.select(cfg, "data.classes")
+    if names:
+        return list(names)
+    json_file = OmegaConf.select(cfg, "data.train_json")
+    if isinstance(json_file, str) and os.path.isfile(json_file):
+        found = read_coco([json_file], [os.path.dirname(json_file)], "data.train_json", "")
+        return found.classes or None
+    name = OmegaConf.select(cfg, "dataloader.train.dataset.names")
+    if isinstance(name, str) and name in MetadataCatalog:
+        return MetadataCatalog.get(name).get("thing_classes")
+    return None
+
+
+def check_class_names(key: str, value: str, theirs: Sequence[str], ours: Sequence[str]) -> None:
+    """Check that the scores of a model that was trained elsewhere mean the classes of the data.
+
+    Args:
+        key, value: the config key that names the model, and what it holds.
+        theirs, ours: class names of the model and of the data, in order.
+
+    Raises:
+        ConfigError: they differ, or have another order.
+    """
+    if list(theirs) == list(ours):
+        return
+    how = "in another order" if sorted(theirs) == sorted(ours) else "with other names"
+    raise ConfigError(
+        key,
+        value,
+        f"was trained for the classes {_listed(theirs)}, the data have {_listed(ours)}: {how}",
+        "give the categories of the json the ids that they had there, or use another model",
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + ", ..." * (len(names) > 10)

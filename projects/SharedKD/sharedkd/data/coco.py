@@ -152,7 +152,7 @@ class CocoData:
         """
         json_file = self.json_file
         if self.document is not None:
-            json_file = os.path.join(_folder(), f"{name}.json")
+            json_file = os.path.join(_folder().name, f"{name}.json")
             with open(json_file, "w", encoding="utf-8") as f:
                 json.dump(self.document, f)
             self.json_file, self.document = json_file, None
@@ -174,12 +174,8 @@ class CocoData:
 
 
 @lru_cache(maxsize=None)
-def _temporary() -> tempfile.TemporaryDirectory:
+def _folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="sharedkd_")  # removed as the process ends
-
-
-def _folder() -> str:
-    return _temporary().name
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -272,7 +268,7 @@ class _File:
             self._check_thin(image)
         self._unite(by_file)
         ids = {name: i for i, name in classes.items()}
-        known = {k: ids.get(row.get("name"), row["id"]) for k, row in self.categories.items()}
+        known = {k: ids.get(row["name"], row["id"]) for k, row in self.categories.items()}
         settle_annotations(self.document, self._images, known, notes, reading.masks)
         return warnings
 
@@ -333,7 +329,7 @@ def _drop_copies(files: Sequence[_File]) -> None:
     for f in files if united else []:
         kept = []
         for a in f.document["annotations"]:
-            copy = (a["image_id"], a["category_id"], a["iscrowd"], *a["bbox"])
+            copy = (a["image_id"], a["category_id"], a["iscrowd"] == 1, *a["bbox"])
             if a["image_id"] not in united or copy not in seen:
                 kept.append(a)
             seen.add(copy)
@@ -350,18 +346,18 @@ def _match_classes(files: Sequence[_File], given: Optional[Mapping[int, str]]) -
         id -> name, ids ascending.
     """
     rows = [row for f in files for row in f.categories.values()]
-    used = {row.get("name") for row in rows if row["used"]}
+    used = {row["name"] for row in rows if row["used"]}
     own: Dict[int, str] = dict(given or {})
     for f in files:
         mine = list(f.categories.values())
         for row in mine:
-            name = row.get("name")
-            if name in own.values() or not isinstance(name, str):
+            name = row["name"]
+            if name is None or name in own.values():
                 continue
             if name not in used and (given or (is_root(row, mine) and used)):
                 f.notes.repair(NO_CLASS, f"id {row['id']}, {name!r}")
             elif given:
-                absent = [x for x in given.values() if x not in {r.get("name") for r in rows}]
+                absent = [x for x in given.values() if x not in {r["name"] for r in rows}]
                 f.notes.refuse(
                     f"has {row['used']} objects of {name!r}, which is no class of training"
                     + f"; {', '.join(map(repr, absent[:5]))} of training is not listed"
@@ -373,9 +369,7 @@ def _match_classes(files: Sequence[_File], given: Optional[Mapping[int, str]]) -
     own = dict(sorted(own.items()))
     for f in files:
         listed = {
-            row["id"]: row["name"]
-            for row in f.categories.values()
-            if row.get("name") in own.values()
+            row["id"]: row["name"] for row in f.categories.values() if row["name"] in own.values()
         }
         for i, name in own.items():
             if listed.get(i) != name and (len(files) == 1 or name in listed.values()):

@@ -229,7 +229,7 @@ def check_headers(
         name = image["file_name"]
         try:
             with Image.open(os.path.join(root, name)) as picture:
-                size, upright, mode = picture.size, upright_size(picture), picture.mode
+                size, upright, mode = _stored_size(picture), upright_size(picture), picture.mode
                 problem = _unreadable(picture)
         except Exception as e:  # Pillow's decoders raise what they please
             problem, fix = f"cannot be read as an image ({e})", "repair or replace the image"
@@ -279,6 +279,13 @@ def upright_size(picture: Image.Image) -> Tuple[int, int]:
         except Exception:  # damaged EXIF, which Detectron2 ignores too
             pass
     return picture.size
+
+
+def _stored_size(picture: Image.Image) -> Tuple[int, int]:
+    # Pillow itself turns TIFFs upright, the size of an opened one included.
+    tags = getattr(picture, "tag_v2", {})
+    turned = tags.get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS
+    return picture.size[::-1] if turned else picture.size
 
 
 def _judge_depth(

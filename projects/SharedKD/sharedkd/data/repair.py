@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import numpy as np
 
@@ -316,20 +316,25 @@ def _settle_image(image: Dict[str, Any], notes: Notes) -> bool:
 
 
 def settle_categories(document: Dict[str, Any], notes: Notes) -> Dict[Any, Dict[str, Any]]:
-    """The categories by what annotations call them, each with ``used``: its number of annotations."""
+    """The categories by what annotations call them.
+
+    Each gets ``used``, its number of annotations, and None for a ``name`` that is no text.
+    """
     found = _rows_by_id(document["categories"], "categories", notes)
     used = Counter(_id(a.get("category_id")) for a in document["annotations"])
-    names: Dict[str, Any] = {}
+    names: Set[str] = set()
     for key, row in found.items():
         name, row["used"] = row.get("name"), used[key]
-        if not isinstance(name, str) or not name.strip():
+        row["name"] = name if isinstance(name, str) else None
+        if row["name"] is None or not name.strip():
             notes.refuse(f"category id {key} has name {shown(name)}", "give each category a name")
-        elif not _is_text(name):
+            continue
+        if not _is_text(name):
             fix = "write it in characters that UTF-8 has"
             notes.refuse(f"category id {key} has name {shown(name)}", fix)
         elif name in names:
             notes.refuse(f"two categories are called {name!r}", "rename or merge them")
-        names[str(name)] = row
+        names.add(name)
     _number(found, CATEGORY_IDS, notes)
     return found
 
