@@ -118,7 +118,7 @@ REPAIRED = {
     "ids repeated": (setter("annotations", 1, id=1), "2 of 12 annotation ids", {}),
     "ids missing": (each("annotations", id=...), "12 of 12 annotation ids.*id none", {}),
     "ids of 20 digits": (setter("annotations", 0, id=10**19), "1 of 12 annotation ids", {}),
-    "text ids": (text_ids, "30 numbers are text.*id '7' of images.*read as whole numbers", {}),
+    "text ids": (text_ids, "30 numbers are text.*id '7' of images.*read as numbers", {}),
     "an id with a decimal point": (setter("annotations", 0, image_id=7.0), "1 numbers.*image_id 7.0", {}),
     "ids that are words": (words_for_ids, "4 of 4 images have ids that are no number.*'image 7'", {}),
     "ids beyond 63 bits": (long_ids, "4 of 4 images have ids that are no number of 63 bits", {}),

@@ -18,18 +18,8 @@ from detectron2.data.datasets.coco import load_coco_json
 from sharedkd.errors import ConfigError, ConfigErrors
 
 from .images import check_headers, match_files
-from .repair import (
-    NO_CLASS,
-    SAME_CLASSES,
-    SAME_FILE,
-    Notes,
-    Repair,
-    is_root,
-    read_json,
-    settle_annotations,
-    settle_categories,
-    settle_images,
-)
+from .notes import NO_CLASS, SAME_CLASSES, SAME_FILE, Notes, Repair
+from .repair import is_root, read_json, settle_annotations, settle_categories, settle_images
 
 __all__ = [
     "CocoData",

@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 
 from .masks import shown
-from .repair import FILE_NAMES, SIZES, Notes
+from .notes import FILE_NAMES, SIZES, Notes
 
 __all__ = ["ImageMapper", "check_headers", "match_files", "read_image", "upright_size"]
 

@@ -10,9 +10,9 @@ __all__ = [
     "LARGEST",
     "MOST_PIXELS",
     "are_numbers",
-    "area",
+    "area_of",
     "as_polygons",
-    "box",
+    "box_of",
     "fault",
     "is_int",
     "is_number",
@@ -90,12 +90,12 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and are_numbers(value)
 
 
-def area(segmentation: Any, height: int, width: int) -> float:
+def area_of(segmentation: Any, height: int, width: int) -> float:
     """Pixels within a segmentation without fault."""
     return float(mask_util.area(_encode(segmentation, height, width)))
 
 
-def box(segmentation: Any, height: int, width: int) -> Tuple[float, ...]:
+def box_of(segmentation: Any, height: int, width: int) -> Tuple[float, ...]:
     """The tight box (x0, y0, x1, y1) of a segmentation without fault, in pixels."""
     if isinstance(segmentation, list):
         xs, ys = ([c for p in segmentation for c in p[i::2]] for i in (0, 1))
