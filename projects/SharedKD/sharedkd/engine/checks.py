@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from sharedkd.config.build import construct
-from sharedkd.data.coco import CocoSummary, check_coco
+from sharedkd.data.coco import CocoSummary, read_registered
 from sharedkd.errors import FAILED, ConfigError, Findings
 from sharedkd.modeling.detectors import num_classes
 from sharedkd.values import check_number
@@ -54,7 +54,7 @@ class DataSets:
 
 
 def check_datasets(
-    cfg: DictConfig, own: Mapping[str, CocoSummary], eval_only: bool, findings: Findings
+    cfg: DictConfig, own: Mapping[str, List[CocoSummary]], eval_only: bool, findings: Findings
 ) -> DataSets:
     """Check every COCO-format data set that the config names; in the first process alone.
 
@@ -64,7 +64,7 @@ def check_datasets(
         eval_only: no data are needed to train on.
         findings: takes unknown names and what is wrong with files.
     """
-    found = DataSets(**{split: [summary] for split, summary in own.items()})
+    found = DataSets(**own)
     if not comm.is_main_process():
         return found
     known = {f"{cfg.data.name}_{x}" for x in ("train", "val")} if own else set()
@@ -78,11 +78,13 @@ def check_datasets(
                 fix = "use configs/custom_coco.py"
                 findings.add(ConfigError(key, name, "is not registered", fix))
                 getattr(found, split).append(FAILED)
-            elif MetadataCatalog.get(name).get("json_file"):
-                data = MetadataCatalog.get(name)
-                where = (data.json_file, data.image_root, key, key)
-                options = dict(train=split == "train", findings=findings)
-                getattr(found, split).append(findings.step(check_coco, *where, **options))
+                continue
+            data = read_registered(name, key, train=split == "train")
+            if data is not None:
+                for error in data.errors:
+                    findings.add(error)
+                findings.warnings += data.warnings
+                getattr(found, split).extend(data.files or [FAILED])
     return found
 
 
