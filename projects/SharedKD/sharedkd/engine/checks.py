@@ -67,25 +67,32 @@ def check_datasets(
     found = DataSets(**own)
     if not comm.is_main_process():
         return found
-    known = {f"{cfg.data.name}_{x}" for x in ("train", "val")} if own else set()
+    read = (
+        {f"{cfg.data.name}_train": own["train"], f"{cfg.data.name}_val": own["test"]} if own else {}
+    )
     for split in ("test",) if eval_only else ("train", "test"):
-        key = f"dataloader.{split}.dataset.names"
+        key, files = f"dataloader.{split}.dataset.names", []
         names = OmegaConf.select(cfg, key)
         for name in [names] if isinstance(names, str) else names or []:
-            if name in known:
-                continue
-            if name not in DatasetCatalog.list():
-                fix = "use configs/custom_coco.py"
-                findings.add(ConfigError(key, name, "is not registered", fix))
-                getattr(found, split).append(FAILED)
-                continue
-            data = read_registered(name, key, train=split == "train")
-            if data is not None:
-                for error in data.errors:
-                    findings.add(error)
-                findings.warnings += data.warnings
-                getattr(found, split).extend(data.files or [FAILED])
+            files += read[name] if name in read else _registered(name, key, split, findings)
+        if files:
+            setattr(found, split, files)
     return found
+
+
+def _registered(name: str, key: str, split: str, findings: Findings) -> List[CocoSummary]:
+    """What the files of a registered data set hold; none if it has no json file."""
+    if name not in DatasetCatalog.list():
+        fix = "use configs/custom_coco.py"
+        findings.add(ConfigError(key, name, "is not registered", fix))
+        return [FAILED]
+    data = read_registered(name, key, train=split == "train")
+    if data is None:
+        return []
+    for error in data.errors:
+        findings.add(error)
+    findings.warnings += data.warnings
+    return data.files or [FAILED]
 
 
 def check_classes(cfg: DictConfig, student: nn.Module, summary: CocoSummary) -> None:
