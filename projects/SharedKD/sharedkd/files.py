@@ -47,8 +47,10 @@ def replace(
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Raises:
-    OSError: also where PyTorch hides a full disk behind an error of its own.
+    """A context that raises the OSError behind another error: PyTorch hides a full disk behind its own.
+
+    Raises:
+        OSError: the cause of an error inside the block.
     """
     try:
         yield
