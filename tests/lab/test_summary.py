@@ -145,7 +145,7 @@ def test_report_of_ap(three):
     ]
     assert rows["cwd"][DIFFERENCE] == "-1.00 [-1.25, -0.75]"
     assert rows["teacher"]["AP"] == "40.00" and rows["teacher"]["APl"] == "-"
-    assert "Mask AP" not in text and "Warning" not in text and "Arms to know of" not in text
+    assert "Mask AP" not in text and "Warning" not in text and "Arms to check" not in text
 
 
 def test_report_of_costs(three):

@@ -1,4 +1,4 @@
-"""What users are told, in one line each: the key at fault, its value, what is wrong and what to do."""
+"""Errors for users, one line each: the key at fault, its value, the problem and the fix."""
 
 from functools import wraps
 from typing import Any, Callable, Iterable, List, Optional, Tuple, TypeVar
@@ -19,7 +19,7 @@ _Result = TypeVar("_Result")
 
 
 class SharedKDError(Exception):
-    """Something that a user can mend.  The tools print it as one line, with exit status 1.
+    """An error that a user can fix.  The tools print it as one line, with exit status 1.
 
     Args:
         key: the config key or flag at fault, for example ``"model.teacher.weights"``.
@@ -112,8 +112,8 @@ FAILED = type("Failed", (), {"__repr__": lambda self: "FAILED", "__bool__": lamb
 class Findings:
     """Runs independent checks and collects their errors, so that one run reports every mistake.
 
-    A check is a function that raises one of the errors above.  What needs the result of another takes
-    it as an argument, and is left out if that one failed::
+    A check is a function that raises one of the errors above.  A check that needs the result of another takes
+    it as an argument, and is skipped if that one failed::
 
         findings = Findings()
         student = findings.step(construct, cfg.model.student, "model.student")
@@ -122,8 +122,8 @@ class Findings:
         findings.raise_errors()
 
     Attributes:
-        errors: what failed, in the order it was found, each once.
-        warnings: what works, but is probably not meant; in the same form.
+        errors: the errors in the order they were found, each once.
+        warnings: settings that work but are probably a mistake, in the same form.
     """
 
     def __init__(self) -> None:
@@ -145,12 +145,12 @@ class Findings:
             return FAILED
 
     def add(self, error: SharedKDError) -> None:
-        """Note ``error``, or the errors that it consists of, but nothing twice."""
+        """Add ``error``, or the errors that it consists of, each once."""
         known = {str(e) for e in self.errors}
         self.errors += [e for e in error.errors if str(e) not in known]
 
     def warn(self, key: str, value: Any, problem: str, fix: str) -> None:
-        """Note what does not stop a run.
+        """Add a warning, which does not stop a run.
 
         Args:
             key, value, problem, fix: see :class:`SharedKDError`.

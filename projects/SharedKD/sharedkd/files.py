@@ -47,8 +47,10 @@ def replace(
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Raises:
-    OSError: also where PyTorch hides a full disk behind an error of its own.
+    """A context that raises the OSError behind another error: PyTorch hides a full disk behind its own.
+
+    Raises:
+        OSError: the cause of an error inside the block.
     """
     try:
         yield
@@ -62,7 +64,7 @@ def disk_errors() -> Iterator[None]:
 
 
 def _flush_folder(folder: str) -> None:
-    """A name is on the disk once its folder is; not every file system can be asked for that."""
+    """Flush a folder, so that a new name is on the disk; not every file system supports this."""
     with suppress(OSError):
         descriptor = os.open(folder or ".", os.O_RDONLY)
         try:
@@ -72,7 +74,7 @@ def _flush_folder(folder: str) -> None:
 
 
 def remove_unfinished(folder: str, names: str) -> List[str]:
-    """Remove what a killed process left of files in a folder.
+    """Remove the temporary files that a killed process left in a folder.
 
     Args:
         folder: where :func:`replace` wrote.

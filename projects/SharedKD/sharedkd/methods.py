@@ -1,4 +1,4 @@
-"""Distillation methods by name: the recipes of configs/common/methods, and how a config takes one on.
+"""Distillation methods by name: the recipes of configs/common/methods, and configs that use them.
 
 A recipe is a LazyConfig file with ``paper``, a string, and ``stages``: student's family -> what
 ``model.stages`` becomes, with the published settings of that family.

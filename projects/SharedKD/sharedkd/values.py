@@ -1,4 +1,4 @@
-"""What a single value of a config may be."""
+"""Checks of single values of a config."""
 
 import math
 from typing import Any, Collection, Sequence
@@ -18,7 +18,7 @@ def check_number(
     whole: bool = False,
     or_null: bool = False,
 ) -> None:
-    """Check that a value is a finite number within bounds; a string or a truth value is none.
+    """Check that a value is a finite number within bounds; a string or a boolean is none.
 
     Args:
         key: the config key that holds ``value``, for the message.
@@ -28,7 +28,7 @@ def check_number(
         or_null: None will do, too.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is none, or out of bounds.
     """
     if value is None and or_null:
         return
@@ -52,32 +52,40 @@ def check_number(
 
 
 def check_switch(key: str, value: Any) -> None:
-    """Raises:
-    ConfigError: ``value``, that of ``key``, is neither True nor False.
+    """Check that ``value``, that of ``key``, is a boolean.
+
+    Raises:
+        ConfigError: it is neither True nor False.
     """
     if not isinstance(value, bool):
         raise ConfigError(key, repr(value), "is neither true nor false", "use True or False")
 
 
 def check_text(key: str, value: Any, empty: bool = True) -> None:
-    """Raises:
-    ConfigError: ``value``, that of ``key``, is not a string, or is blank and ``empty`` is False.
+    """Check that ``value``, that of ``key``, is a string.
+
+    Raises:
+        ConfigError: it is none, or it is blank and ``empty`` is False.
     """
     if not isinstance(value, str) or not (value.strip() or empty):
         raise ConfigError(key, repr(value), "is not a name or path", "write it as text")
 
 
 def check_list(key: str, value: Any) -> None:
-    """Raises:
-    ConfigError: ``value``, that of ``key``, is no list.
+    """Check that ``value``, that of ``key``, is a list.
+
+    Raises:
+        ConfigError: it is none.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ConfigError(key, repr(value), "is no list", "use [], [A] or [A,B]")
 
 
 def check_choice(key: str, value: Any, known: Collection[str]) -> None:
-    """Raises:
-    ConfigError: ``value``, that of ``key``, is none of the ``known`` names.
+    """Check that ``value``, that of ``key``, is one of the ``known`` names.
+
+    Raises:
+        ConfigError: it is none of them.
     """
     if not isinstance(value, str) or value not in known:
         raise ConfigError(key, value, "no such name", f"use one of {', '.join(known)}")

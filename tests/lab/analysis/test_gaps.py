@@ -163,7 +163,7 @@ def test_the_first_sentence_counts_the_answers():
 
 def test_other_initial_weights_are_told_with_the_verdict():
     found = {**record(meter(images(4), minibatch=2)), "initial_is_the_runs": False}
-    assert "**The initial weights are others" in words(found).split("## The gaps")[0]
+    assert "**The initial weights differ" in words(found).split("## The gaps")[0]
 
 
 def test_words_and_figures(tmp_path):

@@ -1,4 +1,4 @@
-"""Objects from their config nodes, with every mistake in one go."""
+"""Builds objects from their config nodes, and reports all errors together."""
 
 from typing import Any, Dict, List, Mapping
 
@@ -14,28 +14,28 @@ __all__ = ["construct", "missing_keys", "not_set", "value_of"]
 
 
 def not_set(key: str) -> ConfigError:
-    """What to say of ``key``, which a config leaves to the command line."""
+    """The error for ``key``, which has to be set on the command line."""
     return ConfigError(key, "???", "is not set", f"add {key}=... to the command")
 
 
 def missing_keys(node: DictConfig) -> List[str]:
-    """The keys below ``node`` that a config leaves to the command line; nothing is resolved."""
+    """The keys below ``node`` that have to be set on the command line; nothing is resolved."""
     return sorted(key for key, text in leaves(OmegaConf.to_container(node)) if text == "???")
 
 
 def construct(node: DictConfig, key: str) -> Any:
-    """Detectron2's ``instantiate``, which says of every part of the config that fails why it does.
+    """Build an object as Detectron2's ``instantiate`` does, and report why each node fails.
 
     Args:
         node: a LazyConfig node.
         key: its place in the config.
 
     Raises:
-        ConfigError: an unknown class, an unknown or missing option, or whatever a class raises; all
-            that its parts raise.
+        ConfigError: an unknown class, an unknown or missing option, or any error of a class; the errors
+            of all nodes below ``node`` together.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(key, node, "is nothing that can be built", "use L(CLASS)(OPTION=...)")
+        raise ConfigError(key, node, "cannot be built", "use L(CLASS)(OPTION=...)")
     findings = Findings()
     findings.step(_check_target, node, key)
     parts: Dict[str, Any] = {}

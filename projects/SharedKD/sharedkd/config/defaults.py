@@ -56,21 +56,21 @@ class Amp:
 
 @dataclass
 class DDP:
-    """Options of DistributedDataParallel; its further ones may be given, too."""
+    """Options of DistributedDataParallel; its other options may be set, too."""
 
     OTHERS = True
 
     broadcast_buffers: bool = False  # the first process's BatchNorm statistics to all, in each step
     find_unused_parameters: bool = False  # look for parameters that a step does not use
-    fp16_compression: bool = False  # gradients travel in float16
+    fp16_compression: bool = False  # send gradients in float16
 
 
 @dataclass
 class Checkpointer:
-    """Which checkpoints there are."""
+    """When checkpoints are saved and deleted."""
 
     period: int = limited(5000, least=1)  # iterations between checkpoints
-    max_to_keep: Optional[int] = limited(100, least=1)  # older ones are removed; None: none is
+    max_to_keep: Optional[int] = limited(100, least=1)  # older ones are deleted; None: keep all
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Train:
     amp: Amp = field(default_factory=Amp)
     # memory layout of student and maps, equal up to rounding; None: the faster one
     channels_last: Optional[bool] = None
-    # keep no activations of the student's blocks: less memory, more time
+    # compute activations of the student's blocks again: less memory, more time
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile for the student's bottom-up network
     # largest norm of the whole gradient; None: it is not clipped
@@ -101,7 +101,7 @@ class Train:
     # what an infinite or NaN loss or gradient does: stop, skip_step
     on_nonfinite: str = limited("stop", choices=NONFINITE_POLICIES)
     max_skipped_steps: int = limited(10, least=0)  # in a row; one more stops the run
-    # iterations, or a fourth of the run, between measurements of each term's share of the gradient; 0: never
+    # iterations between measurements of each term's gradient share, a fourth of the run at most; 0: never
     watch_period: int = limited(1000, least=0)
     cudnn_benchmark: bool = False  # cuDNN tries its algorithms: faster for images of one size
     seed: int = limited(0, most=2**32 - 1)  # negative: draw one, and write it into the saved config
@@ -109,7 +109,7 @@ class Train:
     ddp: DDP = field(default_factory=DDP)
     checkpointer: Checkpointer = field(default_factory=Checkpointer)
     force_resume: bool = False  # resume although the model, its teacher or its stages have changed
-    eval_period: int = limited(5000, least=0)  # iterations between evaluations; 0: at the end alone
+    eval_period: int = limited(5000, least=0)  # iterations between evaluations; 0: only at the end
     log_period: int = limited(20, least=1)  # iterations between log lines
     # what else gets the logged values, if it is installed: wandb, mlflow
     writers: List[str] = limited([], choices=WRITERS, check=_check_installed)
@@ -138,5 +138,5 @@ class Data:
     max_size: int = limited(480, least=1)  # of the longer edge
 
 
-TRAIN_DEFAULTS = defaults_of(Train)  #: What `train` holds where a config says nothing.
-DATA_DEFAULTS = defaults_of(Data)  #: The same of `data`.
+TRAIN_DEFAULTS = defaults_of(Train)  #: The defaults of `train`.
+DATA_DEFAULTS = defaults_of(Data)  #: The defaults of `data`.

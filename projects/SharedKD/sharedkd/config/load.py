@@ -1,4 +1,4 @@
-"""Reading a run's config: the file, its overrides, the types and defaults of its groups, its own data."""
+"""Reads a run's config: the file, its overrides, types and defaults, and own data."""
 
 import os
 from dataclasses import dataclass, field
@@ -25,11 +25,11 @@ IMAGE_FORMAT = "dataloader.train.mapper.image_format"
 
 @dataclass
 class Loaded:
-    """A run's config, and what is known of its own data.
+    """A run's config, and summaries of its own data.
 
     Args:
         cfg: with all keys of ``train`` and ``data``, its own data registered.
-        data: ``train`` and ``test`` -> what each file of ``data`` holds; FAILED in place of one that
+        data: ``train`` and ``test`` -> a summary of each annotation file; FAILED in place of one that
             cannot be read.  Empty without own data.
     """
 
@@ -46,7 +46,7 @@ def load_config(
     *,
     findings: Findings,
 ) -> DictConfig:
-    """The config of :func:`load`, which has these arguments, too."""
+    """Return only the config of :func:`load`, with the same arguments."""
     return load(path, overrides, keep_teacher, without_data, findings=findings).cfg
 
 
@@ -64,9 +64,9 @@ def load(
     Args:
         path: of an existing ``.py`` file, or of a ``.yaml`` such as a run's saved config.
         overrides: ``key=value`` each, applied in this order.
-        keep_teacher: also one that no stage learns from; else it is neither loaded nor run.
-        without_data: nothing will be loaded; own data that is not named has COCO's 80 classes.
-        findings: takes the errors that leave something to go on checking.
+        keep_teacher: keep a teacher that no stage learns from; otherwise it is removed.
+        without_data: own data that is not named is allowed, and counts as 80 classes (COCO's).
+        findings: receives the errors after which checks can go on.
 
     Raises:
         ConfigError: no such file, an override that cannot be applied, an unknown key or impossible
@@ -173,7 +173,7 @@ def _settle(cfg: DictConfig, findings: Findings) -> None:
 
 
 def _shorten(cfg: DictConfig) -> None:
-    """What ``train.fast_dev_run`` does to a config."""
+    """Shorten a config for ``train.fast_dev_run``."""
     cfg.train.update(max_iter=20, eval_period=20, log_period=1, eval_teacher=False)
     cfg.train.checkpointer.period = 10**9  # the final one is the only one
     batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
@@ -181,11 +181,11 @@ def _shorten(cfg: DictConfig) -> None:
         cfg.dataloader.train.total_batch_size = min(batch, 2 * comm.get_world_size())
 
 
-# --- teachers that nobody learns from -----------------------------------------------------------
+# --- teachers that no stage learns from -----------------------------------------------------------
 
 
 def _drop_idle_teachers(model: DictConfig, findings: Findings) -> None:
-    """Remove the teachers that no stage learns from: they need neither be loaded nor run."""
+    """Remove the teachers that no stage learns from, so that they are neither loaded nor run."""
     wanted = _wanted_teachers(model)
     if wanted is None:
         return
@@ -202,7 +202,7 @@ def _drop_idle_teachers(model: DictConfig, findings: Findings) -> None:
 
 
 def _wanted_teachers(model: DictConfig) -> Optional[Set[Optional[str]]]:
-    """The names of the teachers that stages learn from, None is `model.teacher`; None: nobody knows."""
+    """The teachers that stages learn from, None for `model.teacher`; or None if the stages are wrong."""
     if not isinstance(model.get("stages"), DictConfig):
         return None
     wanted: Set[Optional[str]] = set()

@@ -6,7 +6,7 @@ from typing import Any, Iterator
 
 from detectron2.utils.registry import locate
 
-# Detectron2 builds that make do without it read values in ways of their own, `eval` among them.
+# Hydra's own parser: Detectron2 builds without Hydra parse values in other ways, one by `eval`.
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sharedkd.errors import ConfigError
@@ -14,7 +14,7 @@ from sharedkd.errors import ConfigError
 __all__ = ["check_override", "not_applicable"]
 
 TARGET = "_target_"
-#: Where a class has to be defined that an override may choose.
+#: The packages whose classes an override may choose.
 PACKAGES = (
     "detectron2.",
     "fvcore.common.param_scheduler.",
@@ -51,7 +51,7 @@ def check_override(override: str) -> None:
 
 
 def not_applicable(override: str, reason: Exception) -> ConfigError:
-    """What to say of ``override``, which cannot be parsed or applied to a config for ``reason``."""
+    """The error for ``override``, which cannot be parsed or applied because of ``reason``."""
     return ConfigError(
         "override",
         override,
@@ -77,6 +77,6 @@ def _is_class(target: str) -> bool:
     try:
         found = locate(target)
     except Exception:
-        return True  # there is none: said where it is built
-    # A module of ours that imports another one leads to all that this one has, as to a shell.
+        return True  # there is no such class: construct reports it
+    # A path through a module of ours reaches all that it imports, such as a shell.
     return inspect.isclass(found) and f"{found.__module__}.".startswith(PACKAGES)

@@ -9,7 +9,7 @@ __all__ = ["leaves", "read_plain"]
 
 
 def read_plain(path: Path) -> Optional[Mapping[str, Any]]:
-    """What LazyConfig.save wrote to ``path``: Python objects as text, references as written.
+    """Read what LazyConfig.save wrote to ``path``: Python objects as text, references as written.
 
     Returns:
         None if there is no such file, or if it cannot be read.

@@ -1,4 +1,4 @@
-"""A group of a config on a dataclass that says what it may hold: types, limits, choices, unknown keys."""
+"""Checks a config group against a dataclass: types, limits, choices and unknown keys."""
 
 from copy import deepcopy
 from dataclasses import field, fields, is_dataclass
@@ -17,14 +17,13 @@ __all__ = ["defaults_of", "limited", "settle"]
 
 
 def limited(default: Any, **limits: Any) -> Any:
-    """A field of a dataclass, where its type alone does not say what it may be.
+    """A dataclass field with limits beyond its type.
 
     Args:
         default: its default.
-        limits: of a number ``least``, ``above`` and ``most``, see
-            :func:`~sharedkd.values.check_number`, which of a list hold for its items; of a text
-            ``choices``, or ``empty=False``; ``check``, a function of key and value that raises a
-            ConfigError.
+        limits: ``least``, ``above`` and ``most`` for a number or the items of a list, see
+            :func:`~sharedkd.values.check_number`; ``choices`` or ``empty=False`` for a text; ``check``, a
+            function of key and value that raises a ConfigError.
     """
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=limits)
@@ -43,11 +42,11 @@ def settle(structure: type, given: Any, key: str, findings: Findings) -> Dict[st
     ``[neck]``.
 
     Args:
-        structure: a dataclass.  Where its ``OTHERS`` is true, keys that it does not name are passed on.
+        structure: a dataclass.  If its ``OTHERS`` is true, keys that it does not name are passed on.
         given: a group of a config.
         key: the place of that group.
-        findings: takes an error for each unknown key and each value that cannot be used; its default
-            then stands in.
+        findings: receives an error for each unknown key and each value that cannot be used; the default
+            replaces the value.
     """
     if not isinstance(given, DictConfig):
         findings.add(ConfigError(key, given, "is no group of keys", f"use {key}.NAME=VALUE"))
@@ -89,7 +88,7 @@ def _set(settled: DictConfig, name: str, type_: Any, key: str, value: Any) -> No
         settled[name] = value if value is None else _converted(value, kind)
         value = settled[name]
     except (ValidationError, ValueError):
-        pass  # and is said below, in words that name the remedy
+        pass  # _check reports it with a remedy
     structure = OmegaConf.get_type(settled)
     limits = next(f.metadata for f in fields(structure) if f.name == name)
     if value is None and optional:
@@ -102,10 +101,10 @@ def _set(settled: DictConfig, name: str, type_: Any, key: str, value: Any) -> No
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """``value`` as ``kind`` where it has one meaning; what OmegaConf would convert without one is refused.
+    """Convert ``value`` to ``kind`` if it has one meaning.
 
     Raises:
-        ValueError: it is one of those.
+        ValueError: it has none, though OmegaConf would convert it.
     """
     if get_origin(kind) is list:
         items = [value] if isinstance(value, (str, int, float)) else value
@@ -124,8 +123,10 @@ def _converted(value: Any, kind: Any) -> Any:
 def _check(
     key: str, value: Any, kind: Any, limits: Mapping[str, Any], optional: bool = False
 ) -> None:
-    """Raises:
-    ConfigError: ``value`` is not of this ``kind``, or not within its ``limits``, see :func:`limited`.
+    """Check the type and limits of a value.
+
+    Raises:
+        ConfigError: ``value`` is not of this ``kind``, or not within its ``limits``, see :func:`limited`.
     """
     limits = dict(limits)
     check = limits.pop("check", None)

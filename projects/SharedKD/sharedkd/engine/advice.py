@@ -1,4 +1,4 @@
-"""What about a run works, and is probably not meant: checks that each yield warnings."""
+"""Warnings about settings of a run that work but are probably a mistake."""
 
 from typing import Iterator, List, Optional
 
@@ -14,15 +14,15 @@ __all__ = ["advise"]
 
 #: Detectron2's own schedules: SGD with 0.02 for 16 images.  Twice as much per image is suspicious.
 SGD_LR_PER_IMAGE, SUSPICIOUS = 0.02 / 16, 2.0
-#: How many times as long as float32 bfloat16 takes on a CPU without the instructions, about.
+#: About how much slower bfloat16 is than float32 on a CPU without instructions for it.
 BFLOAT16_SLOWDOWN = 10
 
 
 def advise(parts: Parts) -> List[ConfigError]:
-    """The warnings for a run; a part that could not be built has none.
+    """Return the warnings for a run.  What could not be built is not checked.
 
     Args:
-        parts: what :func:`~sharedkd.engine.parts.assemble` made of its config.
+        parts: the result of :func:`~sharedkd.engine.parts.assemble`.
     """
     checks = (_weights, _evaluation, _checkpoints, _disk, _precision, _optimizer, _data)
     found = [warning for check in checks for warning in check(parts)]
@@ -44,7 +44,7 @@ def _evaluation(parts: Parts) -> Iterator[ConfigError]:
         fix = "set it to a DatasetEvaluator"
         yield ConfigError("dataloader.evaluator", None, "nothing is evaluated", fix)
     elif parts.cfg.train.eval_period == 0:
-        problem = "the student is evaluated at the end alone"
+        problem = "the student is evaluated only at the end"
         fix = "set a number of iterations to follow the run"
         yield ConfigError("train.eval_period", 0, problem, fix)
 
@@ -53,7 +53,7 @@ def _checkpoints(parts: Parts) -> Iterator[ConfigError]:
     train = parts.cfg.train
     if train.checkpointer.period > train.max_iter and not train.fast_dev_run:
         problem = f"there is no checkpoint before the end at {train.max_iter}"
-        fix = "set fewer iterations, or an interrupted run starts anew"
+        fix = "set fewer iterations: an interrupted run without one starts again at iteration 0"
         yield ConfigError("train.checkpointer.period", train.checkpointer.period, problem, fix)
 
 
@@ -99,7 +99,7 @@ def _data(parts: Parts) -> Iterator[ConfigError]:
     trained = {x.json_file for x in parts.data.usable("train")}
     for summary in parts.data.usable("test"):
         if summary.json_file in trained:
-            problem = "is the training data, too: figures say nothing about other images"
+            problem = "is also the training data: the results say nothing about other images"
             fix = "use images held out of training"
             yield ConfigError(summary.key, summary.json_file, problem, fix)
 
@@ -112,7 +112,7 @@ def _teachers(parts: Parts) -> Iterator[ConfigError]:
             problem = f"The teacher has {theirs} classes, the student {ours}: "
             problem += "the teacher's head is unused"
             value = getattr(teacher, "name", type(teacher).__name__)
-            fix = "its feature maps are what counts"
+            fix = "change nothing if only its feature maps are meant"
             yield ConfigError(f"{_key(name)}.config", value, problem, fix)
         if getattr(teacher, "weights", None) == "":
             fix = "set it to a trained detector's weights"
@@ -134,5 +134,5 @@ def _stages(parts: Parts) -> Iterator[ConfigError]:
 
 
 def _key(name: Optional[str]) -> str:
-    """Where a teacher stands in the config."""
+    """The config key of a teacher."""
     return "model.teacher" if name is None else f"model.teachers.{name}"

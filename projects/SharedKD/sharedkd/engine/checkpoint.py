@@ -1,4 +1,4 @@
-"""When a run saves its checkpoints, which of them stay, and what is said if the disk is full."""
+"""Checkpoints: when a run saves and deletes them, and the error that a full disk raises."""
 
 import errno
 import glob
@@ -38,7 +38,7 @@ NUMBERED = re.compile(r"model_\d{7}\.pth")
 
 
 class StudentCheckpointer(DataCheckpointer):
-    """Saves so that a run killed while saving leaves the previous checkpoint as it was.
+    """Saves checkpoints so that a run killed while saving leaves the previous one intact.
 
     The ``model`` entry of a file is the plain student's state, whatever model is saved (see
     :meth:`SharedKD.state_dict`); trainer state and parameters owned by losses are other entries.
@@ -58,7 +58,7 @@ class StudentCheckpointer(DataCheckpointer):
             kwargs: further entries of the file.
 
         Raises:
-            OSError: it cannot be written; the checkpoints that were there still are.
+            OSError: the file cannot be written; earlier checkpoints are still there.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -75,7 +75,7 @@ class StudentCheckpointer(DataCheckpointer):
 
 
 def check_complete(path: str) -> None:
-    """Compare the file ``path``, a checkpoint of ours, with its checksums; cheap beside writing it.
+    """Verify the checksums of the checkpoint ``path``, which costs little compared with writing it.
 
     Raises:
         OSError, zipfile.BadZipFile: a byte is wrong or missing.
@@ -104,19 +104,19 @@ class SaveError(RunError):
     """
 
 
-#: What a disk says that is full or has become read-only.
+#: Error numbers of a disk that is full or has become read-only.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextmanager
 def disk_failure(folder: str) -> Iterator[None]:
-    """Within it, a full or read-only disk ends the run with one line.
+    """A context in which a full or read-only disk ends the run with one line.
 
     Args:
         folder: the run's output folder.
 
     Raises:
-        SaveError: whatever was written, the disk refused it.
+        SaveError: the disk refused a write.
     """
     try:
         yield
@@ -140,13 +140,13 @@ def _newest(folder: str) -> str:
 
 
 class Checkpoints(hooks.HookBase):
-    """Saves every so many steps, after the last one, and when the run is asked to stop.
+    """Saves every ``period`` iterations, after the last one, and when the run is asked to stop.
 
     A file is deleted only after a newer one is on the disk and has been read again.  In a run of
-    several processes each has this hook; the first one writes.
+    several processes each has this hook; rank 0 writes.
 
     Args:
-        checkpointer: of the model and the trainer.
+        checkpointer: saves the model and the trainer.
         stop: tells whether the run is asked to stop.
         period: iterations between two checkpoints.
         max_to_keep: how many numbered checkpoints the folder holds at most; None: all.
@@ -180,11 +180,11 @@ class Checkpoints(hooks.HookBase):
                 self.leave(number)
 
     def leave(self, number: int) -> None:
-        """Save what is not saved yet, say how to go on, and end the program.
+        """Save the run if it has trained since the last checkpoint, log how to resume, and exit.
 
         Raises:
-            Stopped: always, with 128 + ``number``, the signal that asked for it.
-            OSError: it cannot be saved.
+            Stopped: always; the exit code is 128 + ``number``, the signal.
+            OSError: the checkpoint cannot be written.
         """
         done = min(self.trainer.iter, self.trainer.max_iter - 1)
         if self.saved < done:
@@ -197,9 +197,9 @@ class Checkpoints(hooks.HookBase):
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """An evaluation of ``model``, which a signal ends at the next batch.
+        """A context for an evaluation of ``model``, which a signal ends at the next batch.
 
-        With several processes, which have to stop together, it goes on to its end.
+        Several processes have to stop together, so their evaluation runs to its end.
         """
         if comm.get_world_size() > 1:
             yield

@@ -1,4 +1,4 @@
-"""Checks of what a run needs around its model: data sets, evaluators, device, output folder, schedule."""
+"""Checks of a run's data sets, evaluators, device, output folder and learning-rate schedule."""
 
 import glob
 import os
@@ -35,34 +35,34 @@ __all__ = [
 
 @dataclass
 class DataSets:
-    """What the COCO-format data sets of a run hold.
+    """Summaries of the COCO-format data sets of a run.
 
     Args:
-        train, test: a summary each; FAILED in place of a file that cannot be read.
+        train, test: a summary per data set; FAILED for a file that cannot be read.
     """
 
     train: List[CocoSummary] = field(default_factory=list)
     test: List[CocoSummary] = field(default_factory=list)
 
     def usable(self, split: str) -> List[CocoSummary]:
-        """Those of ``split`` with which nothing is wrong."""
+        """The summaries of ``split`` without an error."""
         return [x for x in getattr(self, split) if x and not x.refused]
 
     def complete(self, split: str) -> bool:
-        """Whether nothing is wrong with any of ``split``."""
+        """Whether no data set of ``split`` has an error."""
         return len(self.usable(split)) == len(getattr(self, split))
 
 
 def check_datasets(
     cfg: DictConfig, own: Mapping[str, List[CocoSummary]], eval_only: bool, findings: Findings
 ) -> DataSets:
-    """Check every COCO-format data set that the config names; in the first process alone.
+    """Check every COCO-format data set that the config names, on rank 0 only.
 
     Args:
-        cfg: the run's.
-        own: what is known of own data, see :class:`~sharedkd.config.load.Loaded`.
-        eval_only: no data are needed to train on.
-        findings: takes unknown names and what is wrong with files.
+        cfg: the run's config.
+        own: summaries of own data, see :class:`~sharedkd.config.load.Loaded`.
+        eval_only: leave out the training data.
+        findings: receives an error for each unknown name and each faulty file.
     """
     found = DataSets(**own)
     if not comm.is_main_process():
@@ -96,8 +96,15 @@ def _registered(name: str, key: str, split: str, findings: Findings) -> List[Coc
 
 
 def check_classes(cfg: DictConfig, student: nn.Module, summary: CocoSummary) -> None:
-    """Raises:
-    ConfigError: ``student`` has another number of classes than the data of ``summary``.
+    """Compare the student's number of classes with that of its data.
+
+    Args:
+        cfg: the run's config.
+        student: the plain detector.
+        summary: of the data set.
+
+    Raises:
+        ConfigError: the two numbers differ.
     """
     count = num_classes(student)
     if count not in (None, len(summary.classes)):
@@ -121,8 +128,14 @@ def _key_of_classes(model: DictConfig) -> str:
 
 
 def check_sample(student: nn.Module, sample: Mapping[str, Any]) -> None:
-    """Raises:
-    ConfigError: ``student`` has a mask head, and ``sample``, the first of the loader, no masks.
+    """Check that a training sample has the masks that the student needs.
+
+    Args:
+        student: the plain detector.
+        sample: the first record of the data loader.
+
+    Raises:
+        ConfigError: ``student`` has a mask head, and ``sample`` no masks.
     """
     heads = getattr(student, "roi_heads", None)
     if getattr(heads, "mask_on", False) and not sample["instances"].has("gt_masks"):
@@ -135,13 +148,15 @@ def check_sample(student: nn.Module, sample: Mapping[str, Any]) -> None:
 
 
 def check_evaluation(cfg: DictConfig, data: DataSets, findings: Findings) -> None:
-    """Build the evaluators and their data: what fails there would be found after hours of training."""
+    """Build the evaluators and their data, so that an error shows before hours of training."""
     nodes = cfg.dataloader.get("evaluator")
     if nodes is None or not data.complete("test"):
         return
     if "test" not in cfg.dataloader:
         fix = "set it, or leave out the evaluator"
-        findings.add(ConfigError("dataloader.test", None, "is not there to evaluate on", fix))
+        findings.add(
+            ConfigError("dataloader.test", None, "is missing, and there is an evaluator", fix)
+        )
         return
     findings.step(construct, cfg.dataloader.test, "dataloader.test")
     for i, node in enumerate(nodes if isinstance(nodes, ListConfig) else [nodes]):
@@ -153,7 +168,7 @@ def check_evaluation(cfg: DictConfig, data: DataSets, findings: Findings) -> Non
             )
         elif name is None or MetadataCatalog.get(name).get("json_file"):
             findings.step(_check_evaluator, findings.step(construct, node, key), key)
-        # else it may write the annotations into a json file as soon as it is built
+        # any other evaluator may write the annotations into a json file as soon as it is built
 
 
 def _check_evaluator(evaluator: Any, key: str) -> None:
@@ -163,10 +178,10 @@ def _check_evaluator(evaluator: Any, key: str) -> None:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Check a multiplier of the learning rate: a function of the share of the run that is over.
+    """Check a multiplier of the learning rate, a function of the progress of the run (0 to 1).
 
     Raises:
-        ConfigError: it fails, or is negative or not finite somewhere.
+        ConfigError: it raises an error, or returns a negative, infinite or NaN value.
     """
     for where in (0.0, 0.5, 1 - 1e-6):
         try:
@@ -182,8 +197,10 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raises:
-    ConfigError: there is no device called ``name`` here.
+    """Check that this machine has the device ``name``.
+
+    Raises:
+        ConfigError: it has not.
     """
     try:
         device = torch.device(name)
@@ -202,7 +219,7 @@ def check_output(output_dir: str, resume: bool) -> None:
 
     Args:
         output_dir: need not exist.
-        resume: it may hold a run, which then goes on.
+        resume: the folder may hold a run to resume.
 
     Raises:
         ConfigError: it cannot be written to, or holds what a run must not overwrite.

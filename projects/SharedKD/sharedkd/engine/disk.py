@@ -1,4 +1,4 @@
-"""What a run's checkpoints will take on the disk, known before the first is written."""
+"""The disk space that a run's checkpoints will need, computed before the first one is written."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ __all__ = ["check_disk", "check_folder", "checkpoint_bytes", "existing_folder", 
 
 
 def existing_folder(path: str) -> str:
-    """The nearest thing above ``path`` that exists, as an absolute path; itself if it does."""
+    """The absolute path of ``path`` if it exists, else of its nearest parent that does."""
     path = os.path.abspath(path)
     while not os.path.lexists(path):
         path = os.path.dirname(path)
@@ -44,8 +44,10 @@ def check_folder(key: str, path: str) -> None:
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of a checkpoint: the student of ``model``, what its losses own, and the state that
-    ``optimizer`` has after a step.
+    """The size of a checkpoint in bytes.
+
+    It holds the student of ``model``, the parameters of its losses, and the state that ``optimizer``
+    has after a step.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     losses = getattr(model, "losses", None)
@@ -55,12 +57,12 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of ``tensors``, in memory as on the disk; what else is among them does not count."""
+    """Total bytes of ``tensors``; anything among them that is no tensor counts as 0."""
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
 
 
 def _state_per_parameter(optimizer: torch.optim.Optimizer) -> int:
-    """How many numbers SGD, or an optimizer of Adam's kind, stores of each that it trains."""
+    """The numbers that SGD or an Adam-like optimizer stores per trained number."""
     options = optimizer.param_groups[0]
     return 2 if "betas" in options else int(bool(options.get("momentum")))
 
@@ -68,15 +70,15 @@ def _state_per_parameter(optimizer: torch.optim.Optimizer) -> int:
 def check_disk(
     cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Mapping[str, float]:
-    """Compare what the output folder will hold with what its disk has.
+    """Compare the space that the output folder will need with the free space on its disk.
 
     Args:
-        cfg: the run's, of which ``train`` is read.
-        model, optimizer: what its checkpoints hold, see :func:`checkpoint_bytes`.
+        cfg: the run's config; ``train`` is read.
+        model, optimizer: the contents of a checkpoint, see :func:`checkpoint_bytes`.
 
     Returns:
-        ``checkpoint_mb``; ``kept``, how many there are at most at the same time; ``needed_mb``, for
-        these and the one that is being written; ``free_mb``.
+        ``checkpoint_mb``, the size of one; ``kept``, how many the folder holds at most; ``needed_mb``, for
+        these and the one being written; ``free_mb``.
 
     Raises:
         ConfigError: there is no room for one checkpoint beside the one before it.

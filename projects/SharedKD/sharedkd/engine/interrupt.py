@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the step is finished and saved, then the program ends as its caller expects."""
+"""SIGTERM and Ctrl-C: the step is finished and saved, then the program exits with 128 + the signal."""
 
 import multiprocessing
 import os
@@ -27,20 +27,20 @@ __all__ = [
 ]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Ctrl-C reaches every process of a terminal, and a parent may pass it on: that is one wish, not two.
+# Ctrl-C reaches every process of a terminal, and a parent may pass it on: both are one request.
 ONE_WISH = 1.0  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that ends the program, where there is nothing to save."""
+    """Raised by a signal that ends the program while there is nothing to save."""
 
 
 class Stopped(SystemExit):
-    """A signal has ended the training, and a checkpoint is saved.  Its code is 128 + the signal."""
+    """Raised when a signal has ended training and a checkpoint is saved; its code is 128 + the signal."""
 
 
 class _Once:
-    """Handles the first signal, ignores its echoes, and lets a later one end the process at once."""
+    """Handles the first signal, ignores its repetitions, and lets a later one end the process at once."""
 
     def __init__(self, first: Callable[[int], None]):
         self.signal: Optional[int] = None
@@ -69,7 +69,7 @@ def _handling(handler: Callable[[int, Optional[FrameType]], None]) -> Iterator[N
 
 
 class StopRequest:
-    """Notes the wish to stop while it is entered, for a trainer that asks between its steps."""
+    """A context that records a request to stop, for a trainer that asks between its steps."""
 
     _current: Optional["StopRequest"] = None
 
@@ -98,10 +98,9 @@ class StopRequest:
             os.write(sys.__stderr__.fileno(), text.encode())
 
     def agreed(self, device: torch.device) -> Optional[int]:
-        """The signal that any process got, if one did.
+        """The signal that any process received, or None.
 
-        With several processes, all of them must ask at the same time, each with the ``device`` on
-        which their backend reduces.
+        All processes must call this together.  ``device`` is the one on which their backend reduces.
         """
         own = self.signal or 0
         if comm.get_world_size() == 1:
@@ -112,10 +111,10 @@ class StopRequest:
 
 
 def _shield_worker() -> None:
-    """A data loader's worker ends when its parent says so, and not with a whole process group.
+    """Make a data loader's worker ignore signals to the process group; its parent ends it.
 
-    Whoever signals the group, a terminal or a scheduler, means the training, which needs its workers to
-    finish the step.
+    A terminal or scheduler that signals the group wants the training to stop, and the training needs its
+    workers to finish the step.
     """
     if StopRequest._current is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -130,19 +129,19 @@ def _obey(parent: int) -> None:
 
 @cache
 def _shield_workers() -> None:
-    """From the first training on: an import changes nothing."""
+    """Shield all workers forked from now on; called by the first training, not by an import."""
     os.register_at_fork(after_in_child=_shield_worker)
 
 
 def command_line() -> List[str]:
-    """The words with which this program was started."""
+    """The command line of this program, one string per argument."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _command_of(os.getppid()) or ["torchrun", *sys.argv]
     return [sys.executable, *sys.argv]
 
 
 def resume_command() -> str:
-    """What to type to go on: this program's command line with --resume."""
+    """The command that resumes this run: the command line of this program with --resume."""
     started = command_line()
     if "--resume" not in started:
         script = started.index(sys.argv[0])
@@ -161,7 +160,7 @@ def _command_of(process: int) -> Optional[List[str]]:
 
 @contextmanager
 def forward_signals() -> Iterator[None]:
-    """For a process that only waits for those that it has started with multiprocessing."""
+    """A context that passes signals on to the processes started with multiprocessing."""
 
     def forward(number: int, frame: Optional[FrameType]) -> None:
         for child in multiprocessing.active_children():
@@ -174,10 +173,10 @@ def forward_signals() -> Iterator[None]:
 
 @contextmanager
 def interruptible(advice: str) -> Iterator[None]:
-    """For a program's outermost block: a signal becomes :class:`Interrupted`, then one line.
+    """The outermost context of a program: a signal ends it with one line and no traceback.
 
     Args:
-        advice: what that line says after "interrupted".
+        advice: the text of that line after "interrupted".
     """
 
     def interrupt(number: int) -> None:

@@ -23,7 +23,7 @@ from .interrupt import forward_signals, interruptible
 
 __all__ = ["launch"]
 
-GRACE = 20  # seconds that other ranks give rank 0 to say the same
+GRACE = 20  # seconds that other ranks wait for rank 0 to print the same error
 
 
 def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
@@ -34,7 +34,7 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
     program with one line and exit status 1.
 
     Args:
-        main: a function that a new process can import; what it returns is lost.
+        main: a function that a new process can import; its result is discarded.
         args: of Detectron2's ``default_argument_parser``.
     """
     try:
@@ -70,19 +70,19 @@ def _check_gpus(args: Namespace) -> None:
 
 def _guarded(main: Callable[[Namespace], Any], args: Namespace) -> None:
     if sys.platform == "linux":
-        # In a process that was spawned, data loaders would spawn theirs, too: those take seconds to
-        # start, and nothing keeps a signal to the whole group from them (see interrupt.py).
+        # In a spawned process data loaders would spawn their workers, too.  These take seconds to start,
+        # and a signal to the process group would end them (see interrupt.py).
         multiprocessing.set_start_method("fork", force=True)
     logging.getLogger(TrainerBase.__module__).addFilter(_without_traceback)
     try:
-        with interruptible("nothing is to be saved yet"):
+        with interruptible("there is nothing to save yet"):
             main(args)
     except SharedKDError as e:
         _say_and_exit(e)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """For the log of Detectron2's training loop: an error that says it all in a line has just that."""
+    """A log filter for Detectron2's training loop: our own errors are logged without traceback."""
     error = record.exc_info and record.exc_info[1]
     full = isinstance(error, OSError) and error.errno in DISK
     if full or isinstance(error, SharedKDError):
@@ -92,7 +92,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 def _say_and_exit(error: Exception) -> None:
     if not isinstance(error, DataError) and not comm.is_main_process():
-        # Rank 0 speaks for an error that all ranks meet, and this process then ends with it.
+        # If all ranks raise this error, rank 0 prints it and ends this process.
         time.sleep(GRACE)
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(1)

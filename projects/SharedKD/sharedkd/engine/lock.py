@@ -1,12 +1,12 @@
 """One run at a time in an output folder.
 
 The lock is a POSIX record lock on a file there.  The system releases it when its process ends, however
-that ends, and a forked child never has it.  ``flock``, which the filelock library takes, belongs to an
-open file instead: a data loader's worker inherits that, and would hold the folder of a killed run until
-it notices; to prevent it, a hook has to run at every fork.
+that ends, and a forked child does not inherit it.  ``flock``, which the filelock library uses, belongs
+to an open file instead.  A data loader's worker inherits open files, and would hold the folder of a
+killed run until the worker ends; preventing this would take a hook at every fork.
 
-A process releases its lock as soon as it closes the file once, wherever it opened it: the holder reads
-and checks it no more.
+A process loses a record lock as soon as it closes any of its handles to the file, so the holder must
+not open the file again.
 """
 
 import errno
@@ -28,14 +28,14 @@ LOCK = "lock"  # the name of its file
 
 
 class BusyError(ConfigError):
-    """A run that another process is training already.
+    """Raised for a folder in which another process trains.
 
     ``key``, ``value``, ``problem`` and ``fix`` are those of :class:`~sharedkd.errors.ConfigError`.
     """
 
 
 def check_free(folder: Union[str, Path]) -> None:
-    """Writes nothing.
+    """Check that no process holds ``folder``, without writing to it.
 
     Raises:
         BusyError: another process holds ``folder``.
@@ -48,11 +48,11 @@ def check_free(folder: Union[str, Path]) -> None:
 
 @contextmanager
 def locked(folder: Union[str, Path], name: str = LOCK) -> Iterator[None]:
-    """Hold ``folder``, which is made if there is none.
+    """Hold ``folder``, which is created if it does not exist.
 
     Args:
-        folder: of a run.
-        name: of the lock's file; who does not train in the folder, but writes there, has one of its own.
+        folder: the output folder of a run.
+        name: the lock's file; a process that writes there without training uses another name.
 
     Raises:
         BusyError: another process holds it.

@@ -1,4 +1,4 @@
-"""What a run will be, in numbers and as text."""
+"""A description of a run before it starts, in numbers and as text."""
 
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -28,7 +28,7 @@ __all__ = ["Detector", "Level", "Measured", "Overview", "StageRow", "as_text", "
 class Detector:
     """A detector in words and numbers."""
 
-    family: str  # its name as people call it
+    family: str  # such as "Mask R-CNN"
     backbone: str
     parameters: int
     classes: Optional[int]  # None: it does not say
@@ -39,7 +39,7 @@ class Detector:
 
 @dataclass
 class Level:
-    """The maps of one tap and stride; None stands for what is not there or not known."""
+    """The maps of one tap and stride; None: there are none, or it is unknown."""
 
     tap: str
     stride: int
@@ -69,7 +69,7 @@ class StageRow:
 
 @dataclass
 class Measured:
-    """What training steps take here, without evaluations."""
+    """Measured time and memory of training steps, without evaluations."""
 
     seconds_per_step: float
     total_seconds: float
@@ -78,7 +78,7 @@ class Measured:
 
 @dataclass
 class Overview:
-    """What is known of a run; None stands for what is not there or could not be built."""
+    """The description of a run; None: it has none of it, or it could not be built."""
 
     output_dir: str
     device: str
@@ -96,16 +96,16 @@ class Overview:
     measured: Optional[Measured] = None
 
     def as_dict(self) -> Dict[str, Any]:
-        """As nested dicts for JSON, without what is not known."""
+        """As nested dicts for JSON, without unknown values."""
         unknown = ("disk", "student", "teacher", "measured")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in unknown}
 
 
 def describe(parts: Parts) -> Overview:
-    """What is known of a run.
+    """Describe a run.
 
     Args:
-        parts: what :func:`~sharedkd.engine.parts.assemble` made of its config.
+        parts: the result of :func:`~sharedkd.engine.parts.assemble`.
     """
     cfg = parts.cfg
     readable = {split: [x for x in getattr(parts.data, split) if x] for split in ("train", "test")}
@@ -144,7 +144,7 @@ def _detector(model: nn.Module, weights: str, name: str = "") -> Detector:
 
 
 def _teacher(teacher: Teacher) -> Detector:
-    """A :class:`FrozenTeacher`, or another source of maps, of which less may be known."""
+    """Describe a teacher; only a :class:`FrozenTeacher` has all values."""
     name = getattr(teacher, "name", type(teacher).__name__)
     if teacher.detector is None:
         return Detector(name, "unknown", 0, None, False, "unknown", name)
@@ -155,7 +155,7 @@ def _teacher(teacher: Teacher) -> Detector:
 
 
 def _family(model: nn.Module) -> str:
-    """A detector's name as people call it."""
+    """The usual name of a detector's architecture."""
     heads = getattr(model, "roi_heads", None)
     if heads is None:
         return type(model).__name__
@@ -185,7 +185,7 @@ def _student_weights(parts: Parts) -> str:
 
 
 def _numbers(summaries: Sequence[CocoSummary]) -> Dict[str, Any]:
-    """The counts of some data sets together, and their classes."""
+    """The summed counts of data sets, and their classes."""
     names = [f.name for f in fields(CocoSummary) if f.type is int]
     return {
         "files": [x.json_file for x in summaries],
@@ -200,7 +200,7 @@ def _levels(
     stages: Mapping[str, Stage],
     sample: Optional[Mapping[str, Any]],
 ) -> List[Level]:
-    """A row per tap and stride that some pyramid has and some stage might use."""
+    """One row per tap and stride that a pyramid has and a stage may use."""
     ours, theirs = pyramid_shapes(student), {name: x.shapes for name, x in teachers.items()}
     used = {tap for stage in stages.values() for tap in stage.loss.taps} | {"fpn"}
     rows = []

@@ -1,4 +1,4 @@
-"""What a run is made of, built from its config in steps: all that is wrong with it is found at once."""
+"""Builds what a run needs from its config, step by step, and reports all errors together."""
 
 import logging
 import re
@@ -60,11 +60,11 @@ OPTIMIZER_NUMBERS = ("lr", "weight_decay", "momentum")
 
 @dataclass
 class Built:
-    """A run's model; FAILED in place of what could not be built.
+    """A run's model.  A field is FAILED if it could not be built.
 
     Args:
         model: on its device, with its initial weights: a pair or a plain detector.
-        student: of a plain detector, itself.
+        student: the student of ``model``; a plain detector is its own student.
         teachers: name -> source of maps; None is the name of ``model.teacher``.
         loaded: how many of the student's tensors its initial weights filled; None: not loaded here.
         inherited: the student's tensors that are copies of the teacher's.
@@ -79,12 +79,12 @@ class Built:
 
 @dataclass
 class Parts(Built):
-    """What a run is made of; FAILED in place of what could not be built.
+    """All that a run needs.  A field is FAILED if it could not be built.
 
     Args:
-        cfg: its config; of an evaluation without a teacher.
-        resuming: the weights come from the run's own checkpoint later.
-        data: what its data sets hold.
+        cfg: its config; in an evaluation without the teacher.
+        resuming: the weights are loaded from the run's own checkpoint later.
+        data: summaries of its data sets.
         optimizer, loader, scheduler: for training; None in an evaluation.
         sample: the first training image as the loader delivers it; None if that cannot be known.
         disk: see :func:`~sharedkd.engine.disk.check_disk`.
@@ -104,20 +104,20 @@ class Parts(Built):
 def assemble(
     loaded: Loaded, eval_only: bool = False, resume: bool = False, *, findings: Findings
 ) -> Parts:
-    """Build and check all that a run needs.  Nothing is written.
+    """Build and check all that a run needs, without writing anything.
 
     Args:
-        loaded: its config.  A seed is drawn into it if it has none.
+        loaded: its config.  If it has no seed, one is drawn and stored in it.
         eval_only: ``train.init_checkpoint`` is a trained student, to be evaluated.
-        resume: the output folder may hold a run, which then goes on.
-        findings: takes every error; without it, they are raised.
+        resume: the output folder may hold a run to resume.
+        findings: receives every error.
     """
     cfg = student_only(loaded.cfg) if eval_only else loaded.cfg
     step = findings.step
     for key in missing_keys(cfg):
         findings.add(not_set(key))
     if step(check_device, cfg.train.device) is FAILED:
-        cfg.train.device = "cpu"  # stands in for it
+        cfg.train.device = "cpu"  # so that the other checks can run
     folder = None
     if not eval_only:
         step(check_free, cfg.train.output_dir)
@@ -159,7 +159,7 @@ def assemble(
 
 
 def _seed(cfg: DictConfig, resuming: bool) -> None:
-    """Draw a seed into ``cfg`` if it has none, and start from it."""
+    """Draw a seed for ``cfg`` if it has none, and seed all generators."""
     if cfg.train.seed < 0 and resuming:
         cfg.train.seed = saved_seed(cfg.train.output_dir)
     if cfg.train.seed < 0:
@@ -174,13 +174,13 @@ def _seed(cfg: DictConfig, resuming: bool) -> None:
 def build(
     cfg: DictConfig, trained: bool = False, resuming: bool = False, *, findings: Findings
 ) -> nn.Module:
-    """The model on its device, with its initial weights.
+    """Build the model on its device, with its initial weights.
 
     Args:
-        cfg: of :func:`~sharedkd.config.load.load_config`.
+        cfg: from :func:`~sharedkd.config.load.load_config`.
         trained: ``train.init_checkpoint`` is a trained student, to be evaluated.
-        resuming: the weights come from the run's own checkpoint later.
-        findings: takes the errors, and FAILED may be returned; without it, they are raised.
+        resuming: the weights are loaded from the run's own checkpoint later.
+        findings: receives the errors, and FAILED may be returned; without it, they are raised.
     """
     return _build(cfg, trained, resuming, True, findings).model
 
@@ -188,7 +188,7 @@ def build(
 def _build(
     cfg: DictConfig, trained: bool, resuming: bool, classes_known: bool, findings: Findings
 ) -> Built:
-    """As :func:`build`; without known classes nobody knows what a checkpoint should have."""
+    """Build a model; a trained student's weights are loaded only if its classes are known."""
     step = findings.step
     dtype = step(amp_dtype, cfg)
     built = _construct(cfg, classes_known, findings)
@@ -215,7 +215,7 @@ def _build(
 
 
 def _construct(cfg: DictConfig, classes_known: bool, findings: Findings) -> Built:
-    """Where a part of a pair fails, the others are still put together, to see whether they fit."""
+    """Construct the model; if a node of a pair fails, the others are still checked together."""
     node = cfg.model
     if node.get("student") is None:
         model = findings.step(construct, node, "model")
@@ -264,7 +264,7 @@ def _stages(node: DictConfig, findings: Findings) -> Dict[str, Any]:
 
 
 def _group(node: DictConfig, key: str, example: str, findings: Findings) -> Dict[str, Any]:
-    """The members of a group of nodes."""
+    """The nodes in the group ``key``, by name."""
     group = node.get(key) or {}
     if not isinstance(group, Mapping):
         problem = "is no group of nodes"
@@ -275,7 +275,7 @@ def _group(node: DictConfig, key: str, example: str, findings: Findings) -> Dict
 
 @contextmanager
 def _called(name: Optional[str]) -> Iterator[None]:
-    """A teacher takes itself for `model.teacher`: give its errors the key of the one called ``name``."""
+    """Replace the key `model.teacher` in a teacher's errors by that of the teacher ``name``."""
 
     def here(text: str) -> str:
         return re.sub(r"\bmodel\.teacher(?=\.|$)", f"model.teachers.{name}", text)
@@ -302,7 +302,7 @@ def _load_student(cfg: DictConfig, student: nn.Module) -> None:
 
 
 def _source(cfg: DictConfig) -> Tuple[str, bool, str]:
-    """What is said of the student's checkpoint, as :func:`load_trained` takes it."""
+    """Key, trust and SHA-256 of the student's checkpoint, the arguments of :func:`load_trained`."""
     return "train.init_checkpoint", cfg.train.trust_checkpoint, cfg.train.init_sha256
 
 
@@ -330,7 +330,7 @@ def _prepare(
 
 
 def memory_layout(cfg: DictConfig) -> torch.memory_format:
-    """Of the student's weights and of all maps that losses read, as ``cfg.train.channels_last`` says."""
+    """The memory format of the student's weights and of all maps, by ``cfg.train.channels_last``."""
     wanted = cfg.train.channels_last
     if wanted is None:
         wanted = torch.device(cfg.train.device).type != "cpu" or trains_channels_last()
@@ -338,9 +338,7 @@ def memory_layout(cfg: DictConfig) -> torch.memory_format:
 
 
 def rewire(cfg: DictConfig, student: nn.Module) -> None:
-    """Make ``student`` run as ``cfg.train`` says.
-
-    By its ``activation_checkpointing`` and ``compile``.
+    """Apply ``activation_checkpointing`` and ``compile`` of ``cfg.train`` to ``student``.
 
     Raises:
         ConfigError: the two exclude each other; see also
@@ -357,7 +355,7 @@ def rewire(cfg: DictConfig, student: nn.Module) -> None:
 
 
 def images_per_step(cfg: DictConfig) -> Optional[int]:
-    """How many images all processes together train on in a step; None: the loader does not say."""
+    """Images per step of all processes together; None: the loader does not say."""
     batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
     return batch * cfg.train.accumulate if isinstance(batch, int) else None
 
@@ -371,10 +369,10 @@ def losses_of(model: nn.Module) -> nn.Module:
 
 
 def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
-    """What a training step computes in under autocast by ``cfg.train``; None: no autocast.
+    """The autocast type of a training step by ``cfg.train``; None: no autocast.
 
     Raises:
-        ConfigError: a type that the device does not offer.
+        ConfigError: the device does not support the type.
     """
     if not cfg.train.amp.enabled:
         return None

@@ -1,4 +1,4 @@
-"""Going on with an interrupted run: from which checkpoint, with which settings, with what is left to do."""
+"""Resuming a run: its newest checkpoint, the comparison of settings, the interrupted iteration."""
 
 import glob
 import logging
@@ -32,8 +32,8 @@ logger = logging.getLogger("detectron2.sharedkd")
 
 OURS = re.compile(r"model_(\d{7}|final)\.pth")
 
-#: A checkpoint means something under these settings only: the model and what it learns from, the
-#: optimizer, whose saved values replace those of the config, and the place in the data.
+#: Settings that must not change on resuming: the model and its teachers, the optimizer (its saved
+#: values would replace those of the config), and what decides the order of the data.
 FIXED = (
     "model",
     "optimizer",
@@ -41,7 +41,7 @@ FIXED = (
     "train.accumulate",
     "dataloader.train.total_batch_size",
 )
-#: The teacher itself is known by its weights' fingerprint, wherever its file lies.
+#: Settings that may change: a teacher is compared by the fingerprint of its weights.
 FREE = (
     "model.teacher.weights",
     "model.teacher.sha256",
@@ -50,15 +50,15 @@ FREE = (
     "train.output_dir",
     "train.force_resume",
 )
-#: What is said of `model.teacher` holds for the further teachers, too.
+#: The same holds for the named teachers.
 NAMED = re.compile(r"^model\.teachers\.[^.]+")
 
 
 def latest_checkpoint(folder: str) -> str:
-    """Path of the newest complete checkpoint in ``folder``; another one than the last is logged.
+    """The path of the newest complete checkpoint in ``folder``; logs if later ones are damaged.
 
     Raises:
-        ConfigError: none is.
+        ConfigError: there is none.
     """
     ours = [p for p in glob.glob(os.path.join(glob.escape(folder), "*.pth")) if _is_ours(p)]
     newest_first = sorted(ours, key=lambda p: (os.stat(p).st_mtime_ns, p), reverse=True)
@@ -71,7 +71,7 @@ def latest_checkpoint(folder: str) -> str:
         try:
             check_complete(path)
         except Exception as e:
-            # Whatever a torn file makes its reader raise, it cannot be used.
+            # A truncated file may make its reader raise anything.
             reason = "no such file" if not os.path.isfile(path) else f"cannot be read ({e})"
             problems.append(f"{os.path.basename(path)}: {reason}")
             continue
@@ -105,9 +105,9 @@ def _before(folder: Union[str, Path]) -> str:
 
 @contextmanager
 def config_kept(folder: str) -> Iterator[None]:
-    """For a block that writes a new config.yaml into ``folder``: Detectron2 writes in place.
+    """A context for writing a new config.yaml into ``folder``, which Detectron2 does in place.
 
-    Until the new one is complete, the one before stays beside it under another name.
+    The old file stays under another name until the new one is complete.
     """
     before, path = _before(folder), os.path.join(folder, "config.yaml")
     if os.path.isfile(path) and not os.path.isfile(before):
@@ -118,22 +118,21 @@ def config_kept(folder: str) -> Iterator[None]:
 
 
 def saved_seed(folder: str) -> int:
-    """The seed of the run in ``folder``, which may have drawn it; -1 if that is not known."""
+    """The seed of the run in ``folder``, set or drawn; -1 if it is unknown."""
     try:
         return int(LazyConfig.load(saved_config(folder)).train.seed)
     except Exception:
-        return -1  # what is wrong with the file is said where it is compared
+        return -1  # check_settings reports the damaged file
 
 
 Change = Tuple[str, Any, Any]  # key, value then, value now
 
 
 def changes(folder: Union[str, Path], cfg: DictConfig) -> List[Change]:
-    """What differs between the config of the run in ``folder`` and ``cfg``, save for :data:`FREE`.
+    """The differences between the config of the run in ``folder`` and ``cfg``, without :data:`FREE`.
 
     Raises:
-        ConfigError: the two cannot be compared: the run's config is not there or cannot be read, or
-            ``cfg`` cannot be written in words.
+        ConfigError: the run's config is missing or cannot be read, or ``cfg`` cannot be saved as YAML.
     """
     then = _plain(saved_config(folder), folder, "its config.yaml")
     with tempfile.TemporaryDirectory() as temporary:
@@ -145,7 +144,7 @@ def changes(folder: Union[str, Path], cfg: DictConfig) -> List[Change]:
 
 
 def differences(then: str, now: str) -> List[Change]:
-    """What differs between the files ``then`` and ``now``, saved configs, with references resolved.
+    """The differences between the saved configs ``then`` and ``now``, with references resolved.
 
     Raises:
         ConfigError: one of them cannot be read.
@@ -158,7 +157,7 @@ def _plain(path: str, folder: Union[str, Path], what: str) -> Any:
     try:
         return OmegaConf.to_container(LazyConfig.load(path), resolve=True)
     except Exception as e:
-        # Whatever is wrong with it, it is not known to be the same; yaml says it in several lines.
+        # An unreadable config may differ in anything.  YAML errors have several lines.
         reason = " ".join(str(e).split()) if os.path.isfile(path) else "there is none"
         raise ConfigError(
             "train.output_dir",
@@ -185,11 +184,11 @@ def _below(key: str, groups: Sequence[str]) -> bool:
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Compare ``cfg`` with the config of the run in its output folder; what may change is logged.
+    """Compare ``cfg`` with the config of the run in its output folder, and log allowed changes.
 
     Raises:
-        ConfigError: another model, teacher or stage, another optimizer, or another order of the data,
-            and not ``train.force_resume``.
+        ConfigError: the model, a teacher, a stage, the optimizer or the order of the data differs,
+            and ``train.force_resume`` is false.
     """
     folder = cfg.train.output_dir
     try:
@@ -220,10 +219,10 @@ def _short(value: Any) -> str:
 
 
 class FinishStep(hooks.HookBase):
-    """Does what an interrupted iteration had still to do after its checkpoint.
+    """Runs the hooks that the interrupted iteration had not run after its checkpoint.
 
     Args:
-        others: the one that saves and the hooks behind it, in their order; they must be registered
+        others: the hook that saves and those after it, in their order; they must be registered
             before.
     """
 

@@ -53,7 +53,7 @@ DEV_RUN_IMAGES = 50  # evaluated under train.fast_dev_run
 def run(args: Namespace) -> Dict[str, Any]:
     """Train, or with ``--eval-only`` evaluate, what the command line names.
 
-    Everything that can be wrong is built and checked before anything is written.
+    Everything is built and checked before anything is written.
 
     Args:
         args: of Detectron2's ``default_argument_parser``.
@@ -62,7 +62,7 @@ def run(args: Namespace) -> Dict[str, Any]:
         the last evaluation's results; empty without an evaluator.
 
     Raises:
-        ConfigError: the config, an override, the data or a checkpoint cannot work.
+        ConfigError: the config, an override, the data or a checkpoint cannot be used.
         SaveError: the disk of the output folder is full or read-only.
         NonFiniteLossError: see :meth:`SharedKDTrainer.run_step`.
         Stopped: by a signal; the state is saved.
@@ -75,7 +75,7 @@ def run(args: Namespace) -> Dict[str, Any]:
         cfg = parts.cfg
         model, resuming = parts.model, parts.resuming
         if args.eval_only:
-            # Not a run's own folder, whose config.yaml says how it was trained, nor one of several runs.
+            # The run's folder keeps its config.yaml, which says how it was trained.
             cfg.train.output_dir = os.path.join(cfg.train.output_dir, "eval")
         else:
             trainer = build_trainer(cfg, parts)
@@ -100,7 +100,7 @@ def run(args: Namespace) -> Dict[str, Any]:
 
 
 def _say(parts: Parts, findings: Findings) -> None:
-    """Log what will be trained, and what about it may not be meant."""
+    """Log a description of the run and its warnings."""
     logger.info("The run:\n" + as_text(describe(parts)))
     for warning in (*findings.warnings, *advise(parts)):
         logger.warning(str(warning))
@@ -108,16 +108,16 @@ def _say(parts: Parts, findings: Findings) -> None:
 
 @contextmanager
 def _own(folder: str, resume: bool) -> Iterator[None]:
-    """Keep other runs out of a folder, and clear away what a killed one could not."""
+    """Lock the output folder, and remove unfinished files of a killed run."""
     with locked(folder):
-        check_output(folder, resume)  # another run may have come and gone since it was checked
+        check_output(folder, resume)  # another run may have used it since the first check
         for pattern in ("*.pth", "last_checkpoint", RECORD):
             remove_unfinished(folder, pattern)
         yield
 
 
 def build_trainer(cfg: DictConfig, parts: Parts) -> SharedKDTrainer:
-    """DDP and trainer around the model, optimizer and data of ``parts``, as ``cfg.train`` says.
+    """Build the trainer by ``cfg.train``, with DDP if there are several processes.
 
     Raises:
         ConfigError: see :class:`SharedKDTrainer`.
@@ -138,7 +138,7 @@ def build_trainer(cfg: DictConfig, parts: Parts) -> SharedKDTrainer:
 
 
 def ddp(cfg: DictConfig, model: nn.Module) -> nn.Module:
-    """``model``, in DistributedDataParallel by ``cfg.train.ddp`` if there are several processes."""
+    """Wrap ``model`` in DistributedDataParallel (``cfg.train.ddp``) if there are several processes."""
     on_cpu = torch.device(cfg.train.device).type == "cpu"
     return create_ddp_model(model, **cfg.train.ddp, **(dict(device_ids=None) if on_cpu else {}))
 
@@ -149,13 +149,13 @@ def train(
     checkpoint: Optional[str] = None,
     started: Mapping[str, Any] = MappingProxyType({}),
 ) -> Dict[str, Any]:
-    """Train to ``train.max_iter``, from a checkpoint on if there is one.
+    """Train to ``train.max_iter``, from the first iteration or from a checkpoint.
 
     Args:
-        cfg: of :func:`~sharedkd.config.load.load_config`.
-        trainer: of :func:`build_trainer`.
-        checkpoint: the file of this run to go on from; None: from the first iteration.
-        started: how, for the record: :func:`~sharedkd.engine.hooks.record.origin`.
+        cfg: from :func:`~sharedkd.config.load.load_config`.
+        trainer: from :func:`build_trainer`.
+        checkpoint: the file of this run to resume from; None: start at the first iteration.
+        started: for run.json, from :func:`~sharedkd.engine.hooks.record.origin`.
 
     Returns:
         the last evaluation's results; empty without an evaluator.
@@ -210,8 +210,8 @@ def train(
                 RunRecord(folder, trainer.detector, losses_of(module), about, results, start > 0),
             ]
         )
-    # A resumed run warms the JIT up again, and it rounds scripted losses in another way until it has:
-    # on the CPU a resumed run is to end in the same bytes.
+    # The JIT rounds scripted losses differently while it warms up, which a resumed run does once more.
+    # On the CPU, where a resumed run must end in the same bytes, it is off.
     with stop, torch.jit.optimized_execution(trainer.device.type == "cuda"):
         trainer.train(start, cfg.train.max_iter)
     if cfg.train.safetensors and comm.is_main_process():
@@ -225,16 +225,16 @@ def evaluate(
 ) -> Dict[str, Any]:
     """Run ``dataloader.evaluator`` (any DatasetEvaluator, or a list of them) on ``dataloader.test``.
 
-    With ``train.fast_dev_run`` on its first images alone.
+    With ``train.fast_dev_run`` only its first images are used.
 
     Args:
-        cfg: of :func:`~sharedkd.config.load.load_config`.
-        model: a detector, which is in evaluation mode meanwhile, or any function from Detectron2's
-            records to what a detector returns for them.
+        cfg: from :func:`~sharedkd.config.load.load_config`.
+        model: a detector, in evaluation mode meanwhile, or a function from Detectron2's records to a
+            detector's results.
 
     Returns:
-        task -> metric -> value; empty without an evaluator, and with Detectron2's in every process
-        but the first.
+        task -> metric -> value; empty without an evaluator, and with Detectron2's evaluators on every
+        rank but 0.
     """
     if cfg.dataloader.get("evaluator") is None:
         return {}
@@ -266,8 +266,8 @@ def evaluate_teacher(
 
     Args:
         cfg: see :func:`evaluate`.
-        model: a pair; of a plain detector there is nothing to evaluate.
-        name: of the teacher; None: ``model.teacher``.
+        model: a pair; a plain detector has no teacher, and nothing happens.
+        name: the teacher's name; None: ``model.teacher``.
     """
     teacher = getattr(model, "sources", {}).get(name)
     if not isinstance(teacher, FrozenTeacher):
@@ -286,10 +286,10 @@ def evaluate_teacher(
 
 @contextmanager
 def _log_later() -> Iterator[Callable[[], ContextManager[None]]]:
-    """Keep Detectron2's log messages for a log that is not open yet.
+    """Buffer Detectron2's log messages until the run's log is open.
 
     Yields:
-        the context in which it is opened, after which it has them.
+        a context to open the log in; after it, the log has the messages.
     """
     memory = MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
@@ -300,7 +300,7 @@ def _log_later() -> Iterator[Callable[[], ContextManager[None]]]:
     @contextmanager
     def opens() -> Iterator[None]:
         for each in loggers:
-            each.removeHandler(memory)  # what is said meanwhile goes to the log itself
+            each.removeHandler(memory)  # the open log takes all further messages
         yield
         for record in memory.buffer:
             logging.getLogger(record.name).handle(record)

@@ -1,4 +1,4 @@
-"""What a step changes besides the parameters, kept aside to be put back."""
+"""Saves and restores what a step changes besides the parameters."""
 
 import random
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ NORMALIZER = (
 
 
 class Snapshot:
-    """The running statistics of a model: its buffers, and the running means of its detector's losses.
+    """A copy of a model's running statistics: its buffers, and the running means of its losses.
 
     Args:
         model: the model that is trained.
-        detector: the part of it that may keep a ``loss_normalizer``.
+        detector: its detector, which may have a ``loss_normalizer``.
     """
 
     def __init__(self, model: nn.Module, detector: nn.Module):
@@ -31,7 +31,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore the statistics."""
         for buffer, before in self._buffers:
             buffer.copy_(before)
         if self._normalizer is not None:
@@ -42,7 +42,7 @@ class Snapshot:
 
 @contextmanager
 def without_trace(model: nn.Module, detector: nn.Module) -> Iterator[None]:
-    """Within it, the model may run in training mode: statistics, random state and log stay as they are.
+    """A context for a forward in training mode that changes no statistics, random state or log.
 
     Args:
         model, detector: see :class:`Snapshot`.

@@ -1,4 +1,4 @@
-"""The trainer: adds the stages' losses to the detector's, and trains plain detectors all the same."""
+"""The trainer: adds the stages' losses to the detector's; it trains plain detectors, too."""
 
 import random
 import time
@@ -31,8 +31,8 @@ class Step:
         metrics: name -> scalar on the device: the losses, their sums, ``grad_norm``, ``loss_scale``.
         batches: the data loader's records, one list per accumulated batch.
         data_time: seconds spent waiting for a batch, their mean.
-        failure: what the detector said when it refused its own numbers; the step ends there.
-        refused: the weights are not to change; a hook's ``after_backward`` may set it.
+        failure: the detector's error if it found its own numbers not finite; the step ends there.
+        refused: the weights must not change; a hook's ``after_backward`` may set it.
     """
 
     iteration: int
@@ -52,7 +52,7 @@ def check_amp(dtype: Optional[torch.dtype], device_type: str) -> None:
         device_type: for example ``cuda``.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the device cannot train in it.
     """
     if dtype is torch.float16 and device_type != "cuda":
         raise ConfigError(
@@ -66,8 +66,8 @@ def check_amp(dtype: Optional[torch.dtype], device_type: str) -> None:
 class SharedKDTrainer(SimpleTrainer):
     """Detectron2's SimpleTrainer with distillation stages, AMP, clipping and accumulation.
 
-    The same class trains the plain student, so that a baseline and a distilled run differ by the
-    distillation and by nothing else.
+    The same class trains the plain student, so that a baseline and a distilled run differ only by the
+    distillation.
 
     Hooks may have a method ``after_backward``, called when the gradient is complete and the weights
     have not changed; ``trainer.step`` is the :class:`Step`.  The first hook is a
@@ -78,15 +78,15 @@ class SharedKDTrainer(SimpleTrainer):
         data_loader: yields lists of Detectron2's records.
         optimizer: as usual.
         max_iter: length of the run, for stage times given as fractions.
-        seed: every random draw of a step depends on (seed, iteration, rank) alone.  So a resumed run
+        seed: every random draw of a step depends only on (seed, iteration, rank).  So a resumed run
             repeats the uninterrupted one, and a loss that draws random numbers does not change the
             detector's draws in later steps.  None: the generators are left alone.
         amp_dtype: ``torch.float16``, ``torch.bfloat16`` or None (no autocast).
         clip_grad_norm: largest norm of the whole gradient; None: no clipping.
         accumulate: batches per optimizer step, each counting 1/accumulate.
-        log_period: on a GPU, losses are read every so many steps, in the last one, and before a
-            checkpoint: a step need not wait for the one before.  On a CPU, and if steps are to be
-            skipped, they are read in each.
+        log_period: on a GPU, losses are read every ``log_period`` steps, in the last step and before a
+            checkpoint, so that a step does not wait for the one before.  On a CPU, and if steps may
+            be skipped, they are read in every step.
         on_nonfinite, max_skipped_steps: see StepLog.
 
     Raises:
@@ -94,7 +94,7 @@ class SharedKDTrainer(SimpleTrainer):
     """
 
     iter: int  # Detectron2's: the iteration that runs
-    step: Step  #: the last one that was begun
+    step: Step  #: the current or latest one
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class SharedKDTrainer(SimpleTrainer):
     def _losses(
         self, model: nn.Module, batch: List[Dict[str, Any]], part: int, step: Step
     ) -> Dict[str, Tensor]:
-        """The model's losses, with the random draws of this iteration and part."""
+        """The model's losses, with the random draws of this iteration and accumulated batch."""
         if self.device.type == "cuda":
             # Images are copied once, for student and teacher, while the GPU still computes.
             batch = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batch]
@@ -199,12 +199,12 @@ class SharedKDTrainer(SimpleTrainer):
     def repeat(
         self, step: Step, batch: Optional[List[Dict[str, Any]]] = None, part: int = 0
     ) -> Dict[str, Tensor]:
-        """Run the forward of a step once more, on this rank alone.
+        """Run the forward of a step once more, on this rank only.
 
         Args:
-            step: gives iteration and weights.
+            step: its iteration and weights are used.
             batch: the data loader's records; None: the step's own.
-            part: which of the accumulated batches it is.
+            part: the index of the accumulated batch.
 
         Returns:
             the losses as they count in the total, name -> scalar attached to the graph.
@@ -219,8 +219,8 @@ class SharedKDTrainer(SimpleTrainer):
         """The losses as they count in the total: those of a relative stage are scaled.
 
         Args:
-            losses: what is scaled.
-            values: the same, as numbers that are equal on all ranks.
+            losses: the losses to scale.
+            values: their values, equal on all ranks, from which the scale is computed.
         """
         weighed = dict(losses)
         detector = sum(v for k, v in values.items() if not k.startswith(DISTILL))
@@ -247,7 +247,7 @@ class SharedKDTrainer(SimpleTrainer):
         return [k for k in losses if k.startswith(f"{DISTILL}{stage}/")]
 
     def _agree_on(self, failure: str) -> str:
-        """What any rank's detector said; where steps do not wait for the device, what this rank's said."""
+        """The error of any rank's detector; of this rank's if steps do not wait for the device."""
         if comm.get_world_size() == 1 or self.log.period > 1:
             return failure
         failed = torch.tensor(float(bool(failure)), device=self.device)
@@ -285,7 +285,7 @@ class SharedKDTrainer(SimpleTrainer):
         torch.manual_seed(int(words[2]))
 
     def after_train(self) -> None:
-        # Detectron2 counts one iteration too many where none was left to train.
+        # Detectron2 counts one iteration too many if none was left to train.
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
 
@@ -311,15 +311,15 @@ class SharedKDTrainer(SimpleTrainer):
 
     @property
     def bad_images(self) -> Dict[str, str]:
-        """Images that the data loader passed over, name -> why."""
+        """The images that the data loader skipped, name -> reason."""
         loader = getattr(self.data_loader, "bad_images", None)
         return {} if loader is None else loader.files
 
     def check_resumable(self, state_dict: Mapping[str, Any]) -> None:
-        """Check that a state can be gone on from.
+        """Check that training can resume from a state.
 
         Args:
-            state_dict: of :meth:`state_dict`.
+            state_dict: from :meth:`state_dict`.
 
         Raises:
             ConfigError: its run learned from another teacher.
@@ -337,7 +337,7 @@ class SharedKDTrainer(SimpleTrainer):
                 )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict``, which :meth:`state_dict` returned.
+        """Resume from ``state_dict``, which :meth:`state_dict` returned.
 
         Raises:
             ConfigError: see :meth:`check_resumable`.

@@ -92,7 +92,7 @@ class Benchmark:
 
     @property
     def names(self) -> List[str]:
-        """Of all arms."""
+        """The names of all arms."""
         losses = [f"losses/{method}" for method in self.methods]
         return [*PLAIN, *self.methods, *losses, *self.variants]
 
@@ -123,7 +123,7 @@ class Benchmark:
 
     @cached_property
     def teacher(self) -> FrozenTeacher:
-        """As a distillation step runs it."""
+        """The teacher as a distillation step runs it."""
         teacher = self._new_teacher()
         teacher.model.to(memory_format=memory_layout(self.cfg))
         teacher.prepare(self.dtype)
@@ -140,7 +140,7 @@ class Benchmark:
         return teacher.to(self.device)
 
     def _pair(self, method: str) -> SharedKD:
-        """With the stages of ``method``, each on from the first iteration to the last."""
+        """The pair with the stages of ``method``, all on in every iteration."""
         model = self.methods[method].model
         stages = construct(model.stages, "model.stages")
         always = {k: replace(x, start=0, ramp=0, end=None) for k, x in stages.items()}
@@ -226,7 +226,7 @@ class Benchmark:
     # --- measuring --------------------------------------------------------------------------------
 
     def times(self, names: Sequence[str], rounds: int) -> Dict[str, List[float]]:
-        """Seconds of each arm in ``names`` in each of ``rounds`` rounds; in each, another begins."""
+        """Seconds of the arms ``names``, one per round; each round starts with another arm."""
         seconds: Dict[str, List[float]] = {name: [] for name in names}
         arms = {name: self.arm(name) for name in names}
         for turn in range(-WARM_UP, rounds):
@@ -244,7 +244,7 @@ class Benchmark:
         return time.perf_counter()
 
     def peak_mb(self, name: str, starts: int = 1) -> float:
-        """Peak memory of a step, the median of ``starts`` processes of its own."""
+        """Peak memory of a step in MB, the median over ``starts`` new processes."""
         cfg = {**self.methods, **self.variants}.get(name, self.cfg)
         work = torch.get_num_threads(), name if name in PLAIN else "distill", cfg, *self.size
         return median(_in_processes(1, _peak, *work)[0] for _ in range(starts))
@@ -262,12 +262,12 @@ def _peak(
     torch.set_num_threads(threads)
     run = Benchmark(cfg, image_size, batch_size).arm(arm)
     run()
-    run()  # from the second step on there is what the optimizer keeps
+    run()  # the second step also has the optimizer's state
     return peak_memory_mb()
 
 
 def ratio(seconds: Seconds, over: str, *under: str, minus: str = "") -> Dict[str, float]:
-    """Median, least and greatest ratio within a round of an arm, less another, to a sum of arms."""
+    """Median, least and greatest (over - minus) / sum(under), each ratio within a round."""
     less = seconds[minus] if minus else itertools.repeat(0.0)
     sums = map(sum, zip(*(seconds[name] for name in under)))
     return _spread([(a - b) / c for a, b, c in zip(seconds[over], less, sums)])
@@ -279,12 +279,12 @@ def _spread(each: Sequence[float]) -> Dict[str, float]:
 
 
 def measure(bench: Benchmark, rounds: int, starts: int = 3) -> Dict[str, Any]:
-    """Everything of one input size, as tools/benchmark.py writes it.
+    """Measure everything at one input size, for tools/benchmark.py.
 
     Args:
-        bench: of that size.
-        rounds: of :meth:`Benchmark.times`.
-        starts: processes of which the median peak counts.
+        bench: the arms at that size.
+        rounds: see :meth:`Benchmark.times`.
+        starts: processes per peak, see :meth:`Benchmark.peak_mb`.
 
     Returns:
         ``overhead``, the median of distill / (student + teacher_eager); what was measured on what;
@@ -319,10 +319,10 @@ def measure(bench: Benchmark, rounds: int, starts: int = 3) -> Dict[str, Any]:
 
 
 def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
-    """``overhead`` of the pair with twice the images, twice the pixels, and with fewer levels.
+    """Measure ``overhead`` with twice the images, twice the pixels, and with fewer levels.
 
     Returns:
-        of each case ``image_size``, ``batch_size``, ``levels`` and ``overhead``.
+        for each case ``image_size``, ``batch_size``, ``levels`` and ``overhead``.
     """
     size, count = bench.size
     levels = sorted(pyramid_shapes(bench.student)["fpn"])
@@ -343,7 +343,7 @@ def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
 
 
 def efficiency(bench: Benchmark, processes: int, rounds: int) -> Dict[str, float]:
-    """A step of one process over a step of several with as many images each, by median.
+    """Time of a step in one process over that in several with as many images each, by median.
 
     CPU processes over gloo, with one thread each.  1: sharing gradients costs nothing.
 
@@ -410,7 +410,7 @@ def _record(shape: Sequence[int], seed: int) -> Dict[str, Any]:
 
 
 def _tame(model: nn.Module) -> nn.Module:
-    """Random weights without statistics would let maps grow from block to block beyond all bounds."""
+    """Halve the frozen norms: with random weights, maps would grow from block to block."""
     for module in model.modules():
         if isinstance(module, FrozenBatchNorm2d):
             module.weight.fill_(0.5)

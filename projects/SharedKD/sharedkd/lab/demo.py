@@ -117,7 +117,7 @@ def seconds_per_image(
     Args:
         models: name to a Detectron2 model in evaluation mode.
         inputs: mapped test images.
-        warm_up: how many images each model sees before its clock starts.
+        warm_up: untimed images per model.
     """
     times: Dict[str, List[float]] = {name: [] for name in models}
     with torch.no_grad():
@@ -132,7 +132,7 @@ def seconds_per_image(
 
 
 def _train(run: Run, root: Path) -> None:
-    """Train what is not trained yet, with its progress on the console."""
+    """Train a run that is not finished, with its progress on the console."""
     if run.finished:
         print(f"      finished before, kept: {short(run.weights)}")
         return
@@ -152,7 +152,7 @@ def _model(run: Run) -> nn.Module:
 
 
 def _run(config: Path, root: Path, output: Path, overrides: Sequence[str]) -> Run:
-    """With the default output folder, the config alone says where things are."""
+    """The run of a config; the overrides of folders are left out for the default output folder."""
     folder = output.resolve() / config.stem
     extra: List[str] = []
     if output.resolve() != root / "output/demo":

@@ -84,7 +84,7 @@ def document(folder: Path, path: Path) -> None:
 
 
 def _circumstances(result: Result) -> str:
-    """What all numbers of a table have in common."""
+    """Hardware, images, precision and versions of a table."""
     height, width = result["images"][0]
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     return (

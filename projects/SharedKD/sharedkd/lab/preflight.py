@@ -1,4 +1,4 @@
-"""A run before it starts: everything that is wrong with it, what it will be, what it will cost."""
+"""Checks a run before it starts: all errors and warnings, a description, time and memory."""
 
 import copy
 import logging
@@ -26,12 +26,12 @@ __all__ = ["Preflight", "preflight"]
 
 @dataclass
 class Preflight:
-    """What is known of a run before it starts.
+    """The result of the checks of a run.
 
     Args:
-        errors: what is in its way.
-        warnings: what is probably not meant.
-        overview: what it will be; None if its config cannot be read.
+        errors: what stops the run.
+        warnings: settings that are probably a mistake.
+        overview: the description of the run; None if its config cannot be read.
     """
 
     errors: List[SharedKDError]
@@ -48,13 +48,13 @@ class Preflight:
         }
 
     def as_text(self) -> str:
-        """For people."""
+        """As text for the console."""
         lines = [f"warning: {x}" for x in self.warnings] + [f"error: {x}" for x in self.errors]
         if self.errors:
             count = len(self.errors)
             lines.append(f"not ready: {count} error{'s' if count > 1 else ''}, see above")
         else:
-            lines.append("ready: nothing is in the way of this run")
+            lines.append("ready: this run has no errors")
         text = as_text(self.overview) if self.overview else ""
         return "\n\n".join(x for x in (text, "\n".join(lines)) if x)
 
@@ -62,7 +62,7 @@ class Preflight:
 def preflight(
     config_file: str, overrides: Sequence[str] = (), resume: bool = False, measure: bool = True
 ) -> Preflight:
-    """Check a run as the training command would, and measure two of its steps.  Nothing is written.
+    """Check a run as the training command does, and measure two steps, without writing anything.
 
     Args:
         config_file, overrides, resume: as the training command takes them.
@@ -91,7 +91,7 @@ def _as_dict(error: SharedKDError) -> Dict[str, str]:
 
 
 def _measure(parts: Parts) -> Measured:
-    """Time training steps on the first batches, all stages on; weights are then what they were."""
+    """Time training steps on the first batches, with all stages on; weights are restored."""
     model, cfg = parts.model, parts.cfg
     with _unchanged(model):
         trainer = build_trainer(cfg, parts)
@@ -128,7 +128,7 @@ def _time(cfg: DictConfig, step: Callable[[], None]) -> float:
             "needs more memory than the GPU has",
             "use fewer images, train.amp.enabled=True or train.activation_checkpointing=True",
         ) from e
-    except Exception as e:  # of whatever a detector, a mapper or a loss is made of
+    except Exception as e:  # a detector, a mapper or a loss may raise anything
         raise RunError(
             "train",
             "first steps",
@@ -140,7 +140,7 @@ def _time(cfg: DictConfig, step: Callable[[], None]) -> float:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Within it, the model may be trained; after it, its state and all random states are as before."""
+    """A context for training steps; after it, the model's state and all random states are restored."""
     student = getattr(model, "student", model)
     modules = (student, losses_of(model))
     states = [copy.deepcopy(m.state_dict()) for m in modules]
@@ -159,7 +159,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log: what it says is in the report."""
+    """A context without log messages, which the result repeats."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "sharedkd")]
     levels = [each.level for each in loggers]
     try:

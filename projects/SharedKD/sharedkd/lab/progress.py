@@ -1,4 +1,4 @@
-"""One line that says how far long work is: rewritten on a terminal, now and then in a log."""
+"""The progress of long work in one line: rewritten on a terminal, repeated now and then in a log."""
 
 import math
 import os
@@ -14,7 +14,7 @@ __all__ = ["LiveLine", "Progress", "Remaining", "progress_in"]
 PERIOD = 60  # seconds between two lines in a log
 CLEAR = "\r\x1b[K"  # the terminal's line
 
-# What of a run's log tells how far it is.
+# The lines of a run's log that tell its progress.
 _TRAINING = re.compile(r"(?:eta: (?P<eta>.+?)\s+)?iter: (?P<iter>\d+)\s.*total_loss: (?P<loss>\S+)")
 _DISTILLED = re.compile(r"loss_distill_\S+: (\S+)")
 _TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
@@ -26,7 +26,7 @@ class Progress(str):
     Args:
         text: the line.
         fraction: how much of its training is done, from 0 to 1.
-        is_last: whether it tells of the last iteration, which a log has in any case.
+        is_last: whether it is about the last iteration, which is always logged.
     """
 
     fraction: float
@@ -39,7 +39,7 @@ class Progress(str):
 
 
 def progress_in(line: str, iterations: int) -> Optional[Progress]:
-    """What a ``line`` of Detectron2's log says of the progress; mostly nothing.
+    """The progress in a ``line`` of Detectron2's log; None for most lines.
 
     Args:
         iterations: how many the run has.
@@ -59,11 +59,11 @@ def progress_in(line: str, iterations: int) -> Optional[Progress]:
 class LiveLine:
     """Progress on a stream.
 
-    On a terminal each line takes the place of the one before; in a file, a pipe or a terminal that can
-    do nothing (``TERM=dumb``) it is written at most once in ``period`` seconds, the first one at once.
+    On a terminal each line replaces the one before.  In a file, a pipe or a terminal without cursor
+    control (``TERM=dumb``) at most one line per ``period`` seconds is written, the first one at once.
 
     Args:
-        stream: default: what is standard output at the time.
+        stream: default: standard output.
         period: seconds.
         clock: seconds.
     """
@@ -80,7 +80,7 @@ class LiveLine:
         self._open = False
 
     def update(self, text: str, always: bool = False) -> None:
-        """Show ``text``, what is going on now; ``always``: in a log, too."""
+        """Show ``text``; ``always``: write it to a log even within ``period``."""
         if self.is_live:
             width = shutil.get_terminal_size().columns - 1
             self._write(f"{CLEAR}{text[:width]}", end="")
@@ -96,7 +96,7 @@ class LiveLine:
         self._next = -math.inf
 
     def clear(self) -> None:
-        """Leave the terminal to others."""
+        """Clear the line, for other output on the terminal."""
         if self._open:
             self._write(CLEAR, end="")
         self._open = False
@@ -106,10 +106,10 @@ class LiveLine:
 
 
 class Remaining:
-    """How long parts of work will take that take about as long as those that were seen.
+    """Estimates the time left for work of ``total`` units that take about equally long.
 
     Args:
-        total: how many parts there are.
+        total: number of units.
         clock: seconds.
     """
 
@@ -118,7 +118,7 @@ class Remaining:
         self.start = clock()
 
     def text(self, done: float) -> str:
-        """What is left once ``done`` parts are, the fraction of the current one included."""
+        """The time left after ``done`` units, the fraction of the current one included."""
         if done <= 0:
             return "time left not known yet"
         seconds = (self.clock() - self.start) / done * (self.total - done)

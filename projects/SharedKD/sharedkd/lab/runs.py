@@ -1,4 +1,4 @@
-"""Training runs as child processes: started, followed, continued, and kept once they are finished."""
+"""Runs training commands as child processes: starts, follows and resumes them."""
 
 import os
 import shlex
@@ -61,15 +61,15 @@ class Run:
 
     @property
     def record(self) -> Dict[str, Any]:
-        """See :mod:`sharedkd.engine.hooks.record`."""
+        """Its run.json, see :mod:`sharedkd.engine.hooks.record`."""
         return read_record(self.folder)
 
     def has_these_settings(self) -> bool:
-        """Whether what its folder holds, if anything, was started with this very config."""
+        """Whether its folder is empty or holds a run with this very config."""
         return not (self.started and changes(self.folder, self.cfg))
 
     def command(self, root: Path) -> Sequence[str]:
-        """The words that start it, or go on with it; ``root`` is the repository."""
+        """The command that starts or resumes it; ``root`` is the repository."""
         return [
             *tool("lazyconfig_train_net.py", root),
             "--config-file",
@@ -79,20 +79,20 @@ class Run:
         ]
 
     def train(self, root: Path, iterations: int, say: Callable[[Progress], None]) -> None:
-        """Run the training command, or what is left of it.
+        """Start or resume the training command, and wait for it.
 
         Args:
             root: the repository.
-            iterations: how many there are in all.
-            say: takes one line of progress at a time; the whole output goes to :attr:`log`.
+            iterations: the length of the whole run.
+            say: receives one line of progress at a time; the whole output goes to :attr:`log`.
 
         Raises:
             BusyError: another process trains it.
-            ConfigError: it failed; the message has the last line that it said.
+            ConfigError: it failed; the message has its last line of output.
         """
         last = deque(maxlen=20)
-        # The command holds its folder, and may outlive this process; until it does, and for the log,
-        # this process has a lock of its own there.
+        # The command locks its folder, and may outlive this process.  This process has a lock of its own
+        # there, for the time before and for the log.
         with locked(self.folder, "comparison.lock"), open(self.log, "a") as file:
             check_free(self.folder)
             command = self.command(root)
@@ -127,15 +127,15 @@ class Run:
 
 
 def _write(file: IO[str], line: str) -> None:
-    with suppress(OSError):  # a full disk, about which the run itself decides
+    with suppress(OSError):  # a full disk; the run itself reports it
         file.write(line)
 
 
 def tool(name: str, root: Path = Path()) -> List[str]:
-    """The words that start ``name``, a program of tools/, in this environment.
+    """The command that starts ``name`` of tools/ in this environment.
 
     Args:
-        root: the repository; without it, the command is for someone who stands there.
+        root: the repository; default: the current folder.
     """
     return [short(sys.executable), short(root / "tools" / name)]
 

@@ -1,4 +1,4 @@
-"""What a comparison of methods measured: scores over seeds, their intervals, paired differences.
+"""Scores of a comparison of methods: means over seeds, their intervals, paired differences.
 
 All functions but :func:`read_comparison` take one record, a plain dict as ``results.json`` holds it:
 
@@ -9,8 +9,7 @@ All functions but :func:`read_comparison` take one record, a plain dict as ``res
   may have "iterations", "seconds_per_step", "peak_memory_mb", "parameters" (of which "losses" is
   read), "initial_weights" (a digest), "hardware", "versions" and "collapsed" (tasks in which it finds
   nothing, so that its AP is zero); the others may have "error";
-* optionally "teacher", its results; "config_file", "overrides", "command", and "configs": method to
-  its whole config.
+* optionally "teacher", its results; "config_file", "overrides", "command", and "configs": method to its config.
 
 A value that is NaN or None counts as one that is not there.
 """
@@ -55,7 +54,7 @@ MORE_METRICS = ("AP50", "AP75", "APs", "APm", "APl")
 
 
 def read_comparison(folder: Path, key: str) -> Dict[str, Any]:
-    """The record of the comparison in ``folder``, which the user named by ``key``.
+    """Read the record of the comparison in ``folder``, which the user named by ``key``.
 
     Raises:
         ConfigError: the folder has none, or a damaged one.
@@ -138,7 +137,7 @@ class Difference:
 def difference(
     record: Mapping[str, Any], method: str, reference: str, task: str, metric: str = "AP"
 ) -> Difference:
-    """What ``method`` has more than ``reference``, paired over the seeds that both have.
+    """``method`` minus ``reference``, paired over the seeds that both have.
 
     Args:
         record: as the module describes it.
@@ -152,7 +151,7 @@ def difference(
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one method on one task; NaN where nothing was.
+    """The measurements of one method on one task; NaN where there are none.
 
     Args:
         method: its name.
@@ -177,7 +176,7 @@ class Row:
 
 
 def measured(record: Mapping[str, Any]) -> Dict[str, List[Row]]:
-    """Of each task that ``record`` has results of ("bbox", "segm"), a row per method."""
+    """One row per method, for each task ("bbox", "segm") that ``record`` has results of."""
     return {task: [_row(record, m, task) for m in record["methods"]] for task in tasks_of(record)}
 
 

@@ -23,7 +23,7 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
             * "seconds_per_image": inference time.
 
     Returns:
-        The table, in the order of ``rows``.  What a row lacks, or holds as NaN, is shown as "-".
+        The table, in the order of ``rows``.  Missing values and NaN are shown as "-".
         The columns of a task that no row has are left out.
 
     Raises:

@@ -21,22 +21,22 @@ def compile_backbone(detector: nn.Module, backend: str = "inductor") -> None:
     """Compile a detector's bottom-up network, for images of changing sizes.
 
     Args:
-        detector: its bottom-up network, or a backbone without one, gets another ``forward``.
+        detector: the ``forward`` of its bottom-up network (or whole backbone) is replaced.
         backend: of ``torch.compile``.
     """
     part = getattr(detector.backbone, "bottom_up", detector.backbone)
-    # Its forward alone: what takes its maps stays outside, and so do the names of its parameters.
+    # Only the forward: hooks on its maps stay outside, and the names of parameters do not change.
     part.forward = torch.compile(part.forward, backend=backend, dynamic=True)
 
 
 def recompute_blocks(detector: nn.Module) -> int:
-    """Activation checkpointing: trained residual blocks forget what they computed, and compute it again.
+    """Activation checkpointing: trained residual blocks compute their activations again for the backward.
 
-    Gradients and the running statistics of batch norms stay what they were; a block's forward runs
+    Gradients and the running statistics of batch norms stay the same; a block's forward runs
     twice a step.
 
     Args:
-        detector: a ResNet's or RegNet's, any with Detectron2's ``CNNBlockBase`` blocks.
+        detector: with a ResNet, a RegNet or another backbone of Detectron2's ``CNNBlockBase``.
 
     Returns:
         the number of blocks.
@@ -77,9 +77,9 @@ def recompute_blocks(detector: nn.Module) -> int:
 
 
 class _StatisticsKept:
-    """Within it, the second forward of a step normalises as the first did, and counts nothing.
+    """A context in which a second forward normalises as the first, and changes no statistics.
 
-    It may be entered again: a step's graph may be differentiated more than once.
+    It may be entered several times: a step's graph may be differentiated more than once.
     """
 
     def __init__(self, norms: Sequence[_BatchNorm]):

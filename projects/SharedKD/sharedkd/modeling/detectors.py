@@ -1,4 +1,4 @@
-"""Where a teacher's network comes from: a name in the model zoo, a path, a config or a model."""
+"""Builds a teacher's network from a name in the model zoo, a path, a config or a model."""
 
 import os
 from typing import Optional, Tuple, Union
@@ -24,7 +24,8 @@ KEY = "model.teacher"
 
 
 def read_config(name: str) -> Union[CfgNode, DictConfig]:
-    """
+    """Read a detector's config.
+
     Args:
         name: in the model zoo, or a path: a LazyConfig as Python or YAML, or a classic config.
 
@@ -70,16 +71,16 @@ def zoo_weights(name: str) -> Optional[str]:
 def build_detector(
     config: Union[CfgNode, DictConfig, nn.Module],
 ) -> Tuple[nn.Module, Optional[str]]:
-    """
+    """Build a detector.
+
     Args:
-        config: of a detector, as a whole or its LazyConfig node, or a model; of a distillation
-            config or model, the student is taken.
+        config: a detector's config or LazyConfig node, or a model; of a pair, the student is taken.
 
     Returns:
         the model, on the CPU and without weights, and the channel order that its config names or None.
 
     Raises:
-        ConfigError: it cannot be built.
+        ConfigError: the detector cannot be built.
     """
     if isinstance(config, nn.Module):
         return getattr(config, "student", config), None

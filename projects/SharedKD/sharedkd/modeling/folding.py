@@ -1,4 +1,4 @@
-"""Frozen batch norms become part of the convolution before them."""
+"""Folds frozen batch norms into the convolutions before them."""
 
 from typing import Iterator, Optional, Tuple
 
@@ -16,7 +16,7 @@ NORMS = (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)
 def fold_norms(module: nn.Module) -> int:
     """Fold every frozen batch norm that follows a convolution into it, in place.
 
-    A norm with fixed statistics is a scale and a shift per channel, and so is what a convolution's
+    A norm with fixed statistics is a scale and a shift per channel, which a convolution's
     weight and bias can express::
 
         norm(w * x + b) = (w * s) * x + ((b - mean) * s + shift),   s = scale / sqrt(var + eps)
@@ -29,7 +29,7 @@ def fold_norms(module: nn.Module) -> int:
         module: a network in eval mode.
 
     Returns:
-        how many norms are gone.
+        the number of folded norms.
 
     Raises:
         ValueError: a batch norm is in training mode, so that its statistics are not fixed.

@@ -1,4 +1,4 @@
-"""What this machine's CPU has instructions for."""
+"""The instructions of this machine's CPU."""
 
 import platform
 
@@ -10,11 +10,11 @@ __all__ = ["has_bfloat16", "trains_channels_last"]
 def has_bfloat16() -> bool:
     """Whether convolutions in bfloat16 are faster here than in float32, not many times slower.
 
-    True also where PyTorch cannot tell.
+    True if PyTorch cannot tell.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)())
-    # What PyTorch calls supported is also what AVX-512 without these instructions makes up for.
+    # PyTorch also calls bfloat16 supported where AVX-512 only emulates it.
     kinds = [getattr(torch.cpu, f"_is_{x}_supported", None) for x in ("avx512_bf16", "amx_tile")]
     return None in kinds or any(ask() for ask in kinds)
 

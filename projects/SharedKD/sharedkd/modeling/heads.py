@@ -1,4 +1,4 @@
-"""What a detector's heads say: dense predictions, the labels of anchors, the classes of regions."""
+"""Outputs of a detector's heads: dense predictions, labels of anchors, class logits of regions."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class DenseHead:
         module: called with a list of maps, returns a tuple that begins with lists of logits
             (N, A*K, H, W) and deltas (N, A*4, H, W), one per level.
         names: the backbone's outputs that it reads, in order.
-        strides: theirs.
+        strides: the strides of these outputs.
         channels: of ``logits``, ``deltas``, ``boxes`` and ``anchors``.
         owner: the module with ``anchor_generator`` and ``box2box_transform``.
     """
@@ -42,9 +42,9 @@ class DenseHead:
 
     @classmethod
     def of(cls, detector: nn.Module) -> Optional["DenseHead"]:
-        """The dense head of a RetinaNet, FCOS or two-stage ``detector``; None of any other.
+        """The dense head of a RetinaNet, FCOS or two-stage ``detector``; or None.
 
-        None too if its backbone lacks a level that the head reads.
+        None for any other detector, or if the backbone lacks a level that the head reads.
         """
         rpn = getattr(detector, "proposal_generator", None)
         for owner, module, names, logits, deltas in (
@@ -54,7 +54,7 @@ class DenseHead:
             head = getattr(owner, module, None)
             if hasattr(head, logits) and hasattr(owner, "anchor_generator"):
                 specs, levels = detector.backbone.output_shape(), list(getattr(owner, names))
-                if not set(levels) <= set(specs):  # a backbone put in later, without this head
+                if not set(levels) <= set(specs):  # the backbone was replaced, the head was not
                     return None
                 width = {"logits": getattr(head, logits), "deltas": getattr(head, deltas)}
                 width = {tap: layer.out_channels for tap, layer in width.items()}
@@ -63,7 +63,7 @@ class DenseHead:
         return None
 
     def run(self, features: Dict[str, Tensor]) -> Tuple[List[Tensor], ...]:
-        """What ``module`` returns for ``features``, the backbone's: name -> (N, C, H, W)."""
+        """Run ``module`` on ``features``, the backbone's outputs: name -> (N, C, H, W)."""
         return self.module([features[name] for name in self.names])
 
     def unpack(self, output: Tuple[List[Tensor], ...]) -> Maps:
@@ -71,7 +71,7 @@ class DenseHead:
         return {tap: dict(zip(self.strides, levels)) for tap, levels in zip(_OUTPUTS, output)}
 
     def anchors(self, deltas: Dict[int, Tensor]) -> Dict[int, Tensor]:
-        """What ``deltas`` are relative to, in their form: stride -> (N, A*4, H, W), XYXY in pixels.
+        """The anchors of ``deltas`` in the same layout: stride -> (N, A*4, H, W), XYXY in pixels.
 
         One copy for all images.  An anchor of FCOS is a square of its stride about its point.
         """
@@ -84,7 +84,7 @@ class DenseHead:
         return anchors
 
     def boxes(self, deltas: Dict[int, Tensor]) -> Dict[int, Tensor]:
-        """``deltas`` applied to their anchors, in the same form: (N, A*4, H, W), XYXY in pixels."""
+        """``deltas`` applied to their anchors, in the same layout: (N, A*4, H, W), XYXY in pixels."""
         boxes = {}
         for stride, anchors in self.anchors(deltas).items():
             # (N, A*4, H, W) -> (N, A, H, W, 4)
@@ -102,14 +102,20 @@ _OUTPUTS = ("logits", "deltas")
 
 
 def check_labels(student: nn.Module, key: str) -> None:
-    """Raises:
-    ConfigError: ``student`` labels no anchors by class, and the loss at ``key`` needs ``labels``.
+    """Check a student for a loss that needs ``labels``.
+
+    Args:
+        student: the detector.
+        key: the loss's place in the config, for messages.
+
+    Raises:
+        ConfigError: the detector does not label its anchors by class.
     """
     if not hasattr(student, "label_anchors"):
         raise ConfigError(
             key,
             type(student).__name__,
-            "gives its anchors no classes",
+            "assigns no classes to its anchors",
             "use this loss with RetinaNet or FCOS, and its two-stage form elsewhere",
         )
 
@@ -118,7 +124,7 @@ def check_labels(student: nn.Module, key: str) -> None:
 def anchor_labels(
     detector: nn.Module, inputs: List[Dict[str, Any]], logits: Dict[int, Tensor]
 ) -> Dict[int, Tensor]:
-    """The classes that a one-stage detector's own matching gives its anchors.
+    """The class of each anchor by a one-stage detector's own matching.
 
     Args:
         detector: RetinaNet, FCOS or another with ``label_anchors``.
@@ -141,7 +147,7 @@ def anchor_labels(
 
 
 def _first(module: nn.Module) -> nn.Module:
-    """Of a cascade, the first stage: it alone is trained on proposals as they come from the RPN."""
+    """The first stage of a cascade, the only one that is trained on the RPN's own proposals."""
     return module[0] if isinstance(module, nn.ModuleList) else module
 
 
@@ -153,7 +159,7 @@ def check_regions(student: nn.Module, teacher: Optional[nn.Module], key: str) ->
         key: the loss's place in the config, for messages.
 
     Raises:
-        ConfigError: one has no box head on its FPN, or they tell other numbers of classes apart.
+        ConfigError: one has no box head on its FPN, or their numbers of classes differ.
     """
     for who, detector in (("student", student), ("teacher", teacher)):
         if detector is not None and not hasattr(getattr(detector, "roi_heads", None), "box_pooler"):
@@ -180,7 +186,7 @@ class RegionTap:
 
     @contextmanager
     def capture(self) -> Iterator[Dict[str, Any]]:
-        """Within the block, the detector's forward runs; after it, the yielded dict is filled.
+        """A context to run the detector's forward in; after it, the yielded dict is filled.
 
         Yields:
             ``boxes``: per image the sampled Boxes; ``logits``: (R, K + 1), attached to the graph.
@@ -228,7 +234,7 @@ def region_logits(detector: nn.Module, maps: Dict[int, Tensor], boxes: List[Boxe
     """A two-stage detector's class logits of given regions, (R, K + 1).
 
     Args:
-        detector: with a box head on its FPN; of a cascade, the first stage answers.
+        detector: with a box head on its FPN; of a cascade, the first stage is used.
         maps: stride -> (N, C, H, W), its FPN's outputs.
         boxes: the regions of each image, in pixels of the images that the maps show.
     """

@@ -20,13 +20,19 @@ from .teachers import FrozenTeacher, Teacher
 
 __all__ = ["SharedKD", "check_image_format"]
 
-#: Maps that have to be taken to serve what a loss needs.
+#: What a loss needs -> the taps that this takes.
 NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
 
 
 def check_image_format(student: nn.Module, image_format: str) -> None:
-    """Raises:
-    ConfigError: the data loader delivers ``image_format``, and ``student`` takes another order.
+    """Compare the channel order of the data loader with that of the student.
+
+    Args:
+        student: the plain detector.
+        image_format: the order that the data loader delivers, ``BGR`` or ``RGB``.
+
+    Raises:
+        ConfigError: the student expects another order.
     """
     expected = getattr(student, "input_format", None) or image_format
     if expected != image_format:
@@ -48,10 +54,10 @@ class SharedKD(nn.Module):
 
     Args:
         student: any detector with ``.backbone`` (GeneralizedRCNN, RetinaNet, FCOS, ...).
-        teacher: the source of maps of every stage that names none; None for teacher-free
+        teacher: the source of maps of every stage that names no other; None for teacher-free
             (cross-layer only) distillation.
-        teachers: name -> a further source of maps, for the stages that name it.  Only those run
-            that an active stage needs, each once a step.
+        teachers: name -> a further source of maps, for the stages that name it.  A teacher runs once a
+            step, and only if an active stage needs it.
         stages: name -> :class:`Stage`; those of weight zero are left out.
         input_format: channel order of the images that the data loader delivers.
 
@@ -87,7 +93,7 @@ class SharedKD(nn.Module):
         self.losses = nn.ModuleDict({name: stage.loss for name, stage in self.stages.items()})
 
     def _add(self, name: str, stage: Stage) -> None:
-        """Check a stage, and make its loss fit this pair."""
+        """Check a stage, and bind its loss to this pair."""
         key = f"model.stages.{name}"
         if not isinstance(stage, Stage):
             raise ConfigError(key, stage, "is not a Stage", "use L(Stage)(loss=..., weight=...)")
@@ -114,7 +120,7 @@ class SharedKD(nn.Module):
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
         """The arguments from ``cfg``, a classic yaml config.
 
-        It has the keys of :func:`sharedkd.config.classic.add_sharedkd_config`.
+        Its keys are added by :func:`sharedkd.config.classic.add_sharedkd_config`.
         """
         keys = cfg.MODEL.SHAREDKD
         teacher = keys.TEACHER
@@ -141,7 +147,8 @@ class SharedKD(nn.Module):
     def forward(
         self, batched_inputs: List[Dict[str, Any]], weights: Optional[Mapping[str, float]] = None
     ) -> Union[Dict[str, Tensor], List[Dict[str, Any]]]:
-        """
+        """Compute the losses of a training step, or in inference the student's detections.
+
         Args:
             batched_inputs: Detectron2's records, as for the student.
             weights: stage name -> weight in this step, in training; a stage that is left out or
@@ -212,7 +219,7 @@ class SharedKD(nn.Module):
         return found
 
     def _with_idle_parameters(self, losses: Dict[str, Tensor]) -> Dict[str, Tensor]:
-        """DDP waits for a gradient of every parameter, also of a loss that is switched off."""
+        """Add zero gradients for losses that are off: DDP waits for a gradient of every parameter."""
         owned = list(self.losses.parameters())
         if owned:
             first = next(iter(losses))
@@ -234,7 +241,7 @@ class SharedKD(nn.Module):
         """All sources of maps, by the name that a stage uses; None is ``teacher``."""
         return {**({} if self.teacher is None else {None: self.teacher}), **self.teachers}
 
-    # Teachers are no submodules, yet go where the model goes.
+    # Teachers are no submodules, but move with the model.
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "SharedKD":
         for teacher in self.sources.values():
             teacher.apply_to_tensors(fn)
@@ -243,13 +250,13 @@ class SharedKD(nn.Module):
     # A checkpoint of this model is a checkpoint of the student, with plain Detectron2's names.
     # What losses own rides beside it (see sharedkd.engine.run).
     def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Tensor]:
-        """The student's, which takes ``args`` and ``kwargs``."""
+        """The student's state, to which ``args`` and ``kwargs`` are passed."""
         return self.student.state_dict(*args, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tuple[List[str], List[str]]:
-        """Load ``state_dict`` into the student, which takes ``args`` and ``kwargs`` too.
+        """Load ``state_dict`` into the student, to which ``args`` and ``kwargs`` are passed.
 
         Returns:
             the missing and the unexpected keys.

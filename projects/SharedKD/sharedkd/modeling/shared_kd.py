@@ -9,7 +9,7 @@ from .stages import Stage, stage_dict
 
 __all__ = ["ONE_STAGE_WEIGHT", "published_stages", "shared_kd_stages"]
 
-#: What the identical-layer part weighs for one-stage students; docs/results.md has the measurement.
+#: The weight of the identical-layer part for one-stage students; docs/results.md has the measurement.
 ONE_STAGE_WEIGHT = 10.0
 
 

@@ -1,4 +1,4 @@
-"""When a distillation loss is on, and how much it weighs."""
+"""Stages: a distillation loss with its weight and schedule."""
 
 from dataclasses import dataclass
 from typing import Dict, Optional, Tuple, Union
@@ -39,11 +39,11 @@ class Stage:
     teacher: Optional[str] = None
 
     def check(self, key: str) -> None:
-        """Check what is given; ``key`` is this stage's place in the config, for messages.
+        """Check the arguments; ``key`` is this stage's place in the config, for messages.
 
         Raises:
-            ConfigError: a loss that is none, a negative or infinite weight or time, or an end that
-                is not after the start.
+            ConfigError: the loss is no distillation loss, a weight or time is negative or infinite, or the
+                end is not after the start.
         """
         findings = Findings()
         if not isinstance(self.loss, DistillationLoss):
@@ -71,9 +71,9 @@ class Stage:
             )
 
     def span(self, max_iter: int) -> Tuple[int, int]:
-        """The first iteration of ``max_iter`` that uses it and the first that no longer does.
+        """The first iteration of ``max_iter`` that uses the stage, and the first that no longer does.
 
-        They are equal if none does.
+        They are equal if no iteration uses it.
         """
         start, end = (self._iteration(x, max_iter) for x in (self.start, self.end))
         end = max_iter if end is None else min(end, max_iter)
@@ -98,5 +98,5 @@ class Stage:
 
 
 def stage_dict(**stages: Stage) -> Dict[str, Stage]:
-    """``stages``, those of a model by name: a LazyConfig node needs something to call."""
+    """Return ``stages`` by name: a LazyConfig node needs a function to call."""
     return stages

@@ -1,4 +1,4 @@
-"""Taking a detector's feature maps without touching the detector, and keying them by stride."""
+"""Captures a detector's feature maps by hooks, without changing the detector, keyed by stride."""
 
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Tuple
@@ -16,12 +16,12 @@ __all__ = ["FeatureTap", "pyramid_shapes", "same_pixels"]
 
 Source = Tuple[nn.Module, FrozenSet[str], Callable[[Any], Maps]]
 
-#: Taps that no module returns: how a dense head makes them of its deltas.
+#: Taps that no module returns -> how to compute them from a dense head's deltas.
 _DECODED = {"boxes": DenseHead.boxes, "anchors": DenseHead.anchors}
 
 
 def _sources(detector: nn.Module, head: Optional[DenseHead]) -> List[Source]:
-    """The modules whose outputs are taken, with their taps, and how an output becomes maps."""
+    """The modules to hook, with their taps and a function that turns an output into maps."""
     backbone = _backbone(detector)
 
     def pyramid(tap: str, module: nn.Module) -> Source:
@@ -55,7 +55,7 @@ def _backbone(detector: nn.Module) -> nn.Module:
 
 
 def pyramid_shapes(detector: nn.Module) -> Shapes:
-    """tap -> stride -> channels of the maps of ``detector``.
+    """The channels of the maps of ``detector``: tap -> stride -> channels.
 
     Raises:
         ConfigError: a detector without a Detectron2 backbone.
@@ -74,13 +74,13 @@ def pyramid_shapes(detector: nn.Module) -> Shapes:
 
 
 class FeatureTap:
-    """Takes a detector's maps while its own forward runs.
+    """Captures a detector's maps while its own forward runs.
 
-    What the detector does with its maps afterwards must not change what a loss sees.  So the first
-    capture keeps a copy of each map and looks whether the detector wrote into the original; copying
-    goes on only for a tap where that happened, and a later write into a map that has no copy is an
-    error.  A map that nobody wrote into is handed out itself, in the first step too, so that a
-    resumed run builds the same graph as an uninterrupted one.
+    A detector may change a map in place after its module has returned it; a loss must see the map as it
+    was.  So the first capture copies each map and checks whether the detector wrote into the original.
+    Later captures copy only the taps where it did; a write into a map without a copy is then an error.
+    Unchanged maps are returned themselves, in the first step too: so a resumed run builds the same graph
+    as an uninterrupted one.
 
     Args:
         detector: a module with ``.backbone``; it is not registered here.
@@ -100,7 +100,7 @@ class FeatureTap:
         see: Callable[[str, Dict[int, Tensor]], None],
         taps: FrozenSet[str] = frozenset(TAPS),
     ) -> Iterator[None]:
-        """Within the block, maps are shown as soon as the detector has computed them.
+        """A context in which ``see`` is called with maps as soon as the detector has computed them.
 
         Args:
             see: called with a tap and its maps by stride, (N, C, H, W).
@@ -129,7 +129,7 @@ class FeatureTap:
 
     @contextmanager
     def capture(self, taps: FrozenSet[str]) -> Iterator[Maps]:
-        """Within the block, the detector's forward runs; after it, the yielded dict is filled.
+        """A context to run the detector's forward in; after it, the yielded dict is filled.
 
         Args:
             taps: which of :data:`~sharedkd.losses.base.TAPS` to take.

@@ -17,7 +17,7 @@ _DOWNLOADED = ("http://", "https://", "ftp://")
 
 
 def fetch(path: str, sha256: Optional[str] = None, sha256_key: str = "sha256") -> str:
-    """The local file of a path or URL, verified if there is something to verify it with.
+    """Return the local file of a path or URL, verified if a SHA-256 is known.
 
     A URL is downloaded once, under a lock and under another name until it is complete; a file name
     like ``NAME-1a2b3c4d.pth`` has the beginning of its SHA-256.
@@ -28,7 +28,7 @@ def fetch(path: str, sha256: Optional[str] = None, sha256_key: str = "sha256") -
         sha256_key: the config key of it, for messages.
 
     Raises:
-        ConfigError: that is no SHA-256.
+        ConfigError: ``sha256`` is no SHA-256.
         ValueError, OSError: it cannot be downloaded, or has another SHA-256.
     """
     if sha256 and not (isinstance(sha256, str) and re.fullmatch("[0-9a-fA-F]{8,64}", sha256)):
@@ -59,7 +59,7 @@ def _downloaded(url: str) -> str:
     folders = urlparse(url).path.split("/")
     if ".." in folders or url.endswith("/"):
         raise ValueError("its URL names no file")
-    # iopath looks a file up by its path alone, and would take that of another host or query for it.
+    # iopath caches by path only, and would return the file of another host or query.
     own = os.path.join(get_cache_dir(), "sharedkd", hashlib.sha256(url.encode()).hexdigest()[:16])
     return PathManager.get_local_path(url, cache_dir=own)
 

@@ -1,4 +1,4 @@
-"""Weights into a model: a trained detector completely, a student's start as far as it fits."""
+"""Loads weights: a trained detector completely, a student's initial weights as far as they fit."""
 
 import hashlib
 import logging
@@ -39,7 +39,7 @@ class DataCheckpointer(DetectionCheckpointer):
         model, save_dir, save_to_disk, checkpointables: Detectron2's.
 
     Attributes:
-        trusted: run what files ask for.
+        trusted: let files run code while they are read.
         incompatible: what did not match when a file was loaded, which Detectron2 only logs.
     """
 
@@ -95,7 +95,7 @@ def _load(
             "its maker as you trust those whose programs you install",
         ) from e
     except Exception as e:
-        # Whatever a reader of an unknown file raises, to the user it is one thing.
+        # A reader may raise anything; the user gets one kind of error.
         said = plain_name(" ".join(str(e).split()), 300)
         exists = "://" in path or os.path.isfile(path)
         reason = f"cannot be read ({type(e).__name__}: {said})" if exists else "no such file"
@@ -112,7 +112,7 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def _mistakes(found: "_IncompatibleKeys") -> List[str]:
-    """What a load left over: missing, unknown and misshapen tensors, in words."""
+    """Describe the tensors that are missing, unknown, or of another shape."""
 
     def relevant(name: str) -> bool:
         return not any(x in name for x in HARMLESS)
@@ -169,8 +169,8 @@ def initialise(
 ) -> int:
     """Load a student's initial weights: an ImageNet backbone, or a detector, perhaps of other classes.
 
-    What lies outside the bottom-up network may be missing or differ in shape and is then left at its
-    own initialisation; the log names it.
+    Tensors outside the bottom-up network may be missing or differ in shape; they then keep their own
+    initialisation, and the log names them.
 
     Args:
         model, path, key, trusted, sha256: see :func:`load_trained`; an empty path does nothing.

@@ -29,7 +29,7 @@ def plain_name(text: Any, longest: int = 80) -> str:
 
 
 def check_pickle(file: Any, size: int, names: Optional[re.Pattern] = None) -> None:
-    """Read over a pickle's instructions, to the end of the pickle, and build nothing.
+    """Scan a pickle's instructions to its end, without building anything.
 
     Args:
         file: binary; a read past its end returns what there is, without a buffer of the size asked
@@ -53,7 +53,7 @@ def check_pickle(file: Any, size: int, names: Optional[re.Pattern] = None) -> No
 
 
 class ZooUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, containers and :class:`Array` of numbers, and calls nothing of the file's choice.
+    """Reads numbers, strings, containers and arrays of numbers, and calls nothing that the file names.
 
     A name in the file selects one of the functions below, or is refused.
 
@@ -81,7 +81,7 @@ class ZooUnpickler(pickle.Unpickler):
             self._known[f"{core}.numeric._frombuffer"] = _Function(self._from_buffer)
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for ``module``.``name``; raises Refused if nothing does."""
+        """Return the stand-in for ``module``.``name``; raise Refused if there is none."""
         if f"{module}.{name}" not in self._known:
             raise Refused(plain_name(f"{module}.{name}"))
         return self._known[f"{module}.{name}"]
@@ -100,7 +100,7 @@ class ZooUnpickler(pickle.Unpickler):
         return found.astype(found.dtype.newbyteorder("="))
 
     def _spend(self, size: int) -> None:
-        """A file may name the same bytes again and again: count what is copied."""
+        """Count the copied bytes: a file may name the same bytes again and again."""
         self._left -= size
         if self._left < 0:
             raise ValueError("it unpacks to more than it holds")
@@ -127,7 +127,7 @@ class ZooUnpickler(pickle.Unpickler):
         return Array(self, self.array(kind, raw, shape, order))
 
 
-# What the file gets hold of has no attributes that it could set.
+# The objects below have no attributes that a file could set.
 
 
 class _Function:
@@ -144,11 +144,11 @@ class _Dict(dict):
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        """The attributes of a dictionary, such as PyTorch's ``_metadata``, are of no interest."""
+        """Ignore the attributes of a dictionary, such as PyTorch's ``_metadata``."""
 
 
 class _DType:
-    """A numpy dtype on its way: first the name, then the byte order."""
+    """A numpy dtype as a pickle builds it: first the name, then the byte order."""
 
     __slots__ = ("dtype",)
 

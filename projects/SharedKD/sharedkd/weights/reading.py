@@ -1,4 +1,4 @@
-"""Checkpoint files read as data, in every layout that Detectron2 knows, and safetensors written."""
+"""Reads checkpoint files as data, in every layout that Detectron2 knows, and writes safetensors."""
 
 import io
 import mmap
@@ -45,7 +45,7 @@ def read_weights(path: str, trusted: bool = False) -> Dict[str, Any]:
 
     Raises:
         Refused: the file asks for more than data.
-        ValueError, or any other exception: the file is broken, or holds no weights.
+        ValueError, or any other exception: the file is damaged, or holds no weights.
     """
     if not os.path.getsize(path):
         raise ValueError("it is empty")
@@ -97,13 +97,13 @@ def _run(path: str, kind: str) -> Any:
 
 
 def _check_archive(file: IO[bytes], data: mmap.mmap) -> None:
-    """Admit what ``torch.save`` writes: one folder of unpacked files, each once, and nothing else.
+    """Accept only what ``torch.save`` writes: one folder of unpacked files, each once, and nothing else.
 
     PyTorch's reader unpacks whatever it finds, as often as the table of contents names it.
     """
     closing = data[-22:]
     size = closing[12:16]
-    if data[-42:-38] == b"PK\x06\x07":  # large archives say it elsewhere
+    if data[-42:-38] == b"PK\x06\x07":  # large archives store it elsewhere
         place = int.from_bytes(data[-34:-26], "little")
         size = data[place + 40 : place + 48]
     if closing[:4] != b"PK\x05\x06" or int.from_bytes(size, "little") > LONGEST_DIRECTORY:

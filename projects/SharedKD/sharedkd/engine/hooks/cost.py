@@ -1,4 +1,4 @@
-"""What a run will take, told as soon as its own first steps show it."""
+"""Time and memory that a run will need, measured in its first steps."""
 
 import logging
 import time
@@ -16,13 +16,13 @@ logger = logging.getLogger("detectron2.sharedkd")
 
 
 def in_words(seconds: float, steps: int, memory_mb: float, device: str) -> str:
-    """A line about what training takes.
+    """One line about the time and memory of training.
 
     Args:
-        seconds: of a step.
-        steps: how many there are.
-        memory_mb: at the peak.
-        device: its name.
+        seconds: time of a step.
+        steps: number of steps.
+        memory_mb: peak memory.
+        device: name of the device.
     """
     return (
         f"measured: {seconds:.3g} s a step on {device}, about {_duration(seconds * steps)} without "
@@ -38,7 +38,7 @@ def _duration(seconds: float) -> str:
 
 
 class Cost(hooks.HookBase):
-    """Logs, after the second step of a process, what it took and what the steps to come will take."""
+    """Logs time and memory of the second step, and the time that the remaining steps will take."""
 
     def before_step(self) -> None:
         self.start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Where in a step numbers became infinite or NaN."""
+"""Finds where in a step numbers became infinite or NaN."""
 
 from collections import defaultdict
 from contextlib import ExitStack
@@ -15,11 +15,11 @@ __all__ = ["culprits", "find_culprits"]
 
 
 def find_culprits(trainer: Any, step: Any, together: bool) -> List[str]:
-    """:func:`culprits` of every rank; with several, each line begins with its rank.
+    """Call :func:`culprits` on every rank; with several, each line begins with its rank.
 
     Args:
         trainer, step: see :func:`culprits`.
-        together: all ranks call this for the same step; False: this rank looks at its own alone.
+        together: all ranks call this for the same step; False: only this rank does.
 
     Returns:
         as :func:`culprits`; nothing for a student with SyncBatchNorm on several ranks.
@@ -35,18 +35,17 @@ def find_culprits(trainer: Any, step: Any, together: bool) -> List[str]:
 
 
 def culprits(trainer: Any, step: Any) -> List[str]:
-    """Where a step broke, found by running it once more with every map looked at.
+    """Find where a step broke: run it once more and check every map.
 
-    Its random draws depend on seed and iteration, so that it breaks in the same place again.  On a
-    GPU, where losses are read later, the weights may have moved a few steps on; a bad step is kept
-    from them.
+    Its random draws depend on seed and iteration, so it breaks in the same place again.  On a GPU,
+    where losses are read later, good steps may have changed the weights since; bad steps change none.
 
     Args:
         trainer: a :class:`~sharedkd.engine.trainer.SharedKDTrainer`.
         step: its :class:`~sharedkd.engine.trainer.Step`.
 
     Returns:
-        in words, the first things that were not finite: weights; else images and ground truth, else
+        as text, the first values that were not finite: weights; else images and ground truth, else
         the first maps of each detector, by tap and stride; else gradients.
     """
     bad = _bad_names(trainer.module.named_parameters())
@@ -70,7 +69,7 @@ def culprits(trainer: Any, step: Any) -> List[str]:
                         params, torch.autograd.grad(total, list(params.values()), allow_unused=True)
                     )
                 )
-    first: Dict[str, str] = {}  # what a detector computes after its first bad map, is bad as well
+    first: Dict[str, str] = {}  # all maps after the first bad one are bad, too
     for (who, tap), strides in maps.items():
         first.setdefault(who, f"{who}'s {tap} map of stride {', '.join(map(str, strides))}")
     if first or not bad:
@@ -87,7 +86,7 @@ def _range(names: Sequence[str]) -> str:
 
 
 def _bad_parts(record: Mapping[str, Any]) -> Iterator[str]:
-    """What a data loader's record holds that is not finite."""
+    """Name the image and the boxes of a data loader's record if they are not finite."""
     name = record.get("file_name", "without a file name")
     if not torch.isfinite(record["image"]).all():
         yield f"image {name}"
@@ -97,7 +96,7 @@ def _bad_parts(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _looked_at(trainer: Any, maps: Dict[Tuple[str, str], Dict[int, None]]) -> ExitStack:
-    """Within it, maps that are not finite are noted: (detector, tap) -> strides."""
+    """A context that records maps that are not finite: (detector, tap) -> strides."""
     stack = ExitStack()
     detectors: Dict[str, nn.Module] = {"student": trainer.detector}
     for name, source in getattr(trainer.module, "sources", {}).items():

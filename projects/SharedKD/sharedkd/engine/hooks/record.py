@@ -1,4 +1,4 @@
-"""run.json: what a training run was, on what it ran, what it cost and what came out."""
+"""run.json: command, hardware, versions, cost and results of a training run."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ class RunRecord(hooks.HookBase):
         losses: the distillation losses; an empty module for a plain detector.
         started: the first four keys.
         results: a dict that holds the last evaluation's results when the run ends.
-        resuming: keep what the run's own record says of its start.
+        resuming: keep the first entries of the run's own record.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class RunRecord(hooks.HookBase):
 
 
 def origin(args: Namespace) -> Dict[str, Any]:
-    """How a training run is started.
+    """How a training run was started: the first keys of run.json.
 
     Args:
         args: of Detectron2's ``default_argument_parser``.
@@ -132,7 +132,7 @@ def read_record(folder: Union[str, Path]) -> Dict[str, Any]:
         return {}
     except ValueError as e:
         raise ConfigError(
-            FILE, path, f"cannot be read: {e}", "delete it; only what it tells is lost"
+            FILE, path, f"cannot be read: {e}", "delete it; only this record is lost"
         ) from e
 
 
@@ -155,7 +155,7 @@ def _cpu_name() -> str:
 
 
 def versions() -> Dict[str, str]:
-    """Of Python and of what computes; of this package a digest of its files."""
+    """Versions of Python and the main libraries, and a digest of this package's files."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in _PACKAGES:
         try:
@@ -167,7 +167,7 @@ def versions() -> Dict[str, str]:
 
 
 def _source_digest() -> str:
-    """Of this package's files: its version number alone does not tell two states of the code apart."""
+    """A digest of this package's files: two states of the code may share a version number."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
@@ -175,7 +175,7 @@ def _source_digest() -> str:
 
 
 def peak_memory_mb() -> float:
-    """The most memory so far: allocated on the GPU, or on a CPU resident in this process."""
+    """The peak memory so far in MB: allocated on the GPU, or resident in this process on a CPU."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     try:  # Linux's getrusage counts the process that started this one, too

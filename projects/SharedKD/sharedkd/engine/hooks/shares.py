@@ -1,4 +1,4 @@
-"""A look at who trains the student: its detector's own losses, or one term that drowns the others?"""
+"""Measures each distillation term's share of the student's gradient."""
 
 import logging
 import math
@@ -25,11 +25,11 @@ SHORTEST = 20  # iterations between them
 
 
 class Watchdog(hooks.HookBase):
-    """Measures now and then how much of the student's gradient each distillation term gives.
+    """Measures each distillation term's share of the student's gradient, every ``period`` iterations.
 
-    The share of a term is the norm of its gradient with respect to all of the student's parameters
-    over the sum of these norms, the detector's losses together being one more; so it compares losses
-    wherever they act, on maps of the backbone or of the FPN, or on logits.  Shares are logged as
+    The share of a term is the norm of its gradient with respect to all of the student's parameters,
+    over the sum of these norms; the detector's losses count together as one term.  So losses on maps of
+    the backbone, maps of the FPN and logits can be compared.  Shares are logged as
     ``watch/<stage>/<term>`` and ``watch/detector``.  A term whose share is above :data:`DOMINANT` on
     average, or zero throughout, over :data:`WINDOW` measurements in a row is reported; then its next
     window begins.
@@ -38,9 +38,9 @@ class Watchdog(hooks.HookBase):
     leaves no trace in the training: no parameter, gradient, statistic or random draw changes.
 
     Args:
-        period: a measurement every so many iterations.
-        max_iter: length of the run; one that is too short for :data:`LEAST` of them has a shorter
-            period, of :data:`SHORTEST` iterations or more.
+        period: iterations between two measurements.
+        max_iter: length of the run; if it is too short for :data:`LEAST` measurements, the period is
+            shorter, but at least :data:`SHORTEST`.
 
     Raises:
         ConfigError: a period below 1.
@@ -60,18 +60,18 @@ class Watchdog(hooks.HookBase):
 
     def _measure(self) -> None:
         trainer = self.trainer
-        # Most distillation losses have something to say where there are objects.
+        # Most distillation losses have a gradient where there are objects.
         record = max(trainer.step.batches[-1], key=lambda x: len(x.get("instances", ())))
         norms = _mean_over_ranks(gradient_norms(trainer, [record]))
         total = sum(x for x in norms.values() if x is not None)
         if not 0 < total < float("inf"):
-            return  # the numbers are bad, or the image has nothing to learn from
+            return  # not finite, or no term has a gradient on this image
         shares = {name: x / total for name, x in norms.items() if x is not None}
         trainer.storage.put_scalars(
             smoothing_hint=False, **{f"watch/{name}": share for name, share in shares.items()}
         )
         shares.pop(DETECTOR)
-        # A term that is not there, because its stage is off, begins anew when it comes back.
+        # A term whose stage is off starts a new window when it is on again.
         self._windows = {k: self._windows.get(k, deque(maxlen=WINDOW)) for k in shares}
         for name, window in self._windows.items():
             window.append((trainer.iter, shares[name]))
@@ -91,7 +91,7 @@ class Watchdog(hooks.HookBase):
             )
         elif not any(shares):
             logger.warning(
-                f"{when} has 0 % of the student's gradient norm: it teaches the student nothing; "
+                f"{when} has 0 % of the student's gradient norm: the student learns nothing from it; "
                 f"check what this loss compares, or save its time with {key}=0, now {now:g}"
             )
         else:
@@ -102,16 +102,16 @@ class Watchdog(hooks.HookBase):
 def gradient_norms(
     trainer: SharedKDTrainer, records: List[Dict[str, Any]]
 ) -> Optional[Dict[str, Optional[float]]]:
-    """Norm of the gradient with respect to the student's parameters, of each part of the total loss.
+    """Norm of the gradient with respect to the student's parameters, of each term of the total loss.
 
     Args:
         trainer: between two steps.
-        records: what the forward runs on.
+        records: the input of the forward.
 
     Returns:
         ``detector`` (its losses together) and ``<stage>/<term>`` -> norm, each as it counts in the
         total; None for a term that by construction trains the parameters of its loss alone, as that
-        of a discriminator does.  None instead of all: the detector refused its own numbers.
+        of a discriminator does.  None instead of all: the detector found its own numbers not finite.
     """
     params = [p for p in trainer.detector.parameters() if p.requires_grad]
     students = set(params)
@@ -136,7 +136,7 @@ def gradient_norms(
 
 
 def _gradients(loss: torch.Tensor, params: List[torch.Tensor]) -> List[torch.Tensor]:
-    """Of those parameters that the loss depends on."""
+    """The gradients of the parameters that the loss depends on."""
     if not (loss.requires_grad and params):
         return []
     found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
@@ -144,7 +144,7 @@ def _gradients(loss: torch.Tensor, params: List[torch.Tensor]) -> List[torch.Ten
 
 
 def _mean_over_ranks(norms: Optional[Dict[str, Optional[float]]]) -> Dict[str, Optional[float]]:
-    """The mean of what the ranks measured; empty if one of them could not."""
+    """The mean over ranks; empty if a rank could not measure."""
     ranks = comm.all_gather(norms)
     if None in ranks:
         return {}

@@ -1,4 +1,4 @@
-"""What became of each step: its losses are read, checked and logged."""
+"""Reads, checks and logs the losses of each step."""
 
 import logging
 import math
@@ -23,18 +23,17 @@ DISTILL = "distill/"  # the beginning of a distillation term's name
 class StepLog(hooks.HookBase):
     """Logs the losses of each step, and refuses a step whose losses or gradient are not finite.
 
-    Numbers are brought to the CPU in one copy for several steps, so that a step on a GPU need not wait
-    for the one before.  Until then the gradient of a step that is not finite counts as zero.
+    Numbers of several steps are copied to the CPU at once, so that a step on a GPU does not wait for
+    the one before.  Until they are read, a gradient that is not finite is set to zero.
 
     Args:
-        period: read every so many steps, in the last one, and before a checkpoint.
-        policy: ``stop`` ends the run; ``skip_step`` leaves the step out and goes on, for which each
-            step is read.
-        limit: how many steps in a row may be left out; one more ends the run.
+        period: steps between two reads; losses are also read in the last step and before a checkpoint.
+        policy: ``stop`` ends the run; ``skip_step`` skips the step, and reads every step.
+        limit: how many steps in a row may be skipped; one more ends the run.
 
     Attributes:
-        in_a_row: steps left out since the last good one.
-        total: steps left out since the run began.
+        in_a_row: steps skipped since the last good one.
+        total: steps skipped since the run began.
 
     Raises:
         ConfigError: no such policy, or a negative limit.
@@ -62,11 +61,11 @@ class StepLog(hooks.HookBase):
             self._before = Snapshot(self.trainer.module, self.trainer.detector)
 
     def after_backward(self) -> None:
-        """Note the step; read it, if that is due.
+        """Record the step, and read the recorded steps if it is time.
 
         Raises:
-            NonFiniteLossError: a loss or the gradient is infinite or NaN on any rank, and the step is
-                not to be skipped.  The weights have not changed.
+            NonFiniteLossError: a loss or the gradient is infinite or NaN on any rank, and the step
+                may not be skipped.  The weights have not changed.
         """
         step, now = self.trainer.step, self.trainer.iter + 1
         self._unread.append(step)
@@ -78,10 +77,10 @@ class StepLog(hooks.HookBase):
             _zero_if_not_finite(step, self.trainer.optimizer)
 
     def _read(self, together: bool) -> None:
-        """Check and log the steps that were not read yet; a bad one is refused.
+        """Check and log the steps that were not read yet, and refuse a bad one.
 
         Args:
-            together: all ranks do.
+            together: all ranks call this.
         """
         steps, self._unread = self._unread, []
         scalars = [x.double() for step in steps for x in step.metrics.values()]
@@ -90,7 +89,7 @@ class StepLog(hooks.HookBase):
             metrics = {name: next(values) for name in step.metrics}
             what = step.failure or not_finite(metrics)
             if what:
-                # A rank whose detector failed ends alone where the others do not wait for it.
+                # The other ranks may not be reading: a rank whose detector failed ends alone.
                 alone = step.failure and self.period > 1
                 found = find_culprits(self.trainer, step, together and not alone)
                 self._refuse(step, what + (f" ({'; '.join(found)})" if found else ""))
@@ -118,7 +117,7 @@ class StepLog(hooks.HookBase):
         logger.warning(f"{message}; the step is skipped ({self.in_a_row} in a row)")
 
     def _log(self, step: Any, metrics: Dict[str, float]) -> None:
-        """Raw values and weights of each stage beside the weighted losses that are trained on."""
+        """Log each stage's raw values and weight, and the weighted losses that train the student."""
         storage, now = self.trainer.storage, self.trainer.iter
         storage.iter = step.iteration
         for name, weight in step.weights.items():
@@ -132,22 +131,22 @@ class StepLog(hooks.HookBase):
         storage.iter = now
 
     def state_dict(self) -> Dict[str, int]:
-        """How many steps were left out.
+        """The numbers of skipped steps.
 
         Raises:
-            NonFiniteLossError: a step that was not read yet is not finite; so a broken run leaves no
+            NonFiniteLossError: a step that was not read yet is not finite; so a broken run saves no
                 checkpoint.
         """
         self._read(together=False)
         return dict(in_a_row=self.in_a_row, total=self.total)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Count on from ``state``, of :meth:`state_dict`."""
+        """Continue the counts of ``state``, from :meth:`state_dict`."""
         self.in_a_row, self.total = state["in_a_row"], state["total"]
 
 
 def not_finite(metrics: Mapping[str, float]) -> str:
-    """What is wrong with a step's numbers, in words; empty: nothing, or an overflow of float16.
+    """Describe what is not finite in a step; empty: nothing, or a float16 overflow.
 
     Args:
         metrics: losses by name, sums of them (``total_loss``, ``loss_distill_*``), ``grad_norm``, and
@@ -159,14 +158,14 @@ def not_finite(metrics: Mapping[str, float]) -> str:
         sums = ("total_loss", "loss_distill_")
         terms = {k: x for k, x in broken.items() if not k.startswith(sums)}
         return f"{', '.join(f'{k}={x}' for k, x in (terms or broken).items())} is not finite"
-    # At a scale of 1 there is nothing that could have overflowed but the gradient itself.
+    # At a scale of 1 only the gradient itself can have overflowed.
     if norm is not None and not metrics.get("loss_scale", 1.0) > 1.0:
         return f"the gradient's norm is {norm}, all losses are finite"
     return ""
 
 
 def _zero_if_not_finite(step: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Nobody looks before the weights change, and the device alone decides."""
+    """Zero a gradient that is not finite; the device decides, without a copy to the CPU."""
     bad = ~torch.isfinite(step.metrics["grad_norm"] + step.metrics["total_loss"])
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -1,4 +1,4 @@
-"""Where a run's log goes: Detectron2's writers, and Weights & Biases or MLflow where they are installed."""
+"""The writers of a run: Detectron2's own, and Weights & Biases or MLflow if they are installed."""
 
 import json
 import os
@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 FILE = "metrics.json"
-_PARAMETERS = 100  # that MLflow takes at once
-_LONGEST = 500  # letters of a parameter's value that every version of MLflow takes
+_PARAMETERS = 100  # most that MLflow takes at once
+_LONGEST = 500  # most characters of a value that every version of MLflow takes
 
 
 def build_writers(
@@ -36,8 +36,8 @@ def build_writers(
 ) -> List[EventWriter]:
     """Detectron2's writers to console, metrics.json and TensorBoard, and those of other services.
 
-    What a resumed run had logged of iterations that it repeats is removed from metrics.json, and hidden
-    in TensorBoard.
+    The lines of iterations that a resumed run repeats are removed from metrics.json, and hidden in
+    TensorBoard.
 
     Args:
         folder: the run's output folder, with its config.yaml.
@@ -68,13 +68,14 @@ def _remove_lines(path: str, first: int) -> None:
 class ServiceWriter(EventWriter):
     """Sends the scalars to a service, as Detectron2's own writers put them into files.
 
-    The service's name of the run is kept in the output folder: a resumed run continues it.
+    The service's identifier of the run is stored in the output folder, so that a resumed run continues it.
     """
 
-    package: str  #: that is imported once the writer is made
+    package: str  #: imported when the writer is made
 
     def __init__(self, folder: str, resuming: bool, window: int = 20):
-        """
+        """Start or continue the service's run.
+
         Args:
             folder: the run's output folder, with its config.yaml.
             resuming: go on with the run of that folder.
@@ -92,11 +93,11 @@ class ServiceWriter(EventWriter):
     def _start(
         self, folder: Path, name: str, config: Mapping[str, Any], known: Optional[str]
     ) -> str:
-        """Begin a run, or continue the ``known`` one; returns the service's name of it."""
+        """Start a run, or continue the ``known`` one; return the service's identifier."""
 
     @abstractmethod
     def _send(self, values: Dict[str, float], iteration: int) -> None:
-        """The scalars of an iteration."""
+        """Send the scalars of an iteration."""
 
     def write(self) -> None:
         found: Dict[int, Dict[str, float]] = defaultdict(dict)
@@ -110,7 +111,7 @@ class ServiceWriter(EventWriter):
 
 
 class WandbWriter(ServiceWriter):
-    """Weights & Biases; its own environment variables say where to, as WANDB_PROJECT and WANDB_MODE."""
+    """Writes to Weights & Biases, configured by its environment (WANDB_PROJECT, WANDB_MODE, ...)."""
 
     package = "wandb"
 
@@ -131,7 +132,7 @@ class WandbWriter(ServiceWriter):
 
 
 class MLflowWriter(ServiceWriter):
-    """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where to."""
+    """Writes to MLflow, configured by MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME."""
 
     package = "mlflow"
 

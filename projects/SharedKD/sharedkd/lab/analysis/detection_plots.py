@@ -1,4 +1,4 @@
-"""Bars of what detections.json says: AP per class and size, and the kinds of mistakes.
+"""Bar charts of detections.json: AP per class and size, and the kinds of mistakes.
 
 The record is a plain dict: "tasks" names what was evaluated ("bbox", "segm"); "models" maps a name
 to its results, which have for each task AP, AP50, AP75, APs, APm, APl, "classes" (name -> AP), and
@@ -26,7 +26,7 @@ _DPI = 110
 
 
 def draw_ap(record: Mapping[str, Any], path: Optional[str] = None) -> Figure:
-    """A row per task: AP by size left, by class right (of many classes those that differ most).
+    """Draw AP, a row per task: by size left, by class right (of many classes those that differ most).
 
     Args:
         record: as the module describes it.
@@ -52,7 +52,7 @@ def draw_ap(record: Mapping[str, Any], path: Optional[str] = None) -> Figure:
 
 
 def draw_mistakes(record: Mapping[str, Any], path: Optional[str] = None) -> Figure:
-    """A row per task: what each kind costs in AP50 left, how many there are right.
+    """Draw mistakes, a row per task: the cost of each kind in AP50 left, counts right.
 
     Args:
         record: as the module describes it.

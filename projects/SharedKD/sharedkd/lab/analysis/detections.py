@@ -1,4 +1,4 @@
-"""What detectors detect on a validation set: AP per class and size, kinds of mistakes, image by image."""
+"""Runs detectors on a validation set: AP per class and size, mistakes, matches of each image."""
 
 import copy
 from collections import Counter
@@ -39,7 +39,7 @@ class Truth:
         classes: names, by category id, in the order of the model's classes.
 
     Raises:
-        ConfigError: a dataset that no COCO json stands behind.
+        ConfigError: the dataset has no COCO json.
     """
 
     def __init__(self, dataset: str, records: Sequence[Mapping[str, Any]]):
@@ -65,7 +65,7 @@ class Truth:
         return self.coco.imgToAnns[image_id]
 
     def geometry(self, note: Mapping[str, Any], task: str) -> Union[List[float], Dict[str, Any]]:
-        """What pycocotools compares of ``note``, an annotation or a detection.
+        """The geometry of ``note``, an annotation or a detection, that pycocotools compares.
 
         For the ``task`` "bbox" it is the box (x, y, width, height) in pixels, for "segm" RLE.
         """
@@ -176,11 +176,11 @@ def match_images(
 
 
 def mistakes(truth: Truth, found: Found, task: str, score_threshold: float) -> Dict[str, Any]:
-    """What detections.json says of a model's mistakes.
+    """Count a model's mistakes, and compute their costs.
 
     Args:
         truth, found, task: as in :func:`match_images`.
-        score_threshold: for the counts alone.
+        score_threshold: for the counts only.
 
     Returns:
         "counts": correct detections and each kind of mistake among the detections that are at least

@@ -30,8 +30,10 @@ PositionMaps = Dict[int, Dict[str, np.ndarray]]
 
 
 def draw_heat_maps(record: Mapping[str, Any], tap: str, path: Optional[str] = None) -> Figure:
-    """A row per measure; the teacher's own levels, then for the first and the last checkpoint
-    student-teacher and student-student.  A row has one scale of colours.
+    """Draw the gaps of all level pairs, a row per measure with one scale of colours.
+
+    The columns are teacher-teacher, then student-teacher and student-student of the first and of the
+    last checkpoint.
 
     Args:
         record: as the module describes it.
@@ -78,7 +80,7 @@ def _heat_map(axes: Axes, matrix: Mapping[str, Any], low: float, high: float) ->
 def draw_training(
     record: Mapping[str, Any], tap: str, path: Optional[str] = None
 ) -> Optional[Figure]:
-    """The quantities over training with their 95 % intervals over images; a panel per measure.
+    """Draw the quantities over training with 95 % intervals over images, a panel per measure.
 
     Args:
         record, tap, path: as in :func:`draw_heat_maps`.
@@ -114,7 +116,7 @@ def position_maps(
     image_size: Tuple[int, int],
     normalize: str,
 ) -> PositionMaps:
-    """What is drawn of one image.
+    """Compute the maps to draw for one image.
 
     Args:
         student, teacher: stride -> (1, C, H, W).
@@ -149,9 +151,9 @@ def draw_maps(
     steps: Sequence[Tuple[str, PositionMaps]],
     path: Optional[str] = None,
 ) -> Figure:
-    """One row per level over the grey image: the teacher's map, then the student's, and the difference
-    of both, at each step.
+    """Draw maps over the grey image, one row per level.
 
+    The columns are the teacher's map, then at each step the student's map and the difference of both.
     Colours of activations are scaled by each map's own largest value; those of a level's differences
     by one scale, so that they can be compared between steps.
 

@@ -1,4 +1,4 @@
-"""The feature gaps of a pair at several points of its training: measured, drawn, and said in words."""
+"""Measures the feature gaps of a pair at several points of its training, and reports them."""
 
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -43,7 +43,7 @@ def analyze_features(
         overrides: ``key=value``.
         pictures: for how many images maps are drawn.
         command: for the report.
-        say: takes one line of progress at a time.
+        say: receives one line of progress at a time.
 
     Returns:
         where the report is, and its verdict.
@@ -123,7 +123,7 @@ def analyze_features(
 def named_checkpoints(text: str) -> List[Checkpoint]:
     """The checkpoints that ``text`` names, as ``FILE,NAME=FILE`` on a command line.
 
-    A file without a name is called as it is, without .pth.  Whether it exists is not asked here.
+    A file without a name is named after itself, without .pth.  Whether it exists is not checked here.
     """
     found = []
     for item in filter(None, text.split(",")):
@@ -149,7 +149,7 @@ def _channels(pair: Pair, taps: Sequence[str]) -> Dict[str, Dict[str, Mapping[in
 
 
 def _change(measured: Sequence[Mapping[str, Gaps]]) -> Dict[str, Dict[str, Dict[str, Any]]]:
-    """What the last state has more than the first, image by image."""
+    """The last state minus the first, paired by image."""
     first, last = measured[0], measured[-1]
     return {
         tap: {

@@ -1,4 +1,4 @@
-"""Pictures of what several detectors detect on some images, with their mistakes marked."""
+"""Pictures of the detections of several detectors, with their mistakes marked."""
 
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence

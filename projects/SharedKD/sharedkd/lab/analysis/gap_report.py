@@ -1,4 +1,4 @@
-"""What features.json says, in words.
+"""Writes features.json as text.
 
 All functions read that record, a plain dict:
 
@@ -66,10 +66,10 @@ def _verdict(record: Mapping[str, Any], taps: List[str]) -> str:
 
 
 def _initial(record: Mapping[str, Any]) -> str:
-    """Whether "before training" is what it was for the run."""
+    """Whether the initial weights are those of the run."""
     return {
         True: "The initial weights are those that the run started from.",
-        False: "**The initial weights are others than those that the run started from**, drawn in "
+        False: "**The initial weights differ from those that the run started from**; they are drawn in "
         "the same way: config.yaml lists the parts of a model in another order than the config that "
         "the run was started with, or the seed or the software differ.",
         None: "",
@@ -145,8 +145,8 @@ def _method(record: Mapping[str, Any]) -> str:
         f"{record['minibatch']} images with up to {record['positions']} positions each.",
         f"Channels: {widths}.",
         "± and brackets are 95 % t intervals over images (CKA: over minibatches). They say nothing "
-        "about other seeds, other data or other training lengths. Twelve comparisons of which none "
-        "is real would show one in about every second report.",
+        "about other seeds, other data or other training lengths. Twelve comparisons without a real "
+        "difference would show one in about every second report.",
         f"`{record['command']}`",
     ]
     return "\n\n".join(line for line in lines if line)

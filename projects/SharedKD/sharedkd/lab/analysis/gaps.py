@@ -107,7 +107,7 @@ class GapMeter:
             there = there[mask.flatten().cpu().numpy()]
         return torch.from_numpy(
             self._draw.permutation(there)[: self.positions]
-        )  # fewer where there are not as many
+        )  # fewer if there are not as many
 
     def _close_minibatch(self) -> None:
         grams = {key: u_centred(torch.cat(rows)) for key, rows in self._examples.items()}
@@ -122,7 +122,7 @@ class GapMeter:
         self._waiting = 0
 
     def result(self) -> "Gaps":
-        """What was measured; images left over from the last minibatch are one of their own."""
+        """The measurements; the images left over from the last minibatch form one of their own."""
         if self._waiting:
             self._close_minibatch()
         estimates = np.stack(self._hsic)  # (minibatches, nodes, nodes, 3)
@@ -229,7 +229,7 @@ def _interval(values: np.ndarray) -> Dict[str, Any]:
 
 
 def paired(ours: np.ndarray, theirs: np.ndarray) -> Dict[str, Any]:
-    """The mean of ``ours - theirs`` with its 95 % t interval, and what may be said of it.
+    """The mean of ``ours - theirs`` with its 95 % t interval and a verdict.
 
     Args:
         ours, theirs: values of the same images, or minibatches, in the same order.

@@ -1,8 +1,8 @@
-"""What kinds of mistakes a detector makes, and what each costs in AP50.
+"""The kinds of mistakes of a detector, and the cost of each kind in AP50.
 
 Definitions are those of TIDE (Bolya, Foley, Hays and Hoffman, "TIDE: A General Toolbox for Identifying
 Object Detection Errors", ECCV 2020), with its foreground IoU 0.5 and background IoU 0.1.  Its package
-had its last release in 2020 and needs pandas and seaborn, so these are our own lines.
+had its last release in 2020 and needs pandas and seaborn, so they are implemented here.
 """
 
 from dataclasses import dataclass
@@ -66,12 +66,12 @@ class Match:
 
     @property
     def missed(self) -> np.ndarray:
-        """Those of them that no localisation or classification error is about."""
+        """Objects not found that no localisation or classification error is about, (M,) indices."""
         return np.setdiff1d(self.not_found, self._targets_of("localisation", "classification"))
 
     @property
     def quality(self) -> float:
-        """How right the image is, from 0 to 1: ``sum of the IoU of correct detections / (correct +
+        """The quality of the detections, from 0 to 1: ``sum of the IoU of correct detections / (correct +
         false alarms / 2 + objects not found / 2)``, which is panoptic quality (Kirillov et al., CVPR
         2019) over all classes; 1 for an image without objects and detections."""
         correct = np.array([kind == CORRECT for kind in self.kinds], bool)

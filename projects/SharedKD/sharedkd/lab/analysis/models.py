@@ -1,4 +1,4 @@
-"""Which trained detectors are looked at: by name, from a run, from a comparison, with their teacher."""
+"""Finds and loads trained detectors: by name, of a run or a comparison, and their teacher."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class Source:
     Args:
         name: for titles.
         config: its config file.
-        checkpoint: None: the teacher of that config.
+        checkpoint: its weights; None: it is the teacher of that config.
     """
 
     name: str
@@ -57,7 +57,7 @@ def sources(
     models: Sequence[str],
     seed: Optional[int] = None,
 ) -> List[Source]:
-    """What the command line means, in the order of the pictures.
+    """The detectors that the command line names, in the order of the pictures.
 
     Args:
         folder: of a comparison, of a run, or with runs right below it; or None.
@@ -80,7 +80,7 @@ def sources(
         own = folder / "config.yaml"
         pair = own if own.exists() else None
         runs = [folder] if pair else [x.parent for x in sorted(folder.glob("*/config.yaml"))]
-        # Differences are of the second to the first: the run to what it is compared with.
+        # The second is compared with the first, so a run comes after its reference.
         found = [*(_named(item, config) for item in models), *map(_of_run, runs)]
     if not found:
         raise ConfigError(
@@ -156,16 +156,16 @@ def _chosen(record: Mapping[str, Any], methods: Sequence[str]) -> List[str]:
 def load_detectors(
     found: Sequence[Source], overrides: Sequence[str], say: Callable[[str], None]
 ) -> Tuple[DictConfig, List[Detector]]:
-    """Build and load them, in float32.
+    """Build and load detectors in float32.
 
     Args:
         found: what :func:`sources` returned.
         overrides: ``key=value`` for the configs of all of them.
-        say: takes the line about a teacher that is left out.
+        say: receives the line about a teacher that is left out.
 
     Returns:
-        the first one's config, whose validation set is used, and the detectors; a teacher of other
-        classes is left out, which is said.
+        the first one's config, whose validation set is used, and the detectors.  A teacher of other
+        classes is left out and reported.
 
     Raises:
         ConfigError: weights that do not fit, or models that were evaluated on different data.

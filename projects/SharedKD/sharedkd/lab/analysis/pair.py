@@ -1,4 +1,4 @@
-"""A pair as it was at several points of its training, and its maps of validation images."""
+"""A pair at several points of its training, and its maps of validation images."""
 
 import re
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Checkpoint:
     Args:
         name: for tables and plots.
         file: None: the initial weights.
-        iteration: finished ones; None if nobody knows.
+        iteration: number of finished iterations; None if unknown.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Pair:
         #: The folder of its run; None if it was not trained yet.
         self.folder = _run_folder(config_file, cfg)
         known = read_record(self.folder).get("initial_weights") if self.folder else None
-        #: Whether the run started from these initial weights; None if nobody knows.
+        #: Whether the run started from these initial weights; None if unknown.
         self.initial_is_the_runs = known and known == fingerprint(self.model.student)
 
     @property
     def normalize(self) -> str:
-        """What the pair's first loss with a distance does to maps; the project's default without one."""
+        """``normalize`` of the pair's first loss with a distance, or the project's default."""
         distances = (getattr(loss, "distance", None) for loss in self.model.losses.values())
         found = [x.normalize for x in distances if isinstance(x, Distance)]
         return found[0] if found else "instance"
@@ -100,7 +100,7 @@ class Pair:
         """The student's and the teacher's maps of one image, tap -> stride -> (1, C, H, W).
 
         Args:
-            record: what the test-time mapper makes of the dataset's.
+            record: a record of the dataset after the test-time mapper.
         """
         student = self.model.student
         taps = frozenset(TAPS)
@@ -113,7 +113,7 @@ class Pair:
 
 
 def exactly(cfg: DictConfig) -> None:
-    """Have a model computed in float32 as Detectron2 itself would: nothing is timed here."""
+    """Make ``cfg`` compute in float32 as Detectron2 does: speed does not matter here."""
     cfg.train.amp.enabled = cfg.train.compile = cfg.train.activation_checkpointing = False
 
 
@@ -128,7 +128,7 @@ def saved_checkpoints(folder: Path, last: int) -> List[Checkpoint]:
 
     Args:
         folder: of the run.
-        last: how many iterations the whole run has.
+        last: the length of the run in iterations.
     """
     found = [
         _at(int(number[1]) + 1, path)

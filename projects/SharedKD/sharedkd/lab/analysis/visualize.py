@@ -44,7 +44,7 @@ def visualize(
         score_threshold: for pictures and counts; AP and costs have none.
         between: the two models whose difference chooses the images; default: the first two.
         command: for the record.
-        say: takes one line of progress at a time.
+        say: receives one line of progress at a time.
 
     Returns:
         the table, and where the files are.
@@ -157,7 +157,7 @@ def _per_image(
 def _difference(
     scores: Mapping[str, Mapping[int, float]], between: Tuple[str, str]
 ) -> Dict[str, Any]:
-    """What the second has more than the first, image by image."""
+    """The second model minus the first, paired by image."""
     first, second = (scores[name] for name in between)
     values = np.array([second[i] - first[i] for i in first])
     mean, half = interval(values)

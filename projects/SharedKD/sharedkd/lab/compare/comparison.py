@@ -1,4 +1,4 @@
-"""A comparison of methods: every method with every seed, all else equal, one record of it all.
+"""Compares methods: trains every method with every seed, all else equal, and records the results.
 
 An *arm* is one method with one seed: a training run in a folder of its own, whose config lies beside
 it and can be trained by tools/lazyconfig_train_net.py as well.  Arms of one seed start from the same
@@ -83,7 +83,7 @@ class Arm:
         return float(np.median(times)) if len(times) else math.nan
 
     def record(self) -> Dict[str, Any]:
-        """What results.json says of it."""
+        """Its entry in results.json."""
         status, record = self.status, self.run.record
         return {
             "method": self.method,
@@ -110,7 +110,7 @@ class Comparison:
         jobs: how many arms are trained side by side on this machine.
 
     Raises:
-        ConfigError: a name that means nothing for this pair, no baseline, or a bad config.
+        ConfigError: a name that this pair does not have, no baseline, or a bad config.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Comparison:
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
             if "=" in method:
-                build(cfg)  # which its keys may have changed all over
+                build(cfg)  # its keys may change any part of the model
             elif "student" in cfg.model:
                 SharedKD(
                     student=model.student,
@@ -225,7 +225,7 @@ class Comparison:
 
     @cached_property
     def arms(self) -> List[Arm]:
-        """Seed by seed, so that an interrupted comparison compares; those for a time come last."""
+        """All arms, seed by seed, so that an interrupted comparison has full seeds; ``a@b`` are last."""
         arms = []
         for timed in (False, True):
             for seed in self.seeds:
@@ -243,10 +243,10 @@ class Comparison:
         return fmean(seconds) if seconds else math.nan
 
     def iterations(self, method: str) -> Optional[int]:
-        """How many steps ``method`` is trained; None while that depends on runs still missing.
+        """The number of steps of ``method``; None while it depends on unfinished runs.
 
-        What takes the time of another method has its config written here, once: an arm that was
-        begun must not change its length.  A failed run has no part in it.
+        This writes the config of a method ``a@b``, once: an arm that was started must not change its
+        length.  Failed runs are left out.
 
         Raises:
             ConfigError: all runs that it depends on failed.
@@ -267,8 +267,8 @@ class Comparison:
                 raise ConfigError(
                     "--methods",
                     method,
-                    "has no time to take: no run has one",
-                    "mend the failed runs",
+                    "has no time to take: no run of it has finished",
+                    "repair the failed runs",
                 )
             cfg.train.max_iter = round(cfg.train.max_iter * ratio)
         self._save_config(method, cfg)
@@ -278,14 +278,14 @@ class Comparison:
         """Train the arms of a shard that are not finished; a failed one does not stop the others.
 
         Args:
-            shard: (i, n): the i-th of n parts; every method has its seeds in several of them.
+            shard: (i, n): train the i-th of n shards of the arms.
 
         Raises:
             ConfigError: see :meth:`prepare`.
         """
         self.prepare()
         if self.jobs > 1:
-            self._train_in_processes(shard)  # after it, arms that take the time of others are left
+            self._train_in_processes(shard)  # the arms ``a@b`` are left
         mine = [
             arm
             for arm in self.arms
@@ -324,7 +324,7 @@ class Comparison:
             tried += 1
             try:
                 self.report()
-            except Exception as e:  # as the last thing of the comparison it is tried again
+            except Exception as e:  # the end of the comparison tries it again
                 live.keep(f"      no report: {e}")
 
     def _train_in_processes(self, shard: Tuple[int, int]) -> None:
@@ -349,7 +349,7 @@ class Comparison:
             raise
 
     def report(self) -> Dict[str, Any]:
-        """Write results.json, report.md and the plots of what there is so far.
+        """Write results.json, report.md and the plots of the arms that are finished.
 
         Returns:
             the record, as :mod:`sharedkd.lab.scores` describes it.
@@ -393,7 +393,7 @@ class Comparison:
 
 
 def _count_collapsed(record: Dict[str, Any]) -> None:
-    """Give a detector that finds nothing an AP of zero: Detectron2 gives it none at all.
+    """Set the AP of a detector that finds nothing to zero: Detectron2 reports none.
 
     Its task is named under ``collapsed``.  APs, APm and APl are zero where another arm, or the
     teacher, has one: without any, there are no objects of that size.

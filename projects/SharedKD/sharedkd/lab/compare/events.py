@@ -1,4 +1,4 @@
-"""A comparison in TensorBoard: settings with results (hparams), and the pictures that there are.
+"""Writes a comparison for TensorBoard: settings with results (hparams), and its pictures.
 
 The scalars of each arm, stage by stage, are in the arms' own folders, where Detectron2's writer puts
 them during training; ``tensorboard --logdir DIR`` shows both.
@@ -57,7 +57,7 @@ def write_events(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _metrics(arm: Mapping[str, Any]) -> Dict[str, float]:
-    """Of a finished arm: its AP, and what it cost."""
+    """AP and cost of a finished arm."""
     if arm["status"] != "finished":
         return {}
     found = {f"hparam/{TASKS[t]}_AP": (arm["results"].get(t) or {}).get("AP") for t in TASKS}

@@ -144,7 +144,7 @@ def _method_panels(
 
 
 def _style(record: Mapping[str, Any], method: str) -> Dict[str, Any]:
-    """The baseline, methods, and students trained for another method's time look different."""
+    """The style of a point: baseline, method, or student trained for another method's time."""
     if method == record["baseline"]:
         return {"color": _BASELINE, "fmt": "s"}
     return {"color": _EQUAL_TIME, "fmt": "D"} if "@" in method else {"color": _METHOD, "fmt": "o"}
@@ -167,7 +167,7 @@ def _draw_references(axes: Axes, record: Mapping[str, Any], task: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """Below the panel, where it covers nothing."""
+    """Add a legend below the panel."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
             loc="upper center",

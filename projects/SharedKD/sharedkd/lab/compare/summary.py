@@ -36,7 +36,7 @@ __all__ = ["notes", "report", "write"]
 
 
 def notes(record: Mapping[str, Any]) -> List[str]:
-    """What a reader of the numbers in ``record`` must know, as Markdown paragraphs and lists."""
+    """How to read the numbers in ``record``, as Markdown paragraphs and lists."""
     found = [*_warnings(record), *_equal_time_notes(record)]
     gaps = _gaps(record)
     return [*found, *(["\n".join(gaps)] if gaps else []), _caveats(record)]
@@ -50,7 +50,7 @@ def report(record: Mapping[str, Any]) -> str:
     parts += ["## Cost", _cost_table(record), *_equal_time_notes(record)]
     gaps = _gaps(record)
     if gaps:
-        parts += ["## Arms to know of", "\n".join(gaps)]
+        parts += ["## Arms to check", "\n".join(gaps)]
     parts += ["## How to read this", _caveats(record), "\n".join(_origin(record))]
     return "\n\n".join(parts) + "\n"
 
@@ -179,7 +179,7 @@ def _gaps(record: Mapping[str, Any]) -> List[str]:
 
 
 def _warnings(record: Mapping[str, Any]) -> List[str]:
-    """A paragraph per property that should be the same in the finished arms, and is not."""
+    """A paragraph for each property in which the finished arms differ but should not."""
     found = []
     for seed in sorted({arm["seed"] for arm in record["arms"]}):
         arms = [arm for arm in finished_arms(record) if arm["seed"] == seed]
@@ -278,7 +278,7 @@ def _with_bounds(gain: Difference) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    """Counts that should be the same for all seeds: the one, or the least and the greatest."""
+    """A count that should be the same for all seeds: its value, or the least and the greatest."""
     if not values:
         return "-"
     least, greatest = min(values), max(values)

@@ -203,7 +203,7 @@ def _agreement(
     images: Sequence[Tensor],
     eager: Sequence[Sequence[Tensor]],
 ) -> Agreement:
-    """The file on every image, whatever its size, against the ``eager`` student's detections."""
+    """Compare the file with the ``eager`` student on every image, whatever its size."""
     total = Agreement(0, 0, 0, 0, {name: 0.0 for name in names if name != "classes"})
     for image, expected in zip(images, eager):
         size = image.shape[-2:]
@@ -218,7 +218,7 @@ def _agreement(
 
 
 def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, Any]:
-    """What a program that knows nothing of this package needs to run the file."""
+    """The description that a program without this package needs to run the file."""
     return {
         "inputs": {"image": {"shape": [3, "H", "W"], "dtype": "uint8", **images.about}},
         "in_graph": {
@@ -254,7 +254,7 @@ def _add_teacher(
     image: Tensor,
     channels: str,
 ) -> None:
-    """Have the teacher timed, too, if its weights are on this disk and it is a detector."""
+    """Time the teacher, too, if its weights are on this disk and it is a detector."""
     node = cfg.model.get("teacher")
     weights = node.get("weights") if node is not None else None
     if not weights or not os.path.isfile(weights):

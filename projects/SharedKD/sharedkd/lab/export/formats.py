@@ -189,7 +189,7 @@ def _load_torchscript(path: str) -> Runner:
 
 
 def _load_onnx(path: str) -> Runner:
-    import onnxruntime  # not everybody has it, see Format.packages
+    import onnxruntime  # optional, see Format.packages
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors, not its advice on single operators

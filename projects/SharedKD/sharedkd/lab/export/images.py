@@ -43,14 +43,14 @@ class Images:
         return ceil(height / multiple) * multiple, ceil(width / multiple) * multiple
 
     def corner_cases(self, image: Tensor) -> List[Tensor]:
-        """A part of ``image``, which has another size, and an image without objects."""
+        """A crop of ``image``, for another size, and an image without objects."""
         _, height, width = image.shape
         part = image[:, : height * 3 // 4, : width * 5 // 6].contiguous()
         return [part, fit(image[:, :0, :0], (height, width), self.fill)]
 
 
 def fit(image: Tensor, size: Sequence[int], fill: Sequence[int]) -> Tensor:
-    """Cut and fill up at the right and at the bottom.
+    """Crop or pad an image at the right and at the bottom.
 
     Args:
         image: (3, H, W)

@@ -1,4 +1,4 @@
-"""What tools/export_student.py prints."""
+"""The table that tools/export_student.py prints."""
 
 from typing import Any, Mapping, Optional, Tuple
 

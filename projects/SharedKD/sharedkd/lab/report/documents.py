@@ -1,4 +1,4 @@
-"""What other tools wrote, as parts of the page: Markdown with its pictures, and the gallery."""
+"""Output of other tools as HTML: Markdown with its pictures, and the gallery."""
 
 import base64
 import json
@@ -45,7 +45,7 @@ def read_document(path: Path, without: str = "") -> Optional[List[Markup]]:
 
 
 def read_gallery(folder: Path) -> Tuple[Sequence[str], Shots]:
-    """The two models to compare, and what tools/visualize_pair.py drew in ``folder``.
+    """The two models to compare, and the pictures of tools/visualize_pair.py in ``folder``.
 
     Both are empty if its detections.json is missing or damaged.
     """

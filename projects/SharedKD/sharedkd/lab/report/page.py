@@ -1,4 +1,4 @@
-"""The page: the report's parts in the template, with style and script inside."""
+"""Fills the template of the report, with style and script inside."""
 
 import base64
 import hashlib
@@ -114,7 +114,7 @@ def as_html(
 
 
 def _teacher(source: Source, task: str) -> Optional[Row]:
-    """As a row of the results; None if its AP is not known."""
+    """The teacher as a row of the results; None if its AP is not known."""
     ap, *more = (score_of(source.record.get("teacher"), task, m) for m in ("AP", *MORE_METRICS))
     nan, metrics = math.nan, dict(zip(MORE_METRICS, more))
     row = Row("teacher", {}, ap, nan, metrics, Difference(nan, nan, 0), nan, nan, nan, nan, nan)

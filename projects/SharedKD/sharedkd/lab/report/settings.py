@@ -1,4 +1,4 @@
-"""Which settings differ between runs, and on what they ran."""
+"""The settings that differ between runs, and their hardware, versions and commands."""
 
 import os
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
@@ -16,7 +16,7 @@ Rows = List[Tuple[str, str, str]]  #: key, value of the baseline, value of the m
 
 
 def differences(source: Source) -> Dict[str, Rows]:
-    """Method to what differs from the baseline's config; of one run, from a plain detector's."""
+    """Method -> differences from the baseline's config; for one run, from a plain detector's."""
     found = {method: dict(leaves(_aligned(c))) for method, c in source.configs.items()}
     base = source.record["baseline"]
     if base not in found:
@@ -29,7 +29,7 @@ def differences(source: Source) -> Dict[str, Rows]:
 
 
 def _rows(plain: Mapping[str, str], config: Mapping[str, str]) -> Rows:
-    """What only one of the two has, such as a stage, is one row."""
+    """The differences of two configs; a group that only one has, such as a stage, is one row."""
     rows: Dict[str, Tuple[List[str], List[str]]] = {}
     for key in dict.fromkeys([*plain, *config]):
         if plain.get(key) == config.get(key) or key.startswith(_OF_EACH_ARM):
@@ -64,7 +64,7 @@ def _aligned(config: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def origin(source: Source) -> List[Tuple[str, str]]:
-    """Hardware, versions and commands, by what they are; what is not known is left out."""
+    """Hardware, versions and commands with their headings, without unknown ones."""
     record, runs = source.record, [run.record for run in source.runs]
     arms = [*runs, *record["arms"]]
     config = [record.get("config_file") or "", *(record.get("overrides") or [])]

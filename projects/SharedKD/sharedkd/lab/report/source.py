@@ -1,4 +1,4 @@
-"""What a report is made from: the files of a run, of a comparison, or of a folder of runs."""
+"""Reads the files of a report: of a run, of a comparison, or of a folder of runs."""
 
 import math
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class RunData:
 
     @property
     def max_iter(self) -> Optional[int]:
-        """Of its config; if that has a reference, or is missing, of the record of a finished run."""
+        """The length by its config; if that has a reference or is missing, by a finished run's record."""
         value = self.train.get("max_iter")
         return value if isinstance(value, int) else self.record.get("iterations")
 
@@ -87,10 +87,10 @@ class RunData:
 
 @dataclass
 class Source:
-    """All that a report is about.
+    """The runs of a report.
 
     Args:
-        folder: the one that was named.
+        folder: the folder that the user named.
         kind: "comparison", "runs" (a folder of them, one seed each) or "run".
         record: as :mod:`sharedkd.lab.scores` describes it.
         runs: of the arms that have a folder.
@@ -118,7 +118,7 @@ def read_source(folder: Path) -> Source:
     """Read ``folder``: that of a run or a comparison, or one with runs right below it.
 
     Raises:
-        ConfigError: there is nothing to report in it, or its results.json is torn.
+        ConfigError: there is nothing to report in it, or its results.json is damaged.
     """
     if (folder / "results.json").is_file():
         return _comparison(folder)
@@ -186,7 +186,7 @@ def _of_runs(folder: Path, kind: str, runs: List[RunData]) -> Source:
 
 
 def _teacher_of(run: RunData, runs: Sequence[RunData]) -> Optional[RunData]:
-    """The one of the runs that is its teacher; if they were moved, the one of that folder's name."""
+    """Its teacher among ``runs``; if they were moved, the run with the name of that folder."""
     weights = _inner(_inner(run.config, "model"), "teacher").get("weights")
     if not isinstance(weights, str):
         return None
@@ -211,7 +211,7 @@ def _arm(run: RunData) -> Dict[str, Any]:
 
 
 def _run(folder: Path, method: str, seed: int = 0) -> RunData:
-    """Read a run's folder; a file of it that cannot be read is told of, and the others count."""
+    """Read a run's folder; a file that cannot be read is reported, and the others are used."""
     run = RunData(method, seed, folder)
     if (folder / "metrics.json").is_file():
         run.curves, broken = read_metrics(str(folder / "metrics.json"))

@@ -1,4 +1,4 @@
-"""What a reader wants to know first: what ran, what came of it against the baseline, where to look."""
+"""The summary of a report: what ran, the result against the baseline, further commands."""
 
 import shlex
 from pathlib import Path
@@ -16,7 +16,7 @@ Pairs = List[Tuple[str, str]]
 
 
 def summary(source: Source) -> Pairs:
-    """What is told of it, and the answer."""
+    """The headings and texts of the summary."""
     # Masks first, where there are some: they are what a student with masks is for.
     tasks = dict(reversed(measured(source.record).items()))
     found = _of_run(source.runs[0]) if source.is_single else _of_methods(source, tasks)
@@ -25,7 +25,7 @@ def summary(source: Source) -> Pairs:
 
 
 def warnings(source: Source) -> List[str]:
-    """What a reader must know of the runs before the numbers."""
+    """Warnings about the runs, to be read before the numbers."""
     trials = {run.method: run.max_iter for run in source.runs if run.train.get("fast_dev_run")}
     found = [
         f"{method}: {count} iterations and {DEV_RUN_IMAGES} images (train.fast_dev_run): the figures "
@@ -48,7 +48,7 @@ def _of_run(run: RunData) -> Pairs:
     return [
         ("Trained", f"{run.iterations_done}{f' of {end}' if end else ''} iterations"),
         ("Result", _scores(run.results) or "not evaluated yet"),
-        ("Distilled in", ", ".join(stages) or "no stage that its config.yaml tells of"),
+        ("Distilled in", ", ".join(stages) or "no stage in its config.yaml"),
         (
             "Baseline",
             "none here. tools/compare_methods.py trains the plain student with the same seeds and "
@@ -107,7 +107,7 @@ def _price(best: Row, plain: Optional[Row], record: Mapping[str, Any], task: str
 
 
 def commands(source: Source, features: Path, detections: Path) -> Dict[str, str]:
-    """What is not measured here, and the command that measures it; then TensorBoard and this report."""
+    """The commands for what is not measured yet, for this report and for TensorBoard."""
     found = {}
     if not (detections / "detections.md").is_file():
         words = ["visualize_pair.py", short(source.folder), "--output", short(detections)]
@@ -121,7 +121,7 @@ def commands(source: Source, features: Path, detections: Path) -> Dict[str, str]
 
 
 def _measure_gaps(source: Source, folder: Path) -> List[str]:
-    """Of the first distilled run."""
+    """The command for the first distilled run."""
     run = next((r for r in source.runs if is_distilled(r.config)), None)
     config, overrides = (short(run.folder / "config.yaml") if run else "CONFIG"), []
     if run and run.record.get("config_file"):

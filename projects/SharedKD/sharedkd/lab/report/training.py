@@ -1,4 +1,4 @@
-"""What happened in training: curves of AP, losses and step time, and shares of the gradient."""
+"""Plots of training: curves of AP, losses and step time, and shares of the gradient."""
 
 import re
 from collections import defaultdict
@@ -59,7 +59,7 @@ def _of_record(source: Source, draws: Mapping[str, Callable[..., Figure]]) -> Li
 
 
 def terms(source: Source) -> Dict[str, List[Plot]]:
-    """Of each method all losses, then the raw values of each stage's terms with its schedule."""
+    """Method -> all losses, then the raw values of each stage's terms with its schedule."""
     return {
         method: _of_method(method, source.runs_of(method))
         for method in source.record["methods"]
@@ -68,7 +68,7 @@ def terms(source: Source) -> Dict[str, List[Plot]]:
 
 
 def gradients(source: Source) -> Dict[str, Tuple[Dict[str, float], int, Optional[Plot]]]:
-    """Of each method that has them: term to mean share of the gradient, how many were measured, curves."""
+    """Method -> mean share of the gradient by term, the number of measurements, and curves."""
     found = {}
     for method in source.record["methods"]:
         runs = source.runs_of(method)
@@ -84,7 +84,7 @@ def gradients(source: Source) -> Dict[str, Tuple[Dict[str, float], int, Optional
 
 
 def mean_curve(runs: Sequence[RunData], values: Values) -> Curve:
-    """The mean over ``runs`` at the iterations that all of them have: else it jumps where one ends."""
+    """The mean over ``runs`` at common iterations: with others it would jump where a run ends."""
     points: Dict[float, List[float]] = defaultdict(list)
     for run in runs:
         for iteration, value in zip(run.curves["iteration"], values(run.curves)):
@@ -128,9 +128,9 @@ def _of_method(method: str, runs: Sequence[RunData]) -> List[Plot]:
 def schedule(
     stage: Optional[Stage], end: Optional[int]
 ) -> Tuple[str, Optional[Tuple[float, float, float]]]:
-    """In words, and the band of :func:`~.figures.draw_curves`."""
+    """A stage's schedule as text, and as the band of :func:`~.figures.draw_curves`."""
     if stage is None or end is None:
-        return "its schedule is not known, for want of a config.yaml", None
+        return "its schedule is unknown without a config.yaml", None
     start, stop = stage.span(end)
     if start == stop:
         return "off", None

@@ -1,4 +1,4 @@
-"""What a teacher is: a source of feature maps that stages learn from."""
+"""The base class of teachers: sources of feature maps that stages learn from."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Callable, Dict, FrozenSet, List, Optional
@@ -15,11 +15,11 @@ __all__ = ["Teacher"]
 class Teacher(ABC):
     """A source of feature maps.
 
-    It is no ``nn.Module``: the model that holds it does not see its parameters in ``modules()``,
-    ``parameters()`` or ``state_dict()``, and neither do DDP and the optimizer.  ``train()`` does not
+    It is no ``nn.Module``: its parameters are not among the ``modules()``, ``parameters()`` or
+    ``state_dict()`` of the model that holds it, and not in DDP or the optimizer.  ``train()`` does not
     reach it.
 
-    A subclass has to offer :attr:`shapes` and :meth:`features`.
+    A subclass defines :attr:`shapes` and :meth:`features`.
 
     Attributes:
         shapes: tap -> stride -> channels of the maps that it offers.
@@ -64,12 +64,12 @@ class Teacher(ABC):
 
     @property
     def detector(self) -> Optional[nn.Module]:
-        """The detector whose heads a loss may ask for; None if there is none."""
+        """The detector whose heads a loss may read; None if there is none."""
         return None
 
     @property
     def fingerprint(self) -> Optional[str]:
-        """What tells it from other teachers when a run is resumed; None: nothing fixed."""
+        """Identifies this teacher when a run is resumed; None: its weights are not fixed."""
         return None
 
     def prepare(self, step_dtype: Optional[torch.dtype] = None) -> Dict[int, float]:
@@ -79,9 +79,9 @@ class Teacher(ABC):
             step_dtype: what the training step computes in under autocast; None: float32.
 
         Returns:
-            stride -> how far that changes its maps, see :meth:`FrozenTeacher.prepare`; empty: not at all.
+            stride -> relative change of its maps, see :meth:`FrozenTeacher.prepare`; empty: none.
         """
         return {}
 
     def apply_to_tensors(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``fn``, a move of the model that holds it to a device or type, to its own tensors."""
+        """Apply ``fn`` to its tensors, when the model that holds it moves to a device or type."""

@@ -1,4 +1,4 @@
-"""The teacher: loaded and verified, frozen, made fast, run up to its FPN."""
+"""The frozen teacher: loads and verifies its weights, and runs up to its FPN."""
 
 import logging
 from contextlib import contextmanager
@@ -34,8 +34,8 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Of folded maps in float32, relative.  Beyond rounding, which tests keep below 1e-5, by room for depth
-# and for a GPU's choice of algorithms: nobody's run is to be refused for these.
+# Largest relative change of the maps by folding, in float32.  Tests measure less than 1e-5; the rest
+# is a margin for deeper networks and a GPU's choice of algorithms, which must not stop a run.
 FOLDING_ERROR = 1e-4
 
 
@@ -81,7 +81,7 @@ class FrozenTeacher(Teacher):
             )
         self.name = config if isinstance(config, str) else type(config).__name__
         if isinstance(config, str):
-            # Before its weights, so that a misspelt name is called that.
+            # Before the weights, so that a misspelt name is reported as one.
             config = read_config(config)
             weights = zoo_weights(self.name) if weights is None else weights
         if weights is None:
@@ -106,30 +106,30 @@ class FrozenTeacher(Teacher):
         self.fold, self.precision, self.compile = fold, precision, compile
         self._tap = FeatureTap(self.model)
         self.dtype: Optional[torch.dtype] = None  # None: as the code around it computes
-        # The layout that maps are brought to; None: as convolutions write them.
+        # The layout that maps are converted to; None: that of the convolutions.
         self._gives: Optional[torch.memory_format] = None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells its weights, as loaded, from other weights; see :func:`~sharedkd.weights.loading.fingerprint`."""
+        """Identifies its weights as they were loaded, see :func:`~sharedkd.weights.loading.fingerprint`."""
         return fingerprint(self.model)
 
     def prepare(self, step_dtype: Optional[torch.dtype] = None) -> Dict[int, float]:
-        """Make it fast, as ``fold``, ``precision`` and ``compile`` say, and measure what that changes.
+        """Apply ``fold``, ``precision`` and ``compile``, and measure how much they change its maps.
 
-        To be called once, on the device and in the memory layout where the student runs, when nobody
-        needs its weights as they were loaded any more.  On a CPU it computes with channels last, which
-        is the faster way forward on all of them; its maps still have the student's layout.
+        Call it once, after the move to the student's device and memory layout, and when the weights as
+        loaded are no longer needed.  On a CPU the teacher computes with channels last, which makes a forward
+        faster on all of them; its maps still have the student's layout.
 
         Args:
             step_dtype: what the training step computes in under autocast; None: float32.
 
         Returns:
-            stride -> how far its maps of a random image are from what they were: the root of the
-            mean square of the difference, relative to that of the map.
+            stride -> relative change of its maps of a random image: the root mean square of the difference
+            over that of the map.
 
         Raises:
-            ConfigError: a precision that the device does not offer, a compiler that is not there or
+            ConfigError: a precision that the device does not support, a compiler that is missing or
                 fails, or folding that changes the maps by more than rounding.
         """
         self.fingerprint  # of the weights as loaded
@@ -189,7 +189,7 @@ class FrozenTeacher(Teacher):
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        """Within it, the teacher computes in its own precision, whatever the code around it does."""
+        """A context in which the teacher computes in its own precision, whatever the autocast outside."""
         if self.dtype is None:
             yield
             return
@@ -212,9 +212,9 @@ class FrozenTeacher(Teacher):
         return self
 
     def apply_to_tensors(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``fn`` to its tensors: a device or type move of the model that holds this teacher.
+        """Apply ``fn`` to its tensors, when the model that holds it moves to a device or type.
 
-        That model's ``_apply``, which does not reach it by itself, calls this.
+        The model's ``_apply`` calls it, since a teacher is no submodule.
         """
         self.model._apply(fn)
 
@@ -249,7 +249,7 @@ class FrozenTeacher(Teacher):
         return maps
 
     def _layout(self) -> torch.memory_format:
-        """That of its weights, which its convolutions' maps have, too."""
+        """The memory format of its weights, and so of the maps that its convolutions return."""
         layout = torch.channels_last
         weights = (x for x in self.model.backbone.parameters() if x.dim() == 4)
         there = all(x.is_contiguous(memory_format=layout) for x in weights)
@@ -295,7 +295,7 @@ class FrozenTeacher(Teacher):
     def preprocess(
         self, batched_inputs: List[Dict[str, Any]], input_format: str, size_divisibility: int
     ) -> ImageList:
-        """Channel order first, then mean and std, then padding.
+        """Prepare the student's images: channel order first, then mean and std, then padding.
 
         Args:
             batched_inputs, input_format, size_divisibility: see :meth:`features`.
@@ -305,7 +305,7 @@ class FrozenTeacher(Teacher):
             of its own backbone's.
         """
         model = self.model
-        device = model.pixel_mean.device  # a copy to a GPU does not wait for what that computes
+        device = model.pixel_mean.device  # the copy does not wait for the GPU
         images = [x["image"].to(device, non_blocking=True) for x in batched_inputs]
         if input_format != self.input_format:
             images = [x.flip(0) for x in images]
@@ -315,7 +315,7 @@ class FrozenTeacher(Teacher):
 
 @contextmanager
 def _tf32(device: torch.device, allowed: Optional[bool]) -> Iterator[None]:
-    """Within it, float32 on CUDA may or may not be computed in TF32; None: as PyTorch is set."""
+    """A context that allows or forbids TF32 for float32 on CUDA; None: PyTorch's setting."""
     if device.type != "cuda" or allowed is None:
         yield
         return
