@@ -186,8 +186,13 @@ REPAIRED = {
     "outside": (setter("annotations", 0, bbox=[70, 5, 9, 9]), "1 of 12 boxes lie outside", {A: [ROAD]}),
     "of no image": (setter("annotations", 0, image_id=44), "of an image that is not listed.*image 44", {A: [ROAD]}),
     "of no category": (setter("annotations", 0, category_id=6), "of a category that is not.*category 6", {A: [ROAD]}),
-    "a category twice": (extend("categories", dict(GOOD["categories"][0])), "1 rows are repeated.*90", {}),
-    "an image twice": (extend("images", dict(GOOD["images"][0])), "1 rows are repeated.*id 7 of images", {}),
+    "a category twice": (extend("categories", dict(GOOD["categories"][0])), "1 images or categories are listed again.*id 90 of cat", {}),
+    "an image twice": (extend("images", dict(GOOD["images"][0])), "1 images or categories are listed again.*id 7 of images", {}),
+    "a category twice, otherwise the same": (
+        extend("categories", {"id": 5, "name": "cat", "supercategory": "animal"}),
+        "1 images or categories are listed again",
+        {},
+    ),
     "an image under two ids": (
         twice_under_two_ids,
         "1 of 5 images are listed twice, under two ids.*'a.png'",
@@ -358,6 +363,11 @@ REFUSED = {
     "corners beside polygons": (
         boxes(corners),
         r"boxes are the corners x0, y0, x1, y1 of their segmentation \(the first is \[5, 5, 25, 15\]",
+        "subtract",
+    ),
+    "corners of few": (
+        all_of(scattered, lambda d: d.update(annotations=d["annotations"][12:]), boxes(corners)),
+        "boxes reach over the edge",
         "subtract",
     ),
     "corners alone": (

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import signal
+import tempfile
 import traceback
 from collections import Counter
 from functools import partial
@@ -77,6 +78,7 @@ def tried(folder, text, use):
             resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY,) * 2)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.alarm(SECONDS)
+            tempfile.tempdir = str(folder)  # what is written there outlives this process
             said = use(str(path), str(folder / "images"))
             status = 0
         except BaseException:
