@@ -186,8 +186,13 @@ REPAIRED = {
     "outside": (setter("annotations", 0, bbox=[70, 5, 9, 9]), "1 of 12 boxes lie outside", {A: [ROAD]}),
     "of no image": (setter("annotations", 0, image_id=44), "of an image that is not listed.*image 44", {A: [ROAD]}),
     "of no category": (setter("annotations", 0, category_id=6), "of a category that is not.*category 6", {A: [ROAD]}),
-    "a category twice": (extend("categories", dict(GOOD["categories"][0])), "1 rows are repeated.*90", {}),
-    "an image twice": (extend("images", dict(GOOD["images"][0])), "1 rows are repeated.*id 7 of images", {}),
+    "a category twice": (extend("categories", dict(GOOD["categories"][0])), "1 images or categories are listed again.*id 90 of cat", {}),
+    "an image twice": (extend("images", dict(GOOD["images"][0])), "1 images or categories are listed again.*id 7 of images", {}),
+    "a category twice, otherwise the same": (
+        extend("categories", {"id": 5, "name": "cat", "supercategory": "animal"}),
+        "1 images or categories are listed again",
+        {},
+    ),
     "an image under two ids": (
         twice_under_two_ids,
         "1 of 5 images are listed twice, under two ids.*'a.png'",
@@ -209,7 +214,7 @@ REPAIRED = {
     "a byte order mark": (lambda d: json.dumps(d).encode("utf-8-sig"), "not in plain UTF-8", {}),
     "back slashes": (setter("images", 1, file_name="sub\\ünï 図.jpg"), "1 of 4 images are named.*matched", {}),
     "a path of Windows": (setter("images", 0, file_name="C:\\me\\images\\a.png"), "'a.png'.*matched", {}),
-    "a path of another machine": (setter("images", 0, file_name="/home/me/a.png"), "1 of 4 images are named", {}),
+    "a path of another machine": (setter("images", 0, file_name="/home/me/images/a.png"), "1 of 4 images are named", {}),
     "the folder's own name": (setter("images", 1, file_name=f"images/{SUB}"), "1 of 4 images are named", {}),
     "an extension in capitals": (setter("images", 0, file_name="a.PNG"), "'a.PNG' is 'a.png'", {}),
     "Unicode of macOS": (
@@ -360,6 +365,11 @@ REFUSED = {
         r"boxes are the corners x0, y0, x1, y1 of their segmentation \(the first is \[5, 5, 25, 15\]",
         "subtract",
     ),
+    "corners of few": (
+        all_of(scattered, lambda d: d.update(annotations=d["annotations"][12:]), boxes(corners)),
+        "boxes reach over the edge",
+        "subtract",
+    ),
     "corners alone": (
         all_of(scattered, boxes(corners)),
         "reach over the edge as x, y, width, height, and none as corners",
@@ -432,12 +442,12 @@ def test_files_that_are_not_there(own):
         check_coco(own.path / "none.json", own.images, *KEYS)
 
 
-def test_two_names_that_fit_one_file_are_refused(own):
-    change = all_of(
-        setter("images", 0, file_name="x/many.png"), setter("images", 3, file_name="y/many.png")
-    )
-    (error,) = read(own, change).errors
-    assert "'x/many.png' and 'y/many.png' both fit one file, 'many.png'" in str(error)
+def test_an_image_of_another_folder_is_not_taken_for_one_of_its_name(own):
+    """Files of one name lie in many folders: matched is what says that it lay in a folder of this name."""
+    (error,) = read(own, setter("images", 0, file_name="val/a.png")).errors
+    assert "no image file 'val/a.png'" in str(error)
+    (error,) = read(own, setter("images", 3, file_name="images/a.png")).errors
+    assert "'a.png' and 'images/a.png' both fit one file, 'a.png'" in str(error)
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "/{}/secret.png"])

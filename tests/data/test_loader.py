@@ -100,14 +100,6 @@ def test_seed_changes_order_and_augmentation(dicts):
     assert len(set(values)) == len(values)
 
 
-def test_every_epoch_holds_each_image_once(dicts):
-    batches = take(loader_of(dicts, mapper=draws, total_batch_size=1), 3 * len(dicts))
-    order = [sample[0] for batch in batches for sample in batch]
-    epochs = [order[start : start + len(dicts)] for start in range(0, len(order), len(dicts))]
-    assert all(sorted(epoch) == list(range(len(dicts))) for epoch in epochs)
-    assert epochs[0] != epochs[1]
-
-
 def test_the_order_is_one_seeded_permutation_per_epoch(dicts):
     batches = take(loader_of(dicts, mapper=draws, total_batch_size=1), 2 * len(dicts))
     expected = []

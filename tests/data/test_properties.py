@@ -52,7 +52,7 @@ SLIPS = [
     ("annotations", "bbox", lambda row, field: row.update(bbox=[str(x) for x in row["bbox"]])),
     *(("annotations", "segmentation", slip) for slip in (flat, with_a_point, in_pairs)),
     ("images", "file_name", lambda row, field: row.update(file_name=row[field].replace("/", "\\"))),
-    ("images", "file_name", lambda row, field: row.update(file_name=f"C:\\x\\{row[field]}")),
+    ("images", "file_name", lambda row, field: row.update(file_name=f"C:\\images\\{row[field]}")),
 ]
 
 

@@ -162,24 +162,6 @@ def test_half_written_folder_is_redone(tmp_path, lost):
     assert digest(tmp_path) == whole
 
 
-def test_interrupted_redo_is_not_taken_for_complete(tmp_path, monkeypatch):
-    make_shapes(tmp_path, train=2, val=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(cv2, "imwrite", lambda *_: False)
-        with pytest.raises(OSError, match="000000.jpg"):
-            make_shapes(tmp_path, train=2, val=1, seed=1)
-    assert not (tmp_path / "params.json").exists()
-    make_shapes(tmp_path, train=2, val=1)
-    assert (tmp_path / "params.json").exists()
-
-
-def test_other_arguments_redo(tmp_path):
-    make_shapes(tmp_path, train=2, val=1)
-    before = digest(tmp_path)
-    make_shapes(tmp_path, train=2, val=1, seed=1)
-    assert digest(tmp_path)["train.json"] != before["train.json"]
-
-
 @pytest.mark.parametrize("bad", [dict(train=0), dict(val=0), dict(size=(32, 192))])
 def test_bad_arguments(tmp_path, bad):
     with pytest.raises(ValueError, match="at least 1 image and 64 pixels"):

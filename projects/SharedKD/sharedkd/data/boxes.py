@@ -91,7 +91,7 @@ def _other_reading(
         return f"{what} ({first})", fix
     could_be = (sides > start).all() and (sides <= sizes + _SLACK).all()
     over = (start + sides - sizes > np.maximum(_SLACK, 0.05 * sizes)).any(axis=1).sum()
-    if could_be and over > (0.5 if n < 20 else 0.1) * n:
+    if could_be and over > (0.1 if n >= 8 else 0.5) * n:
         what = f"{over} of {n} boxes reach over the edge as x, y, width, height"
         return f"{what}, and none as corners x0, y0, x1, y1 ({first})", fix
     return None

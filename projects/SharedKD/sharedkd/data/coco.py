@@ -422,11 +422,16 @@ def _advice(data: CocoData, files: Sequence[_File], train: bool) -> Iterator[Con
 def _merge(files: Sequence[_File], categories: Mapping[int, str]) -> Dict[str, Any]:
     """One document of what is left of the files."""
     several = len(files) > 1
+    rows = {row["name"]: row for f in files for row in f.categories.values()}
+    for row in rows.values():
+        del row["used"]
     merged: Dict[str, Any] = {
         "info": files[0].document.get("info", {}),
         "images": [],
         "annotations": [],
-        "categories": [{"id": i, "name": name} for i, name in categories.items()],
+        "categories": [
+            {**rows.get(name, {}), "id": i, "name": name} for i, name in categories.items()
+        ],
     }
     for f in files:
         for image in f.images:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import unicodedata
+from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
@@ -133,19 +134,19 @@ class _Folder:
         return base in self._list(folder)[0]
 
     def find(self, name: str) -> Optional[str]:
-        """The one file that ``name`` can mean, relative to the folder: written for another system, or
-        from another folder above it."""
-        parts = [
-            p
-            for p in re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/")).split("/")
-            if p not in ("", ".")
-        ]
-        if ".." in parts:
-            parts = parts[len(parts) - parts[::-1].index("..") :]
+        """The one file that ``name`` means, relative to the folder.
+
+        It may be written for another system, and begin with folders above this one: the last of them
+        has this folder's name or that of one above it, as other images may have the same names.
+        """
+        parts = re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/")).split("/")
+        parts = [part for part in parts if part not in ("", ".")]
+        above = os.path.abspath(self.root).split(os.sep)
         for start in range(len(parts)):
-            found = self._walk(parts[start:])
-            if found is not None:
-                return found
+            if start == 0 or parts[start - 1] in above:
+                found = self._walk(parts[start:])
+                if found is not None:
+                    return found
         return None
 
     def _walk(self, parts: List[str]) -> Optional[str]:
@@ -179,24 +180,27 @@ def match_files(
         return []
     folder, prefix = _Folder(root), os.path.join(os.path.abspath(root), "")
     correct = f"correct {images_key} or the file_name in {notes.json_file}"
-    there, meant = [], {}
+    refuse = partial(notes.refuse, key=images_key, value=root)
+
+    def is_inside(name: str) -> bool:  # a json from someone else must not read what it likes
+        return os.path.abspath(os.path.join(root, name)).startswith(prefix)
+
+    there = [i for i in images if is_inside(i["file_name"]) and folder.has(i["file_name"])]
+    meant = {os.path.normpath(image["file_name"]): image["file_name"] for image in there}
+    exact = {*meant.values()}
     for image in images:
         name = image["file_name"]
-        # A json from someone else must not read what it likes.
-        inside = os.path.abspath(os.path.join(root, name)).startswith(prefix)
-        if inside and folder.has(name):
-            there.append(image)
+        if name in exact:
             continue
         found = folder.find(name)
-        if found is None and inside:
-            fix = f"put the file there, or {correct}"
-            notes.refuse(f"no image file {name!r}", fix, images_key, root)
+        if found is None and is_inside(name):
+            refuse(f"no image file {name!r}", f"put the file there, or {correct}")
         elif found is None:
-            fix = f"name a folder that holds all images, or {correct}"
-            notes.refuse(f"image file {name!r} lies outside of it", fix, images_key, root)
+            refuse(
+                f"image file {name!r} lies outside of it", f"name the folder of it, or {correct}"
+            )
         elif meant.setdefault(found, name) != name:
-            problem = f"{meant[found]!r} and {name!r} both fit one file, {found!r}"
-            notes.refuse(problem, correct, images_key, root)
+            refuse(f"{meant[found]!r} and {name!r} both fit one file, {found!r}", correct)
         else:
             form = " in another Unicode form" * (_normal(found) == _normal(name))
             notes.repair(FILE_NAMES, f"{name!r} is {found!r}{form}")

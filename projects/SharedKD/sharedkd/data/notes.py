@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 IM, CAT, ANN = "images", "categories", "annotations"
 ENCODING = Kind("", "file is not in plain UTF-8", "read as what it is")
 TEXT_NUMBERS = Kind("", "numbers are text or have a decimal point", "read as numbers")
-REPEATED = Kind("", "rows are repeated word by word", "listed once")
+REPEATED = Kind("", "images or categories are listed again", "listed once")
 IMAGE_IDS = Kind(IM, "images have ids that are no number of 63 bits", "numbered anew")
 SAME_FILE = Kind(IM, "images are listed twice, under two ids", "taken as one, with all objects")
 SIZES = Kind(IM, "images have no width and height", "read from the image")

@@ -99,7 +99,7 @@ def _id(value: Any) -> Any:
 
 
 def _rows_by_id(rows: List[Dict[str, Any]], part: str, notes: Notes) -> Dict[Any, Dict[str, Any]]:
-    """The rows by what their id is known by; rows repeated word by word once."""
+    """The rows by what their id is known by; rows that are repeated once."""
     found: Dict[Any, Dict[str, Any]] = {}
     for i, row in enumerate(rows):
         key = _id(row.get("id"))
@@ -108,7 +108,7 @@ def _rows_by_id(rows: List[Dict[str, Any]], part: str, notes: Notes) -> Dict[Any
             notes.refuse(f"{part}[{i}] has id {shown(row.get('id'))}", fix)
         elif key not in found:
             found[key] = row
-        elif {**row, "id": 0} == {**found[key], "id": 0}:
+        elif all(row.get(x) == found[key].get(x) for x in ("name", "file_name", "width", "height")):
             notes.repair(kinds.REPEATED, f"id {key} of {part}")
         else:
             notes.refuse(f"{part} has id {key} twice", f"make the ids of {part} unique")
