@@ -4,6 +4,8 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Detectron2 opens its console log once in a process, on a stream that pytest closes after that test.
+logging.raiseExceptions = False
 
 
 @pytest.fixture

@@ -49,8 +49,10 @@ def size(text: str):
 def config(args):
     """The config with the weights to export; without data where images are named and data are not."""
     cfg = load_config(args.config_file, args.overrides, keep_teacher=True, without_data=True)
-    annotations = OmegaConf.select(cfg, "data.val_json")
-    if "data" in cfg and (not args.images or (annotations and os.path.isfile(annotations))):
+    named = OmegaConf.select(cfg, "data.val_json") or []
+    annotations = [named] if isinstance(named, str) else named
+    there = annotations and all(map(os.path.isfile, annotations))
+    if "data" in cfg and (not args.images or there):
         cfg = load_config(args.config_file, args.overrides, keep_teacher=True)
     if args.weights:
         cfg.train.init_checkpoint = args.weights

@@ -8,7 +8,6 @@ from typing import Any, List, Mapping
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -56,7 +55,7 @@ class DataSets:
 def check_datasets(
     cfg: DictConfig, own: Mapping[str, List[CocoSummary]], eval_only: bool, findings: Findings
 ) -> DataSets:
-    """Check every COCO-format data set that the config names, on rank 0 only.
+    """Check every COCO-format data set that the config names, in every process: repaired data are registered anew.
 
     Args:
         cfg: the run's config.
@@ -65,8 +64,6 @@ def check_datasets(
         findings: receives an error for each unknown name and each faulty file.
     """
     found = DataSets(**own)
-    if not comm.is_main_process():
-        return found
     read = (
         {f"{cfg.data.name}_train": own["train"], f"{cfg.data.name}_val": own["test"]} if own else {}
     )

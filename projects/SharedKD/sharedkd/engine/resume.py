@@ -40,6 +40,7 @@ FIXED = (
     "train.seed",
     "train.accumulate",
     "dataloader.train.total_batch_size",
+    "dataloader.train.repeat_threshold",
 )
 #: Settings that may change: a teacher is compared by the fingerprint of its weights.
 FREE = (
