@@ -12,7 +12,7 @@ demo: .venv/.ready
 test nightly: export OMP_WAIT_POLICY := PASSIVE
 # Tiny models gain nothing from a second thread; files of tests run side by side instead.
 test nightly: export OMP_NUM_THREADS := 1
-PYTEST = .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST = .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: .venv/.ready
 	$(PYTEST)
 

@@ -18,6 +18,7 @@ OWN_BUILD = "+purepy"  # in the version that packaging/detectron2 gives its whee
 MODULES = {
     "import-linter": "importlinter",
     "hydra-core": "hydra",
+    "markdown-it-py": "markdown_it",
     "opencv-python-headless": "cv2",
     "pillow": "PIL",
     "pytest-xdist": "xdist",

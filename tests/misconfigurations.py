@@ -72,6 +72,11 @@ def first(part, **change):
     return lambda bad: bad.json(lambda data: data[part][0].update(change))
 
 
+def every(part, **change):
+    """Changes all items of a part of a json: what a few have may be repaired."""
+    return lambda bad: bad.json(lambda data: [row.update(change) for row in data[part]])
+
+
 def annotation(*words, **change):
     return (first("annotations", **change), "data.train_json", ["annotation", *words])
 
@@ -269,7 +274,7 @@ PLAIN = {
     "json empty": (lambda bad: bad.json(text=""), JSON, ["not a JSON file"]),
     "json truncated": (lambda bad: bad.json(text='{"images": ['), JSON, ["not a JSON file"]),
     "json is a web page": (lambda bad: bad.json(text="<html></html>"), JSON, ["not a JSON file"]),
-    "json in another encoding": (lambda bad: bad.json(text=b"\xff\xfe{\x00}\x00"), JSON, ["UTF-8"]),
+    "json in another encoding": (lambda bad: bad.json(text=b'{"a": "\xfc"}'), JSON, ["UTF-8"]),
     "json is a list": (lambda bad: bad.json(text="[]"), JSON, ["list", "images, annotations"]),
     "json without annotations": (
         lambda bad: bad.json(lambda data: data.pop("annotations")),
@@ -297,26 +302,35 @@ PLAIN = {
         ["gone.png"],
     ),
     "image of another size": (first("images", width=999), "data.train_images", ["999"]),
-    "image twice": (
-        lambda bad: bad.json(lambda data: data["images"].append(data["images"][0])),
+    "two images of one id": (
+        lambda bad: bad.json(lambda data: data["images"].append({**data["images"][1], "id": 1})),
         JSON,
         ["twice"],
     ),
-    "box outside its image": annotation(bbox=[500, 500, 9, 9]),
-    "box without area": annotation(bbox=[5, 5, 0, 9]),
+    "boxes outside their images": (every("annotations", bbox=[500, 500, 9, 9]), JSON, ["outside"]),
+    "boxes without area": (every("annotations", bbox=[5, 5, 0, 9]), JSON, ["width or height 0"]),
     "box of three numbers": annotation(bbox=[5, 5, 9]),
     "box of nan": annotation("finite", bbox=[5, 5, float("nan"), 9]),
-    "object of no category": annotation("category", category_id=99),
-    "object of no image": annotation("image", image_id=99999),
+    "objects of no category": (every("annotations", category_id=99), JSON, ["category 99"]),
+    "objects of no image": (every("annotations", image_id=99999), JSON, ["image 99999"]),
     "classes of two files differ": (
         lambda bad: bad.json(lambda data: data["categories"][0].update(name="blob")),
         "data.val_json",
         ["blob", "same list of categories"],
     ),
-    "validation without areas": (
-        lambda bad: bad.json(lambda data: data["annotations"][0].pop("area"), split="val"),
+    "repairs that are not wanted": (
+        lambda bad: [
+            *bad.json(lambda data: data["annotations"][0].pop("area"), split="val"),
+            "data.repair=False",
+        ],
         "data.val_json",
-        ["area"],
+        ["1 of", "have no area", "data.repair=True"],
+    ),
+    "range of images": (["data.image_range=[5,5]"], "data.image_range", ["5", "lo below hi"]),
+    "folders for several files": (
+        ["data.train_json=[a,b]", "data.train_images=[a,b,c]"],
+        "data.train_images",
+        ["3 folders", "2 files", "one for each"],
     ),
     "number of classes": (["data.num_classes=4"], "data.num_classes", ["4", "leave it out"]),
     "student's number of classes": (
@@ -482,7 +496,9 @@ PAIR = {
         f"{LOADER}.mapper.use_instance_mask",
         ["mask head", "data.masks=True"],
     ),
-    "polygon outside its image": annotation(
-        "polygon", "outside", segmentation=[[500, 500, 510, 500, 510, 510]]
+    "polygons outside their images": (
+        every("annotations", segmentation=[[500, 500, 510, 500, 510, 510]]),
+        JSON,
+        ["polygon", "outside"],
     ),
 }

@@ -131,7 +131,7 @@ def test_each_method_trains_beside_the_next(kind, pairs):
         check_step(*pairs(kind), instantiate(stack(kind, some)), records())
 
 
-UNDER_AUTOCAST = [("cpu", "mask_rcnn"), ("cpu", "fcos")]
+UNDER_AUTOCAST = [("cpu", "mask_rcnn"), ("cpu", "fcos"), ("cpu", "retinanet")]
 UNDER_AUTOCAST += [pytest.param("cuda", kind, marks=NEEDS_GPU) for kind in FAMILIES]
 
 

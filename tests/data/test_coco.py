@@ -1,529 +1,631 @@
-import copy
-import json
-import re
-import sys
-from pathlib import Path
-from unittest import mock
+"""What is repaired in a COCO json, what is refused, and what a run then sees."""
 
-import numpy as np
-import pycocotools.mask as mask_util
+import json
+import os
+import re
+import unicodedata
+from pathlib import Path
+
 import pytest
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from coco_files import (
+    GOOD,
+    HEIGHT,
+    NAME,
+    WIDTH,
+    all_of,
+    annotation,
+    extend,
+    image,
+    metrics,
+    rle,
+    seen,
+    setter,
+)
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from sharedkd.data import coco as coco_module
-from sharedkd.data.coco import check_coco, check_same_classes, register_coco
-from sharedkd.errors import ConfigError, Findings
+from sharedkd.data.coco import Reading, check_coco, read_coco, read_registered, register_coco
+from sharedkd.errors import ConfigError
 
-HEIGHT, WIDTH = 40, 60
+KEYS = ("data.train_json", "data.train_images")
+BOXES = Reading(masks=False)
 
-
-def rle(height, width):
-    mask = np.zeros((height, width), np.uint8, order="F")
-    mask[5:15, 5:25] = 1
-    encoded = mask_util.encode(mask)
-    return {"size": [height, width], "counts": encoded["counts"].decode()}
-
-
-def annotation(id, image_id, category_id, bbox, **more):
-    area = bbox[2] * bbox[3]
-    fields = dict(id=id, image_id=image_id, category_id=category_id, bbox=bbox, area=area)
-    return {**fields, "iscrowd": 0, **more}
-
-
-GOOD = {
-    "images": [
-        {"id": 7, "file_name": "a.png", "width": WIDTH, "height": HEIGHT},
-        {"id": 3, "file_name": "sub/ünï 図.jpg", "width": WIDTH, "height": HEIGHT},
-        {"id": 9, "file_name": "empty.png", "width": WIDTH, "height": HEIGHT},
-    ],
-    "annotations": [
-        annotation(1, 7, 5, [5, 5, 20, 10], segmentation=[[5, 5, 25, 5, 25, 15, 5, 15]]),
-        annotation(2, 7, 90, [5.5, 5, 20, 10], segmentation=rle(HEIGHT, WIDTH)),
-        # Sticks out by less than a pixel, as some of COCO's own boxes do.
-        annotation(4, 3, 5, [-0.4, 30, 60.8, 10.9], segmentation=[[0, 30, 60, 30, 60, 40, 0, 40]]),
-        annotation(
-            8,
-            3,
-            5,
-            [0, 0, 60, 40],
-            segmentation={"size": [HEIGHT, WIDTH], "counts": [400, 2000]},
-            iscrowd=1,
-        ),
-    ],
-    # Ids with a gap and out of order.
-    "categories": [{"id": 90, "name": "straße"}, {"id": 5, "name": "cat"}],
+A, SUB, MANY, EMPTY = "a.png", "sub/ünï 図.jpg", "many.png", "empty.png"
+CAT, ROAD = ("cat", [5, 5, 20, 10], False, True), ("straße", [5.5, 5, 20, 10], False, True)
+SMALL = [("straße", [5 * i, 9, 4, 8], False, True) for i in range(8)]
+CLEAN = {
+    A: [CAT, ROAD],
+    SUB: [("cat", [-0.4, 30, 60.8, 10.9], False, True), ("cat", [0, 0, 60, 40], True, True)],
+    MANY: SMALL,
+    EMPTY: [],
 }
 
 
-@pytest.fixture
-def own(tmp_path):
-    """Writes (a change of) GOOD with its images; returns the arguments of check_coco."""
-    root = tmp_path / "images"
-    for image in GOOD["images"]:
-        path = root / image["file_name"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (WIDTH, HEIGHT)).save(path)
-
-    def write(change=None, name="own.json"):
-        data = copy.deepcopy(GOOD)
-        data = (change and change(data)) or data
-        text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        return str(tmp_path / name), str(root), "data.train_json", "data.train_images"
-
-    return write
+def read(own, change=None, train=True, classes=None, reading=Reading(), **options):
+    files, roots = [own.write(change, **options)], [str(own.images)]
+    return read_coco(files, roots, *KEYS, train=train, classes=classes, reading=reading)
 
 
-def setter(part, index, **fields):
-    """A change of one item: None deletes the field."""
+def registered(data):
+    data.raise_errors()
+    data.register(NAME)
+    return seen()
 
+
+def said(data):
+    """The lines about repairs."""
+    return [str(repair) for summary in data.files for repair in summary.repairs]
+
+
+def test_a_clean_file_is_read_by_detectron2_itself(own):
+    data = read(own)
+    assert registered(data) == CLEAN
+    assert data.warnings == [] and said(data) == []
+    assert MetadataCatalog.get(NAME).json_file == str(own.path / "own.json")
+    (summary,) = data.files
+    counts = summary.images, summary.objects, summary.crowds, summary.empty_images
+    assert counts == (4, 11, 1, 1)
+    assert summary.categories == {5: "cat", 90: "straße"} and summary.has_masks
+
+
+# What has one meaning: (change, the line said, what of CLEAN is different then, how it is read)
+
+
+def text_ids(data):
+    for part, fields in (
+        ("images", ["id"]),
+        ("annotations", ["image_id", "category_id"]),
+        ("categories", ["id"]),
+    ):
+        for row in data[part]:
+            row.update({f: f"{row[f]}" for f in fields})
+
+
+def words_for_ids(data):
+    for row in data["images"]:
+        row["id"] = f"image {row['id']}"
+    for row in data["annotations"]:
+        row["image_id"] = f"image {row['image_id']}"
+
+
+def long_ids(data):
+    for row in data["images"]:
+        row["id"] += 10**30
+    for row in data["annotations"]:
+        row["image_id"] += 10**30
+
+
+def each(part, **fields):
     def change(data):
-        item = data[part][index]
-        for field, value in fields.items():
-            if value is None:
-                del item[field]
-            else:
-                item[field] = value
+        for i in range(len(data[part])):
+            setter(part, i, **fields)(data)
 
     return change
 
 
-def extend(part, item):
-    return lambda data: data[part].append(item)
+def twice_under_two_ids(data):
+    data["images"].append({**data["images"][0], "id": 70})
+    data["annotations"].append(
+        annotation(99, 70, 90, [40, 20, 9, 9], segmentation=[[40, 20, 49, 20, 49, 29]])
+    )
+    data["annotations"].append({**data["annotations"][0], "id": 98, "image_id": 70})
 
 
-def merged(first, second):
-    def change(data):
-        first(data)
-        second(data)
-
-    return change
-
-
-# name -> (change, what the message must contain: the value at fault, then the fix)
-BAD_JSON = {
-    "truncated": (lambda d: json.dumps(d)[:-40], "cut short", "export it again"),
-    "not json": (lambda d: "<xml/>", "not a JSON file", "export it again"),
-    "too deep": (lambda d: "[" * 100_000, "not a JSON file", "export it again"),
-    "a list": (lambda d: [d], "holds a list", "images, annotations, categories"),
-    "no annotations": (lambda d: d.pop("annotations") and d, "'annotations'", "with the lists"),
-    "images a dict": (lambda d: d.update(images={}), "no list 'images'", "with the lists"),
-    "no images": (lambda d: d.update(images=[]), "'images' is empty", "with the lists"),
-    "no categories": (lambda d: d.update(categories=[]), "'categories' is empty", "with the lists"),
-    "item not an object": (extend("annotations", 5), r"annotations\[4\] is 5", "JSON object"),
-    "float id": (setter("images", 0, id=7.0), r"images\[0\] has id 7.0", "3, not 3.0"),
-    "no id": (setter("annotations", 1, id=None), r"annotations\[1\] has id none", "whole-number"),
-    "true for id": (setter("categories", 0, id=True), "has id True", "whole-number"),
-    "image id twice": (setter("images", 1, id=7), "images has id 7 twice", "unique"),
-    "annotation id twice": (setter("annotations", 1, id=1), "has id 1 twice", "unique"),
-    "category id twice": (setter("categories", 0, id=5), "categories has id 5 twice", "unique"),
-    "category name twice": (setter("categories", 0, name="cat"), "'cat'", "rename or merge"),
-    "category without name": (setter("categories", 0, name=None), "id 90 has name", "a name"),
-    "blank category name": (setter("categories", 0, name=" "), "id 90 has name ' '", "a name"),
-    "no file name": (setter("images", 0, file_name=None), "image id 7", "file_name"),
-    "number for file name": (setter("images", 0, file_name=5), "file_name 5", "file_name"),
-    "no width": (setter("images", 0, width=None), "'a.png' has width none", "whole pixels"),
-    "height 0": (setter("images", 0, height=0), "'a.png' has height 0", "whole pixels"),
-    "negative width": (setter("images", 0, width=-60), "has width -60", "whole pixels"),
-    "float width": (setter("images", 0, width=60.0), "has width 60.0", "whole pixels"),
-    "unknown image": (
-        setter("annotations", 0, image_id=44),
-        "annotation id 1 is of image 44",
-        "correct its image_id",
+SQUARE = [[5, 5, 25, 5, 25, 15, 5, 15]]
+REPAIRED = {
+    "ids from 0": (setter("annotations", 0, id=0), "1 of 12 annotation ids.*id 0.*numbered", {}),
+    "ids repeated": (setter("annotations", 1, id=1), "2 of 12 annotation ids", {}),
+    "ids missing": (each("annotations", id=...), "12 of 12 annotation ids.*id none", {}),
+    "ids of 20 digits": (setter("annotations", 0, id=10**19), "1 of 12 annotation ids", {}),
+    "text ids": (text_ids, "30 numbers are text.*id '7' of images.*read as numbers", {}),
+    "an id with a decimal point": (setter("annotations", 0, image_id=7.0), "1 numbers.*image_id 7.0", {}),
+    "ids that are words": (words_for_ids, "4 of 4 images have ids that are no number.*'image 7'", {}),
+    "ids beyond 63 bits": (long_ids, "4 of 4 images have ids that are no number of 63 bits", {}),
+    "sizes as text": (setter("images", 0, width="60", height=40.0), "2 numbers.*width '60'", {}),
+    "no sizes": (each("images", width=..., height=...), "4 of 4 images have no width.*'a.png' is 60x40", {}),
+    "boxes as text": (setter("annotations", 0, bbox=["5", "5", "20.0", 10]), "1 numbers.*bbox", {}),
+    "no iscrowd": (setter("annotations", 0, iscrowd=...), "1 of 12 annotations have no iscrowd", {}),
+    "iscrowd of another type": (
+        all_of(setter("annotations", 0, iscrowd=False), setter("annotations", 3, iscrowd=1.0)),
+        "2 of 12 annotations have an iscrowd that is not 0 or 1.*False",
+        {},
     ),
-    "text for image": (setter("annotations", 0, image_id="7"), "image '7'", "image_id"),
-    "unknown category": (
-        setter("annotations", 1, category_id=6),
-        "annotation id 2 is of category 6",
-        "add the category",
+    "no area": (each("annotations", area=...), "12 of 12 annotations have no area", {}),
+    "no box": (setter("annotations", 0, bbox=...), "1 of 12 annotations have no bbox.*the box around", {}),
+    "no box, RLE": (
+        setter("annotations", 1, bbox=[]),
+        "1 of 12 annotations have no bbox",
+        {A: [CAT, ("straße", [5, 5, 20, 10], False, True)]},
     ),
-    "no bbox": (setter("annotations", 0, bbox=None), "'a.png' has bbox none", "four finite"),
-    "empty bbox": (setter("annotations", 0, bbox=[]), r"has bbox \[\]", "four finite"),
-    "bbox of 3": (setter("annotations", 0, bbox=[1, 2, 3]), r"bbox \[1, 2, 3\]", "four finite"),
-    "bbox of text": (setter("annotations", 0, bbox=["1", 2, 3, 4]), "'1'", "four finite"),
-    "bbox NaN": (setter("annotations", 0, bbox=[1, 2, float("nan"), 4]), "nan", "four finite"),
-    "bbox inf": (setter("annotations", 0, bbox=[1, 2, float("inf"), 4]), "inf", "four finite"),
-    "bbox huge": (setter("annotations", 0, bbox=[1, 2, 10**400, 4]), "annotation id 1", "finite"),
-    "zero width": (setter("annotations", 0, bbox=[5, 5, 0, 10]), "empty box", "above 0"),
-    "zero height": (setter("annotations", 0, bbox=[5, 5, 10, 0]), "empty box", "above 0"),
-    "negative size": (setter("annotations", 0, bbox=[30, 20, -10, -9]), "-10, -9", "above 0"),
-    "sticks out right": (setter("annotations", 0, bbox=[50, 5, 12, 5]), "by 2 px", "not corners"),
-    "sticks out bottom": (setter("annotations", 0, bbox=[5, 35, 5, 6.5]), "1.5 px", "clip"),
-    "sticks out left": (setter("annotations", 0, bbox=[-1.5, 5, 20, 5]), "1.5 px", "clip"),
-    "sticks out above": (setter("annotations", 0, bbox=[5, -9, 20, 20]), "by 9 px", "clip"),
-    "outside": (setter("annotations", 0, bbox=[60, 5, 0.5, 5]), "lies outside its 60x40", "clip"),
-    "outside left": (setter("annotations", 0, bbox=[-0.9, 5, 0.5, 5]), "lies outside", "clip"),
-    "outside above": (setter("annotations", 0, bbox=[5, -0.9, 5, 0.5]), "lies outside", "clip"),
-    "iscrowd 2": (setter("annotations", 0, iscrowd=2), "has iscrowd 2", "write 0"),
-    "ignore": (setter("annotations", 0, ignore=1), "has ignore 1", "remove 'ignore'"),
-    "polygon of 4": (setter("annotations", 0, segmentation=[[1, 2, 3, 4]]), "4 numbers", "polygon"),
-    "odd polygon": (setter("annotations", 0, segmentation=[[1] * 7]), "7 numbers", "polygons"),
-    "flat polygon": (setter("annotations", 0, segmentation=[1, 2, 3, 4, 5, 6]), "has 1", "polygon"),
-    "polygon NaN": (
-        setter("annotations", 0, segmentation=[[1, 2, 3, 4, 5, float("nan")]]),
-        "finite",
-        "remove the object",
+    "a flat polygon": (setter("annotations", 0, segmentation=SQUARE[0]), "1 of 12 polygons", {}),
+    "a polygon of pairs": (
+        setter("annotations", 0, segmentation=[[5, 5], [25, 5], [25, 15], [5, 15]]),
+        "1 of 12 polygons are not",
+        {},
     ),
-    "text for mask": (setter("annotations", 0, segmentation="x"), "segmentation 'x'", "polygons"),
-    "empty RLE": (setter("annotations", 0, segmentation={}), "size none", "RLE"),
-    "RLE turned": (
-        setter("annotations", 1, segmentation=rle(WIDTH, HEIGHT)),
-        r"annotation id 2 .* size \[60, 40\], its image is \[40, 60\]",
-        "RLE of the image's size",
+    "short polygons beside good ones": (
+        setter("annotations", 0, segmentation=[[1, 2, 3, 4], *SQUARE, [9, 9]]),
+        "1 of 12 objects have polygons that show nothing.*annotation id 1 of image 'a.png'",
+        {},
     ),
-    "RLE short": (
-        setter("annotations", 3, segmentation={"size": [HEIGHT, WIDTH], "counts": [9, 9]}),
-        "do not fill its 60x40",
-        "RLE of the image's size",
+    "a polygon outside beside a good one": (
+        setter("annotations", 0, segmentation=[*SQUARE, [99, 99, 120, 99, 120, 120]]),
+        "lies outside its 60x40 image.*those left out",
+        {},
     ),
-    "RLE string of another size": (
-        setter("annotations", 1, segmentation={**rle(50, 80), "size": [HEIGHT, WIDTH]}),
-        "do not fill its 60x40",
-        "RLE of the image's size",
+    "no polygon of three points": (
+        setter("annotations", 0, segmentation=[[1, 2, 3, 4]]),
+        "1 of 12 objects have no polygon.*left out",
+        {A: [ROAD]},
     ),
-    "RLE cut": (
-        setter("annotations", 1, segmentation={"size": [HEIGHT, WIDTH], "counts": "ool"}),
-        "'ool'",
-        "RLE of the image's size",
+    "the same, in a run on boxes": (
+        setter("annotations", 0, segmentation=[[1, 2, 3, 4]]),
+        "1 of 12 segmentations cannot be used.*4 numbers",
+        {A: [(*CAT[:3], False), ROAD]},
+        BOXES,
     ),
-    "RLE no counts": (
-        setter("annotations", 1, segmentation={"size": [HEIGHT, WIDTH]}),
-        "counts none",
-        "RLE of the image's size",
+    "RLE of another size, in a run on boxes": (
+        setter("annotations", 0, segmentation=rle(WIDTH, HEIGHT)),
+        "1 of 12 segmentations cannot be used",
+        {A: [(*CAT[:3], False), ROAD]},
+        BOXES,
     ),
-    "RLE of floats": (
-        setter("annotations", 1, segmentation={**rle(HEIGHT, WIDTH), "size": [40.0, 60.0]}),
-        r"size \[40.0, 60.0\]",
-        "RLE of the image's size",
+    "polygons without points": (
+        setter("annotations", 0, segmentation=[[]]),
+        "1 of 12 polygons",
+        {A: [(*CAT[:3], False), ROAD]},
+        BOXES,
     ),
-    "polygon far out": (
-        setter("annotations", 0, segmentation=[[0, 0, 1e9, 0, 1e9, 9]]),
-        "by more than its size",
-        "polygons",
+    "over the edges": (
+        all_of(setter("annotations", 0, bbox=[-2.5, -3, 20, 10]), setter("annotations", 1, bbox=[50, 38, 15, 4])),
+        "2 of 12 boxes reached over their image's edge by up to 5 px .*clipped",
+        {A: [("cat", [0, 0, 17.5, 7], False, True), ("straße", [50, 38, 10, 2], False, True)]},
     ),
-    "keypoints": (setter("annotations", 0, keypoints=["x"]), "keypoints", "remove them"),
-    "id of 20 digits": (setter("annotations", 0, id=10**19), "has id 1000", "18 digits"),
-    "half a character": (
-        lambda d: json.dumps(d).replace('"cat"', r'"\ud800"'),
-        "id 5 has name '.ud800'",
-        "UTF-8",
+    "no width": (setter("annotations", 0, bbox=[5, 5, 0, 10]), "1 of 12 boxes have width or height 0", {A: [ROAD]}),
+    "outside": (setter("annotations", 0, bbox=[70, 5, 9, 9]), "1 of 12 boxes lie outside", {A: [ROAD]}),
+    "of no image": (setter("annotations", 0, image_id=44), "of an image that is not listed.*image 44", {A: [ROAD]}),
+    "of no category": (setter("annotations", 0, category_id=6), "of a category that is not.*category 6", {A: [ROAD]}),
+    "a category twice": (extend("categories", dict(GOOD["categories"][0])), "1 images or categories are listed again.*id 90 of cat", {}),
+    "an image twice": (extend("images", dict(GOOD["images"][0])), "1 images or categories are listed again.*id 7 of images", {}),
+    "a category twice, otherwise the same": (
+        extend("categories", {"id": 5, "name": "cat", "supercategory": "animal"}),
+        "1 images or categories are listed again",
+        {},
     ),
-    "huge image": (setter("images", 0, width=10**9), "1000000000x40 pixels", "cannot be read"),
-    "all images empty": (lambda d: d.update(annotations=[]), "no image has an object", "annotate"),
-    "nothing but crowd": (lambda d: d.update(annotations=d["annotations"][3:]), "object", "crowd"),
-}
+    "an image under two ids": (
+        twice_under_two_ids,
+        "1 of 5 images are listed twice, under two ids.*'a.png'",
+        {A: [CAT, ROAD, ("straße", [40, 20, 9, 9], False, True)]},
+    ),
+    "Roboflow's root": (
+        lambda d: d["categories"].append(dict(id=0, name="things", supercategory="none")),
+        "1 of 3 categories name nothing.*'things'.*no class",
+        {},
+    ),
+    "a supercategory": (
+        lambda d: [c.update(supercategory="all") for c in d["categories"]]
+        and d["categories"].append(dict(id=4, name="all")),
+        "1 of 3 categories name nothing.*'all'",
+        {},
+    ),
+    "a background": (extend("categories", {"id": 1, "name": "__background__"}), "1 of 3 categories name", {}),
+    "UTF-16": (lambda d: json.dumps(d).encode("utf-16"), "not in plain UTF-8.*read as what it is", {}),
+    "a byte order mark": (lambda d: json.dumps(d).encode("utf-8-sig"), "not in plain UTF-8", {}),
+    "back slashes": (setter("images", 1, file_name="sub\\ünï 図.jpg"), "1 of 4 images are named.*matched", {}),
+    "a path of Windows": (setter("images", 0, file_name="C:\\me\\images\\a.png"), "'a.png'.*matched", {}),
+    "a path of another machine": (setter("images", 0, file_name="/home/me/images/a.png"), "1 of 4 images are named", {}),
+    "the folder's own name": (setter("images", 1, file_name=f"images/{SUB}"), "1 of 4 images are named", {}),
+    "an extension in capitals": (setter("images", 0, file_name="a.PNG"), "'a.PNG' is 'a.png'", {}),
+    "Unicode of macOS": (
+        setter("images", 1, file_name=unicodedata.normalize("NFD", SUB)),
+        "in another Unicode form",
+        {},
+    ),
+}  # fmt: skip
 
 
-def message_of(call, *args, **kwargs):
-    with pytest.raises(ConfigError) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    return message
+@pytest.mark.parametrize("name", REPAIRED)
+def test_repaired(own, name):
+    change, words, other, *reading = REPAIRED[name]
+    data = read(own, change, reading=(reading or [Reading()])[0])
+    before = Path(data.json_file).read_bytes()
+    assert registered(data) == {**CLEAN, **other}
+    (line,) = [x for x in said(data) if re.search(words, x)]
+    assert sum(line in str(w) for w in data.warnings) == 1
+    assert all(str(w).startswith("data.train_json=") and "\n" not in str(w) for w in data.warnings)
+    assert (own.path / "own.json").read_bytes() == before
+    # What was repaired is clean.
+    again = read_coco([MetadataCatalog.get(NAME).json_file], [str(own.images)], *KEYS)
+    assert again.errors == [] and said(again) == []
 
 
-@pytest.mark.parametrize("change, value, fix", BAD_JSON.values(), ids=BAD_JSON)
-def test_bad_json(own, change, value, fix):
-    arguments = own(change)
-    message = message_of(check_coco, *arguments)
-    assert message.startswith(f"data.train_json={arguments[0]}: ")
-    problem, _, advice = message.partition("; ")
-    assert re.search(value, problem)
-    assert re.search(fix, advice)
+@pytest.mark.parametrize("name", REPAIRED)
+def test_repairs_can_be_refused(own, name):
+    change, words, _, *reading = REPAIRED[name]
+    masks = not reading
+    data = read(own, change, reading=Reading(repair=False, masks=masks))
+    words = words.partition(".*")[0]
+    assert [e for e in data.errors if re.search(words, e.problem)]
+    assert said(data) == [] and all("correct them" in e.fix for e in data.errors)
 
 
-def test_good(own):
-    summary = check_coco(*own())
-    assert (summary.images, summary.objects, summary.crowds, summary.empty_images) == (3, 3, 1, 1)
-    assert summary.categories == {5: "cat", 90: "straße"}
-    assert summary.classes == ["cat", "straße"]
-    assert summary.has_masks and summary.has_rle
-    assert check_coco(*own(), train=False) == summary
+def test_needless_things_are_not_missed(own):
+    """No info, no licenses, no supercategory, "./", null for a mask in a run on boxes."""
+    change = all_of(
+        setter("annotations", 0, segmentation=None),
+        setter("annotations", 1, segmentation=[]),
+        setter("annotations", 4, segmentation=...),
+        setter("images", 0, file_name="./a.png"),
+    )
+    data = read(own, change, reading=BOXES)
+    assert registered(data)["./a.png"] == [(*CAT[:3], False), (*ROAD[:3], False)]
+    assert data.files[0].repairs == () and data.files[0].unmasked == 3
 
 
 @pytest.mark.parametrize(
-    "bbox", [[59, 39, 2, 2], [-1, -1, 5, 5], [0, 0, WIDTH, HEIGHT], [0.5, 0.5, 0.1, 0.1]]
+    "bbox", [[59, 39, 2, 2], [-1, -1, 5, 5], [0, 0, 60, 40], [0.5, 2, 0.1, 0.1]]
 )
-def test_boxes_at_the_edge_pass(own, bbox):
-    assert check_coco(*own(setter("annotations", 0, bbox=bbox))).objects == 3
+def test_boxes_at_the_edge_are_left_as_they_are(own, bbox):
+    data = read(own, setter("annotations", 0, bbox=bbox))
+    assert registered(data)[A][0][1] == bbox and said(data) == []
 
 
-def test_boxes_without_masks_pass(own):
-    summary = check_coco(
-        *own(
-            merged(
-                setter("annotations", 0, segmentation=None),
-                setter("annotations", 1, segmentation=[]),
-            )
-        )
-    )
-    assert summary.unmasked == 2 and not summary.has_masks
-
-
-def test_the_flat_boxes_of_coco_itself_pass(own, tmp_path):
+def test_the_flat_boxes_of_coco_itself_are_left_to_detectron2(own):
+    own.picture("000000200365.jpg")
     flat = setter("annotations", 0, bbox=[29.65, 38.33, 1.03, 0.0])
-    rename = setter("images", 0, file_name="000000200365.jpg")
-    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "images" / "000000200365.jpg")
-    assert check_coco(*own(merged(flat, rename))).objects == 3
-    assert "empty box" in message_of(check_coco, *own(flat))
+    data = read(own, all_of(flat, setter("images", 0, file_name="000000200365.jpg")))
+    assert data.files[0].objects == 11 and said(data) == []
 
 
-def test_many_faults_give_their_number_and_the_first(own):
+# What has none, or several: (change, the problem, the fix)
+
+
+def boxes(function):
     def change(data):
-        for a in data["annotations"][:3]:
-            a["bbox"][2] = 0
+        for a in data["annotations"]:
+            a["bbox"] = function(*a["bbox"])
 
-    message = message_of(check_coco, *own(change))
-    assert "annotation id 1 of" in message and "(and 2 more)" in message
-    assert "more)" not in message_of(check_coco, *own(setter("annotations", 2, bbox=[1, 1, 0, 1])))
+    return change
 
 
-def test_every_kind_of_fault_is_said_at_once(own, tmp_path):
+def corners(x, y, w, h):
+    return [x, y, x + w, y + h]
+
+
+def unmasked(data):
+    for a in data["annotations"]:
+        del a["segmentation"]
+
+
+def crowds(data):
+    for a in data["annotations"]:
+        a["iscrowd"] = int(a["category_id"] == 5)
+
+
+def scattered(data):
+    """Twenty boxes, all over the image."""
+    places = [[7 * (i % 6) + 4, 6 * (i // 6) + 8, 9, 7] for i in range(20)]
+    data["annotations"] = [annotation(i + 1, 7, 5, box) for i, box in enumerate(places)]
+
+
+POLYGONS, PIXELS = "write polygons", "four finite numbers"
+REFUSED = {
+    "truncated": (lambda d: json.dumps(d)[:-40], "cut short", "export it again"),
+    "too deep": (lambda d: "[" * 100_000, "not a JSON file", "export it again"),
+    "latin-1": (lambda d: json.dumps(d, ensure_ascii=False)[:-1].replace("図", "").encode("latin-1"), "JSON", "UTF-8"),
+    "a list": (lambda d: [d], "holds a list", "images, annotations, categories"),
+    "no annotations": (lambda d: d.pop("annotations") and d, "'annotations'", "with the lists"),
+    "no images": (lambda d: d.update(images=[]), "'images' is empty", "with the lists"),
+    "item not an object": (extend("annotations", 5), r"annotations\[12\] is 5", "JSON object"),
+    "image without id": (setter("images", 0, id=None), r"images\[0\] has id none", "whole-number"),
+    "true for an id": (setter("categories", 0, id=True), "has id True", "whole-number"),
+    "two images of one id": (setter("images", 1, id=7), "images has id 7 twice", "unique"),
+    "two categories of one id": (setter("categories", 0, id=5), "categories has id 5 twice", "unique"),
+    "one name, two ids": (setter("categories", 0, name="cat"), "'cat'", "rename or merge"),
+    "category without name": (setter("categories", 0, name=" "), "id 90 has name ' '", "a name"),
+    "half a character": (lambda d: json.dumps(d).replace('"cat"', r'"\ud800"'), "id 5 has name", "UTF-8"),
+    "no file name": (setter("images", 0, file_name=5), "has file_name 5", "file_name"),
+    "height 0": (setter("images", 0, height=0), "'a.png' has height 0", "whole pixels"),
+    "huge image": (setter("images", 0, width=10**9), "1000000000x40 pixels", "cannot be read"),
+    "no bbox, no mask": (setter("annotations", 0, bbox=..., segmentation=[]), "'a.png' has bbox none", PIXELS),
+    "bbox of 3": (setter("annotations", 0, bbox=[1, 2, 3]), r"bbox \[1, 2, 3\]", PIXELS),
+    "bbox NaN": (setter("annotations", 0, bbox=[1, 2, float("nan"), 4]), "nan", PIXELS),
+    "bbox of words": (setter("annotations", 0, bbox=["a", 2, 3, 4]), "'a'", PIXELS),
+    "negative size": (setter("annotations", 0, bbox=[30, 20, -10, -9]), "-10, -9", "above 0"),
+    "iscrowd 2": (setter("annotations", 0, iscrowd=2), "has iscrowd 2", "write 0"),
+    "ignore": (setter("annotations", 0, ignore=1), "has ignore 1", "remove 'ignore'"),
+    "odd polygon": (setter("annotations", 0, segmentation=[[1] * 7]), "7 numbers", POLYGONS),
+    "polygon of NaN": (setter("annotations", 0, segmentation=[[1, 2, 3, 4, 5, float("nan")]]), "finite", POLYGONS),
+    "RLE turned": (setter("annotations", 1, segmentation=rle(60, 40)), r"\[60, 40\], its image is", "RLE of the image"),
+    "keypoints": (setter("annotations", 0, keypoints=["x"]), "keypoints", "remove them"),
+    "a tenth of no image": (
+        all_of(setter("annotations", 0, image_id=44), setter("annotations", 1, image_id=44)),
+        "2 of 12 annotations are of an image that is not listed",
+        "correct them",
+    ),
+    "a tenth outside": (
+        all_of(setter("annotations", 0, bbox=[70, 5, 9, 9]), setter("annotations", 1, bbox=[5, 50, 9, 9])),
+        "2 of 12 boxes lie outside",
+        "correct them",
+    ),
+    "half without area": (boxes(lambda x, y, w, h: [x, y, 0, h]), "12 of 12 boxes have width", "correct them"),
+    "shares of the image": (
+        all_of(unmasked, boxes(lambda x, y, w, h: [max(x, 0) / 60, y / 40, min(w, 60) / 60, min(h, 40) / 40])),
+        "12 of 12 boxes lie within 0 and 1: shares of the image, not pixels",
+        "multiply",
+    ),
+    "shares of the image in some": (
+        all_of(setter("annotations", 0, bbox=[0.1, 0.2, 0.5, 0.5]), setter("annotations", 1, bbox=[0.3, 0.2, 0.1, 0.1])),
+        "2 of 12 boxes lie within 0 and 1",
+        "multiply",
+    ),
+    "corners beside polygons": (
+        boxes(corners),
+        r"boxes are the corners x0, y0, x1, y1 of their segmentation \(the first is \[5, 5, 25, 15\]",
+        "subtract",
+    ),
+    "corners of few": (
+        all_of(scattered, lambda d: d.update(annotations=d["annotations"][12:]), boxes(corners)),
+        "boxes reach over the edge",
+        "subtract",
+    ),
+    "corners alone": (
+        all_of(scattered, boxes(corners)),
+        "reach over the edge as x, y, width, height, and none as corners",
+        "subtract",
+    ),
+    "no objects": (lambda d: d.update(annotations=[]), "no image has an object", "annotate"),
+    "a class of crowds": (crowds, "all annotations of 'cat' are crowd regions", "set iscrowd to 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(own, name):
+    change, problem, fix = REFUSED[name]
+    data = read(own, change)
+    (error,) = [e for e in data.errors if re.search(problem, e.problem)]
+    assert error.key == "data.train_json" and error.value == str(own.path / "own.json")
+    assert re.search(fix, error.fix) and len(str(error).splitlines()) == 1
+
+
+def test_scattered_boxes_are_no_corners(own):
+    assert read(own, scattered).errors == []
+
+
+def test_large_objects_that_reach_over_a_little_are_clipped(own):
+    def change(data):
+        data["annotations"] = [annotation(i + 1, 7, 5, [1, 1, 61, 41]) for i in range(4)]
+
+    assert {tuple(x[1]) for x in registered(read(own, change))[A]} == {(1, 1, 59, 39)}
+
+
+def test_every_kind_of_fault_is_said_at_once(own):
     """What depends on something that is at fault itself is left out, and nothing else."""
 
     def change(data):
-        data["images"].append({"id": 11, "file_name": "gone.png", "width": 0, "height": 9})
-        data["annotations"].append(annotation(12, 11, 5, [90, 90, 5, 5]))  # no size to be in
-        data["annotations"].append(annotation(13, 44, 6, [1, 1, 0, 0], iscrowd=7))
-        data["annotations"][0]["bbox"] = [1, 2, "3"]
-        data["annotations"][1]["bbox"] = [1, 2, 0, 0]
-        data["annotations"][2].update(bbox=[1, 2, -3, 0], segmentation=[[1, 2]])
+        data["images"].append({**image(12, "gone.png"), "width": 0})
+        data["annotations"].append(annotation(12, 12, 5, [90, 90, 5, 5]))  # no size to be in
+        data["annotations"][0]["bbox"] = [1, 2]
+        data["annotations"][4]["bbox"] = [1, 2]
+        data["annotations"][1].update(iscrowd=7, segmentation=[[1, 2, 3]] * 2 + [["x"]])
+        data["categories"][0]["name"] = None
 
-    arguments = own(change)
-    (tmp_path / "images/a.png").unlink()
-    with pytest.raises(ConfigError) as caught:
-        check_coco(*arguments)
-    assert [e.problem.replace("'", "") for e in caught.value.errors] == [
-        "image gone.png has width 0",
-        "annotation id 1 of image a.png has bbox [1, 2, 3]",
-        "annotation id 2 of image a.png has an empty box [1, 2, 0, 0] (and 1 more)",
-        mock.ANY,
-        "annotation id 13 is of image 44, which does not exist",
-        "annotation id 13 is of category 6, which does not exist",
-        "annotation id 13 has iscrowd 7",
-        "no image file a.png",
+    (own.images / A).unlink()
+    data = read(own, change)
+    assert [(e.key, re.sub("[']|, its.*", "", e.problem)) for e in data.errors] == [
+        ("data.train_json", "image gone.png has width 0"),
+        ("data.train_json", "category id 90 has name none"),
+        ("data.train_images", "no image file a.png"),
+        ("data.train_json", "annotation id 1 of image a.png has bbox [1, 2] (and 1 more)"),
+        ("data.train_json", "annotation id 2 of image a.png has iscrowd 7"),
+        ("data.train_json", "annotation id 2 of image a.png has a polygon of 1 numbers"),
     ]
-    assert "2 numbers" in caught.value.errors[3].problem
-    findings = Findings()
-    summary = check_coco(*arguments, findings=findings)
-    assert summary.refused
-    assert (summary.images, summary.objects, summary.broken_annotations) == (4, 4, 4)
-    assert len(findings.errors) == len(caught.value.errors)
+    assert data.files[0].broken_annotations == 3
+    with pytest.raises(ConfigError) as caught:
+        data.raise_errors()
+    assert len(str(caught.value).splitlines()) == 6
 
 
-def test_a_file_without_any_sound_image(own):
-    message = message_of(check_coco, *own(lambda d: [i.pop("width") for i in d["images"]] and d))
-    assert "has width none (and 2 more)" in message
+def test_files_that_are_not_there(own):
+    (own.images / SUB).unlink()
+    (own.images / EMPTY).unlink()
+    (own.images / EMPTY).mkdir()
+    path = own.write()
+    found = read_coco([path], [str(own.images)], *KEYS).errors
+    assert [e.problem for e in found] == ["no image file 'sub/ünï 図.jpg' (and 1 more)"]
+    found = read_coco([path], [str(own.path / "none")], *KEYS).errors
+    assert [str(e) for e in found] == [
+        f"data.train_images={own.path}/none: no such folder; name the folder of data.train_json's images"
+    ]
+    with pytest.raises(ConfigError, match="none.json: cannot be read .*name an existing COCO json"):
+        check_coco(own.path / "none.json", own.images, *KEYS)
 
 
-def test_line_breaks_in_values_do_not_break_the_line(own):
-    change = setter("images", 0, file_name="a\nb\u2028c\rd.png")
-    assert "no image file" in message_of(check_coco, *own(change))
-
-
-@pytest.mark.parametrize(
-    "change, value, fix",
-    [
-        (setter("annotations", 0, area=None), "annotation id 1 has area none", "mask's area"),
-        (setter("annotations", 0, area=-1), "has area -1", "mask's area"),
-        (setter("annotations", 0, iscrowd=None), "annotation id 1 has no iscrowd", "write 0"),
-        (setter("annotations", 0, id=0), "annotation id 0", "number from 1"),
-    ],
-)
-def test_what_evaluation_reads_is_asked_of_val_only(own, change, value, fix):
-    arguments = own(change)
-    assert check_coco(*arguments).objects == 3
-    message = message_of(check_coco, *arguments, train=False)
-    assert value in message and fix in message
-
-
-def test_val_without_objects_passes(own):
-    summary = check_coco(*own(lambda d: d.update(annotations=[])), train=False)
-    assert summary.empty_images == 3
-
-
-def test_missing_json(tmp_path, own):
-    _, *others = own()
-    for path in (tmp_path / "none.json", tmp_path):
-        message = message_of(check_coco, path, *others)
-        assert f"data.train_json={path}" in message and "name an existing" in message
-    (tmp_path / "latin.json").write_bytes(json.dumps(GOOD, ensure_ascii=False).encode("utf-16"))
-    assert "UTF-8" in message_of(check_coco, tmp_path / "latin.json", *others)
-
-
-def test_missing_images(own, tmp_path):
-    arguments = own()
-    message = message_of(check_coco, arguments[0], tmp_path / "none", *arguments[2:])
-    assert message.startswith(f"data.train_images={tmp_path / 'none'}: no such folder")
-    (tmp_path / "images" / "sub" / "ünï 図.jpg").unlink()
-    (tmp_path / "images" / "empty.png").unlink()
-    message = message_of(check_coco, *arguments)
-    assert message.startswith(f"data.train_images={arguments[1]}: ")
-    assert "'sub/ünï 図.jpg' (and 1 more)" in message and "correct" in message
-
-
-def test_crowd_regions_need_masks_where_masks_are_evaluated(own):
-    arguments = own(setter("annotations", 3, segmentation=[]))
-    assert check_coco(*arguments).has_masks
-    assert check_coco(*arguments, train=False).unmasked == 1
+def test_an_image_of_another_folder_is_not_taken_for_one_of_its_name(own):
+    """Files of one name lie in many folders: matched is what says that it lay in a folder of this name."""
+    (error,) = read(own, setter("images", 0, file_name="val/a.png")).errors
+    assert "no image file 'val/a.png'" in str(error)
+    (error,) = read(own, setter("images", 3, file_name="images/a.png")).errors
+    assert "'a.png' and 'images/a.png' both fit one file, 'a.png'" in str(error)
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "/{}/secret.png"])
-def test_images_elsewhere_are_not_read(own, tmp_path, name):
-    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "secret.png")
-    arguments = own(setter("images", 0, file_name=name.format(tmp_path)))
-    message = message_of(check_coco, *arguments)
-    assert message.startswith(f"data.train_images={arguments[1]}: ")
-    assert "lies outside of it" in message and "/ for absolute names" in message
-    if name.startswith("/"):
-        data = json.loads(Path(arguments[0]).read_text())
-        for image in data["images"][1:]:
-            image["file_name"] = f"{arguments[1]}/{image['file_name']}"
-        Path(arguments[0]).write_text(json.dumps(data))
-        assert check_coco(arguments[0], "/", *arguments[2:]).images == 3
+def test_images_elsewhere_are_not_read(own, name):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(own.path / "secret.png")
+    (error,) = read(own, setter("images", 0, file_name=name.format(own.path))).errors
+    assert error.key == "data.train_images" and "lies outside of it" in error.problem
 
 
-def test_names_below_the_folder_may_go_up_and_down(own):
-    assert check_coco(*own(setter("images", 0, file_name="sub/../a.png"))).images == 3
-
-
-def test_what_passes_can_be_parsed_and_copied_from_deep_in_the_stack(own):
-    """pycocotools reads the file anew, and copies its info, from further down than the check."""
-
-    def info(depth):
-        def change(data):
-            for _ in range(depth):
-                data["info"] = [data.get("info")]
-
-        return change
-
-    def further_down(frames, function, *args):
-        return further_down(frames - 1, function, *args) if frames else function(*args)
-
-    refused, limit = 0, sys.getrecursionlimit()
-    for depth in range(50, 1000, 50):
-        sys.setrecursionlimit(10 * limit)  # to write it
-        arguments = own(info(depth))
-        sys.setrecursionlimit(limit)
-        try:
-            check_coco(*arguments)
-        except ConfigError as e:
-            assert "nested too deeply" in str(e)
-            refused += 1
-            continue
-        data = further_down(100, json.loads, Path(arguments[0]).read_text())
-        further_down(100, copy.deepcopy, data["info"])
-    assert 0 < refused < 19
-
-
-def test_folder_in_place_of_an_image(own, tmp_path):
-    (tmp_path / "images" / "a.png").unlink()
-    (tmp_path / "images" / "a.png").mkdir()
-    assert "no image file 'a.png'" in message_of(check_coco, *own())
-
-
-def test_image_of_another_size(own, tmp_path):
-    Image.new("RGB", (WIDTH, HEIGHT + 1)).save(tmp_path / "images" / "a.png")
-    message = message_of(check_coco, *own())
-    assert message.startswith("data.train_images=")
-    assert "'a.png' is 60x41, not 60x40" in message and "correct the image" in message
-    assert check_coco(*own(), verify_sizes=False).images == 3
-
-
-def test_image_that_is_none(own, tmp_path):
-    (tmp_path / "images" / "a.png").write_bytes(b"text")
-    assert "'a.png' cannot be read as an image" in message_of(check_coco, *own())
-
-
-@pytest.mark.parametrize("orientation, good", [(1, False), (3, False), (6, True), (8, True)])
-def test_images_turned_by_exif_are_measured_upright(own, tmp_path, orientation, good):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / "images" / "turned.jpg"
-    Image.new("RGB", (HEIGHT, WIDTH)).save(path, exif=exif)
-    arguments = own(setter("images", 2, file_name="turned.jpg"))
-    if good:
-        # What Detectron2 itself says of such an image.
-        mapper = DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
-        mapper({"file_name": str(path), "height": HEIGHT, "width": WIDTH})
-        check_coco(*arguments)
-    else:
-        assert "is 40x60, not 60x40" in message_of(check_coco, *arguments)
-
-
-def test_headers_are_read_from_a_spread_sample(own, tmp_path, monkeypatch):
+def test_the_root_folder_takes_absolute_names(own):
     def change(data):
-        data["images"] = [dict(GOOD["images"][0], id=i) for i in range(1, 2501)]
-        data["annotations"] = [annotation(1, 7, 5, [5, 5, 20, 10])]
+        for row in data["images"]:
+            row["file_name"] = f"{own.images}/{row['file_name']}"
 
-    opened = []
-    monkeypatch.setattr(
-        coco_module.Image, "open", lambda p: opened.append(p) or Image.new("L", (1, 1))
+    assert read_coco([own.write(change)], ["/"], *KEYS).files[0].images == 4
+
+
+def test_thin_images_are_found_before_training(own):
+    own.picture("thin.png", (3000, 2))
+    thin = extend("images", {**image(50, "thin.png"), "width": 3000, "height": 2})
+    assert read(own, thin, reading=Reading(max_size=800)).errors == []  # 800 x 0.53, rounded to 1
+    (error,) = read(own, thin, reading=Reading(max_size=700)).errors
+    assert "'thin.png' of 3000x2 pixels has no side left" in str(error) and "crop it" in error.fix
+
+
+# Warnings
+
+
+def warned(data):
+    data.raise_errors()
+    return [w.problem for w in data.warnings]
+
+
+def test_many_crowds_are_warned_of(own):
+    some = all_of(setter("annotations", 4, iscrowd=1), setter("annotations", 5, iscrowd=1))
+    (problem,) = warned(read(own, some))
+    assert problem == "3 of 12 annotations are crowd regions (iscrowd 1), which are not trained on"
+    (problem,) = warned(read(own, some, train=False))
+    assert problem.endswith("ignored in evaluation")
+
+
+def test_validation_without_objects_is_warned_of(own):
+    assert warned(read(own, lambda d: d.update(annotations=[]), train=False)) == [
+        "has no object to find: every AP will be nan"
+    ]
+    first, second = warned(read(own, each("annotations", iscrowd=1), train=False))
+    assert first.startswith("12 of 12 annotations are crowd") and "every AP will be nan" in second
+
+
+def test_empty_images_and_classes_are_warned_of(own):
+    first, second = warned(read(own, lambda d: d.update(annotations=d["annotations"][:1])))
+    assert first == "3 of 4 images have no object and are trained on as background"
+    assert second.startswith("1 of 2 classes have no object here ('straße'): its scores are never")
+
+
+# Classes of validation data, several files, registered names
+
+
+def test_validation_classes_are_matched_by_name(own):
+    def other_ids(data):
+        data["categories"] = [
+            dict(id=1, name="straße"),
+            dict(id=2, name="cat"),
+            dict(id=3, name="dog"),
+        ]
+        for a in data["annotations"]:
+            a["category_id"] = {90: 1, 5: 2}[a["category_id"]]
+
+    train = read(own)
+    data = read(own, other_ids, train=False, classes=train.categories)
+    assert registered(data) == CLEAN
+    assert MetadataCatalog.get(NAME).thing_dataset_id_to_contiguous_id == {5: 0, 90: 1}
+    assert [x.partition(" (")[0] for x in said(data)] == [
+        "1 of 3 categories name nothing: a root, a background, unused",
+        "2 of 3 classes are not listed, or have another id elsewhere",
+    ]
+    fewer = lambda d: d.update(categories=d["categories"][1:], annotations=d["annotations"][:1])  # noqa: E731
+    assert registered(read(own, fewer, train=False, classes=train.categories))[A] == [CAT]
+    assert MetadataCatalog.get(NAME).thing_classes == ["cat", "straße"]
+
+
+def test_validation_objects_of_an_unknown_class_are_refused(own):
+    data = read(
+        own, setter("categories", 1, name="Cat"), train=False, classes={5: "cat", 90: "straße"}
     )
-    message = message_of(check_coco, *own(change))
-    assert 500 <= len(opened) <= 1000
-    assert f"(and {len(opened) - 1} more)" in message
+    (error,) = data.errors
+    assert "has 3 objects of 'Cat', which is no class of training; 'cat' of training" in str(error)
+    assert error.fix == "write the same list of categories into both files"
 
 
-def test_same_classes(own):
-    train = check_coco(*own())
+def test_several_files_are_one_data_set(own):
+    """The same ids mean other images and objects, other ids the same class."""
 
-    def val(change):
-        path, root, *_ = own(change, "val.json")
-        return check_coco(path, root, "data.val_json", "data.val_images", train=False)
+    def second(data):
+        data["images"] = [image(7, "b.png"), image(8, A)]
+        data["categories"] = [{"id": 5, "name": "straße"}, {"id": 1, "name": "dog"}]
+        data["annotations"] = [
+            annotation(1, 7, 5, [1, 2, 3, 4], segmentation=[[1, 2, 4, 2, 4, 6]]),
+            annotation(2, 8, 1, [7, 8, 9, 9], segmentation=[[7, 8, 16, 8, 16, 17]]),
+        ]
 
-    check_same_classes(train, val(lambda d: d["categories"].reverse()))
-    for change, expected in (
-        (extend("categories", {"id": 6, "name": "dog"}), "only data.val_json has 1: 6 'dog'"),
-        (setter("categories", 1, name="dog"), "id 5 is 'cat' and 'dog'"),
-        (lambda d: d.update(categories=d["categories"][1:], annotations=[]), "90 'straße'"),
-    ):
-        message = message_of(check_same_classes, train, val(change))
-        assert (
-            message.startswith("data.val_json=") and f"data.train_json={train.json_file}" in message
-        )
-        assert expected in message and "same list of categories" in message
+    os.makedirs(own.path / "other")
+    (own.images / A).rename(own.path / "other" / A)
+    own.picture("../other/b.png")
+    (own.path / "other" / A).rename(own.images / A)
+    own.picture(f"../other/{A}")
+    files = [own.write(), own.write(second, "second.json")]
+    data = read_coco(files, [str(own.images), str(own.path / "other")], *KEYS)
+    found = registered(data)
+    dog = ("dog", [7, 8, 9, 9], False, True)
+    assert found == {
+        **CLEAN,
+        f"{own.path}/other/b.png": [("straße", [1, 2, 3, 4], False, True)],
+        f"{own.path}/other/{A}": [dog],
+    }
+    assert sum(x.images for x in data.files) == 6 and sum(x.objects for x in data.files) == 13
+    ids = [r["image_id"] for r in DatasetCatalog.get(NAME)]
+    assert len(set(ids)) == 6
 
 
-@pytest.fixture
-def name():
-    yield "own_of_test"
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        if "own_of_test" in catalog:
-            catalog.remove("own_of_test")
+def test_an_image_of_two_files_is_one_with_the_objects_of_both(own):
+    def dogs(data):
+        data["images"] = [image(1, A)]
+        data["annotations"] = [
+            annotation(1, 1, 1, [7, 8, 9, 9], segmentation=[[7, 8, 16, 8, 16, 17]])
+        ]
+        data["categories"] = [{"id": 1, "name": "dog"}]
+
+    data = read_coco([own.write(), own.write(dogs, "dogs.json")], [str(own.images)] * 2, *KEYS)
+    found = registered(data)
+    assert found[A] == [CAT, ROAD, ("dog", [7, 8, 9, 9], False, True)]
+    assert len(found) == 4 and "1 of 1 images are listed twice" in said(data)[0]
 
 
-def test_register(own, name):
-    json_file, root, *_ = own()
-    register_coco(name, json_file, root)
-    metadata = MetadataCatalog.get(name)
-    assert metadata.thing_classes == ["cat", "straße"]
+def test_register(own):
+    data = register_coco(NAME, own.write(), own.images)
+    assert seen() == CLEAN and data.classes == ["cat", "straße"]
+    metadata = MetadataCatalog.get(NAME)
     assert metadata.thing_dataset_id_to_contiguous_id == {5: 0, 90: 1}
-    assert (metadata.json_file, metadata.image_root) == (json_file, root)
     assert metadata.evaluator_type == "coco"
-
-    register_coco(name, json_file, root)
-    assert MetadataCatalog.get(name) is metadata
-
-    records = DatasetCatalog.get(name)
-    assert [r["image_id"] for r in records] == [3, 7, 9]
-    assert [a["category_id"] for a in records[1]["annotations"]] == [0, 1]
-
-    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
-    assert [len(mapper(r)["instances"]) for r in records] == [1, 2, 0]
+    # The same path with other content.
+    own.write(extend("categories", {"id": 6, "name": "dog"}))
+    register_coco(NAME, own.write(extend("categories", {"id": 6, "name": "dog"})), own.images)
+    assert MetadataCatalog.get(NAME).thing_classes == ["cat", "dog", "straße"]
+    with pytest.raises(ConfigError, match=f"{NAME}=.*no list 'images'"):
+        register_coco(NAME, own.write(lambda d: {"x": 1}), own.images)
 
 
-def test_register_again_with_other_data(own, name):
-    json_file, root, *_ = own()
-    register_coco(name, json_file, root)
-    DatasetCatalog.get(name)
-    # The same path with other content, then another path.
-    own(extend("categories", {"id": 6, "name": "dog"}))
-    register_coco(name, json_file, root)
-    assert MetadataCatalog.get(name).thing_classes == ["cat", "dog", "straße"]
-    other, *_ = own(name="other.json")
-    register_coco(name, other, root)
-    assert MetadataCatalog.get(name).json_file == other
-    assert len(DatasetCatalog.get(name)) == 3
-    assert MetadataCatalog.get(name).thing_classes == ["cat", "straße"]
+def test_registered_names_are_repaired_where_detectron2_reads_them(own):
+    register_coco_instances(
+        NAME, {"colour": 3}, own.write(REPAIRED["over the edges"][0]), str(own.images)
+    )
+    data = read_registered(NAME, "dataloader.train.dataset.names", train=True)
+    assert data.errors == [] and seen()[A] == REPAIRED["over the edges"][2][A]
+    assert MetadataCatalog.get(NAME).colour == 3
+    other = f"{NAME}_2"
+    DatasetCatalog.register(other, lambda: [])  # nobody knows what this reads
+    assert read_registered(other, "dataloader.train.dataset.names", train=True) is None
+    json_file = own.write(setter("annotations", 0, id=0))
+    MetadataCatalog.get(other).set(json_file=json_file, image_root=str(own.images))
+    (error,) = read_registered(other, "dataloader.train.dataset.names", train=True).errors
+    assert "annotation ids" in error.problem
+
+
+def dirt(data):
+    """All that can be repaired without a change to what is there."""
+    text_ids(data)
+    each("annotations", id=..., area=...)(data)
+    for a in data["annotations"]:
+        a["iscrowd"] = bool(a["iscrowd"])
+        if len(a["segmentation"]) == 1:
+            a["segmentation"] = a["segmentation"][0]
+    data["images"].reverse(), data["categories"].reverse()
+    data["categories"].append(dict(id="0", name="all", supercategory="none"))
+
+
+def test_repaired_data_evaluate_like_their_clean_twin(own):
+    read(own, lambda d: d["annotations"][2].update(area=600)).register(NAME)  # that of its mask
+    clean = metrics()
+    registered(read(own, dirt))
+    assert metrics() == clean and 20 < clean["bbox"]["AP"] < 99

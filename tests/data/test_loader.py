@@ -100,12 +100,52 @@ def test_seed_changes_order_and_augmentation(dicts):
     assert len(set(values)) == len(values)
 
 
-def test_every_epoch_holds_each_image_once(dicts):
-    batches = take(loader_of(dicts, mapper=draws, total_batch_size=1), 3 * len(dicts))
-    order = [sample[0] for batch in batches for sample in batch]
-    epochs = [order[start : start + len(dicts)] for start in range(0, len(order), len(dicts))]
-    assert all(sorted(epoch) == list(range(len(dicts))) for epoch in epochs)
-    assert epochs[0] != epochs[1]
+def test_the_order_is_one_seeded_permutation_per_epoch(dicts):
+    batches = take(loader_of(dicts, mapper=draws, total_batch_size=1), 2 * len(dicts))
+    expected = []
+    for epoch in range(2):
+        seeds = np.random.SeedSequence(3, spawn_key=(0, epoch))
+        expected += np.random.default_rng(seeds).permutation(len(dicts)).tolist()
+    assert [sample[0] for batch in batches for sample in batch] == expected
+
+
+RARE = dict(mapper=draws, repeat_threshold=0.9, aspect_ratio_grouping=False)
+
+
+def test_images_of_rare_classes_are_repeated(dicts):
+    """Class 0 has 3 of 7 images, 1 and 2 have 2: sqrt(0.9 / (3 / 7)) = 1.449, sqrt(0.9 / (2 / 7)) = 1.775."""
+    loader = loader_of(dicts, **RARE, total_batch_size=1)
+    expected = [1.4491 if i % 3 == 0 else 1.7748 for i in range(7)]
+    np.testing.assert_allclose(loader.repeats, expected, rtol=1e-4)
+    order = [batch[0][0] for batch in take(loader, 12_000)]
+    counts = np.bincount(order, minlength=7)
+    np.testing.assert_allclose(
+        counts / counts.sum(), loader.repeats / loader.repeats.sum(), atol=0.006
+    )
+
+
+def test_repeats_depend_on_the_seed_alone_and_resume(dicts, monkeypatch):
+    whole = take(loader_of(dicts, **RARE), 12)
+    resumed = loader_of(dicts, **RARE, num_workers=1)
+    resumed.first_batch = 5
+    assert take(resumed, 7) == whole[5:]
+    assert take(loader_of(dicts, **{**RARE, "seed": 4}), 12) != whole
+    parts = []
+    for rank in range(2):
+        in_world(monkeypatch, rank, 2)
+        parts.append(take(loader_of(dicts, **RARE), 12))
+    assert [a + b for a, b in zip(*parts)] == whole
+
+
+def test_a_threshold_that_no_class_is_below_changes_nothing(dicts):
+    """1.0 at most: each image once, though in another order than without."""
+    order = [
+        b[0][0]
+        for b in take(loader_of(dicts, **{**RARE, "repeat_threshold": 0.2}, total_batch_size=1), 14)
+    ]
+    assert sorted(order[:7]) == sorted(order[7:]) == list(range(7))
+    with pytest.raises(ConfigError, match="dataloader.train.repeat_threshold=2"):
+        loader_of(dicts, repeat_threshold=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -33,7 +33,7 @@ def test_a_run_that_skips_a_step_and_is_watched(train, tmp_path, monkeypatch):
         rows = [row for row in rows if "lr" in row]  # those of training
         assert [row["skipped_steps"] for row in rows] == [1] * 4
         assert all(any("watch/identical/" in k for k in row) == bool(period) for row in rows[1:])
-    assert finals[0]["trainer"]["bad_steps"] == dict(in_a_row=0, total=1)
+    assert finals[0]["trainer"]["hooks"]["StepLog"] == dict(in_a_row=0, total=1)
     assert read_record(output)["skipped"] == dict(steps=1, images=0)
     for name, x in finals[0]["model"].items():
         assert torch.isfinite(x).all() and torch.equal(x, finals[1]["model"][name]), name

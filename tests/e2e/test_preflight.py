@@ -142,7 +142,7 @@ def test_a_failed_part_blocks_only_what_needs_it(good, tmp_path):
 
 def test_broken_annotations_are_counted_beside_what_is_wrong_with_them(good, workspace, tmp_path):
     data = json.loads((workspace.shapes / "train.json").read_text())
-    for annotation, bbox in zip(data["annotations"], ([], [1, 1, 0, 0], [1, 1, -5, 9])):
+    for annotation, bbox in zip(data["annotations"], ([1, 2], [1, 1, -5, 9], [1, 1, -5, 9])):
         annotation["bbox"] = bbox
     (tmp_path / "train.json").write_text(json.dumps(data))
     wrong = [f"train.output_dir={tmp_path}/run", f"data.train_json={tmp_path}/train.json"]

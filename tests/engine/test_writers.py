@@ -8,7 +8,6 @@ import pytest
 import tiny
 from detectron2.engine import hooks
 from detectron2.utils.events import EventStorage
-from omegaconf import OmegaConf
 
 from sharedkd.config import load_config
 from sharedkd.engine.hooks.writers import build_writers

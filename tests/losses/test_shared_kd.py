@@ -18,7 +18,7 @@ from losses.harness import (
 )
 
 from sharedkd.losses import Batch, CrossLayer, IdenticalLayer
-from sharedkd.losses.teacher_share import shared_targets
+from sharedkd.losses.identical_layer import shared_targets
 
 SHARES = ("dense", "adjacent", "none")
 PAIRS = ("dense", "adjacent")

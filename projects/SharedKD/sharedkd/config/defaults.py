@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 
@@ -31,6 +31,8 @@ GONE = {
     "train.fast_focal_loss": _SPEED,
     "train.keep_memory": _SPEED,
     "train.on_save_error": "leave it out: a full disk ends the run, and --resume goes on",
+    "dataloader.train.sampler": "the loader draws its own order; for rare classes set "
+    "dataloader.train.repeat_threshold, such as 0.01",
     "model.teacher.cache": "leave it out: the teacher runs in every step",
 }
 
@@ -118,14 +120,18 @@ class Train:
 class Data:
     """The group `data`: own data in COCO format.  The first four keys have to be given."""
 
-    train_json: Optional[str] = None  # COCO-format annotations to train on
-    val_json: Optional[str] = None  # those to evaluate on
-    train_images: Optional[str] = None  # folder of the images that train_json names
-    val_images: Optional[str] = None  # folder of those of val_json; it may be the same one
+    train_json: Any = None  # COCO-format annotations to train on, one file or a list
+    val_json: Any = None  # those to evaluate on
+    train_images: Any = None  # folder of the images that train_json names, or one for each file
+    val_images: Any = None  # folder of those of val_json; it may be the same one
     # the data set's name in Detectron2's catalog: own_train, own_val
     name: str = limited("own", empty=False)
     num_classes: Optional[int] = limited(None, least=1)  # counted in the json
+    classes: Optional[List[str]] = None  # their names, from the json
     masks: bool = False  # load instance masks
+    repair: bool = True  # what has one meaning is repaired in memory, and said; False: refused
+    # [lo, hi] of images beyond 8 bits that become 0 and 255; None: by their type
+    image_range: Optional[List[float]] = None
     # training sizes in pixels, one drawn per image
     short_edge: List[int] = limited([224, 240, 256], least=1)
     test_short_edge: int = limited(240, least=1)  # size in evaluation

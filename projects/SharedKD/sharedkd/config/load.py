@@ -1,20 +1,21 @@
 """Reads a run's config: the file, its overrides, types and defaults, and own data."""
 
 import os
-from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Optional, Sequence, Set, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from detectron2.config import LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from sharedkd.data.coco import CocoSummary, check_coco, check_same_classes, register_coco
-from sharedkd.errors import FAILED, ConfigError, Findings, collecting
+from sharedkd.data.coco import CocoSummary
+from sharedkd.errors import ConfigError, Findings, collecting
 
 from .build import missing_keys, not_set
 from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
 from .overrides import check_override, not_applicable
+from .own_data import read_own_data
 from .structure import settle
 
 __all__ = ["Loaded", "load", "load_config", "override", "student_only"]
@@ -28,12 +29,12 @@ class Loaded:
 
     Args:
         cfg: with all keys of ``train`` and ``data``, its own data registered.
-        data: ``train`` and ``test`` -> summary of the annotation file; FAILED if it cannot be read.
-            Empty without own data.
+        data: ``train`` and ``test`` -> a summary of each annotation file; FAILED in place of one that
+            cannot be read.  Empty without own data.
     """
 
     cfg: DictConfig
-    data: Dict[str, CocoSummary] = field(default_factory=dict)
+    data: Dict[str, List[CocoSummary]] = field(default_factory=dict)
 
 
 @collecting
@@ -86,7 +87,7 @@ def load(
         if without_data:
             cfg.data.num_classes = cfg.data.num_classes or 80
         else:
-            data = _own_data(cfg.data, findings)
+            data = read_own_data(cfg, findings)
     if not (keep_teacher or cfg.train.inherit or cfg.train.eval_teacher):
         _drop_idle_teachers(cfg.model, findings)
     return Loaded(cfg, data)
@@ -178,58 +179,6 @@ def _shorten(cfg: DictConfig) -> None:
     batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
     if isinstance(batch, int):
         cfg.dataloader.train.total_batch_size = min(batch, 2 * comm.get_world_size())
-
-
-# --- own data -----------------------------------------------------------------------------------
-
-
-def _own_data(data: DictConfig, findings: Findings) -> Dict[str, CocoSummary]:
-    """Check and register the COCO-format data of ``data``, and count its classes.
-
-    Sets ``data.num_classes``, to which the model refers, or 80 if no file says it.
-
-    Returns:
-        ``train`` and ``test`` -> summary of the file; FAILED if it cannot be read.
-    """
-    found = {
-        loader: findings.step(_check_own_data, data, split, findings)
-        for loader, split in (("train", "train"), ("test", "val"))
-    }
-    usable = [x for x in found.values() if x and not x.refused]
-    if len(usable) == 2:
-        findings.step(check_same_classes, *usable)
-    if usable and data.num_classes not in (None, len(usable[0].classes)):
-        problem = f"contradicts the {len(usable[0].classes)} categories of {data.train_json}"
-        fix = "leave it out: classes are counted"
-        findings.add(ConfigError("data.num_classes", data.num_classes, problem, fix))
-    data.num_classes = len(usable[0].classes) if usable else 80
-    return found
-
-
-def _check_own_data(data: DictConfig, split: str, findings: Findings) -> CocoSummary:
-    keys = [f"data.{split}_json", f"data.{split}_images"]
-    json_file, images = (data[key.partition(".")[2]] for key in keys)
-    for key, value in zip(keys, (json_file, images)):
-        if not value:
-            findings.add(ConfigError(key, value, "is not set", f"add {key}=PATH to the command"))
-    if not (json_file and images):
-        return FAILED
-    summary = check_coco(json_file, images, *keys, train=split == "train", findings=findings)
-    if summary.refused:
-        return summary
-    register_coco(f"{data.name}_{split}", json_file, images)
-    if data.masks and not summary.has_masks:
-        findings.add(
-            ConfigError(
-                keys[0],
-                summary.json_file,
-                f"{summary.unmasked} of {summary.objects} objects have no segmentation, and "
-                "data.masks is true",
-                "use a config without masks, such as configs/custom_coco.py",
-            )
-        )
-        return replace(summary, refused=True)
-    return summary
 
 
 # --- teachers that no stage learns from -----------------------------------------------------------

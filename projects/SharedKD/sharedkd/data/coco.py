@@ -1,58 +1,74 @@
-"""Own data in COCO format: everything that would stop or spoil a run is found before it starts."""
+"""Own data in COCO format: read, repaired in memory, checked against their images, and registered.
 
-import copy
+The files on disk are never changed.  Detectron2 reads a clean file itself; of repaired or several
+files it reads a copy in a temporary folder, in training and evaluation alike.
+"""
+
 import json
-import math
 import os
+import tempfile
 from collections import Counter
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Set, Tuple, Union
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
-from PIL import Image
 
-from sharedkd.errors import FAILED, ConfigError, Findings, collecting
+from sharedkd.errors import ConfigError, ConfigErrors
 
-from .masks import MOST_PIXELS, fault, is_int, is_number, shown
+from .images import check_headers, match_files
+from .notes import NO_CLASS, SAME_CLASSES, SAME_FILE, Notes, Repair
+from .repair import is_root, read_json, settle_annotations, settle_categories, settle_images
 
-__all__ = ["CocoSummary", "check_coco", "check_same_classes", "register_coco"]
+__all__ = [
+    "CocoData",
+    "CocoSummary",
+    "Reading",
+    "check_coco",
+    "read_coco",
+    "read_registered",
+    "register_coco",
+]
 
-# Pixels that a box may stick out of its image: COCO's own boxes do by fractions of a pixel.
-_BOX_SLACK = 1.0
-# The two images of COCO train2017 with a box of height 0.  Detectron2's mapper drops such boxes.
-_COCO_FLAT_BOXES = {"000000200365.jpg", "000000550395.jpg"}
-# Image headers that are read: enough to catch a wrong folder or a resized set within seconds.
-_MOST_HEADERS = 1000
-_LARGEST_ID = 2**63 - 1  # COCO evaluation sorts them as 64-bit integers
-_LONGEST_MESSAGE = 1000  # characters
-# More than lie between this module and any place where Detectron2 or pycocotools reads the file.
-_SPARE_FRAMES = 200
-_EXIF_ORIENTATION, _EXIF_QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+_MANY_CROWDS, _MANY_EMPTY = 0.1, 0.5  # shares of objects and of images that are warned of
 
-# (path, modification time, size) of a json file -> its categories, as a big file takes seconds to
-# parse and both the number of classes and the class names are asked for.
-_categories_of: Dict[Tuple[str, int, int], Dict[int, str]] = {}
+
+@dataclass(frozen=True)
+class Reading:
+    """How a run reads its data.
+
+    Args:
+        masks: it uses segmentations; else unusable ones are left out.
+        repair: what has one meaning is repaired; False: it is refused.
+        max_size: of an image's longer edge after resizing, in pixels; None: not known.
+        image_range: see :func:`~sharedkd.data.images.read_image`.
+        scales: images are read by that function, so that they may have more than 8 bits.
+    """
+
+    masks: bool = True
+    repair: bool = True
+    max_size: Optional[int] = None
+    image_range: Optional[Sequence[float]] = None
+    scales: bool = True
 
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """What a checked json file holds.
+    """What one json file holds, after repairs.
 
     Args:
         key: the config key that names the file.
         json_file: the file.
-        images: number of images.
-        objects: number of objects to learn or find, crowd regions not counted.
+        images, objects: their numbers; crowd regions are no objects.
         crowds: number of crowd regions (``iscrowd`` 1).
         empty_images: number of images without an object.
         broken_annotations: number of those for which the file is refused.
+        repaired: number of repairs.
         unmasked: number of objects without a segmentation; for evaluation also of crowd regions.
-        has_rle: whether some object's segmentation is RLE, which Detectron2's mapper takes with
-            ``instance_mask_format="bitmask"`` only.
         categories: category id -> class name, ids ascending.
-        refused: something is wrong with the file, so that it cannot be used.
+        repairs: what was repaired, by kind.
+        refused: whether the file cannot be used.
     """
 
     key: str
@@ -62,10 +78,11 @@ class CocoSummary:
     crowds: int
     empty_images: int
     broken_annotations: int
+    repaired: int
     unmasked: int
-    has_rle: bool
     categories: Dict[int, str]
-    refused: bool = False
+    repairs: Tuple[Repair, ...]
+    refused: bool
 
     @property
     def classes(self) -> List[str]:
@@ -78,7 +95,360 @@ class CocoSummary:
         return self.unmasked == 0
 
 
-@collecting
+@dataclass
+class CocoData:
+    """One or several json files, read as one data set.
+
+    Args:
+        files: a summary of each that could be read, also of those that are refused.
+        categories: category id -> class name of all of them, ids ascending.
+        errors: why they are refused, all at once.
+        warnings: what was repaired and what is probably not meant.
+        json_file, image_root: the file, and the folder that its file names are relative to.
+        document: what Detectron2 is to read in place of the file; None: the file is clean.
+        image_files: absolute names of the images.
+    """
+
+    files: List[CocoSummary] = field(default_factory=list)
+    categories: Dict[int, str] = field(default_factory=dict)
+    errors: List[ConfigError] = field(default_factory=list)
+    warnings: List[ConfigError] = field(default_factory=list)
+    json_file: str = ""
+    image_root: str = ""
+    document: Optional[Dict[str, Any]] = field(default=None, repr=False)
+    image_files: List[str] = field(default_factory=list, repr=False)
+
+    @property
+    def classes(self) -> List[str]:
+        """Class names in order of category id."""
+        return list(self.categories.values())
+
+    def refuse(self, errors: Sequence[ConfigError]) -> None:
+        """Add to the reasons not to use the data; with any, all their files are refused."""
+        self.errors += errors
+        self.files = [replace(x, refused=bool(self.errors)) for x in self.files]
+
+    def raise_errors(self) -> None:
+        """Raises:
+        ConfigError: the one error there is, or all of them; nothing if there is none.
+        """
+        if self.errors:
+            raise self.errors[0] if len(self.errors) == 1 else ConfigErrors(self.errors)
+
+    def register(self, name: str) -> None:
+        """Make ``name`` a Detectron2 data set; one of that name is replaced.
+
+        Class names and the map of category ids are there at once, before the data are first loaded.
+        """
+        json_file = self.json_file
+        if self.document is not None:
+            json_file = os.path.join(_folder().name, f"{name}.json")
+            with open(json_file, "w", encoding="utf-8") as f:
+                json.dump(self.document, f)
+            self.json_file, self.document = json_file, None
+        others = MetadataCatalog.get(name).as_dict()
+        metadata = {
+            **{k: v for k, v in others.items() if k not in ("name", "evaluator_type")},
+            "evaluator_type": others.get("evaluator_type", "coco"),
+            "json_file": json_file,
+            "image_root": self.image_root,
+            "thing_classes": self.classes,
+            "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(self.categories)},
+        }
+        # Metadata refuse to change their values, so those of another data set must go first.
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            if name in catalog:
+                catalog.remove(name)
+        DatasetCatalog.register(name, partial(load_coco_json, json_file, self.image_root, name))
+        MetadataCatalog.get(name).set(**metadata)
+
+
+@lru_cache(maxsize=None)
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="sharedkd_")  # removed as the process ends
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def read_coco(
+    json_files: Sequence[str],
+    image_roots: Sequence[str],
+    key: str,
+    images_key: str,
+    *,
+    train: bool = True,
+    classes: Optional[Mapping[int, str]] = None,
+    reading: Reading = Reading(),
+) -> CocoData:
+    """Read COCO json files as one data set, with all that is wrong or was repaired.
+
+    Args:
+        json_files: the annotations.
+        image_roots: for each, the folder that the images' ``file_name`` are relative to.
+        key, images_key: the config keys that hold the two, for messages.
+        train: True asks for at least one object, and for objects of each class that has crowd regions.
+        classes: category id -> name that the classes of the files are matched with; None: their own.
+        reading: how the run reads them.
+    """
+    data = CocoData(json_file=json_files[0], image_root=image_roots[0])
+    files = [_File(f, root, key, images_key, reading) for f, root in zip(json_files, image_roots)]
+    readable = [f for f in files if f.document is not None]
+    if len(files) > 1:
+        _keep_ids_apart(readable)
+    data.categories = _match_classes(readable, classes)
+    by_file: Dict[str, Dict[str, Any]] = {}
+    for f in readable:
+        data.warnings += f.settle(data.categories, by_file)
+    _drop_copies(readable)
+    data.image_files = list(by_file)
+    data.files = [f.summary(train, data.categories) for f in readable]
+    data.refuse([error for f in files for error in f.notes.errors])
+    if not data.errors:
+        data.refuse(_unlearnable(data, readable, train))
+    for f in files:
+        for repair in f.notes.repairs:
+            fix = "the file on the disk stays as it is"
+            data.warnings.append(ConfigError(key, f.notes.json_file, str(repair), fix))
+    if not data.errors:
+        data.warnings += _advice(data, readable, train)
+        if len(files) > 1 or data.files[0].repairs:
+            data.document = _merge(readable, data.categories)
+    return data
+
+
+class _File:
+    """A json file while it is read."""
+
+    def __init__(self, json_file: str, root: str, key: str, images_key: str, reading: Reading):
+        self.root, self.images_key, self.reading = root, images_key, reading
+        self.notes = Notes(key, json_file, reading.repair)
+        self.document = read_json(self.notes)
+        self.images: List[Dict[str, Any]] = []
+        self.objects: Counter = Counter()  # by category id
+        self.crowds: Counter = Counter()
+        self.united: Set[int] = set()  # ids of images that were listed twice
+        if self.document is not None:
+            self._images = settle_images(self.document, self.notes)
+            self.categories = settle_categories(self.document, self.notes)
+            self.images = self.document["images"]
+
+    def settle(
+        self, classes: Mapping[int, str], by_file: Dict[str, Dict[str, Any]]
+    ) -> List[ConfigError]:
+        """Match images with their files, then annotations with images and classes.
+
+        Args:
+            classes: id -> name.
+            by_file: absolute name -> image, of the files before; gets those of this one.
+
+        Returns:
+            warnings about how images are read.
+        """
+        notes, reading = self.notes, self.reading
+        sound = [i for i in self.images if i["sound"]]
+        there = match_files(sound, self.root, self.images_key, notes)
+        deep = (reading.image_range, reading.scales)
+        how = list(check_headers(there, self.root, self.images_key, notes, *deep))
+        for image in sound:
+            image["sound"] = image["width"] is not None
+        fix = "data.image_range=[lo,hi] sets another range"
+        warnings = [ConfigError(self.images_key, self.root, words, fix) for words in how]
+        for image in sound:
+            self._check_thin(image)
+        self._unite(by_file)
+        ids = {name: i for i, name in classes.items()}
+        known = {k: ids.get(row["name"], row["id"]) for k, row in self.categories.items()}
+        settle_annotations(self.document, self._images, known, notes, reading.masks)
+        return warnings
+
+    def _check_thin(self, image: Dict[str, Any]) -> None:
+        most, sides = self.reading.max_size, sorted((image["width"] or 1, image["height"] or 1))
+        if most and int(sides[0] * most / sides[1] + 0.5) < 1:
+            self.notes.refuse(
+                f"image {image['file_name']!r} of {image['width']}x{image['height']} pixels has no side "
+                f"left once its longer one is {most} (data.max_size)",
+                "crop it or cut it into pieces, or remove it from the json",
+            )
+
+    def _unite(self, by_file: Dict[str, Dict[str, Any]]) -> None:
+        """Make one image of those that name the same file."""
+        for key, image in self._images.items():
+            if image["sound"]:
+                path = os.path.abspath(os.path.join(self.root, image["file_name"]))
+                first = by_file.setdefault(path, image)
+                if first is not image:
+                    self.notes.repair(SAME_FILE, repr(image["file_name"]))
+                    self._images[key], image["sound"] = first, None
+                    self.united.add(first["id"])
+        self.images = [image for image in self.images if image["sound"] is not None]
+
+    def summary(self, train: bool, classes: Mapping[int, str]) -> CocoSummary:
+        annotations = self.document["annotations"]
+        objects = [a for a in annotations if a["iscrowd"] != 1]
+        self.objects = Counter(a["category_id"] for a in objects)
+        self.crowds = Counter(a["category_id"] for a in annotations if a["iscrowd"] == 1)
+        occupied = {a["image_id"] for a in objects} & {i["id"] for i in self.images}
+        repairs = self.notes.repairs
+        return CocoSummary(
+            key=self.notes.key,
+            json_file=self.notes.json_file,
+            images=len(self.images),
+            objects=len(objects),
+            crowds=len(annotations) - len(objects),
+            empty_images=len(self.images) - len(occupied),
+            broken_annotations=len(self.notes.broken),
+            repaired=sum(r.count for r in repairs),
+            # Mask evaluation reads those of crowd regions, too; training leaves the regions out.
+            unmasked=sum(not a.get("segmentation") for a in (objects if train else annotations)),
+            categories=dict(classes),
+            repairs=repairs,
+            refused=False,
+        )
+
+
+def _keep_ids_apart(files: Sequence[_File]) -> None:
+    images = [image for f in files for image in f.images]
+    for i, image in enumerate(images):
+        image["id"] = i + 1
+
+
+def _drop_copies(files: Sequence[_File]) -> None:
+    """Leave out second copies of the objects of an image that was listed twice."""
+    united, seen = set().union(*(f.united for f in files)), set()
+    for f in files if united else []:
+        kept = []
+        for a in f.document["annotations"]:
+            copy = (a["image_id"], a["category_id"], a["iscrowd"] == 1, *a["bbox"])
+            if a["image_id"] not in united or copy not in seen:
+                kept.append(a)
+            seen.add(copy)
+        f.document["annotations"] = kept
+
+
+def _match_classes(files: Sequence[_File], given: Optional[Mapping[int, str]]) -> Dict[int, str]:
+    """Settle which classes the files have, by name, and leave out categories that stand for none.
+
+    Args:
+        given: id -> name of training, for files to evaluate on.
+
+    Returns:
+        id -> name, ids ascending.
+    """
+    rows = [row for f in files for row in f.categories.values()]
+    used = {row["name"] for row in rows if row["used"]}
+    own: Dict[int, str] = dict(given or {})
+    for f in files:
+        mine = list(f.categories.values())
+        for row in mine:
+            name = row["name"]
+            if name is None or name in own.values():
+                continue
+            if name not in used and (given or (is_root(row, mine) and used)):
+                f.notes.repair(NO_CLASS, f"id {row['id']}, {name!r}")
+            elif given:
+                absent = [x for x in given.values() if x not in {r["name"] for r in rows}]
+                f.notes.refuse(
+                    f"has {row['used']} objects of {name!r}, which is no class of training"
+                    + f"; {', '.join(map(repr, absent[:5]))} of training is not listed"
+                    * bool(absent),
+                    "write the same list of categories into both files",
+                )
+            else:
+                own[row["id"] if row["id"] not in own else max(own) + 1] = name
+    own = dict(sorted(own.items()))
+    for f in files:
+        listed = {
+            row["id"]: row["name"] for row in f.categories.values() if row["name"] in own.values()
+        }
+        for i, name in own.items():
+            if listed.get(i) != name and (len(files) == 1 or name in listed.values()):
+                f.notes.repair(SAME_CLASSES, f"{name!r} has id {i}")
+    return own
+
+
+def _unlearnable(data: CocoData, files: Sequence[_File], train: bool) -> List[ConfigError]:
+    """Why nothing could be learnt from data that are otherwise in order."""
+    key, value = files[0].notes.key, ", ".join(f.notes.json_file for f in files)
+    objects, crowds = (
+        sum((getattr(f, n) for f in files), Counter()) for n in ("objects", "crowds")
+    )
+    lost = [name for i, name in data.categories.items() if crowds[i] and not objects[i]]
+    if not train:
+        return []
+    if lost:
+        problem = (
+            f"all annotations of {', '.join(map(repr, lost[:5]))} are crowd regions (iscrowd 1), which are "
+            "not trained on"
+        )
+        return [ConfigError(key, value, problem, "set iscrowd to 0 if they are objects")]
+    if not objects:
+        return [ConfigError(key, value, "no image has an object", "annotate some objects")]
+    return []
+
+
+def _advice(data: CocoData, files: Sequence[_File], train: bool) -> Iterator[ConfigError]:
+    """What is in order, and probably not meant."""
+    warn = partial(ConfigError, files[0].notes.key, ", ".join(f.notes.json_file for f in files))
+    objects, crowds = (
+        sum((getattr(f, n) for f in files), Counter()) for n in ("objects", "crowds")
+    )
+    some, many = sum(objects.values()), sum(crowds.values())
+    empty, images = (sum(getattr(f, n) for f in data.files) for n in ("empty_images", "images"))
+    if many > _MANY_CROWDS * (some + many):
+        what = "not trained on" if train else "ignored in evaluation"
+        problem = (
+            f"{many} of {some + many} annotations are crowd regions (iscrowd 1), which are {what}"
+        )
+        yield warn(
+            problem, "set iscrowd to 0 if they are objects, as brush tools mark all of theirs"
+        )
+    if not some:
+        yield warn("has no object to find: every AP will be nan", "name a json with objects")
+        return
+    if train and empty > _MANY_EMPTY * images:
+        problem = f"{empty} of {images} images have no object and are trained on as background"
+        yield warn(problem, "remove them from the json if they are only not annotated yet")
+    absent = [name for i, name in data.categories.items() if not objects[i]]
+    if absent:
+        what = "its scores are never trained" if train else "its AP is nan and left out of the mean"
+        names = ", ".join(map(repr, absent[:5])) + ", ..." * (len(absent) > 5)
+        problem = (
+            f"{len(absent)} of {len(data.categories)} classes have no object here ({names}): {what}"
+        )
+        yield warn(problem, "remove the class if nothing is of it")
+
+
+def _merge(files: Sequence[_File], categories: Mapping[int, str]) -> Dict[str, Any]:
+    """One document of what is left of the files."""
+    several = len(files) > 1
+    rows = {row["name"]: row for f in files for row in f.categories.values()}
+    for row in rows.values():
+        del row["used"]
+    merged: Dict[str, Any] = {
+        "info": files[0].document.get("info", {}),
+        "images": [],
+        "annotations": [],
+        "categories": [
+            {**rows.get(name, {}), "id": i, "name": name} for i, name in categories.items()
+        ],
+    }
+    for f in files:
+        for image in f.images:
+            del image["sound"]
+            if several:
+                image["file_name"] = os.path.abspath(os.path.join(f.root, image["file_name"]))
+        merged["images"] += f.images
+        merged["annotations"] += f.document["annotations"]
+    if several:
+        for i, a in enumerate(merged["annotations"]):
+            a["id"] = i + 1
+    return merged
+
+
+# --- shorter ways in --------------------------------------------------------------------------------
+
+
 def check_coco(
     json_file: str,
     image_root: str,
@@ -86,470 +456,46 @@ def check_coco(
     images_key: str,
     *,
     train: bool = True,
-    verify_sizes: bool = True,
-    findings: Findings,
+    reading: Reading = Reading(),
 ) -> CocoSummary:
-    """Check a COCO json file and its images; images without objects are fine.
-
-    Args:
-        json_file: the annotations.
-        image_root: the folder that the images' ``file_name`` are relative to.
-        key, images_key: the config keys that hold the two, for messages.
-        train: True asks for at least one object.  False asks for what COCO evaluation reads:
-            ``area`` and ``iscrowd`` of each annotation, and annotation ids above 0.
-        verify_sizes: also compare width and height with the headers of up to 1000 images.
-        findings: takes what is wrong.
-
-    Returns:
-        what the file holds, also if it is refused.
+    """What a json file holds, see :func:`read_coco`.
 
     Raises:
         ConfigError: for each kind of fault the first one, how many there are like it, and the fix.
     """
-    json_file, image_root = os.fspath(json_file), os.fspath(image_root)
-    data = _read(json_file, key)
-    images, annotations = data["images"], data["annotations"]
-    own, faults = Findings(), _Faults()
-    categories = own.step(_categories, data, partial(_refuse, key, json_file))
-    if categories is not FAILED:
-        _categories_of[_stamp(json_file)] = categories
-    sound = [image for image in images if faults.note(_of_image(image))]
-    ids, sound_by_id = {i["id"] for i in images}, {i["id"]: i for i in sound}
-    broken = 0
-    for annotation in annotations:
-        also = () if train else _of_evaluated(annotation)
-        found = _of_annotation(annotation, ids, sound_by_id, categories)
-        broken += not faults.note([*found, *also])
-    objects = [a for a in annotations if not a.get("iscrowd")]
-    if train and not objects:
-        fix = "annotate some objects that are not crowd regions"
-        faults.note([("no image has an object", fix)])
-    for error in faults.errors(key, json_file):
-        own.add(error)
-    own.step(_check_files, sound, image_root, images_key, key, json_file, verify_sizes)
-
-    occupied = {a["image_id"] for a in objects if is_int(a.get("image_id"))} & ids
-    summary = CocoSummary(
-        key=key,
-        json_file=json_file,
-        images=len(images),
-        objects=len(objects),
-        crowds=len(annotations) - len(objects),
-        empty_images=len(images) - len(occupied),
-        broken_annotations=broken,
-        # Mask evaluation reads those of crowd regions, too; training leaves the regions out.
-        unmasked=sum(not a.get("segmentation") for a in (objects if train else annotations)),
-        has_rle=any(isinstance(a.get("segmentation"), dict) for a in objects),
-        categories={} if categories is FAILED else categories,
-        refused=bool(own.errors),
-    )
-    for each in own.errors:
-        findings.add(each)
-    return summary
+    files = [os.fspath(json_file)], [os.fspath(image_root)]
+    data = read_coco(*files, key, images_key, train=train, reading=reading)
+    data.raise_errors()
+    return data.files[0]
 
 
-def check_same_classes(train: CocoSummary, val: CocoSummary) -> None:
-    """Check that ``train`` and ``val`` have the same category ids with the same names.
+def register_coco(name: str, json_file: str, image_root: str) -> CocoData:
+    """Read a json file and make ``name`` a Detectron2 data set of it.
 
     Raises:
-        ConfigError: of the key of ``val``, when an id is in one file only or has another name.
+        ConfigError: naming ``name``, when the file or its images cannot be used.
     """
-    problems = []
-    for summary, other in ((train, val), (val, train)):
-        alone = sorted(set(summary.categories) - set(other.categories))
-        if alone:
-            listed = ", ".join(f"{i} {summary.categories[i]!r}" for i in alone[:5])
-            problems.append(f"only {summary.key} has {len(alone)}: {listed}")
-    for i in train.categories:
-        if i in val.categories and train.categories[i] != val.categories[i]:
-            names = f"{train.categories[i]!r} and {val.categories[i]!r}"
-            problems.append(f"id {i} is {names}")
-    if problems:
-        raise ConfigError(
-            val.key,
-            val.json_file,
-            f"categories differ from {train.key}={train.json_file} ({problems[0]})",
-            "write the same list of categories into both files",
-        )
-
-
-def register_coco(name: str, json_file: str, image_root: str) -> None:
-    """Make ``name`` a Detectron2 data set; a data set of that name and other content is replaced.
-
-    Class names and the map of category ids are there at once, before the data are first loaded.
-
-    Args:
-        name: in Detectron2's catalogs.
-        json_file: the annotations; only their categories are checked here.
-        image_root: the folder that the images' ``file_name`` are relative to; not looked at here.
-
-    Raises:
-        ConfigError: naming ``name``, when the file or its categories cannot be used.
-    """
-    json_file, image_root = os.fspath(json_file), os.fspath(image_root)
-    categories = _cached_categories(json_file, name)
-    metadata = {
-        "json_file": json_file,
-        "image_root": image_root,
-        "evaluator_type": "coco",
-        "thing_classes": list(categories.values()),
-        "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(categories)},
-    }
-    if name in DatasetCatalog:
-        current = MetadataCatalog.get(name).as_dict()
-        if all(current.get(k) == v for k, v in metadata.items()):
-            return
-        DatasetCatalog.remove(name)
-    # Metadata refuse to change their values, so those of another data set must go as a whole.
-    if name in MetadataCatalog:
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, partial(load_coco_json, json_file, image_root, name))
-    MetadataCatalog.get(name).set(**metadata)
-
-
-class _Faults:
-    """What is wrong with items of a file: of each kind the first, and how many there are.
-
-    A fault is a problem and its fix; what is mended in the same way is of one kind.
-    """
-
-    def __init__(self) -> None:
-        self._first: Dict[str, str] = {}
-        self._count: Counter = Counter()
-
-    def note(self, faults: Iterable[Tuple[str, str]]) -> bool:
-        """Count an item's faults.  Returns whether there are none."""
-        sound = True
-        for problem, fix in faults:
-            self._first.setdefault(fix, problem[:_LONGEST_MESSAGE])
-            self._count[fix] += 1
-            sound = False
-        return sound
-
-    def errors(self, key: str, value: str) -> Iterator[ConfigError]:
-        for fix, first in self._first.items():
-            others = self._count[fix] - 1
-            yield ConfigError(key, value, first + f" (and {others} more)" * bool(others), fix)
-
-
-def _refuse(key: str, value: str, problems: Iterable[str], fix: str) -> None:
-    """Raise ConfigError if there are any problems, which are of one kind."""
-    faults = _Faults()
-    faults.note((problem, fix) for problem in problems)
-    for error in faults.errors(key, value):
-        raise error
-
-
-def _read(json_file: str, key: str) -> Dict[str, Any]:
-    refuse = partial(_refuse, key, json_file)
-    try:
-        with open(json_file, encoding="utf-8") as f:
-            data = _deeper(_SPARE_FRAMES, json.load, f)
-        _deeper(_SPARE_FRAMES, copy.deepcopy, data.get("info") if isinstance(data, dict) else None)
-    except OSError as e:
-        refuse([f"cannot be read ({e.strerror})"], "name an existing COCO json file")
-    except RecursionError:
-        refuse(["not a JSON file of COCO's kind: nested too deeply"], "export it again")
-    except ValueError as e:
-        refuse(
-            [f"not a JSON file, or cut short ({e})"],
-            "export it again, in UTF-8 without a byte order mark",
-        )
-
-    parts = ("images", "annotations", "categories")
-    fix = f"a COCO json is an object with the lists {', '.join(parts)}"
-    if not isinstance(data, dict):
-        refuse([f"holds a {type(data).__name__}"], fix)
-    refuse((f"no list {p!r}" for p in parts if not isinstance(data.get(p), list)), fix)
-    refuse((f"{p!r} is empty" for p in ("images", "categories") if not data[p]), fix)
-    refuse(
-        (
-            f"{part}[{i}] is {shown(item)}"
-            for part in parts
-            for i, item in enumerate(data[part])
-            if not isinstance(item, dict)
-        ),
-        "each item must be a JSON object",
-    )
-    for part in parts:
-        refuse(
-            (
-                f"{part}[{i}] has id {shown(item.get('id'))}"
-                for i, item in enumerate(data[part])
-                if not is_int(item.get("id")) or abs(item["id"]) > _LARGEST_ID
-            ),
-            "give each a whole-number id (3, not 3.0 or '3') of at most 18 digits",
-        )
-        refuse(
-            (f"{part} has id {i} twice" for i in _repeated(item["id"] for item in data[part])),
-            f"make the ids of {part} unique",
-        )
+    data = read_coco([os.fspath(json_file)], [os.fspath(image_root)], name, name, train=False)
+    data.raise_errors()
+    data.register(name)
     return data
 
 
-def _deeper(frames: int, function: Callable, *args: Any) -> Any:
-    """Call a function from so far down the stack that what it parses or copies will do elsewhere, too.
+def read_registered(
+    name: str, key: str, *, train: bool, reading: Reading = Reading(scales=False)
+) -> Optional[CocoData]:
+    """Read the json of a registered data set; None if it has none.
 
-    pycocotools parses the file again, and copies its "info", from further down than this module.
+    Where Detectron2's own function reads the file, ``name`` becomes the repaired data.  Data of another
+    function are left alone, so that anything to repair is refused.
     """
-    return _deeper(frames - 1, function, *args) if frames else function(*args)
-
-
-def _categories(
-    data: Dict[str, Any], refuse: Callable[[Iterable[str], str], None]
-) -> Dict[int, str]:
-    names = {c["id"]: c.get("name") for c in sorted(data["categories"], key=lambda c: c["id"])}
-    refuse(
-        (
-            f"category id {i} has name {shown(name)}"
-            for i, name in names.items()
-            if not isinstance(name, str) or not name.strip()
-        ),
-        "give each category a name",
-    )
-    refuse(
-        (
-            f"category id {i} has name {shown(name)}"
-            for i, name in names.items()
-            if not _is_text(name)
-        ),
-        "write it in characters that UTF-8 has",
-    )
-    refuse(
-        (f"two categories are called {name!r}" for name in _repeated(names.values())),
-        "rename or merge them",
-    )
-    return names
-
-
-def _is_text(value: str) -> bool:
-    """False for half a character, such as JSON's "\\ud800", which no log or report can hold."""
-    try:
-        return bool(value.encode("utf-8"))
-    except UnicodeEncodeError:
-        return False
-
-
-def _cached_categories(json_file: str, key: str) -> Dict[int, str]:
-    if not os.path.exists(json_file) or _stamp(json_file) not in _categories_of:
-        names = _categories(_read(json_file, key), partial(_refuse, key, json_file))
-        _categories_of[_stamp(json_file)] = names
-    return _categories_of[_stamp(json_file)]
-
-
-def _stamp(json_file: str) -> Tuple[str, int, int]:
-    stat = os.stat(json_file)
-    return os.path.abspath(json_file), stat.st_mtime_ns, stat.st_size
-
-
-def _of_image(image: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
-    """An image's faults; without any, its name and size can be relied on."""
-    name = image.get("file_name")
-    if not isinstance(name, str) or not name:
-        yield f"image id {image['id']} has file_name {shown(name)}", "give each image its file_name"
-        return
-    sides = [image.get(side) for side in ("width", "height")]
-    for side, value in zip(("width", "height"), sides):
-        if not is_int(value) or value <= 0:
-            problem = f"image {name!r} has {side} {shown(value)}"
-            yield problem, "write the image's size in whole pixels"
-            return
-    if sides[0] * sides[1] > MOST_PIXELS:
-        yield (
-            f"image {name!r} is said to have {shown(sides[0])}x{shown(sides[1])} pixels",
-            f"correct its width and height; an image cannot be read beyond {MOST_PIXELS} pixels",
-        )
-
-
-def _of_annotation(
-    annotation: Dict[str, Any],
-    image_ids: Set[int],
-    sound: Dict[int, Dict[str, Any]],
-    categories: Union[Dict[int, str], Any],
-) -> Iterator[Tuple[str, str]]:
-    """An annotation's faults.
-
-    Args:
-        image_ids: of all images.
-        sound: id -> image, of those without faults.
-        categories: FAILED if they are at fault themselves.
-    """
-    a = annotation
-    for field, known, what in (
-        ("image_id", image_ids, "image"),
-        ("category_id", categories, "category"),
-    ):
-        if known is not FAILED and not (is_int(a.get(field)) and a[field] in known):
-            yield (
-                f"annotation id {a['id']} is of {what} {shown(a.get(field))}, which does not exist",
-                f"correct its {field}, or add the {what}",
-            )
-    image = sound.get(a["image_id"]) if is_int(a.get("image_id")) else None
-    where = f"annotation id {a['id']}" + (f" of image {image['file_name']!r}" if image else "")
-    if not _is_box(a.get("bbox")):
-        yield (
-            f"{where} has bbox {shown(a.get('bbox'))}",
-            "write bbox as four finite numbers [x, y, width, height] in pixels",
-        )
-    elif image and _is_flat(a, image):
-        yield (
-            f"{where} has an empty box {shown(a['bbox'])}",
-            "width and height must be above 0: correct or remove it",
-        )
-    elif image and (outside := _outside(a, image)):
-        yield (
-            f"{where} {outside}",
-            "bbox is [x, y, width, height] in pixels, not corners: correct, clip or remove it",
-        )
-    if a.get("iscrowd", 0) not in (0, 1):
-        problem = f"{where} has iscrowd {shown(a['iscrowd'])}"
-        yield problem, "write 0 for an object, 1 for a crowd region"
-    if a.get("ignore", 0) != 0:
-        yield (
-            f"{where} has ignore {shown(a['ignore'])}",
-            "remove 'ignore': Detectron2 does not support it; mark crowd regions by iscrowd 1",
-        )
-    mask = image and fault(a.get("segmentation"), image["height"], image["width"])
-    if mask:
-        yield (
-            f"{where} {mask}",
-            "write polygons [[x1, y1, x2, y2, x3, y3, ...]] in pixels or RLE of the image's size, "
-            "or remove the object",
-        )
-    if not _are_keypoints(a):
-        yield (
-            f"{where} has keypoints {shown(a['keypoints'])}",
-            "write keypoints as finite numbers [x1, y1, visibility1, ...], or remove them",
-        )
-
-
-def _of_evaluated(annotation: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
-    """What COCO evaluation cannot work with."""
-    area = annotation.get("area")
-    if not is_number(area) or area < 0:
-        yield (
-            f"annotation id {annotation['id']} has area {shown(area)}",
-            "COCO evaluation needs it: write the mask's area, or width * height of the box",
-        )
-    if "iscrowd" not in annotation:
-        yield (
-            f"annotation id {annotation['id']} has no iscrowd",
-            "COCO evaluation needs it: write 0 for an object, 1 for a crowd region",
-        )
-    if annotation["id"] <= 0:
-        yield (
-            f"annotation id {annotation['id']} is not above 0",
-            "COCO evaluation counts what matches such an object as a miss: number from 1",
-        )
-
-
-def _check_files(
-    images: List[Dict[str, Any]],
-    image_root: str,
-    images_key: str,
-    key: str,
-    json_file: str,
-    verify_sizes: bool,
-) -> None:
-    """Check that images lie in their folder, are there, and are what the json file says, in turn."""
-    refuse = partial(_refuse, images_key, image_root)
-    if not os.path.isdir(image_root):
-        refuse(["no such folder"], f"name the folder of {key}'s images")
-    refuse(
-        _strangers(images, image_root),
-        f"name a folder that holds all images, / for absolute names, or correct the file_name in {json_file}",
-    )
-    refuse(
-        _missing_files(images, image_root),
-        f"put the file there, or correct {images_key} or the file_name in {json_file}",
-    )
-    if verify_sizes:
-        refuse(
-            _wrong_headers(images, image_root),
-            f"correct the image, or its width and height in {json_file}",
-        )
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
-
-
-def _are_keypoints(annotation: Dict[str, Any]) -> bool:
-    # Detectron2 shifts those of any kind as it reads the file.
-    points = annotation.get("keypoints")
-    return points is None or isinstance(points, list) and all(map(is_number, points))
-
-
-def _is_flat(annotation: Dict[str, Any], image: Dict[str, Any]) -> bool:
-    w, h = annotation["bbox"][2:]
-    if h == 0 and w > 0 and os.path.basename(image["file_name"]) in _COCO_FLAT_BOXES:
-        return False
-    return w <= 0 or h <= 0
-
-
-def _outside(annotation: Dict[str, Any], image: Dict[str, Any]) -> str:
-    x, y, w, h = annotation["bbox"]
-    width, height = image["width"], image["height"]
-    excess = max(-x, -y, x + w - width, y + h - height)
-    disjoint = x >= width or y >= height or x + w <= 0 or y + h <= 0
-    if not disjoint and excess <= _BOX_SLACK:
-        return ""
-    how = "lies outside" if disjoint else f"sticks out by {excess:.4g} px of"
-    return f"has a box {shown(annotation['bbox'])} that {how} its {width}x{height} image"
-
-
-def _strangers(images: List[Dict[str, Any]], image_root: str) -> Iterator[str]:
-    """Images that lie elsewhere: a json file from someone else must not read what it likes."""
-    root = os.path.abspath(image_root)
-    prefix = os.path.join(root, "")
-    for image in images:
-        name = image["file_name"]
-        if os.path.isabs(name) or ".." in name:  # else there is nothing to resolve
-            if not os.path.abspath(os.path.join(root, name)).startswith(prefix):
-                yield f"image file {name!r} lies outside of it"
-
-
-def _missing_files(images: List[Dict[str, Any]], image_root: str) -> Iterator[str]:
-    # One listing for each folder: a look-up for each file is slow on a network drive.
-    listings: Dict[str, Set[str]] = {}
-    for image in images:
-        folder, name = os.path.split(os.path.join(image_root, image["file_name"]))
-        if folder not in listings:
-            try:
-                with os.scandir(folder) as entries:
-                    listings[folder] = {e.name for e in entries if e.is_file()}
-            except (OSError, ValueError):
-                listings[folder] = set()
-        if name not in listings[folder]:
-            yield f"no image file {image['file_name']!r}"
-
-
-def _wrong_headers(images: List[Dict[str, Any]], image_root: str) -> Iterator[str]:
-    for image in images[:: max(1, math.ceil(len(images) / _MOST_HEADERS))]:
-        name, expected = image["file_name"], (image["width"], image["height"])
-        try:
-            with Image.open(os.path.join(image_root, name)) as picture:
-                size, turned = picture.size, _is_turned(picture)
-        except Exception as e:  # Pillow's decoders raise what they please
-            yield f"{name!r} cannot be read as an image ({e})"
-            continue
-        # Detectron2 turns images upright as it reads them.
-        if turned:
-            size = size[::-1]
-        if size != expected:
-            upright = " once upright as its EXIF says" if turned else ""
-            yield f"{name!r} is {size[0]}x{size[1]}{upright}, not {expected[0]}x{expected[1]}"
-
-
-def _is_turned(picture: Image.Image) -> bool:
-    # Without the test, getexif() decodes the whole of a PNG in search of a late EXIF chunk.
-    if "exif" not in picture.info:
-        return False
-    try:
-        return picture.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS
-    except Exception:  # damaged EXIF, which Detectron2 ignores too
-        return False
-
-
-def _repeated(values: Iterable[Any]) -> List[Any]:
-    return [value for value, times in Counter(values).items() if times > 1]
+    metadata, function = MetadataCatalog.get(name), DatasetCatalog[name]
+    if not metadata.get("json_file"):
+        return None
+    ours = getattr(function, "func", function).__module__ == load_coco_json.__module__
+    reading = replace(reading, repair=reading.repair and ours)
+    files = [os.fspath(metadata.json_file)], [os.fspath(metadata.get("image_root", ""))]
+    data = read_coco(*files, key, key, train=train, reading=reading)
+    if data.document is not None:
+        data.register(name)
+    return data

@@ -12,11 +12,12 @@ import itertools
 import logging
 import random
 from collections import defaultdict
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList, build_detection_test_loader
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset
@@ -49,6 +50,7 @@ def build_train_loader(
     aspect_ratio_grouping: bool = True,
     on_bad_image: str = "error",
     max_bad_images: Union[int, float] = 0.01,
+    repeat_threshold: float = 0.0,
 ) -> "TrainLoader":
     """Build the reproducible counterpart of Detectron2's training loader.
 
@@ -67,6 +69,9 @@ def build_train_loader(
             that die are replaced, too, up to 5 times.
         max_bad_images: how many different images each training process may skip: a whole number,
             or as a fraction the share of the data set, at least one.
+        repeat_threshold: images of a class that less than this share of the images have are repeated,
+            sqrt(threshold / share) times on average over epochs, as by Detectron2's
+            ``RepeatFactorTrainingSampler``; 0: every epoch holds each image once.
 
     Raises:
         ConfigError: the dataset is empty, the seed or the number of workers is negative, or the batch
@@ -79,6 +84,7 @@ def build_train_loader(
     findings.step(_check_batch_size, total_batch_size)
     findings.step(check_choice, f"{KEY}.on_bad_image", on_bad_image, POLICIES)
     findings.step(_check_limit, max_bad_images)
+    findings.step(check_number, f"{KEY}.repeat_threshold", repeat_threshold, least=0, most=1)
     findings.raise_errors()
     if len(dataset) == 0:
         raise ConfigError(
@@ -91,7 +97,8 @@ def build_train_loader(
     bad_images = BadImages(KEY, on_bad_image, max_bad_images, len(dataset))
     most = bad_images.most if bad_images.skips else 0
     samples = _SeededSamples(dataset, mapper, seed, groups, most)
-    return TrainLoader(samples, groups, total_batch_size, num_workers, seed, bad_images)
+    repeats = _repeat_factors(dataset, repeat_threshold) if repeat_threshold else None
+    return TrainLoader(samples, groups, total_batch_size, num_workers, seed, bad_images, repeats)
 
 
 def build_test_loader(
@@ -155,6 +162,7 @@ class TrainLoader:
         num_workers: loading processes per training process; 0 loads in the training process.
         seed: of the order of the images.
         bad_images: decides what becomes of images that cannot be loaded.
+        repeats: how often an epoch holds each image on average; None: once.
 
     Attributes:
         first_batch: the index of the batch that an iteration starts with, 0 unless set.  It is read
@@ -173,6 +181,7 @@ class TrainLoader:
         num_workers: int,
         seed: int,
         bad_images: BadImages,
+        repeats: Optional[np.ndarray] = None,
     ):
         self.first_batch = 0
         self.pin_memory = False
@@ -182,6 +191,7 @@ class TrainLoader:
         self.bad_images = bad_images
         self._samples = samples
         self._groups = groups
+        self.repeats = repeats
 
     @property
     def mapper(self) -> Callable[[Dict[str, Any]], Any]:
@@ -253,7 +263,7 @@ class TrainLoader:
     def _keys(self, start: int) -> Iterator[List[Tuple[int, int]]]:
         """This process's part of the batches, from ``start`` on."""
         rank, processes = comm.get_rank(), comm.get_world_size()
-        batches = _batches(self._groups, self.total_batch_size, self.seed)
+        batches = _batches(self._groups, self.total_batch_size, self.seed, self.repeats)
         return (batch[rank::processes] for batch in itertools.islice(batches, start, None))
 
 
@@ -331,17 +341,39 @@ def _orientations(dataset: Sequence[Dict[str, Any]]) -> List[int]:
     return [int(sample["width"] > sample["height"]) for sample in dataset]
 
 
-def _indices(size: int, seed: int) -> Iterator[int]:
-    """The stream: every epoch holds each of ``range(size)`` once."""
+def _repeat_factors(dataset: Sequence[Dict[str, Any]], threshold: float) -> np.ndarray:
+    """How often an epoch holds each image on average: at least once."""
+    if not all("annotations" in sample for sample in dataset):
+        raise ConfigError(
+            f"{KEY}.repeat_threshold",
+            threshold,
+            "images have no annotations",
+            "use 0 for these data",
+        )
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+    return factors(dataset, threshold).numpy()
+
+
+def _indices(size: int, seed: int, repeats: Optional[np.ndarray] = None) -> Iterator[int]:
+    """The stream: every epoch holds each of ``range(size)`` once, or as often as ``repeats`` says.
+
+    A fraction is drawn anew in each epoch: 1.25 is twice in one of four.
+    """
     for epoch in itertools.count():
-        order = np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch))
-        yield from np.random.default_rng(order).permutation(size).tolist()
+        draw = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch)))
+        if repeats is None:
+            yield from draw.permutation(size).tolist()
+        else:
+            times = np.floor(repeats + draw.random(size)).astype(int)
+            yield from draw.permutation(np.repeat(np.arange(size), times)).tolist()
 
 
-def _batches(groups: Sequence[int], size: int, seed: int) -> Iterator[List[Tuple[int, int]]]:
+def _batches(
+    groups: Sequence[int], size: int, seed: int, repeats: Optional[np.ndarray] = None
+) -> Iterator[List[Tuple[int, int]]]:
     """Lists of ``size`` (index, position) pairs of one group, in the order they fill up."""
     waiting = defaultdict(list)
-    for position, index in enumerate(_indices(len(groups), seed)):
+    for position, index in enumerate(_indices(len(groups), seed, repeats)):
         batch = waiting[groups[index]]
         batch.append((index, position))
         if len(batch) == size:

@@ -1,11 +1,23 @@
 """Which segmentations pycocotools' native code can take: it reads and writes out of bounds for others."""
 
 import reprlib
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
+import pycocotools.mask as mask_util
 
-__all__ = ["LARGEST", "MOST_PIXELS", "fault", "is_int", "is_number", "shown"]
+__all__ = [
+    "LARGEST",
+    "MOST_PIXELS",
+    "are_numbers",
+    "area_of",
+    "as_polygons",
+    "box_of",
+    "fault",
+    "is_int",
+    "is_number",
+    "shown",
+]
 
 # Pillow, and with it Detectron2's reader, opens no larger image.  Up to 2**29 a mask's run lengths
 # fit into the six characters that pycocotools reserves for each.
@@ -26,6 +38,16 @@ def is_int(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a number from -LARGEST to :data:`LARGEST`; true and false are none."""
     return type(value) in (int, float) and -LARGEST <= value <= LARGEST
+
+
+def are_numbers(values: List[Any]) -> bool:
+    """Whether each of ``values`` is a number, as :func:`is_number` says."""
+    if not {*map(type, values)} <= {int, float}:
+        return False
+    try:
+        return bool(np.abs(np.array(values, dtype=np.float64)).max(initial=0) <= LARGEST)
+    except OverflowError:
+        return False
 
 
 def shown(value: Any) -> str:
@@ -50,12 +72,52 @@ def fault(segmentation: Any, height: int, width: int) -> str:
     return next(filter(None, (_polygon_fault(p, height, width) for p in segmentation)), "")
 
 
+def as_polygons(segmentation: List[Any]) -> List[Any]:
+    """A list of flat polygons of what is meant as one: a flat polygon, or polygons of [x, y] pairs."""
+    if segmentation and are_numbers(segmentation):
+        return [segmentation]
+    if len(segmentation) > 2 and all(map(_is_pair, segmentation)):
+        return [[x for pair in segmentation for x in pair]]
+    return [
+        [x for pair in p for x in pair]
+        if isinstance(p, list) and p and all(map(_is_pair, p))
+        else p
+        for p in segmentation
+    ]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and are_numbers(value)
+
+
+def area_of(segmentation: Any, height: int, width: int) -> float:
+    """Pixels within a segmentation without fault."""
+    return float(mask_util.area(_encode(segmentation, height, width)))
+
+
+def box_of(segmentation: Any, height: int, width: int) -> Tuple[float, ...]:
+    """The tight box (x0, y0, x1, y1) of a segmentation without fault, in pixels."""
+    if isinstance(segmentation, list):
+        xs, ys = ([c for p in segmentation for c in p[i::2]] for i in (0, 1))
+        return min(xs), min(ys), max(xs), max(ys)
+    x, y, w, h = mask_util.toBbox(_encode(segmentation, height, width)).tolist()
+    return x, y, x + w, y + h
+
+
+def _encode(segmentation: Any, height: int, width: int) -> Dict[str, Any]:
+    if isinstance(segmentation, list):
+        return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return mask_util.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
 def _polygon_fault(polygon: Any, height: int, width: int) -> str:
     if not isinstance(polygon, list):
         return f"has {shown(polygon)} for a polygon"
     if len(polygon) < 6 or len(polygon) % 2:
         return f"has a polygon of {len(polygon)} numbers"
-    if not all(map(is_number, polygon)):
+    if not are_numbers(polygon):
         return "has a polygon with something else than finite numbers"
     xs, ys = polygon[::2], polygon[1::2]
     left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)

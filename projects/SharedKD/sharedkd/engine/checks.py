@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from sharedkd.config.build import construct
-from sharedkd.data.coco import CocoSummary, check_coco
+from sharedkd.data.coco import CocoSummary, read_registered
 from sharedkd.errors import FAILED, ConfigError, Findings
 from sharedkd.modeling.detectors import num_classes
 from sharedkd.values import check_number
@@ -54,7 +54,7 @@ class DataSets:
 
 
 def check_datasets(
-    cfg: DictConfig, own: Mapping[str, CocoSummary], eval_only: bool, findings: Findings
+    cfg: DictConfig, own: Mapping[str, List[CocoSummary]], eval_only: bool, findings: Findings
 ) -> DataSets:
     """Check every COCO-format data set that the config names, on rank 0 only.
 
@@ -64,26 +64,35 @@ def check_datasets(
         eval_only: leave out the training data.
         findings: receives an error for each unknown name and each faulty file.
     """
-    found = DataSets(**{split: [summary] for split, summary in own.items()})
+    found = DataSets(**own)
     if not comm.is_main_process():
         return found
-    known = {f"{cfg.data.name}_{x}" for x in ("train", "val")} if own else set()
+    read = (
+        {f"{cfg.data.name}_train": own["train"], f"{cfg.data.name}_val": own["test"]} if own else {}
+    )
     for split in ("test",) if eval_only else ("train", "test"):
-        key = f"dataloader.{split}.dataset.names"
+        key, files = f"dataloader.{split}.dataset.names", []
         names = OmegaConf.select(cfg, key)
         for name in [names] if isinstance(names, str) else names or []:
-            if name in known:
-                continue
-            if name not in DatasetCatalog.list():
-                fix = "use configs/custom_coco.py"
-                findings.add(ConfigError(key, name, "is not registered", fix))
-                getattr(found, split).append(FAILED)
-            elif MetadataCatalog.get(name).get("json_file"):
-                data = MetadataCatalog.get(name)
-                where = (data.json_file, data.image_root, key, key)
-                options = dict(train=split == "train", findings=findings)
-                getattr(found, split).append(findings.step(check_coco, *where, **options))
+            files += read[name] if name in read else _registered(name, key, split, findings)
+        if files:
+            setattr(found, split, files)
     return found
+
+
+def _registered(name: str, key: str, split: str, findings: Findings) -> List[CocoSummary]:
+    """What the files of a registered data set hold; none if it has no json file."""
+    if name not in DatasetCatalog.list():
+        fix = "use configs/custom_coco.py"
+        findings.add(ConfigError(key, name, "is not registered", fix))
+        return [FAILED]
+    data = read_registered(name, key, train=split == "train")
+    if data is None:
+        return []
+    for error in data.errors:
+        findings.add(error)
+    findings.warnings += data.warnings
+    return data.files or [FAILED]
 
 
 def check_classes(cfg: DictConfig, student: nn.Module, summary: CocoSummary) -> None:

@@ -1,7 +1,7 @@
 """A description of a run before it starts, in numbers and as text."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from math import lcm
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -186,7 +186,7 @@ def _student_weights(parts: Parts) -> str:
 
 def _numbers(summaries: Sequence[CocoSummary]) -> Dict[str, Any]:
     """The summed counts of data sets, and their classes."""
-    names = ("images", "objects", "crowds", "empty_images", "broken_annotations", "unmasked")
+    names = [f.name for f in fields(CocoSummary) if f.type is int]
     return {
         "files": [x.json_file for x in summaries],
         **{name: sum(getattr(x, name) for x in summaries) for name in names},

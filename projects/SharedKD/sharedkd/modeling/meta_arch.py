@@ -10,7 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError, Findings
-from sharedkd.losses.base import Batch, Regions
+from sharedkd.losses.base import Batch, Maps, Regions
 
 from .heads import RegionTap, anchor_labels, check_labels, check_regions
 from .shared_kd import published_stages, shared_kd_stages
@@ -166,52 +166,57 @@ class SharedKD(nn.Module):
         if not active:
             return self._with_idle_parameters(self.student(batched_inputs))
 
-        needs = frozenset().union(*(self.losses[name].needs for name in active))
-        taps = self._taps(active)
-        groups: Dict[Optional[str], List[str]] = {}  # source of maps -> the stages that name it
+        by_source: Dict[Optional[str], List[str]] = {}  # source of maps -> the stages that read it
         for name in active:
-            groups.setdefault(self.stages[name].teacher, []).append(name)
+            by_source.setdefault(self.stages[name].teacher, []).append(name)
         # Before the student: the teachers' temporaries are gone when its graph is built.
-        whole = {
-            source: self.sources[source].features(
-                batched_inputs,
-                self._taps(taught),
-                self.input_format,
-                self.student.backbone.size_divisibility,
-            )
-            for source, names in groups.items()
-            if (taught := self._taught(names))
-        }
+        teacher_maps = self._teacher_maps(by_source, batched_inputs)
+        needs = frozenset().union(*(self.losses[name].needs for name in active))
         regions = RegionTap(self.student) if "regions" in needs else None
-        with self._tap.capture(taps) as student:
+        with self._tap.capture(self._taps(active)) as maps:
             with regions.capture() if regions else nullcontext() as sampled:
                 losses = self.student(batched_inputs)
-        common = Batch(
-            student=student,
+        batch = Batch(
+            student=maps,
             teacher=None,
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
             inputs=batched_inputs,
         )
+        if "labels" in needs:
+            batch.labels = anchor_labels(self.student, batched_inputs, maps["logits"])
+        batches = {source: replace(batch) for source in by_source}
+        for source, theirs in teacher_maps.items():
+            batches[source].teacher = same_pixels(theirs, maps)
         if regions:
             truth = [x["instances"].to(self.device) for x in batched_inputs]
-            sampled["labels"] = regions.labels(sampled["boxes"], truth)
-        if "labels" in needs:
-            common.labels = anchor_labels(self.student, batched_inputs, student["logits"])
-        batches = {source: replace(common) for source in groups}
-        for source, maps in whole.items():
-            batch = batches[source]
-            batch.teacher = same_pixels(maps, student)
-            if any("regions" in self.losses[name].needs for name in groups[source]):
-                batch.regions = Regions(
-                    labels=sampled["labels"],
-                    student=sampled["logits"],
-                    teacher=self.sources[source].region_logits(maps, sampled["boxes"]),
-                )
+            labels = regions.labels(sampled["boxes"], truth)
+            for source, names in by_source.items():
+                if any("regions" in self.losses[name].needs for name in names):
+                    logits = self.sources[source].region_logits(
+                        teacher_maps[source], sampled["boxes"]
+                    )
+                    batches[source].regions = Regions(labels, sampled["logits"], logits)
         with torch.autocast(self.device.type, enabled=False):
             for name, weight in active.items():
                 for term, value in self.losses[name](batches[self.stages[name].teacher]).items():
                     losses[f"distill/{name}/{term}"] = weight * value
         return self._with_idle_parameters(losses)
+
+    def _teacher_maps(
+        self, by_source: Mapping[Optional[str], List[str]], batched_inputs: List[Dict[str, Any]]
+    ) -> Dict[Optional[str], Maps]:
+        """The maps of each source that some of its stages read."""
+        found = {}
+        for source, names in by_source.items():
+            readers = self._readers(names)
+            if readers:
+                found[source] = self.sources[source].features(
+                    batched_inputs,
+                    self._taps(readers),
+                    self.input_format,
+                    self.student.backbone.size_divisibility,
+                )
+        return found
 
     def _with_idle_parameters(self, losses: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """Add zero gradients for losses that are off: DDP waits for a gradient of every parameter."""
@@ -221,12 +226,8 @@ class SharedKD(nn.Module):
             losses[first] = losses[first] + 0.0 * sum(p.sum() for p in owned)
         return losses
 
-    @property
-    def taught_taps(self) -> FrozenSet[str]:
-        """The taps at which any stage reads a teacher's maps, in whatever step."""
-        return self._taps(self._taught(self.stages))
-
-    def _taught(self, names: Iterable[str]) -> List[str]:
+    def _readers(self, names: Iterable[str]) -> List[str]:
+        """Those stages that read a teacher's maps."""
         return [name for name in names if "teacher" in self.stages[name].loss.needs]
 
     def _taps(self, names: Iterable[str]) -> FrozenSet[str]:

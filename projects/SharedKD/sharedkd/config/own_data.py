@@ -1,0 +1,180 @@
+"""The group `data`: own data in COCO format, read, repaired and registered."""
+
+import os
+from typing import Dict, List, Mapping, Optional, Sequence
+
+from detectron2.data import MetadataCatalog
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from sharedkd.data.coco import CocoData, CocoSummary, Reading, read_coco
+from sharedkd.data.images import ImageMapper
+from sharedkd.errors import FAILED, ConfigError, Findings
+from sharedkd.values import check_switch
+
+__all__ = ["check_class_names", "class_names", "read_own_data"]
+
+
+def read_own_data(cfg: DictConfig, findings: Findings) -> Dict[str, List[CocoSummary]]:
+    """Read and register the data of ``cfg.data``, and count its classes.
+
+    Sets ``data.num_classes``, to which the model refers (80 stands in for it where no file says it),
+    and ``data.classes``, their names, which are saved with the run.
+
+    Args:
+        cfg: the whole config; its loaders' mappers say how images are read.
+        findings: takes what is wrong with the data, and as warnings what was repaired.
+
+    Returns:
+        ``train`` and ``test`` -> a summary of each file, FAILED in place of one that is not COCO json.
+    """
+    train = findings.step(_read, cfg, "train", findings)
+    classes = train.categories if train is not FAILED else None
+    val = findings.step(_read, cfg, "val", findings, classes)
+    if FAILED not in (train, val):
+        _warn_of_overlap(train, val, findings)
+    found = [x for x in (train, val) if x is not FAILED and x.categories]
+    given = cfg.data.get("num_classes")
+    if found and given not in (None, len(found[0].classes)):
+        problem = f"contradicts the {len(found[0].classes)} categories of {cfg.data.train_json}"
+        fix = "leave it out: classes are counted"
+        findings.add(ConfigError("data.num_classes", given, problem, fix))
+    cfg.data.num_classes = len(found[0].classes) if found else 80
+    cfg.data.classes = found[0].classes if found else None
+    both = {"train": train, "test": val}
+    return {
+        split: x.files or [FAILED] if x is not FAILED else [FAILED] for split, x in both.items()
+    }
+
+
+def _read(
+    cfg: DictConfig, split: str, findings: Findings, classes: Optional[Mapping[int, str]] = None
+) -> CocoData:
+    """The data of a split, registered if nothing is wrong with them."""
+    data, key, images_key = cfg.data, f"data.{split}_json", f"data.{split}_images"
+    files, roots = (_paths(cfg, name, findings) for name in (key, images_key))
+    if not files or not roots:
+        return FAILED
+    if len(roots) not in (1, len(files)):
+        problem = f"names {len(roots)} folders for the {len(files)} files of {key}"
+        raise ConfigError(images_key, roots, problem, "name one folder, or one for each file")
+    found = read_coco(
+        files,
+        roots if len(roots) == len(files) else roots * len(files),
+        key,
+        images_key,
+        train=split == "train",
+        classes=classes,
+        reading=_reading(cfg, split, findings),
+    )
+    if data.masks and not found.errors:
+        found.refuse([_no_masks(x) for x in found.files if not x.has_masks])
+    for error in found.errors:
+        findings.add(error)
+    findings.warnings += found.warnings
+    if not found.errors:
+        found.register(f"{data.name}_{split}")
+    return found
+
+
+def _no_masks(summary: CocoSummary) -> ConfigError:
+    return ConfigError(
+        summary.key,
+        summary.json_file,
+        f"{summary.unmasked} of {summary.objects} objects have no segmentation, and data.masks is true",
+        "use a config without masks, such as configs/custom_coco.py",
+    )
+
+
+def _paths(cfg: DictConfig, key: str, findings: Findings) -> List[str]:
+    """The one or several paths of a key; none if it holds something else, which is reported."""
+    value = OmegaConf.select(cfg, key)
+    paths = list(value) if isinstance(value, ListConfig) else [value]
+    if paths and all(isinstance(x, str) and x for x in paths):
+        return [os.path.expanduser(x) for x in paths]
+    findings.add(ConfigError(key, value, "is not set", f"add {key}=PATH to the command"))
+    return []
+
+
+def _reading(cfg: DictConfig, split: str, findings: Findings) -> Reading:
+    data, key = cfg.data, "data.image_range"
+    span = data.get("image_range")
+    if span is not None:
+        span = list(span) if isinstance(span, ListConfig) else [span]
+        numbers = [x for x in span if isinstance(x, (int, float)) and not isinstance(x, bool)]
+        if len(span) != 2 or len(numbers) != 2 or not span[0] < span[1]:
+            findings.add(ConfigError(key, span, "is no range", "use null or [lo,hi], lo below hi"))
+            span = None
+    repair = data.get("repair", True)
+    findings.step(check_switch, "data.repair", repair)
+    loader = "train" if split == "train" else "test"
+    mapper = OmegaConf.select(cfg, f"dataloader.{loader}.mapper._target_")
+    if isinstance(mapper, str):
+        mapper = locate(mapper)
+    most = data.get("max_size")
+    return Reading(
+        masks=bool(data.masks),
+        repair=repair is not False,
+        max_size=most if isinstance(most, int) else None,
+        image_range=span,
+        scales=isinstance(mapper, type) and issubclass(mapper, ImageMapper),
+    )
+
+
+def _warn_of_overlap(train: CocoData, val: CocoData, findings: Findings) -> None:
+    both = len({*train.image_files} & {*val.image_files})
+    if both and not {x.json_file for x in train.files} & {x.json_file for x in val.files}:
+        findings.warn(
+            val.files[0].key,
+            ", ".join(x.json_file for x in val.files),
+            f"{both} of its {len(val.image_files)} images are trained on, too: figures say little "
+            "about other images",
+            "use images held out of training",
+        )
+
+
+# --- classes of models that were trained elsewhere ------------------------------------------------
+
+
+def class_names(cfg: DictConfig) -> Optional[List[str]]:
+    """The class names, in order, of the data that a config trains on; None if nobody knows them.
+
+    A run's saved config says them; else they are those of ``data.train_json``, if it is there, or of the
+    registered data set.
+    """
+    names = OmegaConf.select(cfg, "data.classes")
+    if names:
+        return list(names)
+    json_file = OmegaConf.select(cfg, "data.train_json")
+    if isinstance(json_file, str) and os.path.isfile(json_file):
+        found = read_coco([json_file], [os.path.dirname(json_file)], "data.train_json", "")
+        return found.classes or None
+    name = OmegaConf.select(cfg, "dataloader.train.dataset.names")
+    if isinstance(name, str) and name in MetadataCatalog:
+        return MetadataCatalog.get(name).get("thing_classes")
+    return None
+
+
+def check_class_names(key: str, value: str, theirs: Sequence[str], ours: Sequence[str]) -> None:
+    """Check that the scores of a model that was trained elsewhere mean the classes of the data.
+
+    Args:
+        key, value: the config key that names the model, and what it holds.
+        theirs, ours: class names of the model and of the data, in order.
+
+    Raises:
+        ConfigError: they differ, or have another order.
+    """
+    if list(theirs) == list(ours):
+        return
+    how = "in another order" if sorted(theirs) == sorted(ours) else "with other names"
+    raise ConfigError(
+        key,
+        value,
+        f"was trained for the classes {_listed(theirs)}, the data have {_listed(ours)}: {how}",
+        "give the categories of the json the ids that they had there, or use another model",
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + ", ..." * (len(names) > 10)

@@ -1,0 +1,329 @@
+"""Images as people have them: found under the names of a json, of any mode and depth, upright or not."""
+
+import copy
+import math
+import os
+import re
+import unicodedata
+from functools import partial
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+
+import numpy as np
+import torch
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.utils.file_io import PathManager
+from PIL import Image, ImageOps
+
+from .masks import shown
+from .notes import FILE_NAMES, SIZES, Notes
+
+__all__ = ["ImageMapper", "check_headers", "match_files", "read_image", "upright_size"]
+
+# Image headers that are read: enough to catch a wrong folder or a resized set within seconds.
+_MOST_HEADERS = 1000
+_MOST_DECODED = 5  # images of more than 8 bits whose pixels are looked at before training
+_EXIF_ORIENTATION, _EXIF_QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+
+
+# --- pixels -----------------------------------------------------------------------------------------
+
+
+def read_image(
+    file_name: str, image_format: str, image_range: Optional[Sequence[float]] = None
+) -> np.ndarray:
+    """The pixels of an image, (H, W, C) uint8 of 0 to 255, turned upright as its EXIF says.
+
+    Args:
+        file_name: of a mode that Pillow reads.
+        image_format: of the result: a mode of Pillow, or BGR.
+        image_range: the values of an image of more than 8 bits that become 0 and 255.  None: 0 to
+            65535 for 16 bits, 0 to 1 for floating point.
+
+    Raises:
+        ValueError: a TIFF of several pages, or values whose range nobody knows.
+    """
+    with PathManager.open(file_name, "rb") as f:
+        image = Image.open(f)
+        problem = _unreadable(image)
+        if problem:
+            raise ValueError(problem)
+        image = ImageOps.exif_transpose(image)
+        if _is_deep(image.mode):
+            image = _to_8_bits(image, image_range)
+        return utils.convert_PIL_to_numpy(image, image_format)
+
+
+def _is_deep(mode: str) -> bool:
+    return mode[0] in "IF"
+
+
+def _unreadable(image: Image.Image) -> str:
+    pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+    return f"is a TIFF of {pages} pages: save the one that is meant as a file of its own" * (
+        pages > 1
+    )
+
+
+def _to_8_bits(image: Image.Image, image_range: Optional[Sequence[float]]) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    known = {"I;16": (0, 65535), "F": (0, 1)}.get(image.mode[:4])
+    low, high = image_range or known or (0, 0)
+    if not image_range and (known is None or values.min() < low or values.max() > high):
+        span = f"{values.min():g} to {values.max():g}"
+        raise ValueError(
+            f"its mode {image.mode} has values from {span}: set data.image_range=[lo,hi]"
+        )
+    scaled = np.clip((values - low) / (high - low), 0, 1) * 255
+    return Image.fromarray(np.round(scaled).astype(np.uint8))
+
+
+class ImageMapper(DatasetMapper):
+    """Detectron2's mapper for images of any depth: those beyond 8 bits are scaled, not cut off.
+
+    Args:
+        image_range: see :func:`read_image`.
+        options: of Detectron2's DatasetMapper.
+    """
+
+    def __init__(self, *, image_range: Optional[Sequence[float]] = None, **options: Any):
+        super().__init__(**options)
+        self.image_range = image_range
+
+    def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
+        record = copy.deepcopy(dataset_dict)
+        image = read_image(record["file_name"], self.image_format, self.image_range)
+        utils.check_image_size(record, image)
+        inputs = T.AugInput(image)
+        transforms = self.augmentations(inputs)
+        pixels = np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
+        record["image"] = torch.as_tensor(pixels)
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            self._transform_annotations(record, transforms, inputs.image.shape[:2])
+        return record
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+class _Folder:
+    """The files below a folder; each subfolder is listed once, as look-ups on a network are slow."""
+
+    def __init__(self, root: str):
+        self.root = root
+        self._listings: Dict[str, Tuple[Set[str], Set[str]]] = {}
+
+    def _list(self, folder: str) -> Tuple[Set[str], Set[str]]:
+        """Names of the files and of the folders in it."""
+        if folder not in self._listings:
+            files, folders = set(), set()
+            try:
+                with os.scandir(os.path.join(self.root, folder)) as entries:
+                    for e in entries:
+                        (files if e.is_file() else folders).add(e.name)
+            except (OSError, ValueError):
+                pass
+            self._listings[folder] = files, folders
+        return self._listings[folder]
+
+    def has(self, name: str) -> bool:
+        folder, base = os.path.split(name)
+        return base in self._list(folder)[0]
+
+    def find(self, name: str) -> Optional[str]:
+        """The one file that ``name`` means, relative to the folder.
+
+        It may be written for another system, and begin with folders above this one: the last of them
+        has this folder's name or that of one above it, as other images may have the same names.
+        """
+        parts = re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/")).split("/")
+        parts = [part for part in parts if part not in ("", ".")]
+        above = os.path.abspath(self.root).split(os.sep)
+        for start in range(len(parts)):
+            if start == 0 or parts[start - 1] in above:
+                found = self._walk(parts[start:])
+                if found is not None:
+                    return found
+        return None
+
+    def _walk(self, parts: List[str]) -> Optional[str]:
+        at = ""
+        for i, part in enumerate(parts):
+            names = self._list(at)[i < len(parts) - 1]
+            fitting = {part} & names or {n for n in names if _normal(n) == _normal(part)}
+            if not fitting and i == len(parts) - 1:
+                fitting = {n for n in names if _any_case(n) == _any_case(part)}
+            if len(fitting) != 1:
+                return None
+            at = os.path.join(at, *fitting)
+        return at
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _any_case(name: str) -> str:
+    stem, extension = os.path.splitext(_normal(name))
+    return stem + extension.lower()
+
+
+def match_files(
+    images: Sequence[Dict[str, Any]], root: str, images_key: str, notes: Notes
+) -> List[Dict[str, Any]]:
+    """Set each ``file_name`` to that of the file which it means.  Returns the images that are there."""
+    if not os.path.isdir(root):
+        notes.refuse("no such folder", f"name the folder of {notes.key}'s images", images_key, root)
+        return []
+    folder, prefix = _Folder(root), os.path.join(os.path.abspath(root), "")
+    correct = f"correct {images_key} or the file_name in {notes.json_file}"
+    refuse = partial(notes.refuse, key=images_key, value=root)
+
+    def is_inside(name: str) -> bool:  # a json from someone else must not read what it likes
+        return os.path.abspath(os.path.join(root, name)).startswith(prefix)
+
+    there = [i for i in images if is_inside(i["file_name"]) and folder.has(i["file_name"])]
+    meant = {os.path.normpath(image["file_name"]): image["file_name"] for image in there}
+    exact = {*meant.values()}
+    for image in images:
+        name = image["file_name"]
+        if name in exact:
+            continue
+        found = folder.find(name)
+        if found is None and is_inside(name):
+            refuse(f"no image file {name!r}", f"put the file there, or {correct}")
+        elif found is None:
+            refuse(
+                f"image file {name!r} lies outside of it", f"name the folder of it, or {correct}"
+            )
+        elif meant.setdefault(found, name) != name:
+            refuse(f"{meant[found]!r} and {name!r} both fit one file, {found!r}", correct)
+        else:
+            form = " in another Unicode form" * (_normal(found) == _normal(name))
+            notes.repair(FILE_NAMES, f"{name!r} is {found!r}{form}")
+            image["file_name"] = found
+            there.append(image)
+    return there
+
+
+def check_headers(
+    images: Sequence[Dict[str, Any]],
+    root: str,
+    images_key: str,
+    notes: Notes,
+    image_range: Optional[Sequence[float]],
+    scales: bool,
+) -> Iterator[str]:
+    """Compare up to 1000 images with what the json says of them, and fill in sizes that it lacks.
+
+    Args:
+        scales: whether the run reads images by :func:`read_image`, which takes any depth.
+
+    Yields:
+        in words, how images of more than 8 bits are read.
+    """
+    every = max(1, math.ceil(len(images) / _MOST_HEADERS))
+    deep: List[Tuple[Dict[str, Any], str]] = []
+    for i, image in enumerate(images):
+        if i % every and image["width"] is not None:
+            continue
+        name = image["file_name"]
+        try:
+            with Image.open(os.path.join(root, name)) as picture:
+                size, upright, mode = _stored_size(picture), upright_size(picture), picture.mode
+                problem = _unreadable(picture)
+        except Exception as e:  # Pillow's decoders raise what they please
+            problem, fix = f"cannot be read as an image ({e})", "repair or replace the image"
+        else:
+            fix = f"correct {notes.json_file} too"
+            if _is_deep(mode):
+                deep.append((image, mode))
+        if not problem:
+            problem, fix = _wrong_size(image, size, upright, notes)
+        if problem:
+            notes.refuse(f"{name!r} {problem}", fix, images_key, root)
+    if deep:
+        yield from _judge_depth(deep, root, images_key, notes, image_range, scales)
+
+
+def _wrong_size(
+    image: Dict[str, Any], stored: Tuple[int, int], upright: Tuple[int, int], notes: Notes
+) -> Tuple[str, str]:
+    """(what is wrong with the size that the json has, the fix); fills in one that it lacks."""
+    said, turned = (image["width"], image["height"]), upright != stored
+    sizes = [f"{w}x{h}" for w, h in (stored, upright)]
+    if said == (None, None) and not turned:
+        notes.repair(SIZES, f"{image['file_name']!r} is {sizes[0]}")
+        image["width"], image["height"] = stored
+    elif turned and said in (stored, (None, None)):
+        return (
+            f"is stored as {sizes[0]} and turned to {sizes[1]} by its EXIF orientation, which the "
+            "boxes do not know of",
+            "remove the orientation from the images, so that boxes stay on their objects "
+            "(exiftool -Orientation= FOLDER), or export boxes and sizes of upright images; another "
+            "size in the json alone would leave the boxes beside the objects",
+        )
+    elif said != upright:
+        how = " once upright as its EXIF says" if turned else ""
+        fix = f"correct the image, or its width and height in {notes.json_file}"
+        return f"is {sizes[1]}{how}, not {said[0]}x{said[1]}", fix
+    return "", ""
+
+
+def upright_size(picture: Image.Image) -> Tuple[int, int]:
+    """(width, height) of an opened image once it is upright as its EXIF says, as Detectron2 reads it."""
+    # Without the test, getexif() decodes the whole of a PNG in search of a late EXIF chunk.
+    if "exif" in picture.info:
+        try:
+            if picture.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS:
+                return picture.size[::-1]
+        except Exception:  # damaged EXIF, which Detectron2 ignores too
+            pass
+    return picture.size
+
+
+def _stored_size(picture: Image.Image) -> Tuple[int, int]:
+    # Pillow itself turns TIFFs upright, the size of an opened one included.
+    tags = getattr(picture, "tag_v2", {})
+    turned = tags.get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS
+    return picture.size[::-1] if turned else picture.size
+
+
+def _judge_depth(
+    deep: List[Tuple[Dict[str, Any], str]],
+    root: str,
+    images_key: str,
+    notes: Notes,
+    image_range: Optional[Sequence[float]],
+    scales: bool,
+) -> Iterator[str]:
+    if not scales:
+        name, mode = deep[0][0]["file_name"], deep[0][1]
+        fix = "use sharedkd.data.images.ImageMapper as the loaders' mapper, which scales them"
+        notes.refuse(
+            f"{name!r} is of mode {mode}, which this mapper cuts off at 255", fix, images_key, root
+        )
+        return
+    said = set()
+    for image, mode in deep[:_MOST_DECODED]:
+        path = os.path.join(root, image["file_name"])
+        try:
+            read_image(path, "RGB", image_range)
+            with Image.open(path) as picture:
+                values = np.asarray(picture)
+        except Exception as e:
+            fix = "name the values that are black and white"
+            notes.refuse(
+                f"{image['file_name']!r} cannot be scaled to 8 bits: {e}", fix, images_key, root
+            )
+            continue
+        if mode not in said:
+            low, high = image_range or ((0, 65535) if mode.startswith("I") else (0, 1))
+            yield (
+                f"images of mode {mode}: {low:g} to {high:g} become 0 to 255 (the first is "
+                f"{shown(image['file_name'])}, whose values reach from {values.min():g} to {values.max():g})"
+            )
+        said.add(mode)

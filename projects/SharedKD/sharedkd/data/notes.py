@@ -1,0 +1,153 @@
+"""What is repaired in a COCO json, kind by kind, and what a file is refused for: counted, not raised."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+from sharedkd.errors import ConfigError
+
+__all__ = ["Kind", "Notes", "Repair"]
+
+_LONGEST_MESSAGE = 1000  # characters
+
+
+class Kind(NamedTuple):
+    """One kind of repair.
+
+    Args:
+        of: what is counted: images, categories or annotations; "" where the total says nothing.
+        what: what was found, in words that follow "3 of 20".
+        done: what was done about it.
+        most: the share from which on it is refused: so many are no slip.
+    """
+
+    of: str
+    what: str
+    done: str
+    most: float = math.inf
+
+
+IM, CAT, ANN = "images", "categories", "annotations"
+ENCODING = Kind("", "file is not in plain UTF-8", "read as what it is")
+TEXT_NUMBERS = Kind("", "numbers are text or have a decimal point", "read as numbers")
+REPEATED = Kind("", "images or categories are listed again", "listed once")
+IMAGE_IDS = Kind(IM, "images have ids that are no number of 63 bits", "numbered anew")
+SAME_FILE = Kind(IM, "images are listed twice, under two ids", "taken as one, with all objects")
+SIZES = Kind(IM, "images have no width and height", "read from the image")
+FILE_NAMES = Kind(IM, "images are named in another way than their files", "matched")
+CATEGORY_IDS = Kind(CAT, "categories have ids that are no number of 63 bits", "numbered anew")
+NO_CLASS = Kind(CAT, "categories name nothing: a root, a background, unused", "no class")
+SAME_CLASSES = Kind(CAT, "classes are not listed, or have another id elsewhere", "matched by name")
+ANNOTATION_IDS = Kind(ANN, "annotation ids are 0, text, repeated or missing", "numbered from 1")
+NO_IMAGE = Kind(ANN, "annotations are of an image that is not listed", "left out", 0.1)
+NO_CATEGORY = Kind(ANN, "annotations are of a category that is not listed", "left out", 0.1)
+NO_CROWD = Kind(ANN, "annotations have no iscrowd", "taken as 0, an object")
+ODD_CROWD = Kind(ANN, "annotations have an iscrowd that is not 0 or 1", "read as 0 or 1")
+NO_AREA = Kind(ANN, "annotations have no area", "that of the mask, or else of the box")
+NO_BOX = Kind(ANN, "annotations have no bbox", "the box around the segmentation")
+CLIPPED = Kind(ANN, "boxes reached over their image's edge", "clipped")
+OUTSIDE = Kind(ANN, "boxes lie outside of their image", "left out", 0.1)
+FLAT = Kind(ANN, "boxes have width or height 0", "left out", 0.5)
+ONE_LIST = Kind(
+    ANN, "polygons are not [[x1, y1, x2, y2, ...]]", "read in the order of their numbers"
+)
+FEW_POINTS = Kind(ANN, "objects have polygons that show nothing beside others", "those left out")
+NO_MASK = Kind(ANN, "objects have no polygon of 3 points in the image", "left out", 0.1)
+UNUSED_MASK = Kind(ANN, "segmentations cannot be used", "left out: this run has boxes alone")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A repair that was made.
+
+    Args:
+        count: how often; ``total``: of how many, 0 if that says nothing.
+        what, done: in words.
+        example: the first one.
+    """
+
+    count: int
+    total: int
+    what: str
+    done: str
+    example: str
+
+    @property
+    def problem(self) -> str:
+        of = f" of {self.total}" if self.total else ""
+        return f"{self.count}{of} {self.what} ({self.example})"
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.done}"
+
+
+class Notes:
+    """What was repaired in a file and what it is refused for, by kind, each with its first example.
+
+    Args:
+        key, json_file: the config key and its file.
+        repair: False refuses what would be repaired.
+
+    Attributes:
+        totals: the number of images, categories and annotations.
+        broken: the annotations that the file is refused for.
+    """
+
+    def __init__(self, key: str, json_file: str, repair: bool = True):
+        self.key, self.json_file, self._repairs = key, json_file, repair
+        self.totals: Counter = Counter()
+        self.broken: set = set()
+        self._first: Dict[Kind, str] = {}
+        self._count: Counter = Counter()
+        self._amount: Dict[Kind, float] = {}
+        self._refused: Dict[Tuple[str, str, str], List[str]] = {}
+
+    def repair(self, kind: Kind, example: str, amount: float = 0.0) -> None:
+        """Count a repair; ``amount`` in pixels."""
+        self._first.setdefault(kind, example[:_LONGEST_MESSAGE])
+        self._count[kind] += 1
+        self._amount[kind] = max(amount, self._amount.get(kind, 0.0))
+
+    def refuse(
+        self, problem: str, fix: str, key: str = "", value: str = "", item: Any = None
+    ) -> None:
+        """Count a reason to refuse the file, or the ``value`` of another ``key``."""
+        where = (key or self.key, value or self.json_file, fix)
+        self._refused.setdefault(where, []).append(problem[:_LONGEST_MESSAGE])
+        if item is not None:
+            self.broken.add(item)
+
+    @property
+    def refused(self) -> bool:
+        """Whether something has no repair."""
+        return bool(self._refused)
+
+    @property
+    def repairs(self) -> Tuple[Repair, ...]:
+        """Those that were made, not those that the file is refused for."""
+        return tuple(self._made(kind) for kind in self._count if not self._is_refused(kind))
+
+    @property
+    def errors(self) -> List[ConfigError]:
+        """Why the file is refused, one for each kind of reason."""
+        found = [
+            ConfigError(
+                key, value, first[0] + f" (and {len(first) - 1} more)" * (len(first) > 1), fix
+            )
+            for (key, value, fix), first in self._refused.items()
+        ]
+        for kind in filter(self._is_refused, self._count):
+            fix = "correct them in the json"
+            fix += ", or use data.repair=True" * (not self._repairs and kind.most > 1)
+            found.append(ConfigError(self.key, self.json_file, self._made(kind).problem, fix))
+        return found
+
+    def _made(self, kind: Kind) -> Repair:
+        by = f" by up to {self._amount[kind]:.4g} px" if self._amount[kind] else ""
+        total, first = self.totals[kind.of], self._first[kind]
+        return Repair(self._count[kind], total, kind.what + by, kind.done, first)
+
+    def _is_refused(self, kind: Kind) -> bool:
+        share = self._count[kind] / max(self.totals[kind.of], 1)
+        return not self._repairs or share >= kind.most

@@ -1,0 +1,35 @@
+"""Class names of models that were trained elsewhere."""
+
+import json
+
+import pytest
+from detectron2.data import MetadataCatalog
+from omegaconf import OmegaConf
+
+from sharedkd.config.own_data import check_class_names, class_names
+from sharedkd.errors import ConfigError
+
+
+def test_class_names_of_a_config(tmp_path):
+    path = tmp_path / "train.json"
+    rows = [{"id": 2, "name": "red"}, {"id": 1, "name": "green"}]
+    picture = {"id": 1, "file_name": "a.jpg", "width": 9, "height": 9}
+    path.write_text(json.dumps({"images": [picture], "annotations": [], "categories": rows}))
+    assert class_names(OmegaConf.create({"data": {"train_json": str(path)}})) == ["green", "red"]
+    saved = {"classes": ["red", "green"], "train_json": str(path)}
+    assert class_names(OmegaConf.create({"data": saved})) == ["red", "green"]
+    names = {"dataloader": {"train": {"dataset": {"names": "coco_2017_train"}}}}
+    assert (
+        class_names(OmegaConf.create(names)) == MetadataCatalog.get("coco_2017_train").thing_classes
+    )
+    assert class_names(OmegaConf.create({"data": {"train_json": "gone.json"}})) is None
+
+
+def test_other_orders_are_refused():
+    check_class_names("k", "v", ["red", "green"], ("red", "green"))
+    with pytest.raises(
+        ConfigError, match="k=v: .* red, green, the data have green, red: in another order"
+    ):
+        check_class_names("k", "v", ["red", "green"], ["green", "red"])
+    with pytest.raises(ConfigError, match="with other names"):
+        check_class_names("k", "v", ["red", "green"], ["green", "blue"])

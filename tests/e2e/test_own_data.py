@@ -1,0 +1,77 @@
+"""Own data as its tools wrote them, through whole runs from the command line's settings."""
+
+import json
+
+import numpy as np
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from sharedkd.config.own_data import class_names
+from sharedkd.data.shapes import CLASSES
+from sharedkd.lab.preflight import preflight
+
+
+def part(workspace, folder, name, images, change=lambda data: None):
+    data = json.loads((workspace.shapes / "train.json").read_text())
+    data["images"] = [i for i in data["images"] if i["id"] in images]
+    data["annotations"] = [a for a in data["annotations"] if a["image_id"] in images]
+    for i, annotation in enumerate(data["annotations"]):
+        annotation["id"] = i
+    change(data)
+    (folder / name).write_text(json.dumps(data))
+    return folder / name
+
+
+def test_two_repaired_files_train_and_are_evaluated_on(train, workspace, tmp_path):
+    first = part(workspace, tmp_path, "a b.json", range(1, 7))
+    second = part(workspace, tmp_path, "b.json", range(7, 13))
+    files = f'["{first}",{second}]'
+    opts = [
+        f"data.train_json={files}",
+        f"data.val_json={files}",
+        f"data.val_images={workspace.shapes}/train",
+    ]
+    output, results = train("custom_coco_mask_plain.py", *opts, "train.max_iter=2")
+    assert len(DatasetCatalog.get("own_train")) == 12
+    assert set(results) == {"bbox", "segm"} and np.isfinite(results["bbox"]["AP"])
+    log = (output / "log.txt").read_text()
+    assert log.count("annotation ids are 0, text, repeated or missing (id 0): numbered from 1") == 4
+    saved = LazyConfig.load(str(output / "config.yaml"))
+    assert class_names(saved) == list(CLASSES)
+
+
+def test_what_preflight_says_of_repaired_data(workspace, tmp_path):
+    def change(data):
+        data["annotations"][0]["bbox"][0] -= 99
+        data["annotations"][0]["bbox"][2] += 99
+
+    path = part(workspace, tmp_path, "train.json", range(1, 13), change)
+    opts = [*workspace.data, f"data.train_json={path}", f"train.output_dir={tmp_path}/run"]
+    names = "dataloader.train.dataset.names=[own_train,own_val]"
+    found = preflight(
+        "configs/custom_coco_plain.py", [*opts, names, "train.max_iter=8"], measure=False
+    ).as_dict()
+    assert found["ok"]
+    assert found["data"]["train"]["images"] == 16 and found["data"]["train"]["repaired"] == 2
+    said = [w["message"] for w in found["warnings"] if w["key"].startswith("data.")]
+    assert len(said) == 3 and "is the training data, too" in said[2]
+    assert "boxes reached over their image's edge by up to" in said[1] and "clipped" in said[1]
+    strict = preflight("configs/custom_coco_plain.py", [*opts, "data.repair=False"], measure=False)
+    assert [e.key for e in strict.errors] == ["data.train_json"] * 2
+
+
+def test_deep_images_are_scaled_in_a_run(train, workspace, tmp_path):
+    """Twelve bits in sixteen: of the whole range the model would get 0 to 15."""
+    data = json.loads((workspace.shapes / "train.json").read_text())
+    for image in data["images"]:
+        with Image.open(workspace.shapes / "train" / image["file_name"]) as picture:
+            grey = np.asarray(picture.convert("L")).astype(np.uint16) * 16
+        image["file_name"] = f"{image['id']}.png"
+        Image.fromarray(grey).save(tmp_path / image["file_name"])
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    files = [f"data.train_json={tmp_path}/train.json", f"data.train_images={tmp_path}"]
+    output, _ = train(
+        "custom_coco_plain.py", *files, "data.image_range=[0,4080]", "train.max_iter=1"
+    )
+    assert "images of mode I;16: 0 to 4080 become 0 to 255" in (output / "log.txt").read_text()
