@@ -35,7 +35,7 @@ def construct(node: DictConfig, key: str) -> Any:
             of all nodes below ``node`` together.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(key, node, "cannot be built", "use L(CLASS)(OPTION=...)")
+        raise ConfigError(key, node, "is no config node", "use L(CLASS)(OPTION=...)")
     findings = Findings()
     findings.step(_check_target, node, key)
     parts: Dict[str, Any] = {}

@@ -18,15 +18,15 @@ __all__ = ["check_class_names", "class_names", "read_own_data"]
 def read_own_data(cfg: DictConfig, findings: Findings) -> Dict[str, List[CocoSummary]]:
     """Read and register the data of ``cfg.data``, and count its classes.
 
-    Sets ``data.num_classes``, to which the model refers (80 stands in for it where no file says it),
-    and ``data.classes``, their names, which are saved with the run.
+    Sets ``data.num_classes``, to which the model refers (80 if no file says it), and ``data.classes``,
+    their names, which are saved with the run.
 
     Args:
         cfg: the whole config; its loaders' mappers say how images are read.
-        findings: takes what is wrong with the data, and as warnings what was repaired.
+        findings: receives the errors in the data, and a warning for each kind of repair.
 
     Returns:
-        ``train`` and ``test`` -> a summary of each file, FAILED in place of one that is not COCO json.
+        ``train`` and ``test`` -> a summary of each file; FAILED for a file that is no COCO json.
     """
     train = findings.step(_read, cfg, "train", findings)
     classes = train.categories if train is not FAILED else None
@@ -50,7 +50,7 @@ def read_own_data(cfg: DictConfig, findings: Findings) -> Dict[str, List[CocoSum
 def _read(
     cfg: DictConfig, split: str, findings: Findings, classes: Optional[Mapping[int, str]] = None
 ) -> CocoData:
-    """The data of a split, registered if nothing is wrong with them."""
+    """The data of a split, registered if they have no errors."""
     data, key, images_key = cfg.data, f"data.{split}_json", f"data.{split}_images"
     files, roots = (_paths(cfg, name, findings) for name in (key, images_key))
     if not files or not roots:
@@ -137,7 +137,7 @@ def _warn_of_overlap(train: CocoData, val: CocoData, findings: Findings) -> None
 
 
 def class_names(cfg: DictConfig) -> Optional[List[str]]:
-    """The class names, in order, of the data that a config trains on; None if nobody knows them.
+    """The class names, in order, of the data that a config trains on; None if they are unknown.
 
     A run's saved config says them; else they are those of ``data.train_json``, if it is there, or of the
     registered data set.
@@ -156,7 +156,7 @@ def class_names(cfg: DictConfig) -> Optional[List[str]]:
 
 
 def check_class_names(key: str, value: str, theirs: Sequence[str], ours: Sequence[str]) -> None:
-    """Check that the scores of a model that was trained elsewhere mean the classes of the data.
+    """Compare the classes of a model that was trained elsewhere with those of the data.
 
     Args:
         key, value: the config key that names the model, and what it holds.

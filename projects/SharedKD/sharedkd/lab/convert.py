@@ -1,8 +1,7 @@
 """Writes COCO json from a YOLO data set or from Pascal VOC's xml files; images stay where they are.
 
-supervision, pylabel and fiftyone convert both, too.  The first needs opencv-python, which takes the
-place of the headless build used here, pylabel pandas and scikit-learn, fiftyone a database: each is
-larger than what is needed of it.
+The libraries supervision, pylabel and fiftyone convert both, too, but need more than this task: supervision
+replaces the headless OpenCV used here, pylabel needs pandas and scikit-learn, fiftyone a database.
 """
 
 import json
@@ -27,7 +26,7 @@ def _refuse(path: Path, problem: str, fix: str) -> NoReturn:
 
 
 class _Coco:
-    """The lists of a COCO json while they grow."""
+    """Collects the lists of a COCO json."""
 
     def __init__(self, names: Sequence[str]):
         self.ids = {name: i + 1 for i, name in enumerate(names)}
@@ -41,7 +40,7 @@ class _Coco:
     def object(
         self, name: str, box: Iterable[float], polygon: Optional[List[float]] = None, crowd: int = 0
     ) -> None:
-        """``box`` as x0, y0, x1, y1 in pixels; of the last image."""
+        """Add an object to the last image; ``box`` is x0, y0, x1, y1 in pixels."""
         x0, y0, x1, y1 = (round(x, 2) for x in box)
         row: Dict[str, Any] = {"id": len(self.annotations) + 1, "image_id": len(self.images)}
         row.update(category_id=self.ids[name], iscrowd=crowd)

@@ -54,7 +54,7 @@ class Preflight:
             count = len(self.errors)
             lines.append(f"not ready: {count} error{'s' if count > 1 else ''}, see above")
         else:
-            lines.append("ready: this run has no errors")
+            lines.append("ready: nothing is in the way of this run")
         text = as_text(self.overview) if self.overview else ""
         return "\n\n".join(x for x in (text, "\n".join(lines)) if x)
 

@@ -267,7 +267,7 @@ class Comparison:
                 raise ConfigError(
                     "--methods",
                     method,
-                    "has no time to take: no run of it has finished",
+                    "has no time to take: the runs that it depends on failed",
                     "repair the failed runs",
                 )
             cfg.train.max_iter = round(cfg.train.max_iter * ratio)

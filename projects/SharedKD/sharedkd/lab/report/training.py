@@ -130,7 +130,7 @@ def schedule(
 ) -> Tuple[str, Optional[Tuple[float, float, float]]]:
     """A stage's schedule as text, and as the band of :func:`~.figures.draw_curves`."""
     if stage is None or end is None:
-        return "its schedule is unknown without a config.yaml", None
+        return "its schedule is not known without a config.yaml", None
     start, stop = stage.span(end)
     if start == stop:
         return "off", None
