@@ -7,13 +7,17 @@
 Of YOLO, boxes and polygons are converted, of VOC boxes.  The overrides to train with are printed.
 """
 
-import argparse
+import os
 import sys
-from pathlib import Path
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import prologue  # noqa: F401
 
-from sharedkd.errors import ConfigError
+# isort: split
+import argparse
+from pathlib import Path
+
+from sharedkd.errors import SharedKDError
 from sharedkd.lab.convert import convert_voc, convert_yolo
 
 
@@ -26,7 +30,7 @@ def main():
     args = parser.parse_args()
     try:
         written = {"yolo": convert_yolo, "voc": convert_voc}[args.format](args.source, args.out)
-    except ConfigError as e:
+    except SharedKDError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     for split, (path, folder) in written.items():
