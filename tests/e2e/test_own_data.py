@@ -3,13 +3,21 @@
 import json
 
 import numpy as np
+import pytest
+import tiny
+import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog
+from omegaconf import OmegaConf
 from PIL import Image
 
+from sharedkd import ConfigError
 from sharedkd.config.own_data import class_names
 from sharedkd.data.shapes import CLASSES
+from sharedkd.engine.run import run
 from sharedkd.lab.preflight import preflight
+from sharedkd.losses import DKD
 
 
 def part(workspace, folder, name, images, change=lambda data: None):
@@ -75,3 +83,36 @@ def test_deep_images_are_scaled_in_a_run(train, workspace, tmp_path):
         "custom_coco_plain.py", *files, "data.image_range=[0,4080]", "train.max_iter=1"
     )
     assert "images of mode I;16: 0 to 4080 become 0 to 255" in (output / "log.txt").read_text()
+
+
+def test_classes_in_another_order_are_refused_where_scores_are_read(workspace, tmp_path):
+    """For an inherited head, for methods of class scores, and in an evaluation; not for feature maps."""
+    node = tiny.node("mask_rcnn", 18, len(CLASSES))
+    saved = OmegaConf.create({"model": node, "data": {"classes": list(reversed(CLASSES))}})
+    LazyConfig.save(saved, str(tmp_path / "config.yaml"))
+    pair = [*workspace.data, *workspace.pair, f"model.teacher.config={tmp_path}/config.yaml"]
+    pair.append(f"train.output_dir={tmp_path}/run")
+
+    def errors(config, *overrides):
+        found = preflight(str(tiny.ROOT / config), [*pair, *overrides], measure=False)
+        return [e for e in found.errors if "in another order" in str(e)]
+
+    assert not errors("configs/custom_coco.py", "train.inherit=[neck]")
+    (error,) = errors("configs/custom_coco.py", "train.inherit=[neck,head]")
+    assert error.key == "model.teacher.config"
+    assert ", ".join(CLASSES) in str(error) and ", ".join(reversed(CLASSES)) in str(error)
+    scores = LazyConfig.load(str(tiny.ROOT / "configs/custom_coco.py"))
+    scores.model.stages.identical.loss = L(DKD)(alpha=1.0, beta=1.0)
+    LazyConfig.save(scores, str(tmp_path / "scores.yaml"))
+    assert errors(tmp_path / "scores.yaml")
+
+    weights = tmp_path / "model_final.pth"
+    torch.save({"model": tiny.detector("mask_rcnn", 18, len(CLASSES)).state_dict()}, weights)
+    args = tiny.arguments(
+        "custom_coco_mask_plain.py",
+        *workspace.data,
+        f"train.init_checkpoint={weights}",
+        flags=["--eval-only"],
+    )
+    with pytest.raises(ConfigError, match="train.init_checkpoint=.*in another order"):
+        run(args)

@@ -3,7 +3,7 @@
 import glob
 import os
 from dataclasses import dataclass, field
-from typing import Any, List, Mapping
+from typing import Any, List, Mapping, Optional, Sequence
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,9 +12,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from sharedkd.config.build import construct
+from sharedkd.config.own_data import check_class_names, class_names
 from sharedkd.data.coco import CocoSummary, read_registered
 from sharedkd.errors import FAILED, ConfigError, Findings
-from sharedkd.modeling.detectors import num_classes
+from sharedkd.losses.base import DistillationLoss
+from sharedkd.modeling.detectors import num_classes, read_config
 from sharedkd.values import check_number
 
 from .checkpoint import has_run
@@ -22,6 +24,7 @@ from .disk import check_folder
 
 __all__ = [
     "DataSets",
+    "check_class_order",
     "check_classes",
     "check_datasets",
     "check_device",
@@ -112,6 +115,51 @@ def check_classes(cfg: DictConfig, student: nn.Module, summary: CocoSummary) -> 
             f"{len(summary.classes)}",
             "set both to the same number; own data's is ${data.num_classes}",
         )
+
+
+def check_class_order(
+    cfg: DictConfig, model: nn.Module, classes: Sequence[str], eval_only: bool, findings: Findings
+) -> None:
+    """Compare class names with those that a teacher or checkpoint was trained for, if they are known.
+
+    Args:
+        cfg: the run's config.
+        model: a pair or a plain detector.
+        classes: class names of the data, in order.
+        eval_only: ``train.init_checkpoint`` is evaluated.
+        findings: receives an error for each model whose class scores are used and mean other classes.
+    """
+    if eval_only:
+        path = str(cfg.train.init_checkpoint or "")
+        names = _names_of(os.path.join(os.path.dirname(path), "config.yaml"))
+        findings.step(check_class_names, "train.init_checkpoint", path, names or classes, classes)
+        return
+    stages = getattr(model, "stages", {}).values()
+    dense = not hasattr(getattr(model, "student", model), "roi_heads")
+    readers = {stage.teacher for stage in stages if _reads_scores(stage.loss, dense)}
+    if "head" in cfg.train.inherit:
+        readers.add(None)
+    for name, teacher in getattr(model, "sources", {}).items():
+        path = getattr(teacher, "name", None)
+        if name in readers and path and num_classes(model.student) == num_classes(teacher.detector):
+            key = "model.teacher.config" if name is None else f"model.teachers.{name}.config"
+            names = _names_of(path)
+            findings.step(check_class_names, key, path, names or classes, classes)
+
+
+def _reads_scores(loss: DistillationLoss, dense: bool) -> bool:
+    """The logits of a two-stage student are its RPN's, which knows no classes."""
+    scores = {"regions", "labels"} & loss.needs or (dense and "logits" in loss.taps)
+    return "teacher" in loss.needs and bool(scores)
+
+
+def _names_of(config: str) -> Optional[List[str]]:
+    """The class names of a run's saved config or of a model-zoo name; None if they are unknown."""
+    try:
+        read = read_config(config)
+    except ConfigError:
+        return None
+    return class_names(read) if isinstance(read, DictConfig) else None
 
 
 def _key_of_classes(model: DictConfig) -> str:

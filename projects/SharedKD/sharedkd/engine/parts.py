@@ -28,6 +28,7 @@ from sharedkd.weights.loading import inherit, initialise, load_trained
 from .checkpoint import has_run
 from .checks import (
     DataSets,
+    check_class_order,
     check_classes,
     check_datasets,
     check_device,
@@ -138,6 +139,8 @@ def assemble(
     )
     for summary in usable[:1]:
         step(check_classes, cfg, parts.student, summary)
+        if parts.model is not FAILED:
+            check_class_order(cfg, parts.model, summary.classes, eval_only, findings)
     if comm.is_main_process():
         check_evaluation(cfg, data, findings)
     if eval_only:
