@@ -1,5 +1,7 @@
 """Overrides are data: nothing in them is evaluated, imported or called, unless it is a class of ours."""
 
+import os
+
 import pytest
 import tiny
 from omegaconf import OmegaConf
@@ -52,6 +54,8 @@ FINE = {
         "train.output_dir",
         '__import__("os").system("touch CANARY")',
     ),
+    "train.output_dir=Größe/my runs": ("train.output_dir", "Größe/my runs"),
+    "train.output_dir=~/runs": ("train.output_dir", os.path.expanduser("~/runs")),
     "model.stages.cross.weight=0.5": ("model.stages.cross.weight", 0.5),
     "train.eval_period=${train.max_iter}": ("train.eval_period", 180000),
 }

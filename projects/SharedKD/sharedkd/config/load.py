@@ -20,6 +20,12 @@ from .structure import settle
 
 __all__ = ["Loaded", "load", "load_config", "override", "student_only"]
 
+PATHS = (
+    "train.output_dir",
+    "train.init_checkpoint",
+    "model.teacher.config",
+    "model.teacher.weights",
+)
 IMAGE_FORMAT = "dataloader.train.mapper.image_format"
 
 
@@ -78,6 +84,7 @@ def load(
     _check_groups(cfg, path)
     _refuse_gone(cfg, findings)
     _settle(cfg, findings)
+    _expand_home(cfg)
     if cfg.train.fast_dev_run:
         _shorten(cfg)
     if cfg.model.get("student") is not None and OmegaConf.select(cfg, IMAGE_FORMAT) is not None:
@@ -123,7 +130,7 @@ def override(cfg: DictConfig, text: str, path: str) -> None:
         ConfigError: it cannot be applied, names code to be run, or a group that the config lacks.
     """
     known = {*cfg, "train"}
-    check_override(text)
+    text = check_override(text)
     try:
         LazyConfig.apply_overrides(cfg, [text])
     except Exception as e:
@@ -170,6 +177,14 @@ def _settle(cfg: DictConfig, findings: Findings) -> None:
     for key, (structure, _) in groups.items():
         settled = settle(structure, cfg[key], key, findings)
         cfg[key] = OmegaConf.create(settled, flags=objects)
+
+
+def _expand_home(cfg: DictConfig) -> None:
+    """Replace a leading ``~`` of paths; those of own data are expanded where they are read."""
+    for key in PATHS:
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(cfg, key, os.path.expanduser(value))
 
 
 def _shorten(cfg: DictConfig) -> None:

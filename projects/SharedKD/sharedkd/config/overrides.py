@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from typing import Any, Iterator
+from typing import Any, Iterator, Tuple
 
 from detectron2.utils.registry import locate
 
@@ -25,15 +25,22 @@ PACKAGES = (
 )
 
 
-def check_override(override: str) -> None:
+#: A text that can only mean itself, such as a path with spaces, umlauts or a tilde.
+PLAIN = re.compile(r"[^'\"()\[\]{}$=,\n]+")
+
+
+def check_override(override: str) -> str:
     """Check ``override``, one ``key=value`` of the command line.
+
+    Returns:
+        the override to apply: a plain text that Hydra's grammar does not take is quoted.
 
     Raises:
         ConfigError: it cannot be parsed, calls one of OmegaConf's resolvers, or names code other than
             a class of Detectron2, of this package or of PyTorch's layers and optimizers.
     """
     try:
-        parsed = OverridesParser.create().parse_override(override)
+        override, parsed = _parse(override)
         value = parsed.value()
     except Exception as e:
         raise not_applicable(override, e) from e
@@ -48,16 +55,27 @@ def check_override(override: str) -> None:
                 "overrides may name classes of sharedkd, detectron2, torch.nn and torch.optim; write "
                 "anything else into a config file",
             )
+    return override
+
+
+def _parse(override: str) -> Tuple[str, Any]:
+    parser = OverridesParser.create()
+    try:
+        return override, parser.parse_override(override)
+    except Exception:
+        key, _, value = override.partition("=")
+        if not PLAIN.fullmatch(value):
+            raise
+        override = f"{key}='{value}'"
+        return override, parser.parse_override(override)
 
 
 def not_applicable(override: str, reason: Exception) -> ConfigError:
     """The error for ``override``, which cannot be parsed or applied because of ``reason``."""
-    return ConfigError(
-        "override",
-        override,
-        f"cannot be applied: {reason}",
-        "write key=value, and a value with special characters as key=\"'value'\"",
-    )
+    fix = "write key=value, and a value with special characters as key=\"'value'\""
+    if "=" not in override:
+        fix = f'write key=value; if this is the rest of a value with a space, quote all: "key=... {override}"'
+    return ConfigError("override", override, f"cannot be applied: {reason}", fix)
 
 
 def _targets(key: Any, value: Any) -> Iterator[str]:

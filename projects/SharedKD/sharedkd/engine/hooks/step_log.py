@@ -103,7 +103,12 @@ class StepLog(hooks.HookBase):
 
     def _refuse(self, step: Any, what: str) -> None:
         message = f"iteration {step.iteration}: {what}"
-        ending = "training stops, the last checkpoint is intact"
+        clip = self.trainer.clip_grad_norm
+        ending = (
+            "training stops before the weights change; lower optimizer.lr="
+            f"{self.trainer.optimizer.param_groups[0]['lr']:g} (now), or clip the gradient by a "
+            f"{'smaller ' if clip else ''}train.clip_grad_norm={clip or 10:g}"
+        )
         if not self.skipping:
             raise NonFiniteLossError(f"{message}; {ending}")
         if self.in_a_row >= self.limit:
