@@ -291,23 +291,28 @@ def _log_later() -> Iterator[Callable[[], ContextManager[None]]]:
     Yields:
         a context to open the log in; after it, the log has the messages.
     """
-    memory = MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
-    for each in loggers:
+    # One for each: Detectron2's formatter renames the records of an earlier run's log.
+    memories = {
+        logging.getLogger(name): MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1)
+        for name in ("detectron2", "fvcore")
+    }
+    for each, memory in memories.items():
         each.addHandler(memory)
         each.setLevel(logging.INFO)
 
     @contextmanager
     def opens() -> Iterator[None]:
-        for each in loggers:
+        for each, memory in memories.items():
             each.removeHandler(memory)  # the open log takes all further messages
         yield
-        for record in memory.buffer:
-            logging.getLogger(record.name).handle(record)
-        memory.buffer.clear()
+        for record, each in sorted(
+            ((record, each) for each, memory in memories.items() for record in memory.buffer),
+            key=lambda pair: pair[0].created,
+        ):
+            each.handle(record)
 
     try:
         yield opens
     finally:
-        for each in loggers:
+        for each, memory in memories.items():
             each.removeHandler(memory)
