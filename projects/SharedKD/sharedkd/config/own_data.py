@@ -10,7 +10,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from sharedkd.data.coco import CocoData, CocoSummary, Reading, read_coco
 from sharedkd.data.images import ImageMapper
 from sharedkd.errors import FAILED, ConfigError, Findings
-from sharedkd.values import check_switch
 
 __all__ = ["check_class_names", "class_names", "read_own_data"]
 
@@ -97,26 +96,20 @@ def _paths(cfg: DictConfig, key: str, findings: Findings) -> List[str]:
 
 
 def _reading(cfg: DictConfig, split: str, findings: Findings) -> Reading:
-    data, key = cfg.data, "data.image_range"
-    span = data.get("image_range")
-    if span is not None:
-        span = list(span) if isinstance(span, ListConfig) else [span]
-        numbers = [x for x in span if isinstance(x, (int, float)) and not isinstance(x, bool)]
-        if len(span) != 2 or len(numbers) != 2 or not span[0] < span[1]:
-            findings.add(ConfigError(key, span, "is no range", "use null or [lo,hi], lo below hi"))
-            span = None
-    repair = data.get("repair", True)
-    findings.step(check_switch, "data.repair", repair)
+    data, span = cfg.data, cfg.data.image_range
+    if span is not None and not (len(span) == 2 and span[0] < span[1]):
+        fix = "use null or [lo,hi], lo below hi"
+        findings.add(ConfigError("data.image_range", list(span), "is no range", fix))
+        span = None
     loader = "train" if split == "train" else "test"
     mapper = OmegaConf.select(cfg, f"dataloader.{loader}.mapper._target_")
     if isinstance(mapper, str):
         mapper = locate(mapper)
-    most = data.get("max_size")
     return Reading(
-        masks=bool(data.masks),
-        repair=repair is not False,
-        max_size=most if isinstance(most, int) else None,
-        image_range=span,
+        masks=data.masks,
+        repair=data.repair,
+        max_size=data.max_size,
+        image_range=None if span is None else list(span),
         scales=isinstance(mapper, type) and issubclass(mapper, ImageMapper),
     )
 

@@ -24,6 +24,8 @@ __all__ = ["ImageMapper", "check_headers", "match_files", "read_image", "upright
 # Image headers that are read: enough to catch a wrong folder or a resized set within seconds.
 _MOST_HEADERS = 1000
 _MOST_DECODED = 5  # images of more than 8 bits whose pixels are looked at before training
+#: What becomes 0 and 255 of an image of more than 8 bits, by the beginning of its mode.
+_RANGES = {"I;16": (0, 65535), "F": (0, 1)}
 _EXIF_ORIENTATION, _EXIF_QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 
 
@@ -68,7 +70,7 @@ def _unreadable(image: Image.Image) -> str:
 
 def _to_8_bits(image: Image.Image, image_range: Optional[Sequence[float]]) -> Image.Image:
     values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    known = {"I;16": (0, 65535), "F": (0, 1)}.get(image.mode[:4])
+    known = _RANGES.get(image.mode[:4])
     low, high = image_range or known or (0, 0)
     if not image_range and (known is None or values.min() < low or values.max() > high):
         span = f"{values.min():g} to {values.max():g}"
@@ -300,12 +302,11 @@ def _judge_depth(
     image_range: Optional[Sequence[float]],
     scales: bool,
 ) -> Iterator[str]:
+    refuse = partial(notes.refuse, key=images_key, value=root)
     if not scales:
         name, mode = deep[0][0]["file_name"], deep[0][1]
         fix = "use sharedkd.data.images.ImageMapper as the loaders' mapper, which scales them"
-        notes.refuse(
-            f"{name!r} is of mode {mode}, which this mapper cuts off at 255", fix, images_key, root
-        )
+        refuse(f"{name!r} is of mode {mode}, which this mapper cuts off at 255", fix)
         return
     said = set()
     for image, mode in deep[:_MOST_DECODED]:
@@ -316,12 +317,10 @@ def _judge_depth(
                 values = np.asarray(picture)
         except Exception as e:
             fix = "name the values that are black and white"
-            notes.refuse(
-                f"{image['file_name']!r} cannot be scaled to 8 bits: {e}", fix, images_key, root
-            )
+            refuse(f"{image['file_name']!r} cannot be scaled to 8 bits: {e}", fix)
             continue
         if mode not in said:
-            low, high = image_range or ((0, 65535) if mode.startswith("I") else (0, 1))
+            low, high = image_range or _RANGES[mode[:4]]
             yield (
                 f"images of mode {mode}: {low:g} to {high:g} become 0 to 255 (the first is "
                 f"{shown(image['file_name'])}, whose values reach from {values.min():g} to {values.max():g})"

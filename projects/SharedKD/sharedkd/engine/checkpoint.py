@@ -175,7 +175,7 @@ class Checkpoints(hooks.HookBase):
             if not self.final:
                 self._save(FINAL)
         elif now % self.trainer.log.period == 0:
-            number = self.stop.agreed(next(self.trainer.module.parameters()).device)
+            number = self.stop.agreed(self.trainer.device)
             if number:
                 self.leave(number)
 
