@@ -17,11 +17,11 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from sharedkd import losses
 from sharedkd.config import defaults
+from sharedkd.config.recipes import known_methods
 from sharedkd.config.structure import defaults_of
 from sharedkd.data.loader import build_train_loader
 from sharedkd.lab.scores import difference, interval
 from sharedkd.losses import DistillationLoss
-from sharedkd.methods import known_methods
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 
@@ -159,7 +159,7 @@ def _loss(name: str, cls: type) -> str:
 def methods() -> List[Tuple[str, str, str, str]]:
     """Name, publication, families, and parameters for the published pairs, of every recipe."""
     rows = []
-    for method in known_methods(ROOT / "configs/common/methods"):
+    for method in known_methods():
         counts: Dict[str, None] = {}
         for family in method.stages:
             counts[f"{method.parameters(family) / 1e6:.2f} M"] = None

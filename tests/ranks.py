@@ -12,11 +12,11 @@ from detectron2.utils import comm
 
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.config import shared_kd_stages
+from sharedkd.config.recipes import known_methods
 from sharedkd.losses.base import DistillationLoss
-from sharedkd.methods import known_methods
 from sharedkd.modeling.stages import Stage
 
-METHODS = known_methods(tiny.ROOT / "configs/common/methods")
+METHODS = known_methods()
 
 
 class Scaled(DistillationLoss):

@@ -23,13 +23,12 @@ from pathlib import Path
 import torch
 
 from sharedkd.config import load_config
+from sharedkd.config.recipes import with_method
 from sharedkd.errors import SharedKDError
 from sharedkd.files import replace
 from sharedkd.lab.benchmark import Benchmark, efficiency, growth, measure
 from sharedkd.lab.performance import table
-from sharedkd.methods import with_method
 
-RECIPES = Path(__file__).resolve().parent.parent / "configs/common/methods"
 logging.getLogger("detectron2.sharedkd").setLevel(logging.ERROR)  # teachers are not trained here
 
 
@@ -39,7 +38,7 @@ def benchmark(args) -> Benchmark:
         return load_config(args.config_file, overrides, keep_teacher=True, without_data=True)
 
     cfg = load()
-    methods = {name: with_method(cfg, name, RECIPES) for name in args.methods}
+    methods = {name: with_method(cfg, name) for name in args.methods}
     variants = {override: load(override) for override in args.variant}
     return Benchmark(cfg, args.image_size, args.batch_size, methods, variants)
 

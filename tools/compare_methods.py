@@ -27,19 +27,21 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
+from arguments import add_config_arguments, overrides_of
+
+from sharedkd.config.recipes import known_methods
 from sharedkd.engine.interrupt import interruptible
 from sharedkd.errors import SharedKDError
 from sharedkd.lab.compare.comparison import run_comparison
 from sharedkd.lab.report import write_report
 from sharedkd.lab.runs import short
-from sharedkd.methods import known_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def list_methods() -> None:
     """Name, paper, families, and the parameters of the losses for the published pairs of a family."""
-    for method in known_methods(ROOT / "configs/common/methods"):
+    for method in known_methods():
         counts = defaultdict(list)
         for family in method.stages:
             counts[method.parameters(family)].append(family)
@@ -67,7 +69,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list", action="store_true", help="list the methods and stop")
-    parser.add_argument("--config-file", metavar="FILE", help="of a pair")
+    parser.add_argument("--config-file", metavar="FILE", help="of a pair, or of any detector")
     parser.add_argument("--methods", type=names, default=["none", "config"], metavar="A,B,...")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], metavar="0,1,...")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
@@ -75,6 +77,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="arms trained side by side"
     )
+    add_config_arguments(parser, method=False)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     if args.list:
@@ -90,7 +93,7 @@ if __name__ == "__main__":
                 args.methods,
                 args.seeds,
                 args.output,
-                args.overrides,
+                overrides_of(args, args.overrides),
                 args.shard,
                 args.jobs,
             )

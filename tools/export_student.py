@@ -25,6 +25,7 @@ import json
 import logging
 from pathlib import Path
 
+from arguments import add_config_arguments, overrides_of
 from omegaconf import OmegaConf
 
 from sharedkd.config import load_config
@@ -81,8 +82,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="0: no latencies")
     parser.add_argument("--json", metavar="FILE", help="write everything there")
+    add_config_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
+    args.overrides = overrides_of(args, args.overrides)
     for name in ("detectron2", "fvcore"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

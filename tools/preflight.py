@@ -16,6 +16,8 @@ import prologue  # noqa: F401
 import argparse
 import json
 
+from arguments import add_config_arguments, overrides_of
+
 from sharedkd.files import replace
 from sharedkd.lab.preflight import preflight
 
@@ -29,9 +31,15 @@ if __name__ == "__main__":
     parser.add_argument(
         "--json", metavar="FILE", help="write the report there; - prints it instead"
     )
+    add_config_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
-    found = preflight(args.config_file, args.overrides, args.resume, measure=not args.no_steps)
+    found = preflight(
+        args.config_file,
+        overrides_of(args, args.overrides),
+        args.resume,
+        measure=not args.no_steps,
+    )
     text = json.dumps(found.as_dict(), indent=1)
     if args.json and args.json != "-":
         replace(args.json, lambda f: f.write(text.encode()))

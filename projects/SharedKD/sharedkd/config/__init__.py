@@ -5,7 +5,8 @@ from sharedkd.modeling.shared_kd import ONE_STAGE_WEIGHT, published_stages, shar
 from .build import construct
 from .classic import add_sharedkd_config
 from .defaults import DATA_DEFAULTS, TRAIN_DEFAULTS
-from .load import load_config, override, student_only
+from .load import load_config, student_only
+from .overrides import override
 from .pair import distill
 
 __all__ = [

@@ -1,8 +1,41 @@
-"""Keys for Detectron2's classic yaml configs."""
+"""Detectron2's classic yaml configs: this package's keys in them, and runs that are made of them.
 
-from detectron2.config import CfgNode
+A classic config becomes a LazyConfig with all keys of the yaml, in capitals, beside the groups that
+every run has.  Their nodes refer to the yaml's keys, so that overrides of both kinds hold, and build
+what Detectron2's own builders make of the yaml.
+"""
 
-__all__ = ["add_sharedkd_config"]
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+from detectron2.config import CfgNode, get_cfg
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+from detectron2.solver import build_optimizer as build_classic_optimizer
+from fvcore.common.param_scheduler import ParamScheduler
+from omegaconf import DictConfig, OmegaConf
+from torch import nn, optim
+
+from sharedkd.data.images import ImageMapper
+from sharedkd.data.loader import TrainLoader, build_test_loader, build_train_loader
+from sharedkd.errors import ConfigError
+
+from .defaults import TRAIN_DEFAULTS
+
+__all__ = ["add_sharedkd_config", "check_classic", "from_classic", "is_classic"]
 
 
 def add_sharedkd_config(cfg: CfgNode) -> None:
@@ -14,3 +47,257 @@ def add_sharedkd_config(cfg: CfgNode) -> None:
             PUBLISHED=False,
         )
     )
+
+
+def is_classic(cfg: Mapping[str, Any]) -> bool:
+    """Whether a run's config was made of a classic one."""
+    return "MODEL" in cfg and "SOLVER" in cfg
+
+
+def from_classic(classic: CfgNode) -> DictConfig:
+    """The config of a run that trains the plain detector of a classic config.
+
+    Args:
+        classic: with all of Detectron2's keys.
+    """
+    tree = _plain(classic)
+    if tree["MODEL"]["DEVICE"] == "cuda":  # Detectron2's default
+        tree["MODEL"]["DEVICE"] = TRAIN_DEFAULTS["device"]
+    yaml = {key: f"${{{key}}}" for key in tree}
+
+    def mapper(is_train: bool) -> DictConfig:
+        return L(YamlMapper)(
+            yaml=yaml, is_train=is_train, image_format="${INPUT.FORMAT}", image_range=None
+        )
+
+    return OmegaConf.create(
+        {
+            **tree,
+            "model": L(build_detector)(yaml=yaml),
+            "dataloader": dict(
+                train=L(build_loader)(
+                    yaml=yaml,
+                    dataset=L(training_records)(names="${DATASETS.TRAIN}", yaml=yaml),
+                    mapper=mapper(is_train=True),
+                    total_batch_size="${SOLVER.IMS_PER_BATCH}",
+                    num_workers="${DATALOADER.NUM_WORKERS}",
+                    aspect_ratio_grouping="${DATALOADER.ASPECT_RATIO_GROUPING}",
+                    seed="${train.seed}",
+                    on_bad_image="error",
+                    max_bad_images=0.01,
+                ),
+                test=L(build_test_loader)(
+                    dataset=L(test_records)(names="${DATASETS.TEST}", yaml=yaml),
+                    mapper=mapper(is_train=False),
+                    num_workers="${DATALOADER.NUM_WORKERS}",
+                ),
+                evaluator=L(build_evaluator)(
+                    dataset_name="${DATASETS.TEST[0]}",
+                    yaml=yaml,
+                    output_dir="${train.output_dir}/inference",
+                ),
+            ),
+            "optimizer": L(build_optimizer)(params=L(dict)(), yaml=yaml, lr="${SOLVER.BASE_LR}"),
+            "lr_multiplier": L(build_multiplier)(yaml=yaml),
+            "train": dict(
+                output_dir="${OUTPUT_DIR}",
+                init_checkpoint="${MODEL.WEIGHTS}",
+                max_iter="${SOLVER.MAX_ITER}",
+                amp=dict(enabled="${SOLVER.AMP.ENABLED}"),
+                checkpointer=dict(period="${SOLVER.CHECKPOINT_PERIOD}"),
+                eval_period="${TEST.EVAL_PERIOD}",
+                cudnn_benchmark="${CUDNN_BENCHMARK}",
+                seed="${SEED}",
+                device="${MODEL.DEVICE}",
+            ),
+        },
+        flags={"allow_objects": True},
+    )
+
+
+def check_classic(cfg: DictConfig) -> None:
+    """Check the yaml's keys of a run's config after its overrides; without test data, evaluate nothing.
+
+    Raises:
+        ConfigError: Detectron2 has no such key, or a value of another type; several test sets; a part
+            of Detectron2's trainer that runs here lack.
+    """
+    try:
+        classic = _cfg_node({key: cfg[key] for key in cfg if key.isupper()})
+    except Exception as e:
+        fix = "correct that key; a project's own keys need the project's own train_net.py"
+        raise ConfigError("--config-file", "the yaml", str(e).strip("'\""), fix) from e
+    tests = list(classic.DATASETS.TEST)
+    if not tests:
+        cfg.dataloader.evaluator = None
+    if len(tests) > 1:
+        fix = f"use DATASETS.TEST=[{tests[0]}], and --eval-only for the others"
+        raise ConfigError("DATASETS.TEST", tests, "a run evaluates on one data set", fix)
+    for key in ("TEST.AUG.ENABLED", "TEST.PRECISE_BN.ENABLED"):
+        if OmegaConf.select(cfg, key):
+            raise ConfigError(key, True, "is not available here", f"use {key}=False")
+
+
+# --- what the nodes build -------------------------------------------------------------------------
+
+Yaml = Mapping[str, Any]  #: all keys of the yaml
+
+
+def build_detector(yaml: Yaml) -> nn.Module:
+    """Build the detector on the CPU, without weights."""
+    classic = _cfg_node(yaml)
+    classic.MODEL.DEVICE = "cpu"
+    return build_model(classic)
+
+
+def training_records(names: Sequence[str], yaml: Yaml) -> List[Dict[str, Any]]:
+    """Dataset dicts to train on, filtered as the yaml says."""
+    cfg = _cfg_node(yaml)
+    records = get_detection_dataset_dicts(
+        list(names),
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        ),
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    if cfg.DATALOADER.SAMPLER_TRAIN != "RandomSubsetTrainingSampler":
+        return records
+    count = int(len(records) * cfg.DATALOADER.RANDOM_SUBSET_RATIO)
+    chosen = np.random.default_rng(max(cfg.SEED, 0)).permutation(len(records))[:count]
+    return [records[i] for i in sorted(chosen)]
+
+
+def test_records(names: Sequence[str], yaml: Yaml) -> List[Dict[str, Any]]:
+    """Dataset dicts to evaluate on."""
+    cfg = _cfg_node(yaml)
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TEST if cfg.MODEL.LOAD_PROPOSALS else None
+    return get_detection_dataset_dicts(list(names), filter_empty=False, proposal_files=proposals)
+
+
+class YamlMapper(ImageMapper):
+    """Detectron2's mapper with the yaml's own augmentations, for images of any depth.
+
+    Args:
+        yaml, is_train: as Detectron2's DatasetMapper takes them.
+        image_format, image_range: see :class:`~sharedkd.data.images.ImageMapper`.
+    """
+
+    def __init__(
+        self,
+        yaml: Yaml,
+        is_train: bool,
+        image_format: str,
+        image_range: Optional[Sequence[float]] = None,
+    ):
+        options = DatasetMapper.from_config(_cfg_node(yaml), is_train)
+        super().__init__(image_range=image_range, **{**options, "image_format": image_format})
+
+
+def build_loader(yaml: Yaml, dataset: List[Dict[str, Any]], **options: Any) -> TrainLoader:
+    """The reproducible loader, with the yaml's sampler.
+
+    Args:
+        options: of :func:`~sharedkd.data.loader.build_train_loader`.
+
+    Raises:
+        ConfigError: a sampler that this loader does not have.
+    """
+    cfg = _cfg_node(yaml).DATALOADER
+    samplers = dict(
+        TrainingSampler=0.0,
+        RandomSubsetTrainingSampler=0.0,  # see training_records
+        RepeatFactorTrainingSampler=cfg.REPEAT_THRESHOLD,
+    )
+    if cfg.SAMPLER_TRAIN not in samplers:
+        fix = f"use one of {', '.join(samplers)}"
+        raise ConfigError(
+            "DATALOADER.SAMPLER_TRAIN", cfg.SAMPLER_TRAIN, "is not available here", fix
+        )
+    options.setdefault("repeat_threshold", samplers[cfg.SAMPLER_TRAIN])
+    return build_train_loader(dataset, **options)
+
+
+def build_optimizer(params: Mapping[str, nn.Module], yaml: Yaml, lr: float) -> optim.Optimizer:
+    """Detectron2's SGD by the yaml, which clips gradients if the yaml says so.
+
+    Args:
+        params: ``model``, what to train.
+        lr: base learning rate.
+    """
+    cfg = _cfg_node(yaml)
+    cfg.SOLVER.BASE_LR = float(lr)
+    return build_classic_optimizer(cfg, params["model"])
+
+
+def build_multiplier(yaml: Yaml) -> ParamScheduler:
+    """The yaml's schedule as a multiplier of the learning rate, a function of the run's progress."""
+    nothing = optim.SGD([nn.Parameter()], lr=1.0)
+    return build_lr_scheduler(_cfg_node(yaml), nothing)._multiplier  # it has no public name
+
+
+def build_evaluator(dataset_name: str, yaml: Yaml, output_dir: str) -> DatasetEvaluator:
+    """Detectron2's evaluator for the type of a registered data set, as its own train_net.py chooses it.
+
+    Raises:
+        ConfigError: the data set's metadata name no type, or an unknown one.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in EVALUATORS:
+        fix = f"set MetadataCatalog.get({dataset_name!r}).evaluator_type to one of {', '.join(EVALUATORS)}"
+        raise ConfigError(
+            "DATASETS.TEST", dataset_name, f"is evaluated by {kind}, which is unknown", fix
+        )
+    cfg = _cfg_node(yaml)
+    found = [build(dataset_name, cfg, output_dir) for build in EVALUATORS[kind]]
+    return found[0] if len(found) == 1 else DatasetEvaluators(found)
+
+
+Build = Callable[[str, CfgNode, str], DatasetEvaluator]
+
+
+def _coco(name: str, cfg: CfgNode, folder: str) -> DatasetEvaluator:
+    return COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
+
+
+def _sem_seg(name: str, cfg: CfgNode, folder: str) -> DatasetEvaluator:
+    return SemSegEvaluator(name, distributed=True, output_dir=folder)
+
+
+#: Type in a data set's metadata -> its evaluators.
+EVALUATORS: Dict[str, Tuple[Build, ...]] = {
+    "coco": (_coco,),
+    "sem_seg": (_sem_seg,),
+    "coco_panoptic_seg": (
+        _coco,
+        _sem_seg,
+        lambda name, cfg, folder: COCOPanopticEvaluator(name, folder),
+    ),
+    "cityscapes_instance": (lambda name, cfg, folder: CityscapesInstanceEvaluator(name),),
+    "cityscapes_sem_seg": (lambda name, cfg, folder: CityscapesSemSegEvaluator(name),),
+    "lvis": (lambda name, cfg, folder: LVISEvaluator(name, output_dir=folder),),
+    "pascal_voc": (lambda name, cfg, folder: PascalVOCDetectionEvaluator(name),),
+}
+
+
+def _cfg_node(yaml: Yaml) -> CfgNode:
+    """The classic config whose keys are those of ``yaml``.
+
+    Raises:
+        KeyError: Detectron2 has no such key.
+        ValueError: a value of another type than Detectron2's.
+    """
+    keys = {
+        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for key, value in yaml.items()
+    }
+    cfg = get_cfg()
+    cfg.merge_from_other_cfg(CfgNode(keys))
+    return cfg
+
+
+def _plain(value: Any) -> Any:
+    """A classic config in what OmegaConf can hold: lists in place of tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(child) for key, child in value.items()}
+    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value

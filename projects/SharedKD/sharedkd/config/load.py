@@ -4,21 +4,25 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
-from detectron2.config import LazyConfig
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.data.coco import CocoSummary
 from sharedkd.errors import ConfigError, Findings, collecting
+from sharedkd.modeling.detectors import config_path, load_file
 
+from .adopt import adopt_loaders, use_own_data
 from .build import missing_keys, not_set
+from .classic import check_classic, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
-from .overrides import check_override, not_applicable
+from .overrides import override
 from .own_data import read_own_data
+from .pair import IMAGE_FORMAT, Pairing
 from .structure import settle
 
-__all__ = ["Loaded", "load", "load_config", "override", "student_only"]
+__all__ = ["Loaded", "load", "load_config", "student_only"]
 
 PATHS = (
     "train.output_dir",
@@ -26,7 +30,6 @@ PATHS = (
     "model.teacher.config",
     "model.teacher.weights",
 )
-IMAGE_FORMAT = "dataloader.train.mapper.image_format"
 
 
 @dataclass
@@ -65,11 +68,13 @@ def load(
     *,
     findings: Findings,
 ) -> Loaded:
-    """Read a LazyConfig, apply ``key=value`` overrides, fill in defaults, register own data.
+    """Read a config, apply ``key=value`` overrides, fill in defaults, register own data.
 
     Args:
-        path: of an existing ``.py`` file, or of a ``.yaml`` such as a run's saved config.
-        overrides: ``key=value`` each, applied in this order.
+        path: of a LazyConfig ``.py``, a run's saved ``config.yaml``, or a classic yaml; or a name in
+            Detectron2's model zoo.
+        overrides: ``key=value`` each, applied in this order; those of ``distill`` come first, see
+            :class:`~sharedkd.config.pair.Pairing`.
         keep_teacher: keep a teacher that no stage learns from; otherwise it is removed.
         without_data: own data that is not named is allowed, and counts as 80 classes (COCO's).
         findings: receives the errors after which checks can go on.
@@ -78,10 +83,16 @@ def load(
         ConfigError: no such file, an override that cannot be applied, an unknown key or impossible
             value of ``train`` or ``data``, or bad own data.
     """
+    pairing, overrides = Pairing.of(overrides)
     cfg = _read(path)
+    _check_groups(cfg, path)
+    adopt_loaders(cfg)
+    use_own_data(cfg, overrides)
+    cfg = pairing.apply(cfg)
     for text in overrides:
         findings.step(override, cfg, text, path)
-    _check_groups(cfg, path)
+    if is_classic(cfg):
+        check_classic(cfg)
     _refuse_gone(cfg, findings)
     _settle(cfg, findings)
     _expand_home(cfg)
@@ -108,38 +119,12 @@ def student_only(cfg: DictConfig) -> DictConfig:
 
 
 def _read(path: str) -> DictConfig:
-    if not os.path.isfile(path):
-        raise ConfigError("--config-file", path, "no such file", "name a config, see configs/")
-    try:
-        return LazyConfig.load(path)
-    except ConfigError:
-        raise
-    except Exception as e:
-        raise ConfigError("--config-file", path, f"cannot be read: {e}", "correct that file") from e
-
-
-def override(cfg: DictConfig, text: str, path: str) -> None:
-    """Apply one ``key=value`` to a config.
-
-    Args:
-        cfg: changed in place.
-        text: the ``key=value``, as on a command line.
-        path: the config's, for messages.
-
-    Raises:
-        ConfigError: it cannot be applied, names code to be run, or a group that the config lacks.
-    """
-    known = {*cfg, "train"}
-    text = check_override(text)
-    try:
-        LazyConfig.apply_overrides(cfg, [text])
-    except Exception as e:
-        raise not_applicable(text, e) from e
-    for key in sorted(set(cfg) - known):
-        del cfg[key]
-        raise ConfigError(
-            "override", text, f"{path} has no {key}", f"use one of {', '.join(sorted(known))}"
-        )
+    found = config_path(path)
+    if found is None:
+        fix = "name a config, see configs/, or one of Detectron2's model zoo"
+        raise ConfigError("--config-file", path, "no such file", fix)
+    cfg = load_file(found, "--config-file")
+    return from_classic(cfg) if isinstance(cfg, CfgNode) else cfg
 
 
 def _check_groups(cfg: DictConfig, path: str) -> None:

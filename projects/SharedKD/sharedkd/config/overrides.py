@@ -4,14 +4,16 @@ import inspect
 import re
 from typing import Any, Iterator, Tuple
 
+from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 
 # Hydra's own parser: Detectron2 builds without Hydra parse values in other ways, one by `eval`.
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
 from sharedkd.errors import ConfigError
 
-__all__ = ["check_override", "not_applicable"]
+__all__ = ["check_override", "override"]
 
 TARGET = "_target_"
 #: The packages whose classes an override may choose.
@@ -29,6 +31,30 @@ PACKAGES = (
 PLAIN = re.compile(r"[^'\"()\[\]{}$=,\n]+")
 
 
+def override(cfg: DictConfig, text: str, path: str) -> None:
+    """Apply one ``key=value`` to a config.
+
+    Args:
+        cfg: changed in place.
+        text: the ``key=value``, as on a command line.
+        path: the config's, for messages.
+
+    Raises:
+        ConfigError: it cannot be applied, names code to be run, or a group that the config lacks.
+    """
+    known = {*cfg, "train"}
+    text = check_override(text)
+    try:
+        LazyConfig.apply_overrides(cfg, [text])
+    except Exception as e:
+        raise _not_applicable(text, e) from e
+    for key in sorted(set(cfg) - known):
+        del cfg[key]
+        raise ConfigError(
+            "override", text, f"{path} has no {key}", f"use one of {', '.join(sorted(known))}"
+        )
+
+
 def check_override(override: str) -> str:
     """Check ``override``, one ``key=value`` of the command line.
 
@@ -43,7 +69,7 @@ def check_override(override: str) -> str:
         override, parsed = _parse(override)
         value = parsed.value()
     except Exception as e:
-        raise not_applicable(override, e) from e
+        raise _not_applicable(override, e) from e
     if re.search(r"\$\{[^{}]*:", override):
         raise ConfigError("override", override, "calls a resolver", "write the value itself")
     for target in _targets(parsed.key_or_group.rpartition(".")[2], value):
@@ -70,7 +96,7 @@ def _parse(override: str) -> Tuple[str, Any]:
         return override, parser.parse_override(override)
 
 
-def not_applicable(override: str, reason: Exception) -> ConfigError:
+def _not_applicable(override: str, reason: Exception) -> ConfigError:
     """The error for ``override``, which cannot be parsed or applied because of ``reason``."""
     fix = "write key=value, and a value with special characters as key=\"'value'\""
     if "=" not in override:

@@ -1,15 +1,107 @@
-"""A distillation pair's config node, made of a plain detector's."""
+"""A distillation pair made of a plain detector's config."""
 
-from typing import Optional
+import os
+from dataclasses import dataclass
+from typing import List, Optional, Sequence, Tuple
 
 from detectron2.config import LazyCall as L
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from sharedkd.errors import ConfigError
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.shared_kd import shared_kd_stages
 from sharedkd.modeling.teachers import FrozenTeacher
 
-__all__ = ["distill"]
+from .recipes import OWN, with_method
+
+__all__ = ["IMAGE_FORMAT", "Pairing", "distill"]
+
+IMAGE_FORMAT = (
+    "dataloader.train.mapper.image_format"  #: where a config says the loader's channel order
+)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What to distil a config's detector with: the overrides ``distill.teacher=...`` and so on.
+
+    The flags ``--teacher``, ``--teacher-weights`` and ``--method`` of the tools stand for them.
+
+    Args:
+        teacher: a model-zoo name, a config's path, or the folder of a run.
+        weights: the teacher's weights; None: those of a model-zoo name, or the last of a run's folder.
+        method: as :func:`~sharedkd.config.recipes.with_method` takes it.  None: ``shared_kd`` for a plain
+            detector, and the stages of a pair's own config.
+    """
+
+    teacher: Optional[str] = None
+    weights: Optional[str] = None
+    method: Optional[str] = None
+
+    @classmethod
+    def of(cls, overrides: Sequence[str]) -> Tuple["Pairing", List[str]]:
+        """Read the pairing among ``overrides``, and return the other overrides beside it.
+
+        Raises:
+            ConfigError: an override of an unknown key of ``distill``.
+        """
+        keys, others = {}, []
+        for text in overrides:
+            key, _, value = text.partition("=")
+            group, _, name = key.partition(".")
+            if group != "distill":
+                others.append(text)
+            elif name in cls.__dataclass_fields__:
+                keys[name] = value
+            else:
+                known = ", ".join(f"distill.{x}" for x in cls.__dataclass_fields__)
+                raise ConfigError("override", text, "there is no such key", f"use one of {known}")
+        return cls(**keys), others
+
+    def apply(self, cfg: DictConfig) -> DictConfig:
+        """Make a pair of a plain detector's config, or give a pair another teacher or method.
+
+        Args:
+            cfg: with the group ``model``; not changed.
+
+        Raises:
+            ConfigError: weights without a teacher, a folder without a run, or see
+                :func:`~sharedkd.config.recipes.with_method`.
+        """
+        if self == Pairing():
+            return cfg
+        cfg, method = cfg.copy(), self.method
+        teacher, weights = self._teacher()
+        if "student" not in cfg.model:
+            cfg.model = distill(cfg.model, teacher, weights)
+            if OmegaConf.select(cfg, IMAGE_FORMAT) is None:  # a mapper that does not say it
+                cfg.model.input_format = cfg.model.student.get("input_format", "BGR")
+            method = method or "shared_kd"
+        elif teacher is not None:
+            cfg.model.teacher = _teacher_node(teacher, weights)
+        return with_method(cfg, method or OWN)
+
+    def _teacher(self) -> Tuple[Optional[str], Optional[str]]:
+        """The config and the weights of the teacher."""
+        if self.teacher is None:
+            if self.weights is not None:
+                fix = "name its config by --teacher"
+                raise ConfigError("--teacher-weights", self.weights, "there is no teacher", fix)
+            return None, None
+        folder = os.path.expanduser(self.teacher)
+        if not os.path.isdir(folder):
+            return self.teacher, self.weights
+        config, last = (os.path.join(folder, x) for x in ("config.yaml", "last_checkpoint"))
+        if not os.path.isfile(config) or not (self.weights or os.path.isfile(last)):
+            problem, fix = (
+                "is no folder of a finished run",
+                "name its config, and --teacher-weights",
+            )
+            raise ConfigError("--teacher", self.teacher, problem, fix)
+        if self.weights:
+            return config, self.weights
+        with open(last) as f:
+            return config, os.path.join(folder, f.read().strip())
 
 
 def distill(
@@ -27,19 +119,19 @@ def distill(
     """
     return L(SharedKD)(
         student=student,  # first: its random initialisation then equals the plain student's
-        teacher=(
-            None
-            if teacher is None
-            else L(FrozenTeacher)(
-                config=teacher,
-                weights=weights,
-                fold=True,
-                precision=None,
-                compile=False,
-                sha256=None,
-                trust_checkpoint=False,
-            )
-        ),
+        teacher=None if teacher is None else _teacher_node(teacher, weights),
         stages=shared_kd_stages() if stages is None else stages,
-        input_format="${dataloader.train.mapper.image_format}",
+        input_format=f"${{{IMAGE_FORMAT}}}",
+    )
+
+
+def _teacher_node(config: str, weights: Optional[str]) -> DictConfig:
+    return L(FrozenTeacher)(
+        config=config,
+        weights=weights,
+        fold=True,
+        precision=None,
+        compile=False,
+        sha256=None,
+        trust_checkpoint=False,
     )

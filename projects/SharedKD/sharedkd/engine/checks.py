@@ -83,7 +83,8 @@ def check_datasets(
 def _registered(name: str, key: str, split: str, findings: Findings) -> List[CocoSummary]:
     """What the files of a registered data set hold; none if it has no json file."""
     if name not in DatasetCatalog.list():
-        fix = "use configs/custom_coco.py"
+        fix = "set data.train_json, data.train_images, data.val_json and data.val_images of COCO-format "
+        fix += "data, or register it in a LazyConfig file"
         findings.add(ConfigError(key, name, "is not registered", fix))
         return [FAILED]
     data = read_registered(name, key, train=split == "train")

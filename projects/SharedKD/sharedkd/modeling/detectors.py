@@ -14,8 +14,10 @@ from sharedkd.errors import ConfigError
 __all__ = [
     "KEY",
     "build_detector",
+    "config_path",
     "count_parameters",
     "num_classes",
+    "load_file",
     "read_config",
     "zoo_weights",
 ]
@@ -32,26 +34,44 @@ def read_config(name: str) -> Union[CfgNode, DictConfig]:
     Raises:
         ConfigError: there is no such config, or it cannot be read.
     """
-    path = name
-    if not os.path.isfile(path):
-        try:
-            path = model_zoo.get_config_file(name)
-        except RuntimeError:
-            raise ConfigError(
-                f"{KEY}.config",
-                name,
-                "is neither a file nor a name in Detectron2's model zoo",
-                "train that teacher first if it is your own; or use the path of another config, or a "
-                "name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
-            ) from None
+    path = config_path(name)
+    if path is None:
+        raise ConfigError(
+            f"{KEY}.config",
+            name,
+            "is neither a file nor a name in Detectron2's model zoo",
+            "train that teacher first if it is your own; or use the path of another config, or a "
+            "name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
+        )
+    return load_file(path, f"{KEY}.config")
+
+
+def config_path(name: str) -> Optional[str]:
+    """Where the config ``name``, a path or a name in the model zoo, is; None: nowhere."""
+    if os.path.isfile(name):
+        return name
+    try:
+        return model_zoo.get_config_file(name)
+    except RuntimeError:
+        return None
+
+
+def load_file(path: str, key: str) -> Union[CfgNode, DictConfig]:
+    """Read the config ``path``: a LazyConfig as Python or YAML, or a classic config.
+
+    Raises:
+        ConfigError: it cannot be read; ``key`` names it.
+    """
     try:
         if path.endswith(".py") or _is_lazy_yaml(path):
             return LazyConfig.load(path)
         config = get_cfg()
         config.merge_from_file(path)
         return config
+    except ConfigError:
+        raise
     except Exception as e:
-        raise ConfigError(f"{KEY}.config", name, f"cannot be read: {e}", "correct that file") from e
+        raise ConfigError(key, path, f"cannot be read: {e}", "correct that file") from e
 
 
 def _is_lazy_yaml(path: str) -> bool:

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.config import load_config
 from sharedkd.config.build import construct
+from sharedkd.config.recipes import PLAIN, with_method
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.parts import build
 from sharedkd.engine.resume import differences
@@ -36,7 +37,6 @@ from sharedkd.lab.analysis.pictures import read_curves
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.lab.scores import folder_name
-from sharedkd.methods import PLAIN, with_method
 from sharedkd.modeling.meta_arch import SharedKD
 
 from .events import write_events
@@ -102,7 +102,7 @@ class Comparison:
     Args:
         root: the repository.
         config_file: of a pair.
-        methods: names as :func:`~sharedkd.methods.with_method` takes them, and ``a@b``: method a,
+        methods: names as :func:`~sharedkd.config.recipes.with_method` takes them, and ``a@b``: method a,
             trained for the time that b takes.
         seeds: one arm each per method.
         output: folder of the arms and the report.
@@ -130,9 +130,7 @@ class Comparison:
         self._check_names()
         self.cfg = load_config(config_file, overrides, keep_teacher=True)
         self.configs = {
-            method: with_method(
-                self.cfg, method.split(FOR_THE_TIME_OF)[0], root / "configs/common/methods"
-            )
+            method: with_method(self.cfg, method.split(FOR_THE_TIME_OF)[0])
             for method in self.methods
         }
 

@@ -11,18 +11,27 @@ from typing import Dict, List, Sequence
 
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from sharedkd.config import override
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.stages import stage_dict
 
-__all__ = ["FAMILIES", "PLAIN", "OWN", "Method", "family", "known_methods", "with_method"]
+from .classic import build_detector
+from .overrides import override
+
+__all__ = ["FAMILIES", "OWN", "PLAIN", "Method", "family", "known_methods", "with_method"]
+
+# In an installed package (setup.py), and in the repository.
+_PLACES = [
+    Path(__file__).parents[1] / "recipes",
+    Path(__file__).parents[4] / "configs/common/methods",
+]
+FOLDER = next((x for x in _PLACES if x.is_dir()), _PLACES[0])  #: where the recipes are
 
 PLAIN = "none"  #: the student without distillation
 OWN = "config"  #: the stages that the config itself has
@@ -94,13 +103,9 @@ class Method:
         return count
 
 
-def known_methods(folder: Path) -> List[Method]:
-    """All recipes of ``folder``, in the order of their names.
-
-    Raises:
-        ConfigError: a ``.py`` file in it that is not a recipe.
-    """
-    return [Method.load(path) for path in sorted(folder.glob("*.py"))]
+def known_methods() -> List[Method]:
+    """All recipes, in the order of their names."""
+    return [Method.load(path) for path in sorted(FOLDER.glob("*.py"))]
 
 
 def family(student: DictConfig) -> str:
@@ -111,9 +116,13 @@ def family(student: DictConfig) -> str:
     """
     target = student["_target_"]
     target = locate(target) if isinstance(target, str) else target
+    masks = bool(OmegaConf.select(student, "roi_heads.mask_head"))
+    if target is build_detector:
+        target = META_ARCH_REGISTRY.get(student.yaml.MODEL.META_ARCHITECTURE)
+        masks = student.yaml.MODEL.MASK_ON
     if isinstance(target, type):
         if issubclass(target, GeneralizedRCNN):
-            return "mask_rcnn" if student.roi_heads.get("mask_head") else "faster_rcnn"
+            return "mask_rcnn" if masks else "faster_rcnn"
         for name, detector in _ONE_STAGE.items():
             if issubclass(target, detector):
                 return name
@@ -125,7 +134,7 @@ def family(student: DictConfig) -> str:
     )
 
 
-def with_method(cfg: DictConfig, name: str, folder: Path) -> DictConfig:
+def with_method(cfg: DictConfig, name: str) -> DictConfig:
     """A copy of a pair's config that uses another method.
 
     Args:
@@ -133,7 +142,6 @@ def with_method(cfg: DictConfig, name: str, folder: Path) -> DictConfig:
         name: ``none``, ``config``, a recipe's name or path, or several joined by ``+``;
             ``fgd:4`` multiplies the weights of its stages by 4, and ``fgd:key=value`` sets a key of
             the config.
-        folder: the recipes.
 
     Raises:
         ConfigError: an unknown name, a method that is not defined for this family, one that needs a
@@ -142,13 +150,13 @@ def with_method(cfg: DictConfig, name: str, folder: Path) -> DictConfig:
     cfg = cfg.copy()
     parts = [part.split(":") for part in name.split("+")]
     names = [[part, *(x for x in more if "=" not in x)] for part, *more in parts]
-    _choose(cfg, names, folder)
+    _choose(cfg, names)
     for setting in (x for _, *more in parts for x in more if "=" in x):
         override(cfg, setting, "the config")
     return cfg
 
 
-def _choose(cfg: DictConfig, names: Sequence[Sequence[str]], folder: Path) -> None:
+def _choose(cfg: DictConfig, names: Sequence[Sequence[str]]) -> None:
     """Give a config the stages of recipes: each a name, and perhaps a factor of its weights."""
     if names == [[PLAIN]]:
         if OmegaConf.select(cfg, "train.inherit"):  # it starts from the teacher as the others do
@@ -164,7 +172,7 @@ def _choose(cfg: DictConfig, names: Sequence[Sequence[str]], folder: Path) -> No
         return
     kind, stages = family(cfg.model.student), L(stage_dict)()
     for part, *factors in names:
-        recipe = _recipe(part, folder)
+        recipe = _recipe(part)
         if kind not in recipe.stages:
             raise ConfigError(
                 "--methods",
@@ -194,9 +202,9 @@ def _factor(text: str) -> float:
         ) from None
 
 
-def _recipe(name: str, folder: Path) -> Method:
-    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
+def _recipe(name: str) -> Method:
+    path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
     if not path.is_file():
-        names = ", ".join((PLAIN, OWN, *(p.stem for p in sorted(folder.glob("*.py")))))
+        names = ", ".join((PLAIN, OWN, *(p.stem for p in sorted(FOLDER.glob("*.py")))))
         raise ConfigError("--methods", name, "no such method", f"use a recipe's path, or {names}")
     return Method.load(path)

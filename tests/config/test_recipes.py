@@ -13,10 +13,10 @@ from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
-from sharedkd.methods import FAMILIES, Method, family, known_methods, with_method
+from sharedkd.config.recipes import FAMILIES, Method, family, known_methods, with_method
 
 FOLDER = tiny.ROOT / "configs/common/methods"
-METHODS = {method.name: method for method in known_methods(FOLDER)}
+METHODS = {method.name: method for method in known_methods()}
 CLAIMS = [(name, kind) for name, method in METHODS.items() for kind in method.stages]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
@@ -88,7 +88,7 @@ def stack(kind, names):
     cfg = OmegaConf.create(
         {"model": {"student": tiny.node(kind), "stages": None}}, flags={"allow_objects": True}
     )
-    return with_method(cfg, "+".join(names), FOLDER).model.stages
+    return with_method(cfg, "+".join(names)).model.stages
 
 
 TOGETHER = {kind: [name for name, claimed in CLAIMS if claimed == kind] for kind in FAMILIES}
@@ -251,46 +251,46 @@ def pair_config():
 
 def test_none_is_the_plain_student():
     cfg = pair_config()
-    assert with_method(cfg, "none", FOLDER).model == cfg.model.student
+    assert with_method(cfg, "none").model == cfg.model.student
     plain = tiny.config("retinanet_plain.py")
-    assert with_method(plain, "none", FOLDER).model == plain.model
+    assert with_method(plain, "none").model == plain.model
 
 
 def test_config_keeps_its_own_stages():
     cfg = pair_config()
     cfg.model.stages.identical.weight = 7
-    assert with_method(cfg, "config", FOLDER).model.stages == cfg.model.stages
+    assert with_method(cfg, "config").model.stages == cfg.model.stages
 
 
 def test_a_factor_multiplies_the_weights():
-    stages = with_method(pair_config(), "pkd:0.5+shared_kd:3", FOLDER).model.stages
+    stages = with_method(pair_config(), "pkd:0.5+shared_kd:3").model.stages
     assert {k: v.weight for k, v in stages.items() if k != "_target_"} == {
         "pkd": 5.0,
         "identical": 30.0,
         "cross": pytest.approx(1.5),
     }
-    assert with_method(pair_config(), "pkd", FOLDER).model.stages.pkd.weight == 10.0
+    assert with_method(pair_config(), "pkd").model.stages.pkd.weight == 10.0
 
 
 def test_a_method_sets_keys_of_its_own():
     cfg = pair_config()
     name = "pkd:model.teacher.precision=bfloat16:2+cwd:model.stages.cwd.weight=3"
-    changed = with_method(cfg, name, FOLDER)
+    changed = with_method(cfg, name)
     assert changed.model.teacher.precision == "bfloat16"
     assert changed.model.stages.pkd.weight == 20.0 and changed.model.stages.cwd.weight == 3
-    assert with_method(cfg, "none:optimizer.lr=7", FOLDER).optimizer.lr == 7
+    assert with_method(cfg, "none:optimizer.lr=7").optimizer.lr == 7
     assert "precision" not in cfg.model.teacher and cfg.optimizer.lr != 7
 
 
 def test_stages_of_one_name_are_both_kept():
-    stages = with_method(pair_config(), "shared_kd+self_distillation", FOLDER).model.stages
+    stages = with_method(pair_config(), "shared_kd+self_distillation").model.stages
     assert set(stages) - {"_target_"} == {"identical", "cross", "self_distillation_cross"}
 
 
 def test_a_recipe_of_ones_own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text((FOLDER / "cwd.py").read_text())
-    assert "cwd" in with_method(pair_config(), str(path), FOLDER).model.stages
+    assert "cwd" in with_method(pair_config(), str(path)).model.stages
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_recipe_of_ones_own(tmp_path):
 )
 def test_names_that_mean_nothing(config, name, words):
     with pytest.raises(ConfigError, match=words):
-        with_method(tiny.config(config), name, FOLDER)
+        with_method(tiny.config(config), name)
 
 
 def test_a_file_that_is_no_recipe(tmp_path):

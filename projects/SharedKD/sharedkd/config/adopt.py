@@ -1,0 +1,106 @@
+"""Configs written for plain Detectron2: reproducible loaders for them, and own data by ``data.*``."""
+
+from typing import Any, Iterator, Sequence
+
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from sharedkd.data.images import ImageMapper
+from sharedkd.data.loader import build_test_loader, build_train_loader
+from sharedkd.errors import ConfigError
+
+from .classic import is_classic
+from .defaults import DATA_DEFAULTS
+
+__all__ = ["adopt_loaders", "use_own_data"]
+
+# Of `data`, what only the configs of configs/custom_coco*.py read.
+_SIZES = ("short_edge", "test_short_edge", "max_size", "num_classes", "masks")
+
+
+def adopt_loaders(cfg: DictConfig) -> None:
+    """Replace Detectron2's loaders in a config by this package's, which a resumed run needs.
+
+    A training loader with options that this package's lacks stays as it is.
+    """
+    train, test = (cfg.dataloader.get(split) for split in ("train", "test"))
+    if _is(train, build_detection_train_loader):
+        sampler = train.get("sampler")
+        if _is(sampler, RepeatFactorTrainingSampler):
+            threshold = OmegaConf.select(sampler, "repeat_factors.repeat_thresh")
+            if threshold is not None:
+                del train["sampler"]
+                train.repeat_threshold = threshold
+        known = "dataset mapper total_batch_size num_workers aspect_ratio_grouping repeat_threshold"
+        if {*train} <= {"_target_", *known.split()}:
+            train._target_ = build_train_loader
+            train.update(seed="${train.seed}", on_bad_image="error", max_bad_images=0.01)
+    if _is(test, build_detection_test_loader) and not {"sampler", "collate_fn"} & {*test}:
+        test._target_ = build_test_loader
+
+
+def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Let a config train on own data, if the command line sets keys of ``data`` and the config has none.
+
+    Its data sets, its evaluator and its number of classes then are those of ``data``.
+
+    Args:
+        cfg: changed in place.
+        overrides: ``key=value`` each.
+
+    Raises:
+        ConfigError: a key that a config without a group ``data`` of its own does not read.
+    """
+    keys = {text.partition("=")[0] for text in overrides if text.startswith("data.")}
+    if not keys or "data" in cfg:
+        return
+    for key in _SIZES:
+        if f"data.{key}" in keys:
+            fix = "leave it out, and set the key that this config reads itself"
+            raise ConfigError(f"data.{key}", "", "is a key of configs/custom_coco*.py", fix)
+    cfg.data = OmegaConf.create(DATA_DEFAULTS)
+    if is_classic(cfg):
+        cfg.DATASETS.update(TRAIN=["${data.name}_train"], TEST=["${data.name}_val"])
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = "${data.num_classes}"
+        cfg.data.update(masks="${MODEL.MASK_ON}", max_size="${INPUT.MAX_SIZE_TRAIN}")
+        return
+    for split, name in (("train", "${data.name}_train"), ("test", "${data.name}_val")):
+        loader = cfg.dataloader[split]
+        loader.dataset.names = name
+        if _is(loader.mapper, DatasetMapper):
+            loader.mapper._target_ = ImageMapper
+    nodes = cfg.dataloader.get("evaluator") or []
+    for node in nodes if isinstance(nodes, ListConfig) else [nodes]:
+        node.dataset_name = "${data.name}_val"
+    for node in _with_classes(cfg.model):
+        node.num_classes = "${data.num_classes}"
+    mapper = cfg.dataloader.train.mapper
+    if "use_instance_mask" in mapper:
+        cfg.data.masks = "${dataloader.train.mapper.use_instance_mask}"
+    sizes = [x.max_size for x in mapper.get("augmentations", []) if "max_size" in x]
+    cfg.data.max_size = max(sizes, default=1333)
+
+
+def _with_classes(node: DictConfig) -> Iterator[DictConfig]:
+    """The nodes of a model that say its number of classes, and do not refer to another one."""
+    for key in [*node]:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            yield from _with_classes(child)
+        elif key == "num_classes" and not OmegaConf.is_interpolation(node, key):
+            if node[key] != 1:  # of a head that has one for all, such as tiny_mask_rcnn's
+                yield node
+
+
+def _is(node: Any, target: Any) -> bool:
+    """Whether a node builds ``target`` itself."""
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        return False
+    found = node["_target_"]
+    return (locate(found) if isinstance(found, str) else found) is target

@@ -1,0 +1,29 @@
+"""The flags that all tools for a run's config share."""
+
+import argparse
+from typing import List
+
+FLAGS = {"--teacher": "teacher", "--teacher-weights": "weights", "--method": "method"}
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, method: bool = True) -> None:
+    """Add ``--teacher``, ``--teacher-weights`` and, with ``method``, ``--method`` to ``parser``."""
+    group = parser.add_argument_group("distillation of a plain detector's config")
+    group.add_argument(
+        "--teacher",
+        metavar="NAME|PATH",
+        help="a name in Detectron2's model zoo, a config, or the folder of a run",
+    )
+    group.add_argument(
+        "--teacher-weights", metavar="FILE|URL", help="default: the zoo's, the run's"
+    )
+    if method:
+        group.add_argument(
+            "--method", metavar="NAME", help="see compare_methods.py --list; default: shared_kd"
+        )
+
+
+def overrides_of(args: argparse.Namespace, given: List[str]) -> List[str]:
+    """The overrides of a command: those that its flags stand for, then those ``given``."""
+    values = {key: getattr(args, flag[2:].replace("-", "_"), None) for flag, key in FLAGS.items()}
+    return [f"distill.{key}={value}" for key, value in values.items() if value is not None] + given
