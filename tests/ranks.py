@@ -12,8 +12,8 @@ from detectron2.utils import comm
 
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.config import shared_kd_stages
-from sharedkd.config.recipes import known_methods
 from sharedkd.losses.base import DistillationLoss
+from sharedkd.modeling.recipes import known_methods
 from sharedkd.modeling.stages import Stage
 
 METHODS = known_methods()

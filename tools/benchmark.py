@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from sharedkd.config import load_config
-from sharedkd.config.recipes import with_method
+from sharedkd.config.methods import with_method
 from sharedkd.errors import SharedKDError
 from sharedkd.files import replace
 from sharedkd.lab.benchmark import Benchmark, efficiency, growth, measure

@@ -29,12 +29,12 @@ from pathlib import Path
 
 from arguments import add_config_arguments, overrides_of
 
-from sharedkd.config.recipes import known_methods
 from sharedkd.engine.interrupt import interruptible
 from sharedkd.errors import SharedKDError
 from sharedkd.lab.compare.comparison import run_comparison
 from sharedkd.lab.report import write_report
 from sharedkd.lab.runs import short
+from sharedkd.modeling.recipes import known_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 

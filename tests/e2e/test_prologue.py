@@ -8,7 +8,9 @@ import sys
 import pytest
 import tiny
 
-TOOLS = sorted(p for p in (tiny.ROOT / "tools").glob("*.py") if p.stem not in ("prologue", "arguments"))
+TOOLS = sorted(
+    p for p in (tiny.ROOT / "tools").glob("*.py") if p.stem not in ("prologue", "arguments")
+)
 #: Of the standard library, installed, and such as are not there: none may come from that directory.
 MODULES = ["argparse", "json", "random", "struct", "tokenize", "numpy", "yaml", "not_there"]
 

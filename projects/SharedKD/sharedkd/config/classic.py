@@ -39,12 +39,29 @@ __all__ = ["add_sharedkd_config", "check_classic", "from_classic", "is_classic"]
 
 
 def add_sharedkd_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.SHAREDKD`` to ``cfg``, a classic config, whose META_ARCHITECTURE is then ``SharedKD``."""
+    """Add ``MODEL.SHAREDKD`` to ``cfg``, a classic config, whose META_ARCHITECTURE is then ``SharedKD``.
+
+    Keys:
+
+    * ``STUDENT``: the plain detector's META_ARCHITECTURE.
+    * ``TEACHER``: CONFIG, WEIGHTS, PRECISION, SHA256 and TRUST_CHECKPOINT as :class:`FrozenTeacher` takes
+      them; an empty CONFIG: no teacher, for a method that needs none.
+    * ``METHOD``: as :func:`~sharedkd.modeling.recipes.stages_of` takes it.
+    * ``WEIGHT``: multiplies the weights of the method's stages.
+    * ``START``, ``RAMP``, ``END``: see :class:`~sharedkd.modeling.stages.Stage`, for all of them.
+    """
     cfg.MODEL.SHAREDKD = CfgNode(
         dict(
             STUDENT="GeneralizedRCNN",
-            TEACHER=dict(CONFIG="", WEIGHTS=None, SHA256=None, TRUST_CHECKPOINT=False),
-            PUBLISHED=False,
+            TEACHER=dict(
+                CONFIG="", WEIGHTS=None, PRECISION=None, SHA256=None, TRUST_CHECKPOINT=False
+            ),
+            METHOD="shared_kd",
+            WEIGHT=1.0,
+            START=None,
+            RAMP=None,
+            END=None,
+            PUBLISHED=None,  # gone, see SharedKD.from_config
         )
     )
 

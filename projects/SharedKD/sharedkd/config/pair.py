@@ -12,7 +12,7 @@ from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.shared_kd import shared_kd_stages
 from sharedkd.modeling.teachers import FrozenTeacher
 
-from .recipes import OWN, with_method
+from .methods import OWN, with_method
 
 __all__ = ["IMAGE_FORMAT", "Pairing", "distill"]
 
@@ -30,7 +30,7 @@ class Pairing:
     Args:
         teacher: a model-zoo name, a config's path, or the folder of a run.
         weights: the teacher's weights; None: those of a model-zoo name, or the last of a run's folder.
-        method: as :func:`~sharedkd.config.recipes.with_method` takes it.  None: ``shared_kd`` for a plain
+        method: as :func:`~sharedkd.config.methods.with_method` takes it.  None: ``shared_kd`` for a plain
             detector, and the stages of a pair's own config.
     """
 
@@ -66,7 +66,7 @@ class Pairing:
 
         Raises:
             ConfigError: weights without a teacher, a folder without a run, or see
-                :func:`~sharedkd.config.recipes.with_method`.
+                :func:`~sharedkd.config.methods.with_method`.
         """
         if self == Pairing():
             return cfg

@@ -15,8 +15,9 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sharedkd.engine.hooks.step_log import DISTILL, StepLog
+from sharedkd.engine.hooks.step_log import StepLog
 from sharedkd.errors import ConfigError
+from sharedkd.modeling.stages import scale_relative, terms_of
 
 __all__ = ["SharedKDTrainer", "Step", "check_amp"]
 
@@ -222,29 +223,16 @@ class SharedKDTrainer(SimpleTrainer):
             losses: the losses to scale.
             values: their values, equal on all ranks, from which the scale is computed.
         """
-        weighed = dict(losses)
-        detector = sum(v for k, v in values.items() if not k.startswith(DISTILL))
-        for name, stage in self.stages.items():
-            terms = self._terms(losses, name)
-            if stage.relative and terms:
-                raw = sum(values[k] for k in terms)
-                scale = step.weights[name] * detector / raw
-                scale = torch.where(raw > 0, scale, torch.ones_like(scale))
-                weighed.update({k: scale.to(losses[k].dtype) * losses[k] for k in terms})
-        return weighed
+        return scale_relative(losses, values, self.stages, step.weights)
 
     def _sums(self, values: Mapping[str, Tensor], step: Step) -> Dict[str, Tensor]:
         """``total_loss``, and ``loss_distill_<stage>`` of each stage that has terms."""
         weighed = self._weigh(values, values, step)
-        terms = {name: self._terms(values, name) for name in self.stages}
+        terms = {name: terms_of(values, name) for name in self.stages}
         sums = {
             f"loss_distill_{name}": sum(weighed[k] for k in x) for name, x in terms.items() if x
         }
         return {**sums, "total_loss": sum(weighed.values())}
-
-    @staticmethod
-    def _terms(losses: Iterable[str], stage: str) -> List[str]:
-        return [k for k in losses if k.startswith(f"{DISTILL}{stage}/")]
 
     def _agree_on(self, failure: str) -> str:
         """The error of any rank's detector; of this rank's if steps do not wait for the device."""

@@ -1,5 +1,6 @@
 """The meta-architecture: student and teacher side by side in training, the student alone in inference."""
 
+import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple, Union
@@ -7,18 +8,21 @@ from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Opti
 import torch
 from detectron2.config import CfgNode, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.losses.base import Batch, Maps, Regions
 
 from .heads import RegionTap, anchor_labels, check_labels, check_regions
-from .shared_kd import published_stages, shared_kd_stages
-from .stages import Stage
+from .recipes import family, stages_of
+from .stages import DISTILL, Stage, scale_relative
 from .taps import FeatureTap, pyramid_shapes, same_pixels
 from .teachers import FrozenTeacher, Teacher
 
 __all__ = ["SharedKD", "check_image_format"]
+
+logger = logging.getLogger("detectron2.sharedkd")
 
 #: What a loss needs -> the taps that this takes.
 NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
@@ -60,6 +64,8 @@ class SharedKD(nn.Module):
             step, and only if an active stage needs it.
         stages: name -> :class:`Stage`; those of weight zero are left out.
         input_format: channel order of the images that the data loader delivers.
+        max_iter: the run's iterations, for stages whose times are fractions of it, under a trainer other
+            than :class:`SharedKDTrainer`, which knows it.
 
     Raises:
         ConfigError: a stage that is no Stage, needs a teacher that is not there, finds no common
@@ -75,6 +81,7 @@ class SharedKD(nn.Module):
         teachers: Optional[Mapping[str, Teacher]] = None,
         stages: Optional[Mapping[str, Stage]] = None,
         input_format: str = "BGR",
+        max_iter: Optional[int] = None,
     ):
         super().__init__()
         check_image_format(student, input_format)
@@ -83,6 +90,7 @@ class SharedKD(nn.Module):
         self.teachers: Dict[str, Teacher] = dict(teachers or {})
         self.stages: Dict[str, Stage] = {}
         self.input_format = input_format
+        self.max_iter = max_iter
         self._tap = FeatureTap(student)
 
         findings = Findings()
@@ -123,26 +131,30 @@ class SharedKD(nn.Module):
         Its keys are added by :func:`sharedkd.config.classic.add_sharedkd_config`.
         """
         keys = cfg.MODEL.SHAREDKD
-        teacher = keys.TEACHER
+        if keys.PUBLISHED is not None:
+            fix = "use MODEL.SHAREDKD.METHOD: shared_kd_published"
+            raise ConfigError("MODEL.SHAREDKD.PUBLISHED", keys.PUBLISHED, "this key is gone", fix)
+        student = META_ARCH_REGISTRY.get(keys.STUDENT)(cfg)
+        stages = instantiate(stages_of(keys.METHOD, family(type(student), cfg.MODEL.MASK_ON)))
+        for stage in stages.values():
+            stage.weight *= keys.WEIGHT
+            stage.start, stage.ramp, stage.end = keys.START or 0, keys.RAMP or 0, keys.END
         return dict(
-            student=META_ARCH_REGISTRY.get(keys.STUDENT)(cfg),
-            teacher=(
-                FrozenTeacher(
-                    teacher.CONFIG,
-                    teacher.WEIGHTS,
-                    sha256=teacher.SHA256,
-                    trust_checkpoint=teacher.TRUST_CHECKPOINT,
-                )
-                if teacher.CONFIG
-                else None
-            ),
-            stages=instantiate(published_stages() if keys.PUBLISHED else shared_kd_stages()),
+            student=student,
+            teacher=_teacher_of(cfg) if keys.TEACHER.CONFIG else None,
+            stages=stages,
             input_format=cfg.INPUT.FORMAT,
+            max_iter=cfg.SOLVER.MAX_ITER,
         )
 
-    @property
-    def device(self) -> torch.device:
-        return self.student.device
+    def __getattr__(self, name: str) -> Any:
+        """The student's attribute, such as ``roi_heads`` or ``device``: hooks and checkpointers ask."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "student":
+                raise
+            return getattr(self.student, name)
 
     def forward(
         self, batched_inputs: List[Dict[str, Any]], weights: Optional[Mapping[str, float]] = None
@@ -152,7 +164,8 @@ class SharedKD(nn.Module):
         Args:
             batched_inputs: Detectron2's records, as for the student.
             weights: stage name -> weight in this step, in training; a stage that is left out or
-                weighs zero is not computed.  None: every stage at its full weight.
+                weighs zero is not computed.  None: by the stages' schedules and the iteration of
+                Detectron2's EventStorage; losses of relative stages are then scaled here.
 
         Returns:
             In training: the student's own losses, and ``distill/<stage>/<term>`` for each term of
@@ -161,7 +174,10 @@ class SharedKD(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         if weights is None:
-            weights = {name: stage.weight for name, stage in self.stages.items()}
+            weights = self._weights_now()
+            losses = self(batched_inputs, weights)
+            values = {name: x.detach() for name, x in losses.items()}
+            return scale_relative(losses, values, self.stages, weights)
         active = {name: w for name, w in weights.items() if w}
         if not active:
             return self._with_idle_parameters(self.student(batched_inputs))
@@ -199,8 +215,22 @@ class SharedKD(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             for name, weight in active.items():
                 for term, value in self.losses[name](batches[self.stages[name].teacher]).items():
-                    losses[f"distill/{name}/{term}"] = weight * value
+                    losses[f"{DISTILL}{name}/{term}"] = weight * value
         return self._with_idle_parameters(losses)
+
+    def _weights_now(self) -> Dict[str, float]:
+        """The stages' weights in the iteration of the EventStorage."""
+        iteration = get_event_storage().iter
+        if self.max_iter is None:
+            for name, stage in self.stages.items():
+                for time in ("start", "ramp", "end"):
+                    if isinstance(getattr(stage, time), float):
+                        key, value = f"model.stages.{name}.{time}", getattr(stage, time)
+                        problem = "is a fraction of the run, whose length is unknown"
+                        raise ConfigError(
+                            key, value, problem, "set model.max_iter to its iterations"
+                        )
+        return {name: x.weight_at(iteration, self.max_iter) for name, x in self.stages.items()}
 
     def _teacher_maps(
         self, by_source: Mapping[Optional[str], List[str]], batched_inputs: List[Dict[str, Any]]
@@ -262,3 +292,18 @@ class SharedKD(nn.Module):
             the missing and the unexpected keys.
         """
         return self.student.load_state_dict(state_dict, *args, **kwargs)
+
+
+def _teacher_of(cfg: CfgNode) -> FrozenTeacher:
+    """The teacher that a classic config names, ready on its device."""
+    keys = cfg.MODEL.SHAREDKD.TEACHER
+    teacher = FrozenTeacher(
+        keys.CONFIG,
+        keys.WEIGHTS,
+        precision=keys.PRECISION,
+        sha256=keys.SHA256,
+        trust_checkpoint=keys.TRUST_CHECKPOINT,
+    ).to(cfg.MODEL.DEVICE)
+    # Detectron2's AMPTrainer computes in float16.
+    teacher.prepare(torch.float16 if cfg.SOLVER.AMP.ENABLED else None)
+    return teacher

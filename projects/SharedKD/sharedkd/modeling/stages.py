@@ -1,13 +1,18 @@
 """Stages: a distillation loss with its weight and schedule."""
 
 from dataclasses import dataclass
-from typing import Dict, Optional, Tuple, Union
+from typing import Dict, Iterable, List, Mapping, Optional, Tuple, Union
+
+import torch
+from torch import Tensor
 
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.values import check_number, check_switch, check_text
 
-__all__ = ["Stage", "stage_dict"]
+__all__ = ["DISTILL", "Stage", "scale_relative", "stage_dict", "terms_of"]
+
+DISTILL = "distill/"  #: what the names of distillation losses begin with
 
 
 @dataclass
@@ -95,6 +100,36 @@ class Stage:
         if iteration < start or (end is not None and iteration >= end):
             return 0.0
         return self.weight * min(1.0, (iteration - start + 1) / max(ramp, 1))
+
+
+def terms_of(losses: Iterable[str], stage: str) -> List[str]:
+    """The names of a stage's terms among a step's losses."""
+    return [name for name in losses if name.startswith(f"{DISTILL}{stage}/")]
+
+
+def scale_relative(
+    losses: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    stages: Mapping[str, Stage],
+    weights: Mapping[str, float],
+) -> Dict[str, Tensor]:
+    """A step's losses, those of relative stages scaled to their share of the detector's own.
+
+    Args:
+        losses: name -> scalar.
+        values: their values, detached and equal on all ranks, from which the scale is computed.
+        stages, weights: by the stages' names.
+    """
+    scaled = dict(losses)
+    detector = sum(v for k, v in values.items() if not k.startswith(DISTILL))
+    for name, stage in stages.items():
+        terms = terms_of(losses, name)
+        if stage.relative and terms:
+            raw = sum(values[k] for k in terms)
+            scale = weights[name] * detector / raw
+            scale = torch.where(raw > 0, scale, torch.ones_like(scale))
+            scaled.update({k: scale.to(losses[k].dtype) * losses[k] for k in terms})
+    return scaled
 
 
 def stage_dict(**stages: Stage) -> Dict[str, Stage]:

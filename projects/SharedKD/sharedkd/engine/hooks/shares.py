@@ -10,8 +10,9 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 
 from sharedkd.engine.snapshot import without_trace
-from sharedkd.engine.trainer import DISTILL, SharedKDTrainer, Step
+from sharedkd.engine.trainer import SharedKDTrainer, Step
 from sharedkd.errors import ConfigError
+from sharedkd.modeling.stages import DISTILL
 
 __all__ = ["Watchdog", "gradient_norms"]
 

@@ -12,12 +12,11 @@ from sharedkd.config.defaults import NONFINITE_POLICIES
 from sharedkd.engine.hooks.nonfinite import find_culprits
 from sharedkd.engine.snapshot import Snapshot
 from sharedkd.errors import ConfigError, NonFiniteLossError
+from sharedkd.modeling.stages import DISTILL
 
 __all__ = ["StepLog", "not_finite"]
 
 logger = logging.getLogger("detectron2.sharedkd")
-
-DISTILL = "distill/"  # the beginning of a distillation term's name
 
 
 class StepLog(hooks.HookBase):

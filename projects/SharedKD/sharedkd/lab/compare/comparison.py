@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.config import load_config
 from sharedkd.config.build import construct
-from sharedkd.config.recipes import PLAIN, with_method
+from sharedkd.config.methods import PLAIN, with_method
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.parts import build
 from sharedkd.engine.resume import differences
@@ -102,7 +102,7 @@ class Comparison:
     Args:
         root: the repository.
         config_file: of a pair.
-        methods: names as :func:`~sharedkd.config.recipes.with_method` takes them, and ``a@b``: method a,
+        methods: names as :func:`~sharedkd.config.methods.with_method` takes them, and ``a@b``: method a,
             trained for the time that b takes.
         seeds: one arm each per method.
         output: folder of the arms and the report.

@@ -1,30 +1,30 @@
-"""Distillation methods by name: the recipes of configs/common/methods, and configs that use them.
+"""Distillation methods by name: the recipes of configs/common/methods.
 
 A recipe is a LazyConfig file with ``paper``, a string, and ``stages``: student's family -> what
 ``model.stages`` becomes, with the published settings of that family.
 """
 
+import logging
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.utils.registry import locate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sharedkd.errors import ConfigError
-from sharedkd.modeling.detectors import count_parameters
-from sharedkd.modeling.stages import stage_dict
 
-from .classic import build_detector
-from .overrides import override
+from .detectors import count_parameters
+from .stages import stage_dict
 
-__all__ = ["FAMILIES", "OWN", "PLAIN", "Method", "family", "known_methods", "with_method"]
+__all__ = ["FAMILIES", "FOLDER", "Method", "family", "known_methods", "stages_of"]
+
+logger = logging.getLogger("detectron2.sharedkd")
 
 # In an installed package (setup.py), and in the repository.
 _PLACES = [
@@ -32,9 +32,6 @@ _PLACES = [
     Path(__file__).parents[4] / "configs/common/methods",
 ]
 FOLDER = next((x for x in _PLACES if x.is_dir()), _PLACES[0])  #: where the recipes are
-
-PLAIN = "none"  #: the student without distillation
-OWN = "config"  #: the stages that the config itself has
 
 _ONE_STAGE = dict(retinanet=RetinaNet, fcos=FCOS)
 FAMILIES = ("faster_rcnn", "mask_rcnn", *_ONE_STAGE)
@@ -108,86 +105,51 @@ def known_methods() -> List[Method]:
     return [Method.load(path) for path in sorted(FOLDER.glob("*.py"))]
 
 
-def family(student: DictConfig) -> str:
-    """Which of :data:`FAMILIES` ``student``, a detector's LazyConfig node, belongs to.
-
-    Raises:
-        ConfigError: to none.
-    """
-    target = student["_target_"]
-    target = locate(target) if isinstance(target, str) else target
-    masks = bool(OmegaConf.select(student, "roi_heads.mask_head"))
-    if target is build_detector:
-        target = META_ARCH_REGISTRY.get(student.yaml.MODEL.META_ARCHITECTURE)
-        masks = student.yaml.MODEL.MASK_ON
-    if isinstance(target, type):
-        if issubclass(target, GeneralizedRCNN):
-            return "mask_rcnn" if masks else "faster_rcnn"
-        for name, detector in _ONE_STAGE.items():
-            if issubclass(target, detector):
-                return name
-    raise ConfigError(
-        "model",
-        target,
-        f"is not of a family that the recipes know ({', '.join(FAMILIES)})",
-        "write the stages into a config of your own and use --methods config",
-    )
-
-
-def with_method(cfg: DictConfig, name: str) -> DictConfig:
-    """A copy of a pair's config that uses another method.
+def family(detector: type, masks: bool) -> Optional[str]:
+    """Which of :data:`FAMILIES` a class of detectors belongs to; None: to none.
 
     Args:
-        cfg: of a pair, or of a plain detector.
-        name: ``none``, ``config``, a recipe's name or path, or several joined by ``+``;
-            ``fgd:4`` multiplies the weights of its stages by 4, and ``fgd:key=value`` sets a key of
-            the config.
+        masks: whether it has a mask head.
+    """
+    if issubclass(detector, GeneralizedRCNN):
+        return "mask_rcnn" if masks else "faster_rcnn"
+    return next((name for name, one in _ONE_STAGE.items() if issubclass(detector, one)), None)
+
+
+def stages_of(name: str, kind: Optional[str]) -> DictConfig:
+    """The config node of a method's stages.
+
+    Args:
+        name: a recipe's name or path, or several joined by ``+``; ``fgd:4`` multiplies the weights of
+            its stages by 4.
+        kind: the student's family.  None: of a family that the recipes do not know; the stages are
+            those of the first family that a recipe has.
 
     Raises:
-        ConfigError: an unknown name, a method that is not defined for this family, one that needs a
-            pair where there is none, or a key or value that cannot be set.
+        ConfigError: an unknown name, a factor that is no number, or a recipe that is not defined for
+            ``kind``.
     """
-    cfg = cfg.copy()
-    parts = [part.split(":") for part in name.split("+")]
-    names = [[part, *(x for x in more if "=" not in x)] for part, *more in parts]
-    _choose(cfg, names)
-    for setting in (x for _, *more in parts for x in more if "=" in x):
-        override(cfg, setting, "the config")
-    return cfg
-
-
-def _choose(cfg: DictConfig, names: Sequence[Sequence[str]]) -> None:
-    """Give a config the stages of recipes: each a name, and perhaps a factor of its weights."""
-    if names == [[PLAIN]]:
-        if OmegaConf.select(cfg, "train.inherit"):  # it starts from the teacher as the others do
-            cfg.model.stages = L(stage_dict)()
-        else:
-            cfg.model = cfg.model.get("student", cfg.model)
-        return
-    if "student" not in cfg.model:
-        raise ConfigError(
-            "--config-file", "model", "is a plain detector", "use a pair's config, see configs/"
-        )
-    if names == [[OWN]]:
-        return
-    kind, stages = family(cfg.model.student), L(stage_dict)()
-    for part, *factors in names:
+    stages = L(stage_dict)()
+    for part, *factors in (part.split(":") for part in name.split("+")):
         recipe = _recipe(part)
-        if kind not in recipe.stages:
+        known = next(iter(recipe.stages))
+        if kind is None:
+            logger.warning(f"no recipe knows this detector's family: takes {part} of {known}")
+        elif kind not in recipe.stages:
             raise ConfigError(
                 "--methods",
                 part,
                 f"is defined for {', '.join(recipe.stages)}, and the student is a {kind}",
                 "leave it out",
             )
-        found = recipe.stages[kind].copy()
+        found = recipe.stages[kind or known].copy()
         for key, stage in found.items():
             if key != "_target_":
                 stage.weight = stage.get("weight", 1.0) * prod(map(_factor, factors))
                 while key in stages:
                     key = f"{recipe.name}_{key}"
                 stages[key] = stage
-    cfg.model.stages = stages
+    return stages
 
 
 def _factor(text: str) -> float:
@@ -205,6 +167,6 @@ def _factor(text: str) -> float:
 def _recipe(name: str) -> Method:
     path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
     if not path.is_file():
-        names = ", ".join((PLAIN, OWN, *(p.stem for p in sorted(FOLDER.glob("*.py")))))
+        names = ", ".join(("none", "config", *(p.stem for p in sorted(FOLDER.glob("*.py")))))
         raise ConfigError("--methods", name, "no such method", f"use a recipe's path, or {names}")
     return Method.load(path)
