@@ -1,0 +1,168 @@
+"""Classic yaml configs as runs: what is built is what Detectron2's own builders make of the yaml."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, PascalVOCDetectionEvaluator
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from omegaconf import OmegaConf
+from PIL import Image
+
+from sharedkd import ConfigError
+from sharedkd.config import construct, load_config
+from sharedkd.config.classic import build_evaluator, from_classic
+from sharedkd.data.loader import TrainLoader
+
+NAME = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+SMALL = {
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.FPN.OUT_CHANNELS": 32,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    "SOLVER.STEPS": (30, 60),
+    "SOLVER.MAX_ITER": 90,
+    "SOLVER.WARMUP_ITERS": 9,
+    "SOLVER.BIAS_LR_FACTOR": 2.0,
+    "INPUT.MIN_SIZE_TRAIN": (64,),
+    "DATASETS.TRAIN": ("classic_records",),
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def classic():
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file(NAME))
+    cfg.merge_from_list([x for item in SMALL.items() for x in item])
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "1.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    box = dict(bbox=[10, 10, 50, 60], bbox_mode=0, category_id=1, iscrowd=0)
+    found = dict(file_name=str(path), height=80, width=100, image_id=1, annotations=[box])
+    DatasetCatalog.register("classic_records", lambda: [copy.deepcopy(found) for _ in range(4)])
+    MetadataCatalog.get("classic_records").set(evaluator_type="coco", thing_classes=["a", "b"])
+    return found
+
+
+def test_model_optimizer_and_schedule_are_detectron2s(classic):
+    cfg = from_classic(classic)
+    torch.manual_seed(0)
+    theirs = build_model(classic)
+    torch.manual_seed(0)
+    ours = construct(cfg.model, "model")
+    assert type(ours) is type(theirs)
+    states = ours.state_dict(), theirs.state_dict()
+    assert all(torch.equal(states[0][k], x) for k, x in states[1].items())
+
+    cfg.optimizer.params.model = ours
+    groups = construct(cfg.optimizer, "optimizer").param_groups
+    expected = build_optimizer(classic, theirs)
+    assert len(groups) == len(expected.param_groups)
+    for one, other in zip(groups, expected.param_groups):
+        assert {k: v for k, v in one.items() if k != "params"} == {
+            k: v for k, v in other.items() if k != "params"
+        }
+    multiplier = construct(cfg.lr_multiplier, "lr_multiplier")
+    scheduler = build_lr_scheduler(classic, expected)
+    for iteration in range(0, 90):
+        lr = expected.param_groups[-1]["lr"]
+        base = expected.param_groups[-1]["initial_lr"]
+        assert multiplier(iteration / 90) * base == pytest.approx(lr), iteration
+        scheduler.step()
+
+
+def test_a_sample_is_that_of_detectron2s_mapper(classic, record):
+    cfg = from_classic(classic)
+    samples = []
+    for mapper in (DatasetMapper(classic, True), construct(cfg.dataloader.train.mapper, "mapper")):
+        random.seed(1), np.random.seed(1)
+        samples.append(mapper(record))
+    theirs, ours = samples
+    assert torch.equal(theirs["image"], ours["image"])
+    assert torch.equal(
+        theirs["instances"].gt_boxes.tensor, ours["instances"].gt_boxes.tensor
+    ) and torch.equal(theirs["instances"].gt_classes, ours["instances"].gt_classes)
+
+
+def test_the_loader_has_the_sampler_of_the_yaml(classic, record):
+    cfg = from_classic(classic)
+    loader = construct(cfg.dataloader.train, "dataloader.train")
+    assert isinstance(loader, TrainLoader) and loader.total_batch_size == 2
+    assert loader.repeats is None and len(loader.dataset) == 4
+    cfg.DATALOADER.update(SAMPLER_TRAIN="RepeatFactorTrainingSampler", REPEAT_THRESHOLD=0.5)
+    assert construct(cfg.dataloader.train, "dataloader.train").repeats is not None
+    cfg.DATALOADER.update(SAMPLER_TRAIN="RandomSubsetTrainingSampler", RANDOM_SUBSET_RATIO=0.5)
+    assert len(construct(cfg.dataloader.train, "dataloader.train").dataset) == 2
+    cfg.DATALOADER.SAMPLER_TRAIN = "Nonsense"
+    with pytest.raises(ConfigError, match="SAMPLER_TRAIN"):
+        construct(cfg.dataloader.train, "dataloader.train")
+
+
+def test_evaluators_follow_the_data_sets_metadata(classic, record, tmp_path):
+    cfg, folder = OmegaConf.to_container(from_classic(classic)), str(tmp_path)
+    yaml = {key: value for key, value in cfg.items() if key.isupper()}
+    assert isinstance(build_evaluator("coco_2017_val", yaml, folder), COCOEvaluator)
+    assert isinstance(build_evaluator("voc_2007_test", yaml, folder), PascalVOCDetectionEvaluator)
+    MetadataCatalog.get("classic_unknown").thing_classes = ["a"]
+    with pytest.raises(ConfigError, match="evaluator_type"):
+        build_evaluator("classic_unknown", yaml, folder)
+    assert not isinstance(build_evaluator("coco_2017_val", yaml, folder), DatasetEvaluators)
+
+
+OWN = ["data.train_json=t.json", "data.val_json=v.json", "data.train_images=t", "data.val_images=v"]
+
+
+def test_overrides_reach_both_kinds_of_keys_and_the_saved_config_repeats_them(tmp_path):
+    keys = ["SOLVER.BASE_LR=0.5", "train.log_period=7", "SOLVER.MAX_ITER=70", "MODEL.DEVICE=cpu"]
+    cfg = load_config(NAME, [*keys, "MODEL.RESNETS.DEPTH=18", "MODEL.RESNETS.RES2_OUT_CHANNELS=64"])
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    for found in (cfg, load_config(str(tmp_path / "config.yaml"))):
+        assert (found.optimizer.lr, found.train.log_period, found.train.max_iter) == (0.5, 7, 70)
+        assert found.train.device == "cpu" and found.train.init_checkpoint.endswith("R-50.pkl")
+        assert found.train.eval_period == 0 and found.train.seed == -1
+        model = instantiate(found.model)
+        assert len(model.backbone.bottom_up.res4) == 2  # of R18
+    assert load_config(NAME, ["optimizer.lr=0.25"]).optimizer.lr == 0.25
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("SOLVER.BASE_LRR=1.0", "SOLVER.BASE_LRR"),
+        ("SOLVER.BASE_LR=fast", "Type mismatch"),
+        ("DATASETS.TEST=[a,b]", "DATASETS.TEST=.*one data set"),
+        ("TEST.AUG.ENABLED=True", "TEST.AUG.ENABLED"),
+        ("data.short_edge=[64]", "data.short_edge.*custom_coco"),
+    ],
+)
+def test_what_a_yaml_cannot_mean(override, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(NAME, [override])
+
+
+def test_own_data_set_data_sets_and_number_of_classes():
+    cfg = load_config(NAME, OWN, without_data=True)
+    cfg.data.num_classes = 5
+    assert list(cfg.DATASETS.TRAIN) == ["own_train"] and list(cfg.DATASETS.TEST) == ["own_val"]
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 5
+    assert cfg.dataloader.evaluator.dataset_name == "own_val" and not cfg.data.masks
+    lazy = load_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py", OWN, without_data=True)
+    lazy.data.num_classes = 5
+    assert lazy.model.roi_heads.num_classes == lazy.model.roi_heads.mask_head.num_classes == 5
+    assert lazy.dataloader.train.dataset.names == "own_train" and lazy.data.masks
+    assert lazy.data.max_size == 1333
+    assert "build_train_loader" in str(lazy.dataloader.train._target_)

@@ -1,0 +1,63 @@
+"""--teacher and --method: a plain detector's config becomes a pair."""
+
+import pytest
+import tiny
+
+from sharedkd import ConfigError
+from sharedkd.config import load_config
+from sharedkd.config.pair import Pairing
+
+ZOO = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
+
+
+def load(config, *overrides):
+    path = config if config.startswith("COCO") else str(tiny.ROOT / "configs" / config)
+    return load_config(path, overrides, without_data=True)
+
+
+@pytest.mark.parametrize(
+    "config, weight",
+    [
+        ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", 2.0),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", 10.0),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.py", 10.0),
+        ("custom_coco_mask_plain.py", 2.0),
+    ],
+)
+def test_a_plain_detector_gets_the_weights_of_its_family(config, weight):
+    cfg = load(config, f"distill.teacher={ZOO}")
+    assert cfg.model.teacher.config == ZOO and cfg.model.stages.identical.weight == weight
+    assert cfg.model.input_format == cfg.dataloader.train.mapper.image_format
+    assert load(config).model == cfg.model.student
+
+
+def test_other_overrides_come_after_the_pairing():
+    keys = ["model.stages.fgd.weight=3.0", f"distill.teacher={ZOO}", "distill.method=fgd"]
+    cfg = load("retinanet_plain.py", *keys, "distill.weights=my weights.pth")
+    assert [*cfg.model.stages][1:] == ["fgd"] and cfg.model.stages.fgd.weight == 3.0
+    assert cfg.model.teacher.weights == "my weights.pth"
+
+
+def test_a_pair_gets_another_teacher_and_its_stages_stay():
+    before = load("retinanet_sharedkd.py")
+    cfg = load("retinanet_sharedkd.py", f"distill.teacher={ZOO}", "distill.weights=x.pth")
+    assert cfg.model.teacher.weights == "x.pth" and cfg.model.stages == before.model.stages
+
+
+def test_the_folder_of_a_run_is_a_teacher(tmp_path):
+    with pytest.raises(ConfigError, match="no folder of a finished run"):
+        load("retinanet_plain.py", f"distill.teacher={tmp_path}")
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    teacher = load("retinanet_plain.py", f"distill.teacher={tmp_path}").model.teacher
+    assert (teacher.config, teacher.weights) == (
+        str(tmp_path / "config.yaml"),
+        str(tmp_path / "model_final.pth"),
+    )
+
+
+def test_what_has_no_meaning_is_refused():
+    with pytest.raises(ConfigError, match="--teacher-weights"):
+        load("retinanet_plain.py", "distill.weights=x.pth")
+    with pytest.raises(ConfigError, match="distill.teacher, distill.weights, distill.method"):
+        Pairing.of(["distill.techer=x"])
