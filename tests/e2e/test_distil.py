@@ -76,10 +76,6 @@ def test_the_commands_of_the_page(workspace, tmp_path):
 
 
 def test_a_lazy_config_of_the_model_zoo(workspace, tmp_path):
-    shrink = [
-        "model.backbone.bottom_up.stages.depth=18",
-        "model.backbone.bottom_up.stages.stride_in_1x1=null",
-    ]
     name = tmp_path / "retinanet.py"
     name.write_text(
         "from detectron2.model_zoo import get_config\n"
