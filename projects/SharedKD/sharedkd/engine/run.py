@@ -166,7 +166,11 @@ def train(
         SaveError: the disk of the output folder is full or read-only.
     """
     model, module, folder = trainer.model, trainer.module, cfg.train.output_dir
-    extra = {"distillation": module.losses} if isinstance(module, SharedKD) else {}
+    extra = {}
+    if isinstance(module, SharedKD):
+        extra = {"distillation": module.losses}
+        if module.auto_weights:
+            extra["auto_weights"] = module.auto_weights
     checkpointer = StudentCheckpointer(model, folder, trainer=trainer, **extra)
     results: Dict[str, Any] = {}
     stop = StopRequest()

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharedkd.engine.hooks.step_log import StepLog
 from sharedkd.errors import ConfigError
+from sharedkd.modeling.balance import held
 from sharedkd.modeling.stages import scale_relative, terms_of
 
 __all__ = ["SharedKDTrainer", "Step", "check_amp"]
@@ -185,6 +186,9 @@ class SharedKDTrainer(SimpleTrainer):
         ).backward()
         for name, value in {**values, **self._sums(values, step)}.items():
             step.metrics[name] = step.metrics.get(name, 0.0) + value / self.accumulate
+        for stage, auto in getattr(self.module, "auto_weights", {}).items():
+            for term, factor in auto.factors.items():
+                step.metrics["/".join(filter(None, ("factor", stage, term)))] = factor
 
     def _losses(
         self, model: nn.Module, batch: List[Dict[str, Any]], part: int, step: Step
@@ -211,7 +215,8 @@ class SharedKDTrainer(SimpleTrainer):
             the losses as they count in the total, name -> scalar attached to the graph.
         """
         batch = step.batches[part] if batch is None else batch
-        losses = self._losses(self.module, batch, part, step)
+        with held(getattr(self.module, "auto_weights", {})):
+            losses = self._losses(self.module, batch, part, step)
         return self._weigh(losses, {k: x.detach().double() for k, x in losses.items()}, step)
 
     def _weigh(

@@ -212,7 +212,7 @@ class Benchmark:
 
         def run() -> None:
             total = sum(
-                pair.stages[name].weight * term
+                pair.stages[name].full * term
                 for name, batch in batches.items()
                 for term in pair.losses[name](batch).values()
             )

@@ -95,7 +95,7 @@ def _measure(parts: Parts) -> Measured:
     model, cfg = parts.model, parts.cfg
     with _unchanged(model):
         trainer = build_trainer(cfg, parts)
-        weights = {name: stage.weight for name, stage in trainer.stages.items()}
+        weights = {name: stage.full for name, stage in trainer.stages.items()}
         trainer.stage_weights = lambda: weights
         trainer.start_iter, trainer.max_iter = 0, STEPS
         model.train()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.losses.base import Batch, Maps, Regions
 
+from .balance import AutoWeight
 from .heads import RegionTap, anchor_labels, check_labels, check_regions
 from .recipes import family, stages_of
 from .stages import DISTILL, Stage, scale_relative
@@ -99,6 +100,15 @@ class SharedKD(nn.Module):
         findings.raise_errors()
         # Registered for DDP, the optimizer and device moves; most losses have no parameters.
         self.losses = nn.ModuleDict({name: stage.loss for name, stage in self.stages.items()})
+        self.auto_weights = nn.ModuleDict(
+            {
+                name: AutoWeight(
+                    f"model.stages.{name}.weight", x.share, x.every, x.balance is not None
+                )
+                for name, x in self.stages.items()
+                if x.auto
+            }
+        )
 
     def _add(self, name: str, stage: Stage) -> None:
         """Check a stage, and bind its loss to this pair."""
@@ -137,7 +147,10 @@ class SharedKD(nn.Module):
         student = META_ARCH_REGISTRY.get(keys.STUDENT)(cfg)
         stages = instantiate(stages_of(keys.METHOD, family(type(student), cfg.MODEL.MASK_ON)))
         for stage in stages.values():
-            stage.weight *= keys.WEIGHT
+            if stage.auto:
+                stage.share *= keys.WEIGHT
+            else:
+                stage.weight *= keys.WEIGHT
             stage.start, stage.ramp, stage.end = keys.START or 0, keys.RAMP or 0, keys.END
         return dict(
             student=student,
@@ -213,8 +226,12 @@ class SharedKD(nn.Module):
                     )
                     batches[source].regions = Regions(labels, sampled["logits"], logits)
         with torch.autocast(self.device.type, enabled=False):
+            detector = sum(losses.values()) if self.auto_weights else None
             for name, weight in active.items():
-                for term, value in self.losses[name](batches[self.stages[name].teacher]).items():
+                terms = self.losses[name](batches[self.stages[name].teacher])
+                if name in self.auto_weights:
+                    terms = self.auto_weights[name](terms, detector, self._read(name, maps))
+                for term, value in terms.items():
                     losses[f"{DISTILL}{name}/{term}"] = weight * value
         return self._with_idle_parameters(losses)
 
@@ -247,6 +264,12 @@ class SharedKD(nn.Module):
                     self.student.backbone.size_divisibility,
                 )
         return found
+
+    def _read(self, name: str, maps: Maps) -> List[Tensor]:
+        """The student's maps that a stage learns through."""
+        taps, strides = self._taps([name]), self.losses[name].strides
+        levels = [(s, x) for tap in sorted(taps) for s, x in maps[tap].items() if x.requires_grad]
+        return [x for s, x in levels if strides is None or s in strides]
 
     def _with_idle_parameters(self, losses: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """Add zero gradients for losses that are off: DDP waits for a gradient of every parameter."""

@@ -121,7 +121,8 @@ def stages_of(name: str, kind: Optional[str]) -> DictConfig:
 
     Args:
         name: a recipe's name or path, or several joined by ``+``; ``fgd:4`` multiplies the weights of
-            its stages by 4.
+            its stages by 4, ``fgd:auto`` sets them by themselves (see
+            :class:`~sharedkd.modeling.balance.AutoWeight`), ``fgd:auto:0.1`` with the share 0.1.
         kind: the student's family.  None: of a family that the recipes do not know; the stages are
             those of the first family that a recipe has.
 
@@ -145,11 +146,21 @@ def stages_of(name: str, kind: Optional[str]) -> DictConfig:
         found = recipe.stages[kind or known].copy()
         for key, stage in found.items():
             if key != "_target_":
-                stage.weight = stage.get("weight", 1.0) * prod(map(_factor, factors))
+                _weigh(stage, factors)
                 while key in stages:
                     key = f"{recipe.name}_{key}"
                 stages[key] = stage
     return stages
+
+
+def _weigh(stage: DictConfig, factors: Sequence[str]) -> None:
+    """Apply what follows a recipe's name: ``4`` multiplies weights, ``auto`` and ``auto:0.1`` set shares."""
+    if "auto" not in factors:
+        stage.weight = stage.get("weight", 1.0) * prod(map(_factor, factors))
+        return
+    stage.weight, shares = "auto", [_factor(x) for x in factors if x != "auto"]
+    if shares:
+        stage.share = prod(shares)
 
 
 def _factor(text: str) -> float:

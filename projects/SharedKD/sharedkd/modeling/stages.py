@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
-from sharedkd.values import check_number, check_switch, check_text
+from sharedkd.values import check_choice, check_number, check_switch, check_text
 
 __all__ = ["DISTILL", "Stage", "scale_relative", "stage_dict", "terms_of"]
 
@@ -24,7 +24,8 @@ class Stage:
 
     Args:
         loss: the loss.
-        weight: its weight when fully on; the published weight study of Shared-KD prefers 2.
+        weight: its weight when fully on; the published weight study of Shared-KD prefers 2.  ``auto``:
+            it sets itself by ``share``, see :class:`~sharedkd.modeling.balance.AutoWeight`.
         start: the first iteration that uses it.
         ramp: over how many iterations the weight grows linearly from ``weight / ramp`` to ``weight``.
         end: the first iteration that no longer uses it; None: never ends.
@@ -33,15 +34,36 @@ class Stage:
             raw value.  False: the weight multiplies the raw value, as published.
         teacher: the name of the source of maps that it learns from, one of the model's ``teachers``;
             None: the model's ``teacher``.
+        share: with ``auto``, the norm of its gradient at the student's maps over that of the detector's
+            own losses.
+        every: with ``auto``, steps from one measurement to the next; 0: only at the start.
+        balance: with ``auto``, ``levels`` gives each term, which is one level of most losses, the same
+            share; None: the terms stay as they are to each other.
     """
 
     loss: DistillationLoss
-    weight: float = 1.0
+    weight: Union[float, str] = 1.0
     start: Union[int, float] = 0
     ramp: Union[int, float] = 0
     end: Optional[Union[int, float]] = None
     relative: bool = False
     teacher: Optional[str] = None
+    share: float = 0.3
+    every: int = 0
+    balance: Optional[str] = None
+
+    @property
+    def auto(self) -> bool:
+        """Whether the weight sets itself."""
+        return self.weight == "auto"
+
+    @property
+    def full(self) -> float:
+        """The weight when fully on; 1 if it sets itself."""
+        return 1.0 if self.auto else self.weight
+
+    def __str__(self) -> str:
+        return f"weight auto, share {self.share:g}" if self.auto else f"weight {self.weight:g}"
 
     def check(self, key: str) -> None:
         """Check the arguments; ``key`` is this stage's place in the config, for messages.
@@ -60,10 +82,25 @@ class Stage:
                     "use L(LOSS)(...) with a class of sharedkd.losses or a subclass of DistillationLoss",
                 )
             )
-        for name in ("weight", "start", "ramp", "end"):
+        if isinstance(self.weight, str) and not self.auto:
+            fix = "use a number, or auto"
+            findings.add(ConfigError(f"{key}.weight", self.weight, "is no weight", fix))
+        for name in (
+            "start",
+            "ramp",
+            "end",
+            *(() if isinstance(self.weight, str) else ("weight",)),
+        ):
             value = getattr(self, name)
             findings.step(check_number, f"{key}.{name}", value, least=0, or_null=name == "end")
         findings.step(check_switch, f"{key}.relative", self.relative)
+        findings.step(check_number, f"{key}.share", self.share, above=0)
+        findings.step(check_number, f"{key}.every", self.every, least=0, whole=True)
+        if self.balance is not None:
+            findings.step(check_choice, f"{key}.balance", self.balance, ("levels",))
+        if self.auto and self.relative:
+            fix = "use one of them"
+            findings.add(ConfigError(f"{key}.relative", True, "excludes weight=auto", fix))
         if self.teacher is not None:
             findings.step(check_text, f"{key}.teacher", self.teacher, empty=False)
         findings.raise_errors()
@@ -82,7 +119,7 @@ class Stage:
         """
         start, end = (self._iteration(x, max_iter) for x in (self.start, self.end))
         end = max_iter if end is None else min(end, max_iter)
-        return (start, end) if self.weight > 0 and start < end else (0, 0)
+        return (start, end) if self.full > 0 and start < end else (0, 0)
 
     @staticmethod
     def _iteration(time: Optional[Union[int, float]], max_iter: int) -> Optional[int]:
@@ -99,7 +136,7 @@ class Stage:
         start, ramp, end = (self._iteration(x, max_iter) for x in (self.start, self.ramp, self.end))
         if iteration < start or (end is not None and iteration >= end):
             return 0.0
-        return self.weight * min(1.0, (iteration - start + 1) / max(ramp, 1))
+        return self.full * min(1.0, (iteration - start + 1) / max(ramp, 1))
 
 
 def terms_of(losses: Iterable[str], stage: str) -> List[str]:

@@ -44,7 +44,7 @@ def _of_run(run: RunData) -> Pairs:
     end, stages = run.max_iter, []
     for name, stage in run.stages.items():
         span = f", iterations {stage.span(end)[0]} to {stage.span(end)[1]}" if end else ""
-        stages.append(f"{name} (weight {stage.weight:g}{span})")
+        stages.append(f"{name} ({stage}{span})")
     return [
         ("Trained", f"{run.iterations_done}{f' of {end}' if end else ''} iterations"),
         ("Result", _scores(run.results) or "not evaluated yet"),

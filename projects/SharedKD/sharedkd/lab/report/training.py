@@ -134,9 +134,8 @@ def schedule(
     start, stop = stage.span(end)
     if start == stop:
         return "off", None
-    full = next((i for i in range(start, stop) if stage.weight_at(i, end) == stage.weight), stop)
-    kind = "of the detector's loss" if stage.relative else "weight"
-    return f"{kind} {stage.weight:g}, iterations {start} to {stop} of {end}", (start, full, stop)
+    full = next((i for i in range(start, stop) if stage.weight_at(i, end) == stage.full), stop)
+    return f"{stage}, iterations {start} to {stop} of {end}", (start, full, stop)
 
 
 def _plot(

@@ -1,0 +1,105 @@
+"""Weights that set themselves."""
+
+import pytest
+import tiny
+import torch
+from detectron2.utils.events import EventStorage
+
+from sharedkd import ConfigError, FrozenTeacher, IdenticalLayer, RunError, SharedKD, Stage
+from sharedkd.modeling import balance
+from sharedkd.modeling.balance import AutoWeight
+
+
+@pytest.fixture(autouse=True)
+def short_window(monkeypatch):
+    monkeypatch.setattr(balance, "WINDOW", 3)
+
+
+def gradients(slope, share=0.5, **options):
+    """Run four steps; the stage's loss is ``slope[i] * x``, the detector's has the gradient (3, 4)."""
+    weight, found = AutoWeight("key", share, **options), []
+    for factor in slope:
+        x = torch.zeros(2, requires_grad=True)
+        detector = (torch.tensor([3.0, 4.0]) * x).sum()
+        terms = weight({"a": factor * x[0], "b": 2 * factor * x[1]}, detector, [x])
+        found.append(torch.autograd.grad(sum(terms.values()), x)[0])
+    return weight, found
+
+
+def test_the_gradient_is_the_share_of_the_detectors():
+    """|detector| = 5 and |stage| = sqrt(5) slope: the first step's is half of 5; then medians hold."""
+    weight, found = gradients([1.0, 10.0, 2.0, 7.0])
+    assert found[0].norm() == pytest.approx(2.5)
+    ratio = 0.5 * 5 / 5**0.5
+    assert weight.factors[""] == pytest.approx(ratio / 2)  # of ratios 1, 1/10, 1/2
+    assert torch.allclose(found[3], ratio / 2 * 7 * torch.tensor([1.0, 2.0]))
+
+
+def test_every_term_has_the_same_share():
+    _, found = gradients([1.0], by_term=True)
+    assert torch.allclose(found[0].abs(), torch.full((2,), 2.5 / 2**0.5))
+
+
+def test_it_is_measured_again_after_some_steps():
+    weight, _ = gradients([1.0] * 5 + [4.0] * 3, every=5)
+    assert weight.factors[""] == pytest.approx(0.5 * 5 / 5**0.5 / 4)
+    weight, _ = gradients([1.0] * 5 + [4.0] * 3)
+    assert weight.factors[""] == pytest.approx(0.5 * 5 / 5**0.5)
+
+
+def test_a_stage_without_a_gradient_ends_the_run():
+    with pytest.raises(RunError, match="key=auto has had no gradient"):
+        gradients([0.0] * 3)
+
+
+def test_it_continues_where_it_was_saved():
+    whole, _ = gradients([1.0, 10.0, 2.0])
+    part, _ = gradients([1.0, 10.0])
+    other = AutoWeight("key", 0.5)
+    other.load_state_dict(part.state_dict())
+    x = torch.zeros(2, requires_grad=True)
+    other({"a": 2 * x[0], "b": 4 * x[1]}, (torch.tensor([3.0, 4.0]) * x).sum(), [x])
+    assert other.factors == whole.factors and other.steps == 3
+
+
+def pair(**options):
+    stage = Stage(IdenticalLayer(strides=[8, 16]), weight="auto", share=0.25, **options)
+    return SharedKD(
+        student=tiny.detector("retinanet"),
+        teacher=FrozenTeacher(tiny.detector("retinanet", seed=1), ""),
+        stages={"identical": stage},
+        input_format="RGB",
+    ).train()
+
+
+def test_in_a_pair_at_the_students_maps():
+    """Measured independently: gradients of the sums at the FPN's outputs, taken by hooks."""
+    model = pair()
+    grads = {}
+
+    def watch(module, args, maps):
+        for name, x in maps.items():
+            if name in ("p3", "p4"):
+                x.retain_grad()
+                grads[name] = x
+
+    model.student.backbone.register_forward_hook(watch)
+
+    def norm(losses, distilled):
+        for x in grads.values():
+            x.grad = None
+        total = sum(v for k, v in losses.items() if k.startswith("distill/") == distilled)
+        total.backward(retain_graph=True)
+        return torch.stack([x.grad.norm() for x in grads.values()]).norm()
+
+    with EventStorage():
+        losses = model(tiny.batch())
+    assert norm(losses, True) / norm(losses, False) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_options_that_do_not_fit():
+    for options in (dict(relative=True), dict(balance="terms"), dict(every=-1)):
+        with pytest.raises(ConfigError):
+            pair(**options)
+    with pytest.raises(ConfigError, match="use a number, or auto"):
+        Stage(IdenticalLayer(), weight="much").check("x")
