@@ -230,7 +230,8 @@ class GID(DistillationLoss):
     def _boxes(self, batch: Batch) -> PAIR:
         """Clip the boxes that both detectors predict to the images: (N, R, 4)."""
         s, t = self._flat(batch, "boxes")
-        limits = s.new_tensor([(w, h, w, h) for h, w in batch.image_sizes]).unsqueeze(1)
+        sizes = torch.tensor([(w, h, w, h) for h, w in batch.image_sizes], dtype=s.dtype)
+        limits = sizes.to(s.device, non_blocking=True).unsqueeze(1)  # nothing waits for a GPU
         return s.clamp(min=0).minimum(limits), t.clamp(min=0).minimum(limits)
 
     @torch.no_grad()

@@ -149,7 +149,8 @@ class SemCKD(DistillationLoss):
                 (min(-(-h // stride), height), min(-(-w // stride), width))
                 for h, w in batch.image_sizes
             ]
-        rows, columns = x.new_tensor(sizes).unbind(1)
+        there = torch.tensor(sizes, dtype=x.dtype).to(x.device, non_blocking=True)  # no wait
+        rows, columns = there.unbind(1)
         return self._overlap(rows, height), self._overlap(columns, width)
 
     def _overlap(self, length: Tensor, size: int) -> Tensor:

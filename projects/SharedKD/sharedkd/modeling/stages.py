@@ -63,7 +63,10 @@ class Stage:
         return 1.0 if self.auto else self.weight
 
     def __str__(self) -> str:
-        return f"weight auto, share {self.share:g}" if self.auto else f"weight {self.weight:g}"
+        if self.auto:
+            return f"weight auto, share {self.share:g}"
+        kind = "of the detector's loss" if self.relative else "weight"
+        return f"{kind} {self.weight:g}"
 
     def check(self, key: str) -> None:
         """Check the arguments; ``key`` is this stage's place in the config, for messages.
