@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharedkd.engine.hooks.outgrown import Outgrown
 from sharedkd.engine.hooks.step_log import StepLog
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.balance import held
@@ -128,7 +129,8 @@ class SharedKDTrainer(SimpleTrainer):
         self.accumulate = accumulate
         period = log_period if self.device.type == "cuda" else 1
         self.log = StepLog(period, on_nonfinite, max_skipped_steps)
-        self.register_hooks([self.log])
+        self.outgrown = Outgrown()
+        self.register_hooks([self.log, self.outgrown])
         if amp_dtype is not None and isinstance(self.detector, DenseDetector):
             # fvcore's box losses are not written for half precision.
             self.detector.head.register_forward_hook(_to_float32)
@@ -141,7 +143,9 @@ class SharedKDTrainer(SimpleTrainer):
     def stage_weights(self) -> Dict[str, float]:
         """stage name -> weight in this iteration."""
         return {
-            name: stage.weight_at(self.iter, self.schedule_length)
+            name: 0.0
+            if stage.end == "teacher" and stage.teacher in self.outgrown.iterations
+            else stage.weight_at(self.iter, self.schedule_length)
             for name, stage in self.stages.items()
         }
 
