@@ -32,6 +32,7 @@ def workspace(tmp_path_factory):
         "train.log_period=1",
         "train.max_iter=4",
         "train.eval_period=0",
+        "train.eval_teacher=False",
         "train.checkpointer.period=100",
     ]
     config = root / "teacher.py"

@@ -86,7 +86,9 @@ class Train:
     safetensors: bool = False  # write model_final.safetensors beside model_final.pth
     # what the student copies from the teacher at the start: neck, head
     inherit: List[str] = limited([])
-    eval_teacher: bool = False  # evaluate the teacher before the first iteration
+    # evaluate the teacher before the first iteration, and say when the student is level with it;
+    # None: if its classes are as many as the data's
+    eval_teacher: Optional[bool] = None
     # length in optimizer steps; the schedule scales with it
     max_iter: int = limited(90000, least=1)
     amp: Amp = field(default_factory=Amp)

@@ -181,6 +181,7 @@ def train(
             found = evaluate(cfg, model)
         results.clear()
         results.update(found)
+        trainer.outgrown.compare(results)
         return results
 
     watches = trainer.stages and cfg.train.watch_period
@@ -202,9 +203,9 @@ def train(
         checkpointer.load(checkpoint)
         start = trainer.iter + 1
         trainer.data_loader.first_batch = start * cfg.train.accumulate
-    elif cfg.train.eval_teacher:
+    elif cfg.train.eval_teacher is not False:
         for name in getattr(module, "sources", {}):
-            evaluate_teacher(cfg, module, name)
+            trainer.outgrown.know(name, evaluate_teacher(cfg, module, name))
     if comm.is_main_process():
         writers = build_writers(folder, cfg.train.writers, cfg.train.max_iter, start)
         about = {**started, "fast_dev_run": cfg.train.fast_dev_run}
@@ -278,7 +279,8 @@ def evaluate_teacher(
         return {}
     ours, theirs = num_classes(model.student), num_classes(teacher.model)
     if ours != theirs:
-        logger.warning(
+        log = logger.info if cfg.train.eval_teacher is None else logger.warning
+        log(
             f"train.eval_teacher: the teacher has {theirs} classes and the data {ours}: its head "
             "cannot be evaluated here"
         )

@@ -28,7 +28,8 @@ class Stage:
             it sets itself by ``share``, see :class:`~sharedkd.modeling.balance.AutoWeight`.
         start: the first iteration that uses it.
         ramp: over how many iterations the weight grows linearly from ``weight / ramp`` to ``weight``.
-        end: the first iteration that no longer uses it; None: never ends.
+        end: the first iteration that no longer uses it; None: never ends.  ``teacher``: where the
+            student is level with its teacher, see :class:`~sharedkd.engine.hooks.outgrown.Outgrown`.
         relative: the weight is a share of the detector's own loss: the loss is scaled so that
             weight 0.5 adds half of what the detector's losses sum to in the same step, whatever the
             raw value.  False: the weight multiplies the raw value, as published.
@@ -45,7 +46,7 @@ class Stage:
     weight: Union[float, str] = 1.0
     start: Union[int, float] = 0
     ramp: Union[int, float] = 0
-    end: Optional[Union[int, float]] = None
+    end: Optional[Union[int, float, str]] = None
     relative: bool = False
     teacher: Optional[str] = None
     share: float = 0.3
@@ -88,12 +89,11 @@ class Stage:
         if isinstance(self.weight, str) and not self.auto:
             fix = "use a number, or auto"
             findings.add(ConfigError(f"{key}.weight", self.weight, "is no weight", fix))
-        for name in (
-            "start",
-            "ramp",
-            "end",
-            *(() if isinstance(self.weight, str) else ("weight",)),
-        ):
+        if isinstance(self.end, str) and self.end != "teacher":
+            fix = "use a time, teacher or null"
+            findings.add(ConfigError(f"{key}.end", self.end, "is no time", fix))
+        numbers = [x for x in ("weight", "end") if not isinstance(getattr(self, x), str)]
+        for name in ("start", "ramp", *numbers):
             value = getattr(self, name)
             findings.step(check_number, f"{key}.{name}", value, least=0, or_null=name == "end")
         findings.step(check_switch, f"{key}.relative", self.relative)
@@ -125,7 +125,9 @@ class Stage:
         return (start, end) if self.full > 0 and start < end else (0, 0)
 
     @staticmethod
-    def _iteration(time: Optional[Union[int, float]], max_iter: int) -> Optional[int]:
+    def _iteration(time: Optional[Union[int, float, str]], max_iter: int) -> Optional[int]:
+        if isinstance(time, str):  # no time, see the trainer
+            return None
         return round(time * max_iter) if isinstance(time, float) else time
 
     def weight_at(self, iteration: int, max_iter: int) -> float:
