@@ -27,6 +27,7 @@ def results(box, mask):
 
 def test_the_stages_that_say_so_end_where_the_student_is_level_in_every_task(caplog):
     run = trainer()
+    caplog.clear()
     run.outgrown.know(None, results(40.0, 30.0))
     run.outgrown.compare(results(41.0, 29.9))
     run.outgrown.compare({})  # no evaluator

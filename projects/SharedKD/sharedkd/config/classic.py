@@ -114,7 +114,7 @@ def from_classic(classic: CfgNode) -> DictConfig:
                     output_dir="${train.output_dir}/inference",
                 ),
             ),
-            "optimizer": L(build_optimizer)(params=L(dict)(), yaml=yaml, lr="${SOLVER.BASE_LR}"),
+            "optimizer": L(build_optimizer)(params=L(trained_model)(), yaml=yaml, lr="${SOLVER.BASE_LR}"),
             "lr_multiplier": L(build_multiplier)(yaml=yaml),
             "train": dict(
                 output_dir="${OUTPUT_DIR}",
@@ -235,16 +235,21 @@ def build_loader(yaml: Yaml, dataset: List[Dict[str, Any]], **options: Any) -> T
     return build_train_loader(dataset, **options)
 
 
-def build_optimizer(params: Mapping[str, nn.Module], yaml: Yaml, lr: float) -> optim.Optimizer:
+def trained_model(model: nn.Module) -> nn.Module:
+    """Return ``model``, which the run sets: a config node needs a function to call."""
+    return model
+
+
+def build_optimizer(params: nn.Module, yaml: Yaml, lr: float) -> optim.Optimizer:
     """Detectron2's SGD by the yaml, which clips gradients if the yaml says so.
 
     Args:
-        params: ``model``, what to train.
+        params: the model to train.
         lr: base learning rate.
     """
     cfg = _cfg_node(yaml)
     cfg.SOLVER.BASE_LR = float(lr)
-    return build_classic_optimizer(cfg, params["model"])
+    return build_classic_optimizer(cfg, params)
 
 
 def build_multiplier(yaml: Yaml) -> ParamScheduler:
