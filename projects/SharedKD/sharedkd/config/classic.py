@@ -7,7 +7,6 @@ what Detectron2's own builders make of the yaml.
 
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
@@ -35,7 +34,14 @@ from sharedkd.errors import ConfigError
 
 from .defaults import TRAIN_DEFAULTS
 
-__all__ = ["add_sharedkd_config", "check_classic", "from_classic", "is_classic"]
+__all__ = ["ALIASES", "add_sharedkd_config", "check_classic", "from_classic", "is_classic"]
+
+#: Keys of the yaml that are others' names of keys of `train`: Detectron2 reads these first.
+ALIASES = {
+    "OUTPUT_DIR": "train.output_dir",
+    "SEED": "train.seed",
+    "CUDNN_BENCHMARK": "train.cudnn_benchmark",
+}
 
 
 def add_sharedkd_config(cfg: CfgNode) -> None:
@@ -80,6 +86,8 @@ def from_classic(classic: CfgNode) -> DictConfig:
     tree = _plain(classic)
     if tree["MODEL"]["DEVICE"] == "cuda":  # Detectron2's default
         tree["MODEL"]["DEVICE"] = TRAIN_DEFAULTS["device"]
+    output_dir, seed, cudnn_benchmark = (tree[key] for key in ALIASES)
+    tree.update({key: f"${{{other}}}" for key, other in ALIASES.items()})
     yaml = {key: f"${{{key}}}" for key in tree}
 
     def mapper(is_train: bool) -> DictConfig:
@@ -114,17 +122,19 @@ def from_classic(classic: CfgNode) -> DictConfig:
                     output_dir="${train.output_dir}/inference",
                 ),
             ),
-            "optimizer": L(build_optimizer)(params=L(trained_model)(), yaml=yaml, lr="${SOLVER.BASE_LR}"),
+            "optimizer": L(build_optimizer)(
+                params=L(trained_model)(), yaml=yaml, lr="${SOLVER.BASE_LR}"
+            ),
             "lr_multiplier": L(build_multiplier)(yaml=yaml),
             "train": dict(
-                output_dir="${OUTPUT_DIR}",
+                output_dir=output_dir,
                 init_checkpoint="${MODEL.WEIGHTS}",
                 max_iter="${SOLVER.MAX_ITER}",
                 amp=dict(enabled="${SOLVER.AMP.ENABLED}"),
                 checkpointer=dict(period="${SOLVER.CHECKPOINT_PERIOD}"),
                 eval_period="${TEST.EVAL_PERIOD}",
-                cudnn_benchmark="${CUDNN_BENCHMARK}",
-                seed="${SEED}",
+                cudnn_benchmark=cudnn_benchmark,
+                seed=seed,
                 device="${MODEL.DEVICE}",
             ),
         },
@@ -170,7 +180,7 @@ def build_detector(yaml: Yaml) -> nn.Module:
 def training_records(names: Sequence[str], yaml: Yaml) -> List[Dict[str, Any]]:
     """Dataset dicts to train on, filtered as the yaml says."""
     cfg = _cfg_node(yaml)
-    records = get_detection_dataset_dicts(
+    return get_detection_dataset_dicts(
         list(names),
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=(
@@ -178,11 +188,6 @@ def training_records(names: Sequence[str], yaml: Yaml) -> List[Dict[str, Any]]:
         ),
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-    if cfg.DATALOADER.SAMPLER_TRAIN != "RandomSubsetTrainingSampler":
-        return records
-    count = int(len(records) * cfg.DATALOADER.RANDOM_SUBSET_RATIO)
-    chosen = np.random.default_rng(max(cfg.SEED, 0)).permutation(len(records))[:count]
-    return [records[i] for i in sorted(chosen)]
 
 
 def test_records(names: Sequence[str], yaml: Yaml) -> List[Dict[str, Any]]:
@@ -221,11 +226,7 @@ def build_loader(yaml: Yaml, dataset: List[Dict[str, Any]], **options: Any) -> T
         ConfigError: a sampler that this loader does not have.
     """
     cfg = _cfg_node(yaml).DATALOADER
-    samplers = dict(
-        TrainingSampler=0.0,
-        RandomSubsetTrainingSampler=0.0,  # see training_records
-        RepeatFactorTrainingSampler=cfg.REPEAT_THRESHOLD,
-    )
+    samplers = dict(TrainingSampler=0.0, RepeatFactorTrainingSampler=cfg.REPEAT_THRESHOLD)
     if cfg.SAMPLER_TRAIN not in samplers:
         fix = f"use one of {', '.join(samplers)}"
         raise ConfigError(

@@ -15,7 +15,7 @@ from sharedkd.modeling.detectors import config_path, load_file
 
 from .adopt import adopt_loaders, use_own_data
 from .build import missing_keys, not_set
-from .classic import check_classic, from_classic, is_classic
+from .classic import ALIASES, check_classic, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
 from .overrides import override
 from .own_data import read_own_data
@@ -90,6 +90,8 @@ def load(
     use_own_data(cfg, overrides)
     cfg = pairing.apply(cfg)
     for text in overrides:
+        key, equals, value = text.partition("=")
+        text = f"{ALIASES.get(key, key) if is_classic(cfg) else key}{equals}{value}"
         findings.step(override, cfg, text, path)
     if is_classic(cfg):
         check_classic(cfg)

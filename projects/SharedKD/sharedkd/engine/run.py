@@ -22,7 +22,7 @@ from torch import nn
 from sharedkd.config.load import load
 from sharedkd.errors import Findings
 from sharedkd.files import remove_unfinished
-from sharedkd.modeling.detectors import num_classes
+from sharedkd.modeling.detectors import config_path, num_classes
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import load_trained
@@ -91,7 +91,8 @@ def run(args: Namespace) -> Dict[str, Any]:
         if owns:
             held.enter_context(_own(folder, args.resume))
         with config_kept(folder) if owns else nullcontext(), log_opens():
-            default_setup(cfg, args)
+            file = config_path(args.config_file)  # whose text Detectron2 logs
+            default_setup(cfg, Namespace(**{**vars(args), "config_file": file}))
         if args.eval_only:
             return evaluate(cfg, model)
         if comm.is_main_process():
