@@ -21,7 +21,7 @@ from sharedkd.config.structure import defaults_of
 from sharedkd.data.loader import build_train_loader
 from sharedkd.lab.scores import difference, interval
 from sharedkd.losses import DistillationLoss
-from sharedkd.modeling.recipes import known_methods
+from sharedkd.methods import known_methods
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.config import shared_kd_stages
 from sharedkd.losses.base import DistillationLoss
-from sharedkd.modeling.recipes import known_methods
+from sharedkd.methods import known_methods
 from sharedkd.modeling.stages import Stage
 
 METHODS = known_methods()

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from sharedkd.config import load_config
-from sharedkd.config.methods import with_method
 from sharedkd.errors import SharedKDError
 from sharedkd.files import replace
 from sharedkd.lab.benchmark import Benchmark, efficiency, growth, measure
 from sharedkd.lab.performance import table
+from sharedkd.methods import with_method
 
 logging.getLogger("detectron2.sharedkd").setLevel(logging.ERROR)  # teachers are not trained here
 

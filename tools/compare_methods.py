@@ -34,7 +34,7 @@ from sharedkd.errors import SharedKDError
 from sharedkd.lab.compare.comparison import run_comparison
 from sharedkd.lab.report import write_report
 from sharedkd.lab.runs import short
-from sharedkd.modeling.recipes import known_methods
+from sharedkd.methods import known_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 

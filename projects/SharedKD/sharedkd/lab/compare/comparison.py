@@ -26,7 +26,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.config import load_config
 from sharedkd.config.build import construct
-from sharedkd.config.methods import PLAIN, with_method
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.parts import build
 from sharedkd.engine.resume import differences
@@ -37,6 +36,7 @@ from sharedkd.lab.analysis.pictures import read_curves
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.lab.scores import folder_name
+from sharedkd.methods import PLAIN, with_method
 from sharedkd.modeling.meta_arch import SharedKD
 
 from .events import write_events
