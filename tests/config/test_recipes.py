@@ -70,7 +70,7 @@ def step(student, teacher, stages, batch):
     model.to(next(student.parameters()).device).train()
     model.zero_grad()
     with EventStorage(0):
-        losses = model(batch)
+        losses = model(batch, {name: stage.full for name, stage in model.stages.items()})
     assert all(torch.isfinite(x) for x in losses.values()), losses
     sum(losses.values()).backward()
     return model, losses

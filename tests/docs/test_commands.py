@@ -24,8 +24,11 @@ def commands(page):
 
 def flags(tool):
     if tool == "lazyconfig_train_net.py":
-        return set(default_argument_parser()._option_string_actions)
-    return set(re.findall(r'"(--[a-z-]+)"', (tiny.ROOT / "tools" / tool).read_text()))
+        found = set(default_argument_parser()._option_string_actions)
+    else:
+        found = set(re.findall(r'"(--[a-z-]+)"', (tiny.ROOT / "tools" / tool).read_text()))
+    shared = (tiny.ROOT / "tools/arguments.py").read_text()
+    return found | set(re.findall(r'"(--[a-z-]+)"', shared))
 
 
 def test_tools_flags_and_configs_are_there():

@@ -590,11 +590,9 @@ def classic_pair(tmp_path):
     return cfg, teacher
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_classic_config(classic_pair, published):
+def test_classic_config(classic_pair):
     assert META_ARCH_REGISTRY.get("SharedKD") is SharedKD
     cfg, teacher = classic_pair
-    cfg.MODEL.SHAREDKD.PUBLISHED = published
     model = build_model(cfg)
     assert type(model) is SharedKD and type(model.student) is type(teacher)
     assert same(model.teacher.model.state_dict(), teacher.state_dict())
@@ -608,10 +606,13 @@ def test_classic_config(classic_pair, published):
 
 def test_classic_config_with_the_published_weights(classic_pair):
     cfg, _ = classic_pair
-    cfg.MODEL.SHAREDKD.PUBLISHED = True
+    cfg.MODEL.SHAREDKD.METHOD = "shared_kd_published"
     stages = build_model(cfg).stages
     assert [s.weight for s in stages.values()] == [2, 2]
     assert all(s.loss.distance.normalize == "none" for s in stages.values())
+    cfg.MODEL.SHAREDKD.PUBLISHED = True
+    with pytest.raises(ConfigError, match="use MODEL.SHAREDKD.METHOD: shared_kd_published"):
+        build_model(cfg)
 
 
 # --- a teacher in lower precision ---------------------------------------------------------------
