@@ -75,9 +75,10 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
         loader.dataset.names = name
         if _is(loader.mapper, DatasetMapper):
             loader.mapper._target_ = ImageMapper
-    nodes = cfg.dataloader.get("evaluator") or []
-    for node in nodes if isinstance(nodes, ListConfig) else [nodes]:
-        node.dataset_name = "${data.name}_val"
+    evaluators = cfg.dataloader.get("evaluator")
+    for node in evaluators if isinstance(evaluators, ListConfig) else [evaluators]:
+        if node is not None:
+            node.dataset_name = "${data.name}_val"
     for node in _with_classes(cfg.model):
         node.num_classes = "${data.num_classes}"
     mapper = cfg.dataloader.train.mapper

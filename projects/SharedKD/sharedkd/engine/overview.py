@@ -59,8 +59,7 @@ class StageRow:
     teacher: Optional[str]  # the name of its source of maps
     taps: List[str]
     strides: List[int]
-    weight: float
-    relative: bool
+    weight: str  # number, or auto with its share
     start: int  # the first iteration that uses it
     ramp: int
     end: int  # the first one that no longer does; 0: none uses it
@@ -238,8 +237,7 @@ def _stage(name: str, stage: Stage, max_iter: int) -> StageRow:
         teacher=stage.teacher,
         taps=sorted(stage.loss.taps),
         strides=list(stage.loss.strides or []),
-        weight=stage.weight,
-        relative=stage.relative,
+        weight=str(stage).removeprefix("weight "),
         start=start,
         ramp=round(stage.ramp * max_iter) if isinstance(stage.ramp, float) else stage.ramp,
         end=end,
@@ -298,7 +296,7 @@ def _stage_table(found: Overview) -> str:
             "loss": x.loss,
             **({"teacher": x.teacher} if found.teachers else {}),
             "tap": "/".join(x.taps),
-            "weight": f"{x.weight:g}{' of the loss' if x.relative else ''}",
+            "weight": x.weight,
             "iterations": f"{x.start} - {x.end}" if x.end else "never",
             "ramp": x.ramp,
             "parameters": f"{x.parameters:,}",

@@ -61,7 +61,7 @@ class Stage:
     @property
     def full(self) -> float:
         """The weight when fully on; 1 if it sets itself."""
-        return 1.0 if self.auto else self.weight
+        return 1.0 if isinstance(self.weight, str) else self.weight
 
     def __str__(self) -> str:
         if self.auto:
