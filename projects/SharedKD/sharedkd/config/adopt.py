@@ -55,7 +55,8 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
         overrides: ``key=value`` each.
 
     Raises:
-        ConfigError: a key that a config without a group ``data`` of its own does not read.
+        ConfigError: a key that a config without a group ``data`` of its own does not read, or loaders
+            other than Detectron2's.
     """
     keys = {text.partition("=")[0] for text in overrides if text.startswith("data.")}
     if not keys or "data" in cfg:
@@ -71,7 +72,14 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
         cfg.data.update(masks="${MODEL.MASK_ON}", max_size="${INPUT.MAX_SIZE_TRAIN}")
         return
     for split, name in (("train", "${data.name}_train"), ("test", "${data.name}_val")):
-        loader = cfg.dataloader[split]
+        loader = cfg.dataloader.get(split)
+        if (
+            OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") is None
+            or "mapper" not in loader
+        ):
+            problem = f"dataloader.{split} of this config has no dataset.names and mapper to set"
+            fix = "use Detectron2's loader there, or a config of configs/"
+            raise ConfigError("data", sorted(keys), problem, fix)
         loader.dataset.names = name
         if _is(loader.mapper, DatasetMapper):
             loader.mapper._target_ = ImageMapper

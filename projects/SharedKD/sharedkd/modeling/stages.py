@@ -66,8 +66,7 @@ class Stage:
     def __str__(self) -> str:
         if self.auto:
             return f"weight auto, share {self.share:g}"
-        kind = "of the detector's loss" if self.relative else "weight"
-        return f"{kind} {self.weight:g}"
+        return f"weight {self.weight:g}{' of the detector loss' if self.relative else ''}"
 
     def check(self, key: str) -> None:
         """Check the arguments; ``key`` is this stage's place in the config, for messages.
