@@ -94,7 +94,8 @@ def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
         "resize": _resize(steps),
         "preprocessing": [" ".join(repr(step).split()) for step in steps],
     }
-    mean = OmegaConf.select(cfg, "model.pixel_mean", default=(0, 0, 0))
+    keys = ("model.pixel_mean", "MODEL.PIXEL_MEAN")  # the latter of a classic yaml
+    mean = next((x for x in (OmegaConf.select(cfg, key) for key in keys) if x), (0, 0, 0))
     names = [record["file_name"] for record in records]
     return Images(names, tensors, about, [round(x) for x in mean])
 
