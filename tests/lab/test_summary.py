@@ -6,7 +6,7 @@ from PIL import Image
 
 from sharedkd.lab.compare.plots import plot_ap, plot_cost, plot_sizes
 from sharedkd.lab.compare.summary import report, write
-from sharedkd.lab.scores import Difference, difference, interval
+from sharedkd.lab.scores import Difference, curve_of, difference, gap_closed, interval, reached
 
 
 def arm(method, seed, ap, task="bbox", **more):
@@ -81,6 +81,20 @@ def test_interval(values, mean, half_width):
     assert interval(values) == pytest.approx((mean, half_width), rel=1e-4)
 
 
+def test_curves_say_how_far_and_how_fast():
+    """By hand: plain ends at 30 and 32; fgd has these after 200 iterations in one seed, never in one."""
+    plain = [arm("none", 0, 30.0), arm("none", 1, 32.0)]
+    first = arm("fgd", 0, 33.0, curve={"bbox": [(100, 29.0), (200, 30.0), (300, 33.0)]})
+    second = arm("fgd", 1, 31.5, curve={"bbox": [(100, 20.0), (300, 31.5)]})
+    record = make([*plain, first, second], teacher={"bbox": {"AP": 41.0}})
+    assert curve_of(record, "fgd", "bbox") == [(100, 24.5), (300, 32.25)]
+    assert gap_closed(record, "fgd", "bbox") == pytest.approx(1.25 / 10)
+    assert reached(record, "fgd", "bbox") == [200, None]
+    row = next(line for line in report(record).splitlines() if line.startswith("| fgd"))
+    assert "12%" in row and "200 (1 of 2 never)" in row
+    assert math.isnan(gap_closed({**record, "teacher": {"bbox": {"AP": 30.0}}}, "fgd", "bbox"))
+
+
 def test_interval_of_another_confidence():
     assert interval([1, 2, 3], 0.9)[1] == pytest.approx(2.9200 / math.sqrt(3), rel=1e-4)
 
@@ -135,6 +149,8 @@ def test_report_of_ap(three):
         "APl": "-",
         DIFFERENCE: "+2.00 [-0.48, +4.48]",
         "verdict": "no difference shown",
+        "gap closed": "25%",  # 2 of the 8 between 32 and 40
+        "iterations to the baseline's AP": "-",
         "seeds": "3 of 3",
         "common seeds": "3",
     }
@@ -332,7 +348,7 @@ def test_plot_sizes(three, tmp_path):
 def test_gaps_do_not_stop_the_report(arms, tmp_path):
     write(make(arms), tmp_path / "new" / "folder")
     names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
-    assert names == ["ap.png", "cost.png", "report.md", "results.json", "sizes.png"]
+    assert names == ["ap.png", "cost.png", "curves.png", "report.md", "results.json", "sizes.png"]
 
 
 def test_plots_name_the_methods_without_a_result(tmp_path):

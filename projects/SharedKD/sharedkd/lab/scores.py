@@ -6,7 +6,7 @@ All functions but :func:`read_comparison` take one record, a plain dict as ``res
 * "baseline": the method that the others are compared with;
 * "arms": one mapping per training run, with "method", "seed" and "status" ("finished", "failed" or
   "missing").  A finished one has "results" (task "bbox" or "segm" to metric name to percentage) and
-  may have "iterations", "seconds_per_step", "peak_memory_mb", "parameters" (of which "losses" is
+  may have "curve" (task to [iteration, AP] of each evaluation), "iterations", "seconds_per_step", "peak_memory_mb", "parameters" (of which "losses" is
   read), "initial_weights" (a digest), "hardware", "versions" and "collapsed" (tasks in which it finds
   nothing, so that its AP is zero); the others may have "error";
 * optionally "teacher", its results; "config_file", "overrides", "command", and "configs": method to its config.
@@ -34,14 +34,17 @@ __all__ = [
     "Row",
     "costs_of",
     "difference",
+    "curve_of",
     "finished_arms",
     "folder_name",
+    "gap_closed",
     "interval",
     "is_known",
     "loss_parameters_of",
     "mean_of",
     "measured",
     "minutes_of",
+    "reached",
     "read_comparison",
     "score_of",
     "scores_of",
@@ -251,6 +254,34 @@ def minutes_of(record: Mapping[str, Any], method: str) -> float:
     return mean_of(
         [steps * time / 60 for steps, time in pairs if is_known(steps) and is_known(time)]
     )
+
+
+def curve_of(record: Mapping[str, Any], method: str, task: str) -> List[Tuple[int, float]]:
+    """(iteration, mean AP) of the evaluations that all finished arms of ``method`` have."""
+    arms = [dict((arm.get("curve") or {}).get(task, [])) for arm in _finished_of(record, method)]
+    common = sorted(set.intersection(*(set(x) for x in arms))) if arms else []
+    return [(i, mean_of([arm[i] for arm in arms])) for i in common]
+
+
+def gap_closed(record: Mapping[str, Any], method: str, task: str) -> float:
+    """The share of the baseline's distance to the teacher's AP that ``method`` gains.
+
+    NaN without a teacher's AP, or if the teacher has no more than the baseline.
+    """
+    plain = mean_of(list(scores_of(record, record["baseline"], task).values()))
+    gap = score_of(record.get("teacher"), task) - plain
+    return difference(record, method, record["baseline"], task).mean / gap if gap > 0 else math.nan
+
+
+def reached(record: Mapping[str, Any], method: str, task: str) -> List[Optional[int]]:
+    """Per seed, the first evaluated iteration with the baseline's final AP; None: never."""
+    goals = scores_of(record, record["baseline"], task)
+    found = []
+    for arm in _finished_of(record, method):
+        curve, goal = (arm.get("curve") or {}).get(task), goals.get(arm["seed"])
+        if curve and goal is not None:
+            found.append(next((i for i, ap in curve if ap >= goal), None))
+    return found
 
 
 def mean_of(values: Sequence[float]) -> float:

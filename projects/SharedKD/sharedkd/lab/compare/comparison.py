@@ -35,7 +35,7 @@ from sharedkd.files import replace
 from sharedkd.lab.analysis.pictures import read_curves
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
-from sharedkd.lab.scores import folder_name
+from sharedkd.lab.scores import TASKS, folder_name, is_known
 from sharedkd.methods import PLAIN, with_method
 from sharedkd.modeling.meta_arch import SharedKD
 
@@ -72,13 +72,28 @@ class Arm:
             return "finished"
         return "failed" if self.failure.exists() else "missing"
 
+    def _curves(self) -> Dict[str, np.ndarray]:
+        try:
+            return read_curves(str(self.run.folder / "metrics.json"))
+        except FileNotFoundError:
+            return {}
+
+    @property
+    def curve(self) -> Dict[str, List[Tuple[int, float]]]:
+        """Task -> (iterations trained, AP) of each evaluation."""
+        curves, last = self._curves(), self.run.record.get("iterations") or math.inf
+        found = {}
+        for task in TASKS:
+            rows = zip(curves.get("iteration", ()), curves.get(f"{task}/AP", ()))
+            points = [(int(min(i + 1, last)), float(ap)) for i, ap in rows if is_known(ap)]
+            if points:
+                found[task] = points
+        return found
+
     @property
     def seconds_per_step(self) -> float:
         """Median over the run; NaN before its first logged step."""
-        try:
-            times = read_curves(str(self.run.folder / "metrics.json")).get("time", np.array([]))
-        except FileNotFoundError:
-            return math.nan
+        times = self._curves().get("time", np.array([]))
         times = times[~np.isnan(times)]
         return float(np.median(times)) if len(times) else math.nan
 
@@ -92,6 +107,7 @@ class Arm:
             "status": status,
             "error": self.failure.read_text().strip() if status == "failed" else None,
             "seconds_per_step": self.seconds_per_step,
+            "curve": self.curve,
             **record,
         }
 

@@ -1,4 +1,4 @@
-"""The plots of a comparison of methods: AP, AP against training time, AP by size of the objects.
+"""The plots of a comparison of methods: AP, AP over the training and against its time, AP by size.
 
 The records are those of :mod:`~sharedkd.lab.scores`.
 """
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from sharedkd.lab.scores import (
     TASKS,
+    curve_of,
     interval,
     is_known,
     mean_of,
@@ -20,7 +21,7 @@ from sharedkd.lab.scores import (
     tasks_of,
 )
 
-__all__ = ["PALETTE", "plot_ap", "plot_cost", "plot_sizes"]
+__all__ = ["PALETTE", "plot_ap", "plot_cost", "plot_curves", "plot_sizes"]
 
 #: Okabe and Ito's colours, which people with any colour vision can tell apart.
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
@@ -58,6 +59,37 @@ def plot_ap(record: Mapping[str, Any], path: _Target = None) -> Figure:
                 axes.plot(scores, below, ".", color=style["color"], markersize=4, alpha=0.6)
         _draw_references(axes, record, task)
         axes.set_xlabel(f"{TASKS[task]} AP (mean, 95 % interval; small dots: single seeds)")
+    return _save(figure, path)
+
+
+def plot_curves(record: Mapping[str, Any], path: _Target = None) -> Figure:
+    """Draw the mean AP of each method at the evaluations of its training; the teacher is a line.
+
+    Args:
+        record: as :mod:`~sharedkd.lab.scores` describes it.
+        path: the PNG file to write, its name or open in binary; None: none is written.
+
+    Returns:
+        The figure, one panel per task.
+    """
+    tasks = tasks_of(record) or ["bbox"]
+    rows = -(-len(record["methods"]) // _COLUMNS)
+    size = (6.5 * len(tasks), 4.6 + 0.25 * rows)
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]):
+        for i, method in enumerate(record["methods"]):
+            points = curve_of(record, method, task)
+            if points:
+                marker = _MARKERS[i // len(PALETTE) % len(_MARKERS)]
+                color = PALETTE[i % len(PALETTE)]
+                axes.plot(*zip(*points), marker=marker, color=color, markersize=4, label=method)
+        teacher = score_of(record.get("teacher"), task)
+        if is_known(teacher):
+            axes.axhline(teacher, color=_TEACHER, linestyle="--", label="teacher")
+        axes.set_xlabel("iterations")
+        axes.set_ylabel(f"{TASKS[task]} AP (mean over seeds)")
+        axes.grid(alpha=0.3)
+        _legend(axes)
     return _save(figure, path)
 
 

@@ -6,7 +6,7 @@ The records are those of :mod:`~sharedkd.lab.scores`.
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import IO, Any, Callable, List, Mapping, Sequence
+from typing import IO, Any, Callable, List, Mapping, Optional, Sequence
 
 from tabulate import tabulate
 
@@ -19,18 +19,20 @@ from sharedkd.lab.scores import (
     costs_of,
     difference,
     finished_arms,
+    gap_closed,
     interval,
     is_known,
     loss_parameters_of,
     mean_of,
     minutes_of,
+    reached,
     score_of,
     scores_of,
     tasks_of,
 )
 from sharedkd.lab.strict_json import strict_json
 
-from .plots import plot_ap, plot_cost, plot_sizes
+from .plots import plot_ap, plot_cost, plot_curves, plot_sizes
 
 __all__ = ["notes", "report", "write"]
 
@@ -56,7 +58,7 @@ def report(record: Mapping[str, Any]) -> str:
 
 
 def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
-    """Write ``results.json``, ``report.md`` and the plots ``ap.png``, ``cost.png``, ``sizes.png``.
+    """Write ``results.json``, ``report.md`` and the plots: ``ap.png`` and others.
 
     Each file appears complete or not at all.  The JSON is strict: values that are not finite become
     null.
@@ -77,8 +79,13 @@ def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
 
     # The measurements first: all else can be made from them again.
     put("results.json", lambda f: f.write(strict_json(record)))
-    plots = {"ap": plot_ap, "cost": plot_cost, "sizes": plot_sizes}
-    titles = {"ap": "AP", "cost": "AP against training time", "sizes": "AP by size of the objects"}
+    plots = {"ap": plot_ap, "curves": plot_curves, "cost": plot_cost, "sizes": plot_sizes}
+    titles = {
+        "ap": "AP",
+        "curves": "AP over the training",
+        "cost": "AP against training time",
+        "sizes": "AP by size of the objects",
+    }
     for name, plot in plots.items():
         put(f"{name}.png", lambda f: plot(record, f))
     links = "\n\n".join(f"![{title}]({name}.png)" for name, title in titles.items())
@@ -92,7 +99,8 @@ def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
 
 def _ap_table(record: Mapping[str, Any], task: str) -> str:
     headers = ["method", "AP", *MORE_METRICS]
-    headers += ["difference to baseline [low, high]", "verdict", "seeds", "common seeds"]
+    headers += ["difference to baseline [low, high]", "verdict", "gap closed"]
+    headers += ["iterations to the baseline's AP", "seeds", "common seeds"]
     planned = len({arm["seed"] for arm in record["arms"]})
     rows = []
     for method in record["methods"]:
@@ -101,17 +109,29 @@ def _ap_table(record: Mapping[str, Any], task: str) -> str:
         for metric in MORE_METRICS:
             row.append(_number(mean_of(list(scores_of(record, method, task, metric).values()))))
         if method == record["baseline"]:
-            row += ["-", "baseline"]
+            row += ["-", "baseline", "-"]
             common = "-"
         else:
             gain = difference(record, method, record["baseline"], task)
             row += [_with_bounds(gain), gain.verdict]
+            row.append(_number(gap_closed(record, method, task), ".0%"))
             common = str(gain.seeds)
+        row.append(_reached(reached(record, method, task)))
         rows.append(row + [f"{len(scores)} of {planned}", common])
     if is_known(score_of(record.get("teacher"), task)):
         values = [_number(score_of(record["teacher"], task, m)) for m in ("AP", *MORE_METRICS)]
-        rows.append(["teacher", *values, "-", "-", "-", "-"])
+        rows.append(["teacher", *values, *["-"] * 6])
     return _table(rows, headers, left=("method", "verdict"))
+
+
+def _reached(iterations: Sequence[Optional[int]]) -> str:
+    """The mean, and how many seeds never got there."""
+    there = [i for i in iterations if i is not None]
+    never = len(iterations) - len(there)
+    if not iterations:
+        return "-"
+    mean = f"{sum(there) / len(there):,.0f}" if there else "never"
+    return mean + (f" ({never} of {len(iterations)} never)" if there and never else "")
 
 
 def _cost_table(record: Mapping[str, Any]) -> str:
