@@ -45,8 +45,8 @@ class RunRecord(hooks.HookBase):
     (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
     ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on a CPU the resident memory of the
     training process), ``skipped`` (numbers of ``steps`` and ``images`` that were left out, see
-    ``train.on_nonfinite`` and ``on_bad_image``; of images, the main process's) and ``results`` (of
-    the last evaluation).
+    ``train.on_nonfinite`` and ``on_bad_image``; of images, the main process's), ``outgrown`` (teacher ->
+    the iteration after which the student was level with it) and ``results`` (of the last evaluation).
 
     Args:
         folder: the run's output folder.
@@ -98,6 +98,8 @@ class RunRecord(hooks.HookBase):
             "steps": self.trainer.log.total,
             "images": len(self.trainer.bad_images),
         }
+        outgrown = self.trainer.outgrown.iterations
+        self.record["outgrown"] = {name or "teacher": i for name, i in outgrown.items()}
         self.record["results"] = self.results
         self._write()
 

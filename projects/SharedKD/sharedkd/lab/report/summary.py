@@ -32,7 +32,17 @@ def warnings(source: Source) -> List[str]:
         "mean nothing."
         for method, count in trials.items()
     ]
+    for run in source.runs:
+        for teacher, iteration in (run.record.get("outgrown") or {}).items():
+            found.append(
+                f"{run.method}: level with {_teacher(teacher)} after "
+                f"{iteration + 1} iterations, from where on there is little left to learn from it."
+            )
     return [*found, *(f"{short(run.folder)}: {x}" for run in source.runs for x in run.problems)]
+
+
+def _teacher(name: str) -> str:
+    return "its teacher" if name == "teacher" else f"its teacher {name}"
 
 
 def _scores(results: Optional[Mapping[str, Any]]) -> str:
