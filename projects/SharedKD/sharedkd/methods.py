@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Dict, List, Sequence
 
+import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import GeneralizedRCNN
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.config import override
 from sharedkd.errors import ConfigError
+from sharedkd.modeling import detectors
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.stages import stage_dict
 
@@ -104,10 +106,10 @@ def known_methods(folder: Path) -> List[Method]:
 
 
 def family(student: DictConfig) -> str:
-    """Which of :data:`FAMILIES` ``student``, a detector's LazyConfig node, belongs to.
+    """Which of :data:`FAMILIES` has the settings for ``student``, a detector's LazyConfig node.
 
     Raises:
-        ConfigError: to none.
+        ConfigError: the detector cannot be built.
     """
     target = student["_target_"]
     target = locate(target) if isinstance(target, str) else target
@@ -117,12 +119,17 @@ def family(student: DictConfig) -> str:
         for name, detector in _ONE_STAGE.items():
             if issubclass(target, detector):
                 return name
-    raise ConfigError(
-        "model",
-        target,
-        f"is not of a family that the recipes know ({', '.join(FAMILIES)})",
-        "write the stages into a config of your own and use --methods config",
-    )
+    try:
+        with torch.device("meta"):
+            model = instantiate(student)
+    except Exception as e:
+        raise ConfigError(
+            "model",
+            target,
+            f"is not of a family that the recipes know ({', '.join(FAMILIES)}), and cannot be built: {e}",
+            "write the stages into a config of your own and use --methods config",
+        ) from e
+    return detectors.family(model)
 
 
 def with_method(cfg: DictConfig, name: str, folder: Path) -> DictConfig:
