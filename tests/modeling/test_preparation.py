@@ -160,8 +160,7 @@ def step(student, teacher, records=None, **options):
         student=student,
         teacher=teacher,
         stages={"same": Stage(IdenticalLayer(share="none"))},
-        input_format="RGB",
-        **options,
+        **{"input_format": "RGB", **options},
     ).train()
     records = records or [tiny.record(60, 90, seed=1), tiny.record(72, 64, seed=2)]
     with EventStorage(0):
@@ -181,7 +180,8 @@ def test_twins_agree_however_they_pad(kind):
         {**tiny.record(*size, seed=seed), **image}
         for seed, (size, image) in enumerate(zip(((60, 90), (72, 64)), images(channels)))
     ]
-    losses = step(student, FrozenTeacher(copy.deepcopy(build()), "", "RGB"), records)
+    teacher = FrozenTeacher(copy.deepcopy(build()), "")
+    losses = step(student, teacher, records, input_format=student.input_format)
     assert set(losses) == {f"distill/same/s{s}" for s in NAMES}
     assert max(losses.values()) < 1e-9
 

@@ -14,7 +14,7 @@ from sharedkd.losses.base import Batch, Maps, Regions
 
 from .heads import RegionTap, anchor_labels, check_labels, check_regions
 from .layout import keep_keypoints_contiguous
-from .preparation import device_of, image_channels, size_divisibility
+from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .shared_kd import published_stages, shared_kd_stages
 from .stages import Stage
 from .taps import FeatureTap, common_pixels
@@ -37,7 +37,11 @@ def check_image_format(student: nn.Module, image_format: str) -> None:
         ConfigError: the student expects another order.
     """
     expected = getattr(student, "input_format", None) or image_format
-    if expected != image_format:
+    colours = {
+        expected,
+        image_format,
+    } == COLOURS  # which mean nothing for other than three channels
+    if expected != image_format and not (colours and image_channels(student) != 3):
         raise ConfigError(
             "dataloader.train.mapper.image_format",
             image_format,

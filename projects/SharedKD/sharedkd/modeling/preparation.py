@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sharedkd.errors import ConfigError
 
 __all__ = [
+    "COLOURS",
     "converted",
     "device_of",
     "guess_format",
@@ -20,7 +21,7 @@ __all__ = [
     "size_divisibility",
 ]
 
-_COLOURS = {"BGR", "RGB"}
+COLOURS = {"BGR", "RGB"}
 _IMAGENET = (123.675, 116.28, 103.53)  # red, green, blue
 
 
@@ -80,7 +81,7 @@ def converted(image: Tensor, given: str, channels: int, wanted: str, key: str) -
     count = len(image)
     if count == channels and (count != 3 or given == wanted):
         return image
-    if count == channels and {given, wanted} == _COLOURS:
+    if count == channels and {given, wanted} == COLOURS:
         return image.flip(0)
     if count == 1 and channels == 3:
         return image.expand(3, -1, -1)

@@ -348,30 +348,36 @@ def common_pixels(student: Maps, teacher: Maps, key: str = "model.teacher") -> T
     Raises:
         ConfigError: maps of the same stride differ by more than a rounding of their sizes.
     """
-    height, width = map(min, _canvas(student), _canvas(teacher))
-    sizes: Dict[str, Dict[int, Tuple[int, int]]] = {}
-    for maps in (student, teacher):
+    canvases = _canvas(student), _canvas(teacher)
+    common = tuple(map(min, *canvases))
+    sizes: Dict[Tuple[str, int], List[Tuple[int, ...]]] = {}
+    shares: Dict[Tuple[str, int], List[Tuple[float, ...]]] = {}
+    for maps, canvas in zip((student, teacher), canvases):
         for tap, levels in maps.items():
             for s, x in levels.items():
-                own = min(x.shape[-2], -(-height // s)), min(x.shape[-1], -(-width // s))
-                other = sizes.setdefault(tap, {}).setdefault(s, own)
-                if any(abs(a - b) > 1 for a, b in zip(own, other)):
-                    raise ConfigError(
-                        key,
-                        own,
-                        f"is the size of its map of stride {s} on the pixels that both detectors show, and "
-                        f"the student's is {other}: a backbone's output_shape() tells a wrong stride",
-                        "correct it",
-                    )
-                sizes[tap][s] = min(own[0], other[0]), min(own[1], other[1])
+                own = list(zip(x.shape[-2:], canvas, common))
+                cut = tuple(n if whole == part else min(n, -(-part // s)) for n, whole, part in own)
+                sizes.setdefault((tap, s), []).append(cut)
+                share = tuple(n * part / whole for n, whole, part in own)
+                shares.setdefault((tap, s), []).append(share)
+    for (_, s), both in shares.items():
+        if any(abs(a - b) > 1 for a, b in zip(both[0], both[-1])):
+            ours, theirs = ("x".join(f"{n:.3g}" for n in x) for x in both)
+            raise ConfigError(
+                key,
+                theirs,
+                f"positions has its map of stride {s} on the pixels that both detectors show, and the "
+                f"student's has {ours}: a backbone's output_shape() tells a wrong stride",
+                "correct it",
+            )
 
-    def cut(maps: Maps) -> Maps:
+    def cut_all(maps: Maps) -> Maps:
         return {
-            tap: {s: _top_left(x, sizes[tap][s]) for s, x in levels.items()}
+            tap: {s: _top_left(x, tuple(map(min, zip(*sizes[tap, s])))) for s, x in levels.items()}
             for tap, levels in maps.items()
         }
 
-    return cut(student), cut(teacher)
+    return cut_all(student), cut_all(teacher)
 
 
 def _canvas(maps: Maps) -> Tuple[int, int]:
@@ -382,5 +388,5 @@ def _canvas(maps: Maps) -> Tuple[int, int]:
     return stride * x.shape[-2], stride * x.shape[-1]
 
 
-def _top_left(x: Tensor, size: Tuple[int, int]) -> Tensor:
+def _top_left(x: Tensor, size: Tuple[int, ...]) -> Tensor:
     return x if x.shape[-2:] == size else x[..., : size[0], : size[1]]
