@@ -22,6 +22,7 @@ from detectron2.modeling import (
 )
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+from detectron2.projects.point_rend import add_pointrend_config
 from detectron2.structures import Keypoints
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -109,10 +110,11 @@ def c4():
     return node
 
 
-def dc5():
+def classic(name, **keys):
+    """A model of the zoo's yaml, small where that is a matter of keys."""
     config = get_cfg()
-    path = model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml")
-    config.merge_from_file(path)
+    add_pointrend_config(config)
+    config.merge_from_file(model_zoo.get_config_file(name))
     keys = {
         "MODEL.DEVICE": "cpu",
         "MODEL.BACKBONE.FREEZE_AT": 0,
@@ -121,9 +123,26 @@ def dc5():
         "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
         "MODEL.RPN.POST_NMS_TOPK_TRAIN": 50,
         "INPUT.FORMAT": "RGB",
+        **{key.replace("__", "."): value for key, value in keys.items()},
     }
     config.merge_from_list([x for pair in keys.items() for x in pair])
     return build_model(config)
+
+
+def dc5():
+    return classic("COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml")
+
+
+def pointrend():
+    return classic(
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+        MODEL__ROI_MASK_HEAD__NAME="PointRendMaskHead",
+        MODEL__ROI_MASK_HEAD__FC_DIM=32,
+        MODEL__ROI_MASK_HEAD__POOLER_TYPE="",
+        MODEL__ROI_MASK_HEAD__POINT_HEAD_ON=True,
+        MODEL__POINT_HEAD__NUM_CLASSES=tiny.CLASSES,
+        MODEL__POINT_HEAD__FC_DIM=32,
+    )
 
 
 def group_norm(node):
@@ -364,7 +383,7 @@ ROWS = [
     Row("Cascade Mask R-CNN", lambda: tiny.node("cascade_mask_rcnn"), "Mask R-CNN"),
     Row("Keypoint R-CNN", keypoint),
     Row("Panoptic FPN", panoptic, "Mask R-CNN"),
-    Row("PointRend", absent=missing("detectron2.projects.point_rend")),
+    Row("PointRend", pointrend, "Mask R-CNN"),
     Row("RPN alone", proposals),
     Row("Faster R-CNN, C4", c4),
     Row("Faster R-CNN, DC5", dc5),

@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, SharedKD, Stage
 from sharedkd.config import add_sharedkd_config
+from sharedkd.engine import parts
 from sharedkd.losses import FGD
 
 BOXES = ((8, 8, 40, 40), (20, 16, 60, 44))
@@ -590,6 +591,16 @@ def test_a_keypoint_student_trains_in_any_layout(layout):
     assert losses["loss_keypoint"] > 0
     with torch.no_grad():
         model.eval()(records())
+
+
+def test_a_plain_keypoint_detector_in_channels_last():
+    """As the trainer places one: the baseline of such a student."""
+    cfg = tiny.config("custom_coco_plain.py")
+    cfg.train.update(device="cpu", channels_last=True)
+    detector = families.model_of(families.BY_NAME["Keypoint R-CNN"], 0)
+    placed = parts._place(cfg, detector)
+    assert placed is detector
+    assert step(detector, families.records(detector, 3))["loss_keypoint"] > 0
 
 
 def test_a_copy_is_independent():

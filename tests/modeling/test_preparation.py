@@ -224,6 +224,14 @@ def test_a_normaliser_and_the_models_own_size_divisibility():
     assert torch.equal(seen[0, :, :60, :90], record["image"] / 2) and not seen[..., 60:, :].any()
 
 
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_means_that_are_no_columns(kind):
+    model = Normalizing(pixel_mean=kind([10.0, 20.0, 30.0]), pixel_std=kind([1.0, 2.0, 4.0]))
+    image = torch.tensor([50, 60, 70], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)
+    seen = FrozenTeacher(model, "", "RGB").preprocess([{"image": image}], "RGB").tensor
+    assert seen[0, :, 0, 0].tolist() == [40, 20, 10]
+
+
 def test_a_square_without_a_preparation_of_its_own():
     model = Normalizing(normalizer=halves)
     model.backbone.padding_constraints = {"square_size": 160}

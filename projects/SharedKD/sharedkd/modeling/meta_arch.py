@@ -145,7 +145,7 @@ class SharedKD(nn.Module):
         elif hasattr(self.student, "pixel_mean"):
             teacher.check_images(image_channels(self.student), self.input_format)
 
-    def check_record(self, record: Mapping[str, Any]) -> None:
+    def check_record(self, record: Dict[str, Any]) -> None:
         """Check that a training record has what the stages read.
 
         Raises:

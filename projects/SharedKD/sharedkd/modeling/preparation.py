@@ -167,7 +167,8 @@ def _by_attributes(
 
 def _normalised(detector: nn.Module, image: Tensor, key: str) -> Tensor:
     if hasattr(detector, "pixel_mean") and hasattr(detector, "pixel_std"):
-        return (image - detector.pixel_mean) / detector.pixel_std
+        mean, std = (_column(x, image) for x in (detector.pixel_mean, detector.pixel_std))
+        return (image - mean) / std
     if callable(getattr(detector, "normalizer", None)):
         return detector.normalizer(image)
     raise ConfigError(
@@ -177,6 +178,12 @@ def _normalised(detector: nn.Module, image: Tensor, key: str) -> Tensor:
         "pixel_mean and pixel_std, nor normalizer(image)",
         "give it one of them",
     )
+
+
+def _column(values: Any, image: Tensor) -> Tensor:
+    """A number per channel, in a tensor of any shape or a list, as (C, 1, 1) beside ``image``."""
+    values = values if isinstance(values, Tensor) else torch.tensor(list(values))
+    return values.to(image.device).view(-1, 1, 1)
 
 
 def _padding(detector: nn.Module) -> List[int]:

@@ -66,8 +66,9 @@ def _flat(output: Any, name: str = "") -> Dict[str, Tensor]:
     """The maps (N, C, H, W) in nested dicts and lists, by their place: ``0``, ``p2``, ``2.p2``."""
     if isinstance(output, Tensor):
         return {name: output} if output.dim() == 4 else {}
+    if isinstance(output, (list, tuple)):
+        output = dict(enumerate(output))
     pairs = output.items() if isinstance(output, dict) else ()
-    pairs = enumerate(output) if isinstance(output, (list, tuple)) else pairs
     found: Dict[str, Tensor] = {}
     for key, value in pairs:
         found.update(_flat(value, f"{name}.{key}" if name else str(key)))
