@@ -62,9 +62,9 @@ def tiny_mask_rcnn(depth, num_classes, width=64):
     return model
 
 
-def small_faster_rcnn(depth, num_classes):
-    """Faster R-CNN with a ResNet of the given depth."""
-    model = small_mask_rcnn(depth, num_classes)
+def small_faster_rcnn(depth, num_classes, width=FPN_WIDTH):
+    """Faster R-CNN with a ResNet of the given depth and an FPN of the given width."""
+    model = small_mask_rcnn(depth, num_classes, width)
     for key in [k for k in model.roi_heads if k.startswith("mask_")]:
         del model.roi_heads[key]
     return model

@@ -242,7 +242,8 @@ def test_family():
     for kind in FAMILIES:
         node = OmegaConf.create(tiny.node(kind), flags={"allow_objects": True})
         assert family_of(node) == kind
-    assert family_of(OmegaConf.create({"_target_": "torch.nn.Linear"})) is None
+    with pytest.raises(ConfigError, match="cannot be built"):
+        family_of(OmegaConf.create({"_target_": "torch.nn.Linear"}))
 
 
 def pair_config():

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from torch import nn
 
@@ -96,6 +96,29 @@ def test_detectors_keep_their_maps(depth):
     for name, y in backbone(x).items():
         error = (y - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt()
         assert error < 1e-5, name
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with an activation, as timm's BatchNormAct2d."""
+
+    def forward(self, x):
+        return nn.functional.relu(super().forward(x))
+
+
+def test_norms_that_contain_an_activation_stay():
+    """The others are folded; one that wraps a plain forward, such as Detectron2's own SyncBN, too."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        NormAct(8),
+        Conv2d(8, 8, 3, norm=NormAct(8)),
+        nn.Conv2d(8, 8, 1),
+        NaiveSyncBatchNorm(8),
+    )
+    statistics(model).eval().requires_grad_(False).double()
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
+    before = model(x)
+    assert fold_norms(model) == 1 and isinstance(model[4], nn.Identity)
+    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
 
 
 def test_what_depends_on_the_input_stays():

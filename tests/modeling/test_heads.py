@@ -9,7 +9,7 @@ from torch import nn
 
 from sharedkd import ConfigError, DistillationLoss, FrozenTeacher, SharedKD, Stage
 from sharedkd.modeling.heads import DenseHead, RegionTap, anchor_labels, region_logits
-from sharedkd.modeling.taps import FeatureTap, pyramid_shapes, same_pixels
+from sharedkd.modeling.taps import FeatureTap, common_pixels, pyramid_shapes
 
 HEAD = {"logits", "deltas", "boxes", "anchors"}
 TWO_STAGE = [f for f in tiny.FAMILIES if f.endswith("rcnn")]
@@ -121,7 +121,8 @@ def test_anchors_by_hand(family):
             anchor = image[4 * number : 4 * number + 4, y, x]
             assert anchor.tolist() == pytest.approx(box, abs=1e-5), (stride, number, y, x)
     # A teacher that pads more sees the same anchors where the student sees any.
-    cut = same_pixels({"anchors": anchors(128, 160)}, {"anchors": found})["anchors"]
+    _, cut = common_pixels({"anchors": found}, {"anchors": anchors(128, 160)})
+    cut = cut["anchors"]
     assert all(torch.equal(cut[s], x) for s, x in found.items())
 
 

@@ -3,6 +3,7 @@
 import copy
 from functools import lru_cache
 
+import families
 import pytest
 import tiny
 import torch
@@ -13,6 +14,8 @@ from detectron2.utils.events import EventStorage
 
 from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, SharedKD, Stage
 from sharedkd.config import add_sharedkd_config
+from sharedkd.engine import parts
+from sharedkd.losses import FGD
 from sharedkd.weights.loading import fingerprint
 
 BOXES = ((8, 8, 40, 40), (20, 16, 60, 44))
@@ -538,9 +541,67 @@ def test_stages_that_cannot_work():
     fails("model.stages.mine.loss.strides=[4]", build(Stage(CrossLayer(strides=[4]))))
     teacher = shared_teacher("retinanet")
     fails(
-        "model.stages.mine.loss.strides=[4, 8]",
-        build(Stage(IdenticalLayer(strides=[4, 8])), teacher),
+        "model.stages.mine.loss.strides=[2, 4]",
+        build(Stage(IdenticalLayer(strides=[2, 4])), teacher),
     )
+
+
+def test_a_student_of_one_level_has_nothing_to_compare_across():
+    """The default recipe goes on without its cross-layer part; that part alone is refused."""
+    student = tiny.detector("retinanet")
+    student.backbone = student.backbone.bottom_up
+    student.backbone._out_features = ["res4"]
+    model = SharedKD(
+        student=student, teacher=shared_teacher("retinanet"), stages=stages(), input_format="RGB"
+    )
+    assert list(model.stages) == list(model.losses) == ["identical"]
+    fails(
+        "model.stages=cross: none of them has anything to compare",
+        lambda: SharedKD(student=student, stages=stages(cross=1.0), input_format="RGB"),
+    )
+
+
+def test_boxes_that_are_missing_are_named_before_anything_is_computed():
+    fgd = FGD(foreground=1.0, background=1.0, attention=1.0, global_=1.0)
+    model = SharedKD(
+        student=tiny.detector("retinanet"),
+        teacher=shared_teacher("retinanet"),
+        stages=dict(fgd=Stage(fgd)),
+        input_format="RGB",
+    )
+    bare = [{k: v for k, v in x.items() if k != "instances"} for x in records()]
+    model.check_record(records()[0])
+    for check in (lambda: model.check_record(bare[0]), lambda: step(model, bare)):
+        fails("model.stages.fgd.loss=FGD: needs the boxes of objects", check)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_keypoint_student_trains_in_any_layout(layout):
+    """Its head keeps the usual layout, in which Detectron2's keypoint loss can view its maps."""
+    model = SharedKD(
+        student=families.model_of(families.BY_NAME["Keypoint R-CNN"], 0),
+        teacher=shared_teacher("faster_rcnn"),
+        stages=stages(identical=1.0),
+        input_format="RGB",
+    ).train()
+    model.to(memory_format=layout)
+    weights = model.student.backbone.bottom_up.stem.conv1.weight
+    assert weights.is_contiguous(memory_format=layout)
+    losses = step(model, families.records(model.student, 3))
+    sum(losses.values()).backward()
+    assert losses["loss_keypoint"] > 0
+    with torch.no_grad():
+        model.eval()(records())
+
+
+def test_a_plain_keypoint_detector_in_channels_last():
+    """As the trainer places one: the baseline of such a student."""
+    cfg = tiny.config("custom_coco_plain.py")
+    cfg.train.update(device="cpu", channels_last=True)
+    detector = families.model_of(families.BY_NAME["Keypoint R-CNN"], 0)
+    placed = parts._place(cfg, detector)
+    assert placed is detector
+    assert step(detector, families.records(detector, 3))["loss_keypoint"] > 0
 
 
 def test_a_copy_is_independent():

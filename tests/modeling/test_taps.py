@@ -6,7 +6,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from sharedkd.errors import ConfigError
-from sharedkd.modeling.taps import FeatureTap, pyramid_shapes, same_pixels
+from sharedkd.modeling.taps import FeatureTap, common_pixels, pyramid_shapes
 
 FPN, BACKBONE = "fpn", "backbone"
 
@@ -182,17 +182,146 @@ def test_an_error_leaves_the_tap_usable(retinanet):
 
 def test_a_model_without_a_backbone():
     for model in (torch.nn.Linear(1, 1), torch.nn.Sequential()):
-        with pytest.raises(ConfigError, match=rf"^model={type(model).__name__}: .*backbone"):
+        with pytest.raises(
+            ConfigError, match=rf"^model.pyramid=null: {type(model).__name__} .*backbone"
+        ):
             FeatureTap(model)
 
 
-def test_same_pixels_keeps_the_top_left_of_every_level():
-    student = {FPN: {8: torch.zeros(1, 1, 12, 8), 64: torch.zeros(1, 1, 2, 1)}}  # 96 x 64 pixels
-    teacher = {
-        FPN: {s: torch.arange(n * n).view(1, 1, n, n) for s, n in ((4, 32), (8, 16), (64, 2))}
-    }
-    cut = same_pixels(teacher, student)[FPN]
-    assert {s: tuple(x.shape[-2:]) for s, x in cut.items()} == {4: (24, 16), 8: (12, 8), 64: (2, 1)}
-    assert cut[64].tolist() == [[[[0], [2]]]]
-    assert cut[8][0, 0, 1, :2].tolist() == [16, 17]
-    assert torch.equal(same_pixels(student, student)[FPN][8], student[FPN][8])
+def levels(**sizes):
+    """Maps of the FPN that number their positions: stride -> (1, 1, H, W)."""
+    return {FPN: {int(k[1:]): torch.arange(h * w).view(1, 1, h, w) for k, (h, w) in sizes.items()}}
+
+
+def shapes(maps):
+    return {s: tuple(x.shape[-2:]) for s, x in maps[FPN].items()}
+
+
+def test_canvases_that_differ_are_cut_to_the_pixels_of_both():
+    # 96 x 64 pixels and 128 x 128, with a level of each that the other lacks
+    student = levels(s8=(12, 8), s64=(2, 1), s128=(1, 1))
+    teacher = levels(s4=(32, 32), s8=(16, 16), s64=(2, 2))
+    ours, theirs = common_pixels(student, teacher)
+    assert all(ours[FPN][s] is x for s, x in student[FPN].items())
+    assert shapes(theirs) == {4: (24, 16), 8: (12, 8), 64: (2, 1)}
+    assert theirs[FPN][64].tolist() == [[[[0], [2]]]]
+    assert theirs[FPN][8][0, 0, 1, :2].tolist() == [16, 17]
+
+
+def test_each_side_may_show_more_than_the_other():
+    ours, theirs = common_pixels(
+        levels(s8=(16, 8), s16=(8, 4)), levels(s8=(8, 16), s4=(16, 32), s16=(4, 8))
+    )
+    assert shapes(ours) == {8: (8, 8), 16: (4, 4)}
+    assert shapes(theirs) == {8: (8, 8), 4: (16, 16), 16: (4, 4)}
+    assert ours[FPN][8][0, 0, 1].tolist() == list(range(8, 16))
+    assert theirs[FPN][8][0, 0, 1].tolist() == list(range(16, 24))
+
+
+def test_a_backbone_that_rounds_sizes_down_is_compared_with_one_that_rounds_them_up():
+    ours, theirs = common_pixels(levels(s8=(13, 13), s16=(7, 7)), levels(s8=(12, 12), s16=(6, 6)))
+    assert shapes(ours) == shapes(theirs) == {8: (12, 12), 16: (6, 6)}
+
+
+def test_a_wrong_stride_is_refused():
+    with pytest.raises(ConfigError, match=r"^model.teacher=6x6: .* stride 16 .* 12x12"):
+        common_pixels(levels(s4=(24, 24), s16=(12, 12)), levels(s4=(24, 24), s16=(6, 6)))
+
+
+# --- other modules than the backbone ------------------------------------------------------------
+
+
+class Necked(torch.nn.Module):
+    """A detector whose pyramid is a neck over its backbone; it returns a list, or what ``pack`` makes."""
+
+    def __init__(self, pack=list):
+        super().__init__()
+        self.backbone = tiny.detector("retinanet").backbone.bottom_up
+        self.neck = torch.nn.Module()
+        self.neck.narrow = torch.nn.Conv2d(128, 4, 1)
+        self.neck.forward = lambda maps: pack(
+            [self.neck.narrow(maps["res3"]), maps["res4"], maps["res4"][:, :5, ::4, ::4]]
+        )
+        self.register_buffer("pixel_mean", torch.zeros(3, 1, 1))
+
+    def forward(self, inputs):
+        images = torch.stack([x["image"].float() for x in inputs])
+        self.seen = self.neck(self.backbone(images))
+        return {"loss": sum(x.mean() for x in self.seen)} if self.training else []
+
+
+RECORDS = [tiny.record(64, 96, seed=1)]
+
+
+@pytest.mark.parametrize("pack", [list, lambda maps: (maps[0], {"more": maps[1:]}, None)])
+def test_a_module_without_output_shape_is_measured(pack):
+    model = Necked(pack).train()
+    model.backbone.stages[0].eval()
+    modes = [m.training for m in model.modules()]
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    tap = FeatureTap(model, "neck")
+    assert torch.equal(torch.rand(1), expected)  # the state of the generator is as it was
+    assert [m.training for m in model.modules()] == modes and hooks(model) == 0
+    assert tap.shapes[FPN] == {8: 4, 16: 256, 64: 5}
+    assert tap.shapes[BACKBONE] == {8: 128, 16: 256, 32: 512}
+    with tap.capture({FPN, BACKBONE}) as maps:
+        model.eval()(RECORDS) if pack is list else model.neck(
+            model.eval().backbone(RECORDS[0]["image"][None].float())
+        )
+    assert shapes(maps) == {8: (8, 12), 16: (4, 6), 64: (1, 2)}
+
+
+@pytest.mark.parametrize(
+    "where, words",
+    [
+        ("nek", r"Necked has no such module; use one in \['backbone', 'neck'\]"),
+        ("neck.narrow.none", "has no such module"),
+        ("unused", "is not called in a forward"),
+        ("logit", "returns no maps"),
+    ],
+)
+def test_a_module_that_is_no_pyramid(where, words):
+    model = Necked()
+    if where in ("unused", "logit"):
+        setattr(model, where, torch.nn.AdaptiveAvgPool2d(1))
+    if where == "logit":
+        model.logit = torch.nn.Flatten()
+        model.neck.register_forward_hook(
+            lambda module, args, output: model.logit(output[0]) and None
+        )
+    with pytest.raises(ConfigError, match=f"^model.pyramid={where}: .*{words}"):
+        FeatureTap(model, where)
+
+
+def test_two_outputs_of_one_stride_are_refused():
+    with pytest.raises(ConfigError, match=r"several outputs of stride 16 \(1, 3\)"):
+        FeatureTap(Necked(lambda maps: [*maps, maps[1]]), "neck")
+    model = tiny.detector("faster_rcnn")
+    strides = model.backbone._out_feature_strides
+    strides["p5"] = strides["p4"]
+    with pytest.raises(
+        ConfigError, match=r"^model.pyramid=null: FPN has several outputs of stride 16"
+    ):
+        FeatureTap(model)
+
+
+def test_a_backbone_that_runs_twice_is_refused():
+    model = Necked()
+    forward = model.backbone.forward
+    twice = torch.nn.Module()
+    twice.backbone = model.backbone
+    with pytest.raises(ConfigError, match="^model.pyramid=null: .*more than once in a step"):
+        with FeatureTap(twice).capture({FPN}):
+            for _ in range(2):
+                model.backbone.eval()(torch.zeros(1, 3, 32, 32))
+    assert model.backbone.forward == forward
+
+
+def test_a_backbone_without_a_bottom_up_network_is_its_own():
+    model = tiny.detector("retinanet")
+    model.backbone = model.backbone.bottom_up
+    assert (
+        pyramid_shapes(model)[BACKBONE] == pyramid_shapes(model)[FPN] == {8: 128, 16: 256, 32: 512}
+    )

@@ -149,7 +149,24 @@ def test_input_format_comes_from_config_or_model_unless_given(small, zoo):
     node, model, weights = small
     assert FrozenTeacher(node, weights).input_format == "RGB"  # the model's own
     assert FrozenTeacher(node, weights, "BGR").input_format == "BGR"
-    assert FrozenTeacher(tiny.node("fcos"), "").input_format == "BGR"  # FCOS does not say
+
+
+def test_a_channel_order_that_nobody_states_is_said(sharedkd_log):
+    """FCOS has no input_format: ImageNet's means tell the order, in 0 to 255 or in 0 to 1."""
+    model = tiny.detector("fcos")
+    for mean, expected, words in (
+        ([123.675, 116.28, 103.53], "RGB", "ImageNet"),
+        (ZOO_MEAN, "BGR", "ImageNet"),
+        ([0.485, 0.456, 0.406], "RGB", "ImageNet"),
+        ([90.0, 100.0, 110.0], "BGR", "Detectron2's default"),
+    ):
+        model.pixel_mean.copy_(torch.tensor(mean).view(3, 1, 1))
+        sharedkd_log.clear()
+        assert FrozenTeacher(model, "").input_format == expected
+        assert f"{expected} is taken" in sharedkd_log.text and words in sharedkd_log.text
+    sharedkd_log.clear()
+    assert FrozenTeacher(model, "", "RGB").input_format == "RGB"
+    assert "model.teacher.input_format" not in sharedkd_log.text
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -389,18 +406,6 @@ def test_predictions_see_the_same_flip(small):
             assert len(a["instances"]) > 0
             assert torch.equal(a["instances"].scores, b["instances"].scores)
             assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
-
-
-@pytest.mark.parametrize(
-    "student, size",
-    [(0, (96, 96)), (32, (96, 96)), (48, (96, 96)), (64, (128, 128)), (5, (160, 160))],
-)
-def test_padding_suits_both_networks(small, student, size):
-    """The batch is 72 x 96 at most; the teacher's own multiple is 32."""
-    teacher = FrozenTeacher(small[1], "")
-    images = teacher.preprocess(tiny.batch(), "RGB", student)
-    assert tuple(images.tensor.shape[-2:]) == size
-    assert not images.tensor[0, :, 64:].any() and not images.tensor[1, :, :, 64:].any()
 
 
 # --- made fast --------------------------------------------------------------------------------

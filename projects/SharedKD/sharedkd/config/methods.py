@@ -1,14 +1,17 @@
 """Configs that use another distillation method, by its name."""
 
-from typing import Optional
-
+import torch
 from detectron2.config import LazyCall as L
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.config import instantiate
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.errors import ConfigError
-from sharedkd.modeling.recipes import family, stages_of
+from sharedkd.modeling.detectors import family
+from sharedkd.modeling.recipes import stages_of
 from sharedkd.modeling.stages import stage_dict
 
 from .classic import build_detector
@@ -19,16 +22,33 @@ __all__ = ["OWN", "PLAIN", "family_of", "with_method"]
 PLAIN = "none"  #: the student without distillation
 OWN = "config"  #: the stages that the config itself has
 
+_KNOWN = {GeneralizedRCNN: "faster_rcnn", RetinaNet: "retinanet", FCOS: "fcos"}
 
-def family_of(student: DictConfig) -> Optional[str]:
-    """The family of ``student``, a detector's LazyConfig node, as the recipes name it; None: another."""
+
+def family_of(student: DictConfig) -> str:
+    """Which of :data:`~sharedkd.modeling.recipes.FAMILIES` has the settings for a detector's node.
+
+    A node of Detectron2's own classes is not built: its data may not be known yet.
+
+    Raises:
+        ConfigError: the detector cannot be built.
+    """
     target = student["_target_"]
     target = locate(target) if isinstance(target, str) else target
     masks = bool(OmegaConf.select(student, "roi_heads.mask_head"))
     if target is build_detector:
         target = META_ARCH_REGISTRY.get(student.yaml.MODEL.META_ARCHITECTURE)
         masks = student.yaml.MODEL.MASK_ON
-    return family(target, masks) if isinstance(target, type) else None
+    for detector, kind in _KNOWN.items():
+        if isinstance(target, type) and issubclass(target, detector):
+            return "mask_rcnn" if masks and kind == "faster_rcnn" else kind
+    try:
+        with torch.device("meta"):
+            model = instantiate(student)
+    except Exception as e:
+        fix = "correct it, or write the stages into a config of your own and use --methods config"
+        raise ConfigError("model", student["_target_"], f"cannot be built: {e}", fix) from e
+    return family(model)
 
 
 def with_method(cfg: DictConfig, name: str) -> DictConfig:

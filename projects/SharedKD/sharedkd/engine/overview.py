@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import asdict, dataclass, field, fields
-from math import lcm
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from detectron2.layers import CNNBlockBase
@@ -14,6 +13,7 @@ from torch import nn
 from sharedkd.data.coco import CocoSummary
 from sharedkd.errors import FAILED
 from sharedkd.modeling.detectors import count_parameters, num_classes
+from sharedkd.modeling.preparation import size_divisibility
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers import Teacher
@@ -125,7 +125,8 @@ def describe(parts: Parts) -> Overview:
     described = {name: _teacher(teacher) for name, teacher in teachers.items()}
     found.teacher, found.teachers = described.pop(None, None), described
     stages = parts.model.stages if losses_of(parts.model) else {}
-    found.levels = _levels(student, teachers, stages, parts.sample)
+    pyramid = getattr(parts.model, "pyramid", None)
+    found.levels = _levels(student, pyramid, teachers, stages, parts.sample)
     found.stages = [_stage(name, stage, cfg.train.max_iter) for name, stage in stages.items()]
     return found
 
@@ -165,7 +166,8 @@ def _family(model: nn.Module) -> str:
 
 def _backbone(model: nn.Module) -> str:
     """The bottom-up network's name; of a ResNet with its depth."""
-    network = getattr(model.backbone, "bottom_up", model.backbone)
+    backbone = getattr(model, "backbone", model)
+    network = getattr(backbone, "bottom_up", backbone)
     name = type(network).__name__
     if name != "ResNet":
         return name
@@ -195,12 +197,14 @@ def _numbers(summaries: Sequence[CocoSummary]) -> Dict[str, Any]:
 
 def _levels(
     student: nn.Module,
+    pyramid: Optional[str],
     teachers: Mapping[Optional[str], Teacher],
     stages: Mapping[str, Stage],
     sample: Optional[Mapping[str, Any]],
 ) -> List[Level]:
     """One row per tap and stride that a pyramid has and a stage may use."""
-    ours, theirs = pyramid_shapes(student), {name: x.shapes for name, x in teachers.items()}
+    ours = pyramid_shapes(student, pyramid)
+    theirs = {name: x.shapes for name, x in teachers.items()}
     used = {tap for stage in stages.values() for tap in stage.loss.taps} | {"fpn"}
     rows = []
     for tap in (tap for tap in ours if tap in used):
@@ -213,18 +217,18 @@ def _levels(
                 for name, stage in stages.items()
                 if tap in stage.loss.taps and stride in stage.loss.strides
             }
-            size = _map_size([student, *(x.detector for x in teachers.values())], sample, stride)
+            size = _map_size(student, sample, stride)
             rows.append(Level(tap, stride, s, channels.pop(None, None), channels, size, aligned))
     return rows
 
 
 def _map_size(
-    detectors: Sequence[Optional[nn.Module]], sample: Optional[Mapping[str, Any]], stride: int
+    student: nn.Module, sample: Optional[Mapping[str, Any]], stride: int
 ) -> Optional[Tuple[int, int]]:
     """(height, width) of a map of the first image."""
     if not sample:
         return None
-    pad = lcm(*(max(x.backbone.size_divisibility, 1) for x in detectors if x is not None))
+    pad = max(size_divisibility(student), 1)
     height, width = (-(-side // pad) * pad for side in sample["image"].shape[-2:])
     return -(-height // stride), -(-width // stride)
 

@@ -19,6 +19,7 @@ from sharedkd.errors import FAILED, ConfigError, ConfigErrors, Findings, SharedK
 from sharedkd.modeling.backbones import compile_backbone, recompute_blocks
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import trains_channels_last
+from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD, check_image_format
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers import Teacher
@@ -157,6 +158,8 @@ def assemble(
         parts.loader.pin_memory = torch.device(cfg.train.device).type != "cpu"
         sample = step(parts.loader.first_sample)
         step(check_sample, parts.student, sample)
+        if isinstance(parts.model, SharedKD) and sample is not FAILED:
+            step(parts.model.check_record, sample)
         parts.sample = sample or None
     return parts
 
@@ -321,7 +324,9 @@ def _inherit(cfg: DictConfig, student: nn.Module, teacher: Any) -> List[str]:
 
 
 def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:
-    return model.to(cfg.train.device, memory_format=memory_layout(cfg))
+    model.to(cfg.train.device, memory_format=memory_layout(cfg))
+    keep_keypoints_contiguous(model)
+    return model
 
 
 def _prepare(

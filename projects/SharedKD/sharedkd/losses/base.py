@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
+from detectron2.structures import RotatedBoxes
 from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError
@@ -79,9 +80,12 @@ class Batch:
 
     @property
     def boxes(self) -> List[Tensor]:
-        """The ground truth of each image: (number of objects, 4), XYXY in pixels; 0 rows without any."""
+        """The ground truth of each image: (number of objects, 4), XYXY in pixels; 0 rows without any.
+
+        Of rotated boxes, those that enclose them.
+        """
         device = next(x for levels in self.student.values() for x in levels.values()).device
-        return [x["instances"].gt_boxes.tensor.to(device) for x in self.inputs]
+        return [_boxes(x).to(device) for x in self.inputs]
 
     def inside(self, x: Tensor, stride: int) -> Optional[Tensor]:
         """Find the positions of a map that lie on their image and not on its padding.
@@ -102,6 +106,20 @@ class Batch:
         rows = torch.arange(height, device=x.device).view(1, -1, 1) < h
         columns = torch.arange(width, device=x.device).view(1, 1, -1) < w
         return (rows & columns).unsqueeze(1)
+
+
+def _boxes(record: Dict[str, Any]) -> Tensor:
+    """The boxes of a record, (number of objects, 4), XYXY in pixels."""
+    if "instances" not in record:
+        return torch.zeros(0, 4)
+    boxes = record["instances"].gt_boxes
+    if not isinstance(boxes, RotatedBoxes):
+        return boxes.tensor
+    x, y, w, h, angle = boxes.tensor.unbind(1)
+    cos, sin = torch.deg2rad(angle).cos().abs(), torch.deg2rad(angle).sin().abs()
+    half = torch.stack([w * cos + h * sin, w * sin + h * cos], 1) / 2
+    centre = torch.stack([x, y], 1)
+    return torch.cat([centre - half, centre + half], 1)
 
 
 def check_weights(**weights: float) -> None:
@@ -150,7 +168,7 @@ class DistillationLoss(nn.Module):
     """Base of all distillation losses.
 
     A subclass declares in ``needs`` what it reads besides the student's maps (``teacher``,
-    ``regions`` or ``labels``, see :class:`Batch`) and in ``taps`` where maps are taken.  :meth:`bind`
+    ``boxes``, ``regions`` or ``labels``, see :class:`Batch`) and in ``taps`` where maps are taken.  :meth:`bind`
     checks both pyramids and may create parameters.  :meth:`forward` reads maps through
     :meth:`levels` and returns named scalars.  Weights of the terms of one loss are arguments without
     a default: configs/common/methods has the published ones.
@@ -161,12 +179,13 @@ class DistillationLoss(nn.Module):
     """
 
     needs: FrozenSet[str] = frozenset({"teacher"})
+    idle = False  # whether it found nothing to compare when it was bound
 
     def __init__(self, tap: str = "fpn", strides: Optional[List[int]] = None):
         """
         Args:
             tap: where maps are taken: ``fpn``, ``backbone``, or another of :data:`TAPS`.
-            strides: the levels to use, by stride; None: every common level.
+            strides: the levels to use, by stride, of those that the pair has; None: every common level.
 
         Raises:
             ConfigError: unknown tap, or a list without strides.
@@ -189,8 +208,8 @@ class DistillationLoss(nn.Module):
             key: this loss's place in the config, for messages.
 
         Raises:
-            ConfigError: there is no teacher, a stride that was asked for is missing, no common level
-                is left, or a subclass cannot work with these levels.
+            ConfigError: there is no teacher, no common level is left, or a subclass cannot work with
+                these levels.
         """
         if "teacher" in self.needs and teacher is None:
             raise ConfigError(
@@ -206,29 +225,28 @@ class DistillationLoss(nn.Module):
         if "teacher" in self.needs:
             there = self._strides(teacher, "teacher", key)
         levels = ours & there
-        where = "/".join(sorted(self.taps))
-        if self.strides is not None:
-            missing = sorted(set(self.strides) - levels)
-            if missing:
-                raise ConfigError(
-                    f"{key}.strides",
-                    self.strides,
-                    f"no level of stride {missing} on the {where} tap, usable are {sorted(levels)}",
-                    "leave out these strides",
-                )
-            levels &= set(self.strides)
+        where, wanted = "/".join(sorted(self.taps)), set(self.strides or levels)
+        if levels and not levels & wanted:
+            raise ConfigError(
+                f"{key}.strides",
+                self.strides,
+                f"no such level on the {where} tap of this pair, usable are {sorted(levels)}",
+                "use some of these, or null for all",
+            )
+        levels &= wanted
         if not levels:
             theirs = f" and teacher levels {sorted(there)}" if "teacher" in self.needs else ""
             raise ConfigError(
                 key,
                 type(self).__name__,
-                f"student levels {sorted(ours)}{theirs} on the {where} tap have no stride in common "
-                f"with strides={self.strides}",
-                "choose another tap, other strides or another teacher",
+                f"student levels {sorted(ours)}{theirs} on the {where} tap have no stride in common",
+                "choose another tap or another teacher",
             )
-        alone = sorted((ours | there) - levels)
+        alone = sorted((ours | there | wanted) - levels)
         if alone:
-            logger.info(f"{key}: levels of stride {alone} on the {where} tap have no part in it")
+            level = logging.WARNING if wanted - levels else logging.INFO
+            words = f"levels of stride {alone} on the {where} tap have no part in it"
+            logger.log(level, f"{key}: {words}; it uses {sorted(levels)}")
         self.strides = sorted(levels)
 
     def _strides(self, shapes: Shapes, who: str, key: str) -> Set[int]:
@@ -242,6 +260,24 @@ class DistillationLoss(nn.Module):
                     "use another tap or another loss",
                 )
         return set.intersection(*(set(shapes[tap]) for tap in self.taps))
+
+    def check_record(self, record: Dict[str, Any], key: str) -> None:
+        """Check that a training record has what the loss reads.
+
+        Args:
+            record: of the data loader.
+            key: this loss's place in the config, for messages.
+
+        Raises:
+            ConfigError: it reads the boxes of objects, and there are none.
+        """
+        if "boxes" in self.needs and not hasattr(record.get("instances"), "gt_boxes"):
+            raise ConfigError(
+                key,
+                type(self).__name__,
+                "needs the boxes of objects, and the data loader's records have none (`instances`)",
+                "use a loss that compares maps alone, such as those of shared_kd, cwd, mgd or pkd",
+            )
 
     def aligned(self, stride: int, student: Optional[int], teacher: Optional[int]) -> str:
         """Describe in words how the maps of a level are made comparable.

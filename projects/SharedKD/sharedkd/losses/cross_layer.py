@@ -9,7 +9,7 @@ from sharedkd.errors import ConfigError
 from sharedkd.values import check_choice
 
 from .alignment import Pooled, align
-from .base import Batch, DistillationLoss, Shapes
+from .base import Batch, DistillationLoss, Shapes, logger
 from .distance import Distance
 
 __all__ = ["CrossLayer"]
@@ -36,7 +36,8 @@ class CrossLayer(DistillationLoss):
         model.stages.cross = L(Stage)(loss=L(CrossLayer)(tap="backbone"), weight=2.0)
 
     Args:
-        tap, strides: see :class:`DistillationLoss`; at least two levels.
+        tap, strides: see :class:`DistillationLoss`; at least two levels, or None: of a student with a
+            single level the stage is then left out, with a warning.
         pairs: ``dense`` (every two levels) or ``adjacent`` (neighbours).
         direction: ``mutual``, ``deep_to_shallow`` or ``shallow_to_deep``.
         distance, normalize, ignore_padding: see :class:`IdenticalLayer`.
@@ -66,8 +67,15 @@ class CrossLayer(DistillationLoss):
         self.ignore_padding = ignore_padding
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
+        every = self.strides is None
         super().bind(student, teacher, key)
-        if len(self.strides) < 2:
+        self.idle = every and len(self.strides) < 2
+        if self.idle:
+            logger.warning(
+                f"{key}: the student has one level on the {self.tap} tap, and there is no pair to compare: "
+                "the stage is left out"
+            )
+        elif len(self.strides) < 2:
             raise ConfigError(
                 f"{key}.strides",
                 self.strides,

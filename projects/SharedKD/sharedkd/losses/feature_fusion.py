@@ -59,6 +59,8 @@ class FeatureFusion(DistillationLoss):
         ConfigError: a weight out of its range.
     """
 
+    needs = frozenset({"teacher", "boxes"})
+
     def __init__(
         self,
         fit: float,

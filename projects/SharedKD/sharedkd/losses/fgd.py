@@ -137,6 +137,8 @@ class FGD(DistillationLoss):
         ConfigError: a negative weight or a temperature that is not positive.
     """
 
+    needs = frozenset({"teacher", "boxes"})
+
     def __init__(
         self,
         foreground: float,

@@ -130,21 +130,25 @@ class FKD(DistillationLoss):
         self.channel_mask = channel_mask
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
+        asked = self.strides
         super().bind(student, teacher, key)
         ours, theirs = student[self.tap], teacher[self.tap]
+        asked = asked or self.strides  # the levels that the two lists speak of
         for name in ("pool", "reduction"):
-            if len(getattr(self, name)) < len(self.strides):
+            if len(getattr(self, name)) < len(asked):
                 raise ConfigError(
                     f"{key}.{name}",
                     getattr(self, name),
-                    f"has no number for each level of stride {self.strides}",
+                    f"has no number for each level of stride {asked}",
                     "give one per level, the finest first",
                 )
         self.adapt = adapters(1, ours, theirs, self.strides, key)
         self.adapt_nonlocal = adapters(1, ours, theirs, self.strides, key)
         self.adapt_channel, self.adapt_spatial = nn.ModuleDict(), nn.ModuleDict()
         self.student_nonlocal, self.teacher_nonlocal = nn.ModuleDict(), nn.ModuleDict()
-        for stride, reduction, pool in zip(self.strides, self.reduction, self.pool):
+        for stride, reduction, pool in zip(asked, self.reduction, self.pool):
+            if stride not in self.strides:
+                continue
             s, t, name = ours[stride], theirs[stride], str(stride)
             self.adapt_channel[name] = nn.Linear(s, t)
             self.adapt_spatial[name] = nn.Conv2d(1, 1, 3, padding=1)

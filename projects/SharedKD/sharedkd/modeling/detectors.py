@@ -6,6 +6,8 @@ from typing import Optional, Tuple, Union
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -16,6 +18,7 @@ __all__ = [
     "build_detector",
     "config_path",
     "count_parameters",
+    "family",
     "num_classes",
     "load_file",
     "read_config",
@@ -136,3 +139,21 @@ def num_classes(detector: nn.Module) -> Optional[int]:
         if hasattr(module, "num_classes"):
             return module.num_classes
     return None
+
+
+def family(detector: nn.Module) -> str:
+    """The family whose published settings suit ``detector``, a built model.
+
+    Returns:
+        ``fcos``, ``retinanet``, ``mask_rcnn`` or ``faster_rcnn``.  A model of none of them has the
+        settings of RetinaNet if its pyramid begins at stride 8 or above, else those of Faster R-CNN.
+    """
+    for name, kind in (("fcos", FCOS), ("retinanet", RetinaNet)):
+        if isinstance(detector, kind):
+            return name
+    heads = getattr(detector, "roi_heads", None)
+    if heads is not None or hasattr(detector, "proposal_generator"):
+        return "mask_rcnn" if getattr(heads, "mask_on", False) else "faster_rcnn"
+    output_shape = getattr(getattr(detector, "backbone", None), "output_shape", dict)
+    finest = min((x.stride or 4 for x in output_shape().values()), default=4)
+    return "retinanet" if finest >= 8 else "faster_rcnn"

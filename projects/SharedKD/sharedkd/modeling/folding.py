@@ -3,13 +3,23 @@
 from typing import Iterator, Optional, Tuple
 
 import torch
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 __all__ = ["fold_norms"]
 
 NORMS = (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)
+# Their forward in eval mode is a scale and a shift, and nothing else.
+_KNOWN = {
+    x.forward
+    for x in (
+        FrozenBatchNorm2d,
+        nn.modules.batchnorm._BatchNorm,
+        nn.SyncBatchNorm,
+        NaiveSyncBatchNorm,
+    )
+}
 
 
 @torch.no_grad()
@@ -23,7 +33,8 @@ def fold_norms(module: nn.Module) -> int:
 
     It is found as Detectron2's ``Conv2d.norm``, or as the module registered after a plain
     convolution in the same parent, which is how RegNet and torchvision place it.  GroupNorm and
-    LayerNorm depend on the input and stay; so does a norm with hooks or without running statistics.
+    LayerNorm depend on the input and stay; so does a norm with hooks, without running statistics or
+    with a forward of its own, such as timm's ``BatchNormAct2d``, which contains an activation.
 
     Args:
         module: a network in eval mode.
@@ -60,12 +71,12 @@ def fold_norms(module: nn.Module) -> int:
 def _pairs(module: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.Conv2d]]:
     """(owner of the norm, its name there, the convolution before it)"""
     for parent in module.modules():
-        if isinstance(parent, nn.Conv2d) and isinstance(getattr(parent, "norm", None), NORMS):
+        if isinstance(parent, nn.Conv2d) and _is_plain(getattr(parent, "norm", None)):
             yield parent, "norm", parent
         previous: Optional[nn.Module] = None
         for name, child in parent.named_children():
             if (
-                isinstance(child, NORMS)
+                _is_plain(child)
                 and isinstance(previous, nn.Conv2d)
                 and previous.out_channels == child.num_features
                 and getattr(previous, "norm", None) is None
@@ -73,3 +84,8 @@ def _pairs(module: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.Conv2d]]:
             ):
                 yield parent, name, previous
             previous = child
+
+
+def _is_plain(norm: Optional[nn.Module]) -> bool:
+    """Whether ``norm`` is a batch norm and nothing more."""
+    return isinstance(norm, NORMS) and type(norm).forward in _KNOWN

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
+from detectron2.modeling.roi_heads.rotated_fast_rcnn import RROIHeads
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ class DenseHead:
             (N, A*K, H, W) and deltas (N, A*4, H, W), one per level.
         names: the backbone's outputs that it reads, in order.
         strides: the strides of these outputs.
-        channels: of ``logits``, ``deltas``, ``boxes`` and ``anchors``.
+        channels: of ``logits``, ``deltas``, ``boxes`` and ``anchors``; rotated boxes have only the first two.
         owner: the module with ``anchor_generator`` and ``box2box_transform``.
     """
 
@@ -53,12 +54,16 @@ class DenseHead:
         ):
             head = getattr(owner, module, None)
             if hasattr(head, logits) and hasattr(owner, "anchor_generator"):
-                specs, levels = detector.backbone.output_shape(), list(getattr(owner, names))
+                output_shape = getattr(getattr(detector, "backbone", None), "output_shape", dict)
+                specs, levels = output_shape(), list(getattr(owner, names))
                 if not set(levels) <= set(specs):  # the backbone was replaced, the head was not
                     return None
                 width = {"logits": getattr(head, logits), "deltas": getattr(head, deltas)}
                 width = {tap: layer.out_channels for tap, layer in width.items()}
-                width["boxes"] = width["anchors"] = width["deltas"]
+                if (
+                    getattr(owner.anchor_generator, "box_dim", 4) == 4
+                ):  # a rotated box has five numbers
+                    width["boxes"] = width["anchors"] = width["deltas"]
                 return cls(head, levels, [specs[name].stride for name in levels], width, owner)
         return None
 
@@ -136,7 +141,7 @@ def anchor_labels(
     """
     head = DenseHead.of(detector)
     maps = [logits[stride] for stride in head.strides]
-    truth = [x["instances"].to(detector.device) for x in inputs]
+    truth = [x["instances"].to(maps[0].device) for x in inputs]
     anchors = detector.anchor_generator(maps)
     rows = torch.stack(detector.label_anchors(anchors, truth)[0])
     levels = rows.split([len(level) for level in anchors], dim=1)
@@ -159,10 +164,18 @@ def check_regions(student: nn.Module, teacher: Optional[nn.Module], key: str) ->
         key: the loss's place in the config, for messages.
 
     Raises:
-        ConfigError: one has no box head on its FPN, or their numbers of classes differ.
+        ConfigError: one has no box head on its FPN, or rotated boxes; or their numbers of classes differ.
     """
     for who, detector in (("student", student), ("teacher", teacher)):
-        if detector is not None and not hasattr(getattr(detector, "roi_heads", None), "box_pooler"):
+        heads = getattr(detector, "roi_heads", None)
+        if isinstance(heads, RROIHeads):
+            raise ConfigError(
+                key,
+                type(heads).__name__,
+                f"are the {who}'s heads for rotated boxes, whose regions are not compared",
+                "use a loss that compares feature maps",
+            )
+        if detector is not None and not hasattr(heads, "box_pooler"):
             raise ConfigError(
                 key,
                 type(detector).__name__,

@@ -15,10 +15,13 @@ from sharedkd.errors import ConfigError, Findings
 from sharedkd.losses.base import Batch, Maps, Regions
 
 from .balance import AutoWeight
+from .detectors import family
 from .heads import RegionTap, anchor_labels, check_labels, check_regions
-from .recipes import family, stages_of
+from .layout import keep_keypoints_contiguous
+from .preparation import COLOURS, device_of, image_channels, size_divisibility
+from .recipes import stages_of
 from .stages import DISTILL, Stage, scale_relative
-from .taps import FeatureTap, pyramid_shapes, same_pixels
+from .taps import FeatureTap, common_pixels
 from .teachers import FrozenTeacher, Teacher
 
 __all__ = ["SharedKD", "check_image_format"]
@@ -40,7 +43,11 @@ def check_image_format(student: nn.Module, image_format: str) -> None:
         ConfigError: the student expects another order.
     """
     expected = getattr(student, "input_format", None) or image_format
-    if expected != image_format:
+    colours = {
+        expected,
+        image_format,
+    } == COLOURS  # which mean nothing for other than three channels
+    if expected != image_format and not (colours and image_channels(student) != 3):
         raise ConfigError(
             "dataloader.train.mapper.image_format",
             image_format,
@@ -67,9 +74,11 @@ class SharedKD(nn.Module):
         input_format: channel order of the images that the data loader delivers.
         max_iter: the run's iterations, for stages whose times are fractions of it, under a trainer other
             than :class:`SharedKDTrainer`, which knows it.
+        pyramid: the name of the student's module whose outputs are its pyramid, such as ``neck``; None:
+            its ``backbone``.
 
     Raises:
-        ConfigError: a stage that is no Stage, needs a teacher that is not there, finds no common
+        ConfigError: no pyramid, see :class:`~sharedkd.modeling.taps.FeatureTap`; a stage that is no Stage, needs a teacher that is not there, finds no common
             stride; an image format that contradicts the student's.
     """
 
@@ -83,21 +92,33 @@ class SharedKD(nn.Module):
         stages: Optional[Mapping[str, Stage]] = None,
         input_format: str = "BGR",
         max_iter: Optional[int] = None,
+        pyramid: Optional[str] = None,
     ):
         super().__init__()
         check_image_format(student, input_format)
+        self._tap = FeatureTap(student, pyramid)
         self.student = student
         self.teacher = teacher
         self.teachers: Dict[str, Teacher] = dict(teachers or {})
         self.stages: Dict[str, Stage] = {}
         self.input_format = input_format
         self.max_iter = max_iter
-        self._tap = FeatureTap(student)
+        self.pyramid = pyramid
 
         findings = Findings()
+        for name, source in self.sources.items():
+            findings.step(self._check_channels, source)
         for name, stage in (stages or {}).items():
             findings.step(self._add, name, stage)
         findings.raise_errors()
+        idle = [name for name, x in (stages or {}).items() if x.weight and name not in self.stages]
+        if idle and not self.stages:
+            raise ConfigError(
+                "model.stages",
+                ", ".join(idle),
+                "none of them has anything to compare in this pair",
+                "use a loss that compares the maps of both detectors, such as that of pkd",
+            )
         # Registered for DDP, the optimizer and device moves; most losses have no parameters.
         self.losses = nn.ModuleDict({name: stage.loss for name, stage in self.stages.items()})
         self.auto_weights = nn.ModuleDict(
@@ -127,12 +148,29 @@ class SharedKD(nn.Module):
             )
         teacher = self.sources.get(stage.teacher)
         shapes = teacher.shapes if teacher else None
-        stage.loss.bind(pyramid_shapes(self.student), shapes, f"{key}.loss")
+        stage.loss.bind(self._tap.shapes, shapes, f"{key}.loss")
         if "regions" in stage.loss.needs:
             check_regions(self.student, teacher and teacher.detector, f"{key}.loss")
         if "labels" in stage.loss.needs:
             check_labels(self.student, f"{key}.loss")
-        self.stages[name] = stage
+        if not stage.loss.idle:
+            self.stages[name] = stage
+
+    def _check_channels(self, teacher: Teacher) -> None:
+        """Check that a teacher can be shown the student's images."""
+        if self.input_format == "L":
+            teacher.check_images(1, self.input_format)
+        elif hasattr(self.student, "pixel_mean"):
+            teacher.check_images(image_channels(self.student), self.input_format)
+
+    def check_record(self, record: Dict[str, Any]) -> None:
+        """Check that a training record has what the stages read.
+
+        Raises:
+            ConfigError: it has not, see :meth:`DistillationLoss.check_record`.
+        """
+        for name, stage in self.stages.items():
+            stage.loss.check_record(record, f"model.stages.{name}.loss")
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
@@ -145,7 +183,7 @@ class SharedKD(nn.Module):
             fix = "use MODEL.SHAREDKD.METHOD: shared_kd_published"
             raise ConfigError("MODEL.SHAREDKD.PUBLISHED", keys.PUBLISHED, "this key is gone", fix)
         student = META_ARCH_REGISTRY.get(keys.STUDENT)(cfg)
-        stages = instantiate(stages_of(keys.METHOD, family(type(student), cfg.MODEL.MASK_ON)))
+        stages = instantiate(stages_of(keys.METHOD, family(student)))
         for stage in stages.values():
             if stage.auto:
                 stage.share *= keys.WEIGHT
@@ -160,8 +198,12 @@ class SharedKD(nn.Module):
             max_iter=cfg.SOLVER.MAX_ITER,
         )
 
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.student)
+
     def __getattr__(self, name: str) -> Any:
-        """The student's attribute, such as ``roi_heads`` or ``device``: hooks and checkpointers ask."""
+        """The student's attribute, such as ``roi_heads``: hooks and checkpointers ask for them."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -201,6 +243,8 @@ class SharedKD(nn.Module):
         # Before the student: the teachers' temporaries are gone when its graph is built.
         teacher_maps = self._teacher_maps(by_source, batched_inputs)
         needs = frozenset().union(*(self.losses[name].needs for name in active))
+        if "boxes" in needs and not any("instances" in x for x in batched_inputs):
+            self.check_record(batched_inputs[0])
         regions = RegionTap(self.student) if "regions" in needs else None
         with self._tap.capture(self._taps(active)) as maps:
             with regions.capture() if regions else nullcontext() as sampled:
@@ -215,7 +259,16 @@ class SharedKD(nn.Module):
             batch.labels = anchor_labels(self.student, batched_inputs, maps["logits"])
         batches = {source: replace(batch) for source in by_source}
         for source, theirs in teacher_maps.items():
-            batches[source].teacher = same_pixels(theirs, maps)
+            key = "model.teacher" if source is None else f"model.teachers.{source}"
+            ours, theirs = common_pixels(maps, theirs, key)
+            batches[source].student, batches[source].teacher = ours, theirs
+            if batch.labels is not None:
+                batches[source].labels = {
+                    stride: x[
+                        ..., : ours["logits"][stride].shape[-2], : ours["logits"][stride].shape[-1]
+                    ]
+                    for stride, x in batch.labels.items()
+                }
         if regions:
             truth = [x["instances"].to(self.device) for x in batched_inputs]
             labels = regions.labels(sampled["boxes"], truth)
@@ -261,7 +314,7 @@ class SharedKD(nn.Module):
                     batched_inputs,
                     self._taps(readers),
                     self.input_format,
-                    self.student.backbone.size_divisibility,
+                    size_divisibility(self.student),
                 )
         return found
 
@@ -298,7 +351,9 @@ class SharedKD(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "SharedKD":
         for teacher in self.sources.values():
             teacher.apply_to_tensors(fn)
-        return super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, *args, **kwargs)
+        keep_keypoints_contiguous(self.student)
+        return self
 
     # A checkpoint of this model is a checkpoint of the student, with plain Detectron2's names.
     # What losses own rides beside it (see sharedkd.engine.run).

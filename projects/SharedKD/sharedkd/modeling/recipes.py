@@ -4,17 +4,13 @@ A recipe is a LazyConfig file with ``paper``, a string, and ``stages``: student'
 ``model.stages`` becomes, with the published settings of that family.
 """
 
-import logging
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence
 
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from omegaconf import DictConfig
 
 from sharedkd.errors import ConfigError
@@ -22,9 +18,7 @@ from sharedkd.errors import ConfigError
 from .detectors import count_parameters
 from .stages import stage_dict
 
-__all__ = ["FAMILIES", "FOLDER", "Method", "family", "known_methods", "stages_of"]
-
-logger = logging.getLogger("detectron2.sharedkd")
+__all__ = ["FAMILIES", "FOLDER", "Method", "known_methods", "stages_of"]
 
 # In an installed package (setup.py), and in the repository.
 _PLACES = [
@@ -33,8 +27,7 @@ _PLACES = [
 ]
 FOLDER = next((x for x in _PLACES if x.is_dir()), _PLACES[0])  #: where the recipes are
 
-_ONE_STAGE = dict(retinanet=RetinaNet, fcos=FCOS)
-FAMILIES = ("faster_rcnn", "mask_rcnn", *_ONE_STAGE)
+FAMILIES = ("faster_rcnn", "mask_rcnn", "retinanet", "fcos")  #: what recipes have settings for
 
 _RESNET = {4: 256, 8: 512, 16: 1024, 32: 2048}
 
@@ -105,26 +98,14 @@ def known_methods() -> List[Method]:
     return [Method.load(path) for path in sorted(FOLDER.glob("*.py"))]
 
 
-def family(detector: type, masks: bool) -> Optional[str]:
-    """Which of :data:`FAMILIES` a class of detectors belongs to; None: to none.
-
-    Args:
-        masks: whether it has a mask head.
-    """
-    if issubclass(detector, GeneralizedRCNN):
-        return "mask_rcnn" if masks else "faster_rcnn"
-    return next((name for name, one in _ONE_STAGE.items() if issubclass(detector, one)), None)
-
-
-def stages_of(name: str, kind: Optional[str]) -> DictConfig:
+def stages_of(name: str, kind: str) -> DictConfig:
     """The config node of a method's stages.
 
     Args:
         name: a recipe's name or path, or several joined by ``+``; ``fgd:4`` multiplies the weights of
             its stages by 4, ``fgd:auto`` sets them by themselves (see
             :class:`~sharedkd.modeling.balance.AutoWeight`), ``fgd:auto:0.1`` with the share 0.1.
-        kind: the student's family.  None: of a family that the recipes do not know; the stages are
-            those of the first family that a recipe has.
+        kind: the student's family, see :func:`~sharedkd.modeling.detectors.family`.
 
     Raises:
         ConfigError: an unknown name, a factor that is no number, or a recipe that is not defined for
@@ -133,17 +114,14 @@ def stages_of(name: str, kind: Optional[str]) -> DictConfig:
     stages = L(stage_dict)()
     for part, *factors in (part.split(":") for part in name.split("+")):
         recipe = _recipe(part)
-        known = next(iter(recipe.stages))
-        if kind is None:
-            logger.warning(f"no recipe knows this detector's family: takes {part} of {known}")
-        elif kind not in recipe.stages:
+        if kind not in recipe.stages:
             raise ConfigError(
                 "--methods",
                 part,
                 f"is defined for {', '.join(recipe.stages)}, and the student is a {kind}",
                 "leave it out",
             )
-        found = recipe.stages[kind or known].copy()
+        found = recipe.stages[kind].copy()
         for key, stage in found.items():
             if key != "_target_":
                 _weigh(stage, factors)

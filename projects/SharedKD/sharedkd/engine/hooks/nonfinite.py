@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from contextlib import ExitStack
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.utils import comm
@@ -98,17 +98,19 @@ def _bad_parts(record: Mapping[str, Any]) -> Iterator[str]:
 def _looked_at(trainer: Any, maps: Dict[Tuple[str, str], Dict[int, None]]) -> ExitStack:
     """A context that records maps that are not finite: (detector, tap) -> strides."""
     stack = ExitStack()
-    detectors: Dict[str, nn.Module] = {"student": trainer.detector}
+    pyramid = getattr(trainer.module, "pyramid", None)
+    detectors: Dict[str, Tuple[nn.Module, Optional[str]]] = {"student": (trainer.detector, pyramid)}
     for name, source in getattr(trainer.module, "sources", {}).items():
         if source.detector is not None:
-            detectors[f"teacher {name}" if name else "teacher"] = source.detector
-    for who, detector in detectors.items():
+            pyramid = getattr(source, "pyramid", None)
+            detectors[f"teacher {name}" if name else "teacher"] = (source.detector, pyramid)
+    for who, (detector, pyramid) in detectors.items():
 
         def look(tap: str, levels: Dict[int, Tensor], who: str = who) -> None:
             for stride, x in levels.items():
                 if not torch.isfinite(x).all():
                     maps[who, tap][stride] = None
 
-        if hasattr(getattr(detector, "backbone", None), "output_shape"):
-            stack.enter_context(FeatureTap(detector).each(look))
+        if pyramid or hasattr(getattr(detector, "backbone", None), "output_shape"):
+            stack.enter_context(FeatureTap(detector, pyramid).each(look))
     return stack

@@ -18,7 +18,8 @@ from sharedkd.engine.parts import build
 from sharedkd.errors import ConfigError
 from sharedkd.losses.base import Maps
 from sharedkd.losses.distance import Distance
-from sharedkd.modeling.taps import FeatureTap, same_pixels
+from sharedkd.modeling.preparation import prepare_images, size_divisibility
+from sharedkd.modeling.taps import FeatureTap, common_pixels
 from sharedkd.weights.loading import fingerprint, load_trained
 
 __all__ = ["Checkpoint", "Pair", "saved_checkpoints", "validation_records"]
@@ -105,11 +106,11 @@ class Pair:
         student = self.model.student
         taps = frozenset(TAPS)
         with self._tap.capture(taps) as ours:
-            student.backbone(student.preprocess_image([record]).tensor)
+            student.backbone(prepare_images(student, [record]).tensor)
         theirs = self.model.teacher.features(
-            [record], taps, self.model.input_format, student.backbone.size_divisibility
+            [record], taps, self.model.input_format, size_divisibility(student)
         )
-        return ours, same_pixels(theirs, ours)
+        return common_pixels(ours, theirs)
 
 
 def exactly(cfg: DictConfig) -> None:

@@ -41,10 +41,20 @@ class Teacher(ABC):
             batched_inputs: Detectron2's records; ``image`` is a (C, H, W) tensor.
             taps: which maps to return, see :data:`~sharedkd.losses.base.TAPS`.
             input_format: the channel order of the images.
-            size_divisibility: the student's; both paddings then cover the same pixels.
+            size_divisibility: the student's, for a source that has no padding of its own.
 
         Returns:
             tap -> stride -> (N, C, H, W), without gradient.
+        """
+
+    def check_images(self, channels: int, input_format: str) -> None:
+        """Check that it can be shown the images of the data loader.
+
+        Args:
+            channels, input_format: of the images.
+
+        Raises:
+            ConfigError: it cannot.
         """
 
     def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:

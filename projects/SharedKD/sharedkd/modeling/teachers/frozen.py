@@ -3,10 +3,10 @@
 import logging
 from contextlib import contextmanager
 from functools import cached_property
-from math import lcm
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Union
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, ImageList
 from omegaconf import DictConfig
@@ -18,8 +18,16 @@ from sharedkd.modeling.backbones import compile_backbone
 from sharedkd.modeling.detectors import KEY, build_detector, read_config, zoo_weights
 from sharedkd.modeling.folding import fold_norms
 from sharedkd.modeling.heads import region_logits
-from sharedkd.modeling.taps import FeatureTap, pyramid_shapes
-from sharedkd.values import check_switch
+from sharedkd.modeling.layout import keep_keypoints_contiguous
+from sharedkd.modeling.preparation import (
+    converted,
+    device_of,
+    guess_format,
+    image_channels,
+    prepare_images,
+)
+from sharedkd.modeling.taps import FeatureTap, run_until
+from sharedkd.values import check_number, check_switch
 from sharedkd.weights.loading import fingerprint, load_trained
 
 from .base import Teacher
@@ -50,17 +58,24 @@ class FrozenTeacher(Teacher):
             weights of a zoo name.  An empty string leaves the model as built (to try things out; it
             is logged).
         input_format: channel order the teacher was trained with, ``BGR`` or ``RGB``.  None: as its
-            config says.
+            config or the model says, else by its means if they are ImageNet's, else ``BGR`` (which is
+            logged).
         fold: :meth:`prepare` folds its batch norms into its convolutions; equal up to rounding.
         precision: what :meth:`prepare` makes it compute in: ``float32`` (exact), ``tf32`` (on CUDA),
             ``bfloat16`` or ``float16``.  None: as the training step does.
         compile: :meth:`prepare` compiles its bottom-up network with ``torch.compile``.
         sha256: of the weights' file, verified; at least 8 hexadecimal digits.
         trust_checkpoint: let a ``.pkl`` or ``.pth`` run what it asks for while it is read.
+        pyramid: the name of the module whose outputs are its pyramid, such as ``neck``; None: its
+            ``backbone``.
+        scale: it sees the images enlarged so many times; 2: its level of stride 16 covers the pixels of
+            the student's of stride 8.
 
     Raises:
         ConfigError: not in the zoo and no such file; no weights, unreadable weights, weights that ask
-            for more than data, or that do not fill every parameter of this model; no such precision.
+            for more than data, or that do not fill every parameter of this model; no such precision;
+            no pyramid, see :class:`~sharedkd.modeling.taps.FeatureTap`; a scale that leaves strides
+            which are no whole numbers.
     """
 
     def __init__(
@@ -73,8 +88,11 @@ class FrozenTeacher(Teacher):
         compile: bool = False,
         sha256: Optional[str] = None,
         trust_checkpoint: bool = False,
+        pyramid: Optional[str] = None,
+        scale: float = 1,
     ):
         check_switch(f"{KEY}.trust_checkpoint", trust_checkpoint)
+        check_number(f"{KEY}.scale", scale, above=0)
         if precision not in (None, *PRECISIONS):
             raise ConfigError(
                 f"{KEY}.precision", precision, "no such type", f"use one of {', '.join(PRECISIONS)}"
@@ -93,21 +111,57 @@ class FrozenTeacher(Teacher):
             )
         self.weights = weights
         self.model, configured_format = build_detector(config)
-        self.input_format = (
-            input_format or configured_format or getattr(self.model, "input_format", None) or "BGR"
-        )
+        self._tap = FeatureTap(self.model, pyramid, f"{KEY}.pyramid")
+        self.pyramid, self.scale = pyramid, scale
+        self.shapes = {
+            tap: {self._stride(stride): channels for stride, channels in levels.items()}
+            for tap, levels in self._tap.shapes.items()
+        }
+        self.channels = image_channels(self.model)
+        stated = input_format or configured_format or getattr(self.model, "input_format", None)
+        self.input_format = stated or self._assumed_format()
         if weights:
             load_trained(self.model, weights, f"{KEY}.weights", trust_checkpoint, sha256)
         else:
             logger.warning(f"{KEY}.weights is empty: the teacher {self.name} is not trained")
         self.tensors = len(self.model.state_dict())  # before any norm is folded
         self.model.requires_grad_(False).eval()
-        self.shapes = pyramid_shapes(self.model)
         self.fold, self.precision, self.compile = fold, precision, compile
-        self._tap = FeatureTap(self.model)
         self.dtype: Optional[torch.dtype] = None  # None: as the code around it computes
         # The layout that maps are converted to; None: that of the convolutions.
         self._gives: Optional[torch.memory_format] = None
+
+    def check_images(self, channels: int, input_format: str) -> None:
+        image = torch.empty(channels, 1, 1)
+        converted(image, input_format, self.channels, self.input_format, KEY)
+
+    def _stride(self, stride: int) -> int:
+        """The stride of one of its levels, in pixels of the student's images.
+
+        Raises:
+            ConfigError: it is no whole number.
+        """
+        seen = stride / self.scale
+        if not seen.is_integer():
+            raise ConfigError(
+                f"{KEY}.scale",
+                self.scale,
+                f"makes {seen:g} of its stride {stride}, which is no whole number",
+                "use 2, or 1 for the student's own size",
+            )
+        return int(seen)
+
+    def _assumed_format(self) -> str:
+        """The channel order of a model that does not state it; said, as it decides on what it sees."""
+        if self.channels != 3:
+            return "L"
+        found = guess_format(self.model)
+        reason = "as its pixel_mean is ImageNet's" if found else "Detectron2's default"
+        logger.warning(
+            f"{KEY}.input_format is not set, and {self.name} does not say its channel order: "
+            f"{found or 'BGR'} is taken, {reason}"
+        )
+        return found or "BGR"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,7 +187,7 @@ class FrozenTeacher(Teacher):
                 fails, or folding that changes the maps by more than rounding.
         """
         self.fingerprint  # of the weights as loaded
-        device = self.model.pixel_mean.device
+        device = device_of(self.model)
         dtype = PRECISIONS[self.precision] if self.precision else step_dtype or torch.float32
         if device.type != "cuda" and (dtype is torch.float16 or self.precision == "tf32"):
             raise ConfigError(
@@ -143,10 +197,12 @@ class FrozenTeacher(Teacher):
                 "use bfloat16 or float32",
             )
         noise = torch.Generator().manual_seed(0)
-        image = torch.randint(0, 256, (3, 256, 256), generator=noise, dtype=torch.uint8)
+        shape = (self.channels, 256, 256)
+        image = torch.randint(0, 256, shape, generator=noise, dtype=torch.uint8)
+        network = self._network
         with _tf32(device, allowed=False):  # it rounds more than folding changes
             before = self._pyramid(image)
-            folded = fold_norms(self.model.backbone) if self.fold else 0
+            folded = fold_norms(network) if self.fold else 0
             error = max(_change(before, self._pyramid(image)).values()) if folded else 0.0
         if not error < FOLDING_ERROR:
             raise ConfigError(
@@ -154,10 +210,11 @@ class FrozenTeacher(Teacher):
             )
         self.dtype = dtype
         if dtype is not torch.float32:
-            self.model.backbone.to(dtype)
+            network.to(dtype)
         if device.type == "cpu" and self._layout() is not torch.channels_last:
             self._gives = self._layout()
             self.model.to(memory_format=torch.channels_last)
+            keep_keypoints_contiguous(self.model)
         if self.compile:
             compile_backbone(self.model)
         try:
@@ -177,15 +234,20 @@ class FrozenTeacher(Teacher):
         )
         return change
 
+    @property
+    def _network(self) -> nn.Module:
+        """The network that computes its maps; of several, the backbone."""
+        return getattr(self.model, "backbone", None) or self.model.get_submodule(self.pyramid)
+
     @torch.no_grad()
     def _pyramid(self, image: Tensor) -> Dict[int, Tensor]:
         """The maps of one image, stride -> (1, C, H, W) in float32."""
-        backbone = self.model.backbone
-        images = self.preprocess([{"image": image}], self.input_format, 0)
-        with self._arithmetic():
-            maps = backbone(images.tensor)
-        shapes = backbone.output_shape()
-        return {shapes[name].stride: x.float() for name, x in maps.items() if name in shapes}
+        taps = frozenset({"fpn"})
+        size = dict(zip(("height", "width"), image.shape[-2:]))
+        inputs = [{"image": image.to(device_of(self.model)), **size}]
+        with self._arithmetic(), self._tap.capture(taps) as maps:
+            self._run(inputs, taps)
+        return {stride: x.float() for stride, x in maps["fpn"].items()}
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -194,7 +256,7 @@ class FrozenTeacher(Teacher):
             yield
             return
         exact = self.dtype is torch.float32
-        device = self.model.pixel_mean.device
+        device = device_of(self.model)
         allowed = {"float32": False, "tf32": True}.get(self.precision)
         with (
             _tf32(device, allowed),
@@ -217,6 +279,7 @@ class FrozenTeacher(Teacher):
         The model's ``_apply`` calls it, since a teacher is no submodule.
         """
         self.model._apply(fn)
+        keep_keypoints_contiguous(self.model)
 
     @torch.no_grad()
     def features(
@@ -236,27 +299,60 @@ class FrozenTeacher(Teacher):
         Returns:
             tap -> stride -> (N, C, H, W), without gradient.
         """
-        images = self.preprocess(batched_inputs, input_format, size_divisibility)
+        inputs = self._inputs(batched_inputs, input_format)
         with self._arithmetic(), self._tap.capture(taps) as maps:
-            pyramid = self.model.backbone(images.tensor)
-            if taps & HEAD_TAPS:
-                self._tap.head.run(pyramid)
+            self._run(inputs, taps, size_divisibility)
         if self._gives is not None:
             for levels in maps.values():
                 for stride, x in levels.items():
                     if x.is_contiguous(memory_format=torch.channels_last):  # a convolution's
                         levels[stride] = x.contiguous(memory_format=self._gives)
-        return maps
+        return maps if self.scale == 1 else self._in_students_pixels(maps)
+
+    def _run(
+        self, inputs: List[Dict[str, Any]], taps: FrozenSet[str], size_divisibility: int = 0
+    ) -> None:
+        """Run the modules that return the maps of ``taps``, and nothing after them."""
+        if self.pyramid is None:
+            images = prepare_images(self.model, inputs, size_divisibility, KEY)
+            pyramid = self.model.backbone(images.tensor)
+            if taps & HEAD_TAPS:
+                self._tap.head.run(pyramid)
+        elif taps & HEAD_TAPS:
+            self.model(inputs)
+        else:
+            run_until(self.model, self.model.get_submodule(self.pyramid), inputs)
+
+    def _inputs(
+        self, batched_inputs: List[Dict[str, Any]], input_format: str
+    ) -> List[Dict[str, Any]]:
+        """The student's records with the images as its own loader delivers them, on its device."""
+        device, found = device_of(self.model), []
+        for x in batched_inputs:
+            image = x["image"].to(device, non_blocking=True)  # the copy does not wait for the GPU
+            image = converted(image, input_format, self.channels, self.input_format, KEY)
+            if self.scale != 1:
+                size = [round(side * self.scale) for side in image.shape[-2:]]
+                image = F.interpolate(image[None].float(), size, mode="bilinear")[0]
+            found.append({**x, "image": image})
+        return found
+
+    def _in_students_pixels(self, maps: Maps) -> Maps:
+        """Its maps by the strides that they have on the student's images; boxes in their pixels."""
+        return {
+            tap: {
+                self._stride(stride): x / self.scale if tap in ("boxes", "anchors") else x
+                for stride, x in levels.items()
+            }
+            for tap, levels in maps.items()
+        }
 
     def _layout(self) -> torch.memory_format:
         """The memory format of its weights, and so of the maps that its convolutions return."""
         layout = torch.channels_last
-        weights = (x for x in self.model.backbone.parameters() if x.dim() == 4)
+        weights = (x for x in self._network.parameters() if x.dim() == 4)
         there = all(x.is_contiguous(memory_format=layout) for x in weights)
         return layout if there else torch.contiguous_format
-
-    def _divisor(self, size_divisibility: int) -> int:
-        return lcm(max(self.model.backbone.size_divisibility, 1), max(size_divisibility, 1))
 
     @torch.no_grad()
     def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
@@ -267,7 +363,9 @@ class FrozenTeacher(Teacher):
             boxes: the regions of each image, in pixels.
         """
         # Detectron2's RoIAlign rounds boxes to the type of the maps.
-        pyramid = {stride: precise(x) for stride, x in maps["fpn"].items()}
+        pyramid = {round(stride * self.scale): precise(x) for stride, x in maps["fpn"].items()}
+        if self.scale != 1:
+            boxes = [Boxes(x.tensor * self.scale) for x in boxes]
         with self._arithmetic():
             return region_logits(self.model, pyramid, boxes)
 
@@ -281,36 +379,34 @@ class FrozenTeacher(Teacher):
             batched_inputs: Detectron2's records; ``image`` is a (3, H, W) tensor.
             input_format: the channel order of the images.
         """
-        if input_format != self.input_format:
-            batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
-        to_float32 = self.model.backbone.register_forward_hook(  # see region_logits
-            lambda module, args, maps: {name: precise(x) for name, x in maps.items()}
+        sizes = [dict(zip(("height", "width"), x["image"].shape[-2:])) for x in batched_inputs]
+        inputs = self._inputs(batched_inputs, input_format)
+        inputs = [{**size, **x} for size, x in zip(sizes, inputs)]
+        to_float32 = self._network.register_forward_hook(  # see region_logits
+            lambda module, args, maps: (
+                {name: precise(x) for name, x in maps.items()} if isinstance(maps, dict) else None
+            )
         )
         try:
             with self._arithmetic():
-                return self.model(batched_inputs)
+                return self.model(inputs)
         finally:
             to_float32.remove()
 
     def preprocess(
-        self, batched_inputs: List[Dict[str, Any]], input_format: str, size_divisibility: int
+        self, batched_inputs: List[Dict[str, Any]], input_format: str, size_divisibility: int = 0
     ) -> ImageList:
-        """Prepare the student's images: channel order first, then mean and std, then padding.
+        """Prepare the student's images as the teacher itself prepares its own.
 
         Args:
-            batched_inputs, input_format, size_divisibility: see :meth:`features`.
+            batched_inputs, input_format: see :meth:`features`.
+            size_divisibility: the student's, for a teacher that says nothing about its padding.
 
         Returns:
-            (N, 3, H, W) on the teacher's device; H and W are multiples of ``size_divisibility`` and
-            of its own backbone's.
+            (N, C, H, W) on the teacher's device.
         """
-        model = self.model
-        device = model.pixel_mean.device  # the copy does not wait for the GPU
-        images = [x["image"].to(device, non_blocking=True) for x in batched_inputs]
-        if input_format != self.input_format:
-            images = [x.flip(0) for x in images]
-        images = [(x - model.pixel_mean) / model.pixel_std for x in images]
-        return ImageList.from_tensors(images, self._divisor(size_divisibility))
+        inputs = self._inputs(batched_inputs, input_format)
+        return prepare_images(self.model, inputs, size_divisibility, KEY)
 
 
 @contextmanager

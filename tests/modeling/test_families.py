@@ -1,0 +1,28 @@
+"""Every family of detectors as student and as teacher; docs/families.md says what comes of it."""
+
+import families
+import pytest
+
+
+def line(row):
+    found = next(
+        x for x in families.PAGE.read_text().splitlines() if x.startswith(f"| {row.name} |")
+    )
+    return [x.strip() for x in found.strip("|").split("|")[1:]]
+
+
+@pytest.mark.parametrize("name", families.QUICK)
+def test_rows_do_what_the_page_says(name):
+    row = families.BY_NAME[name]
+    found = families.outcomes(row)
+    assert [str(x) for x in found] == line(row)
+    messages = [message for x in found for message in x.refused.values()]
+    text = families.PAGE.read_text()
+    assert all(message.partition(": ")[2] in text and "\n" not in message for message in messages)
+
+
+@pytest.mark.nightly
+def test_the_page_is_what_all_rows_do():
+    """Write it anew with: .venv/bin/python tests/families.py"""
+    found = {row.name: families.outcomes(row) for row in families.ROWS if not row.absent}
+    assert families.page(found) == families.PAGE.read_text()
