@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 from typing import Any, Iterator, Tuple
 
 from detectron2.utils.registry import locate
@@ -25,8 +26,10 @@ PACKAGES = (
 )
 
 
-#: A text that can only mean itself, such as a path with spaces, umlauts or a tilde.
-PLAIN = re.compile(r"[^'\"()\[\]{}$=,\n]+")
+#: What Hydra's grammar does not take, and can only mean itself: a text with spaces, umlauts or a tilde,
+#: a path with any characters but quotes, or a list of such.
+PLAIN = re.compile(r"[^'\"()\[\]{}$=,\n]+|[^'\"$\n\[{][^'\"$\n]*[/\\][^'\"$\n]*")
+LIST = re.compile(r"\[([^'\"()\[\]{}$=\n]+)\]")
 
 
 def check_override(override: str) -> str:
@@ -59,22 +62,38 @@ def check_override(override: str) -> str:
 
 
 def _parse(override: str) -> Tuple[str, Any]:
-    parser = OverridesParser.create()
+    parser, (key, _, value) = OverridesParser.create(), override.partition("=")
     try:
-        return override, parser.parse_override(override)
+        parsed = parser.parse_override(override)
     except Exception:
-        key, _, value = override.partition("=")
-        if not PLAIN.fullmatch(value):
+        items = LIST.fullmatch(value)
+        if items:
+            value = "[" + ",".join(_quoted(x.strip()) for x in items[1].split(",")) + "]"
+        elif PLAIN.fullmatch(value):
+            value = _quoted(value)
+        else:
             raise
-        override = f"{key}='{value}'"
-        return override, parser.parse_override(override)
+        override = f"{key}={value}"
+        parsed = parser.parse_override(override)
+    if parsed.is_sweep_override():
+        raise ValueError("a comma outside of brackets and quotes stands between alternatives")
+    return override, parsed
+
+
+def _quoted(text: str) -> str:
+    """``text`` in Hydra's quotes, where back slashes before a quote are doubled."""
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return f"'{text}" + "\\" * (len(text) - len(text.rstrip("\\"))) + "'"
 
 
 def not_applicable(override: str, reason: Exception) -> ConfigError:
     """The error for ``override``, which cannot be parsed or applied because of ``reason``."""
-    fix = "write key=value, and a value with special characters as key=\"'value'\""
-    if "=" not in override:
-        fix = f'write key=value; if this is the rest of a value with a space, quote all: "key=... {override}"'
+    key, equals, value = override.partition("=")
+    fix = f'write key=value; if this is the rest of a value with a space, quote all: "key=... {override}"'
+    if equals:
+        text = f"{key}={_quoted(value)}"
+        text = shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
+        fix = f"write key=value, a list as key=[a,b], and this value, if it is one text, as {text}"
     return ConfigError("override", override, f"cannot be applied: {reason}", fix)
 
 

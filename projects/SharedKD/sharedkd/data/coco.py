@@ -26,6 +26,7 @@ __all__ = [
     "CocoSummary",
     "Reading",
     "check_coco",
+    "read_classes",
     "read_coco",
     "read_registered",
     "register_coco",
@@ -249,11 +250,10 @@ class _File:
         sound = [i for i in self.images if i["sound"]]
         there = match_files(sound, self.root, self.images_key, notes)
         deep = (reading.image_range, reading.scales)
-        how = list(check_headers(there, self.root, self.images_key, notes, *deep))
+        said = list(check_headers(there, self.root, self.images_key, notes, *deep))
         for image in sound:
             image["sound"] = image["width"] is not None
-        fix = "data.image_range=[lo,hi] sets another range"
-        warnings = [ConfigError(self.images_key, self.root, words, fix) for words in how]
+        warnings = [ConfigError(self.images_key, self.root, *words) for words in said]
         for image in sound:
             self._check_thin(image)
         self._unite(by_file)
@@ -467,6 +467,13 @@ def check_coco(
     data = read_coco(*files, key, images_key, train=train, reading=reading)
     data.raise_errors()
     return data.files[0]
+
+
+def read_classes(json_files: Sequence[str]) -> List[str]:
+    """The class names of json files, in order of category id, without their images; empty if unreadable."""
+    files = [_File(f, "", "", "", Reading()) for f in json_files]
+    readable = [f for f in files if f.document is not None]
+    return list(_match_classes(readable, None).values())
 
 
 def register_coco(name: str, json_file: str, image_root: str) -> CocoData:
