@@ -143,6 +143,14 @@ def check_class_order(
         names = _names_of(os.path.join(os.path.dirname(path), "config.yaml"))
         findings.step(check_class_names, "train.init_checkpoint", path, names or classes, classes)
         return
+    path = str(cfg.train.init_checkpoint or "")
+    names = _names_of(os.path.join(os.path.dirname(path), "config.yaml")) if path else None
+    if names and len(names) == len(classes) and names != list(classes):
+        problem = (
+            "is a detector of other classes, or in another order: its class scores mean others here"
+        )
+        fix = "change nothing if they are to be trained anew"
+        findings.warn("train.init_checkpoint", path, problem, fix)
     stages = getattr(model, "stages", {}).values()
     dense = not hasattr(getattr(model, "student", model), "roi_heads")
     readers = {stage.teacher for stage in stages if _reads_scores(stage.loss, dense)}
