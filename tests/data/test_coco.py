@@ -216,6 +216,7 @@ REPAIRED = {
     "a path of Windows": (setter("images", 0, file_name="C:\\me\\images\\a.png"), "'a.png'.*matched", {}),
     "a path of another machine": (setter("images", 0, file_name="/home/me/images/a.png"), "1 of 4 images are named", {}),
     "the folder's own name": (setter("images", 1, file_name=f"images/{SUB}"), "1 of 4 images are named", {}),
+    "a part of a URL": (setter("images", 1, file_name="http://x/images/sub/%C3%BCn%C3%AF%20%E5%9B%B3.jpg"), "1 of 4 images are named", {}),
     "an extension in capitals": (setter("images", 0, file_name="a.PNG"), "'a.PNG' is 'a.png'", {}),
     "Unicode of macOS": (
         setter("images", 1, file_name=unicodedata.normalize("NFD", SUB)),

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -140,17 +141,19 @@ class _Folder:
     def find(self, name: str) -> Optional[str]:
         """The one file that ``name`` means, relative to the folder.
 
-        It may be written for another system, and begin with folders above this one: the last of them
-        has this folder's name or that of one above it, as other images may have the same names.
+        It may be written for another system or as part of a URL, and begin with folders above this one:
+        the last of them has this folder's name or that of one above it, as other images may have the
+        same names.
         """
-        parts = re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/")).split("/")
-        parts = [part for part in parts if part not in ("", ".")]
         above = os.path.abspath(self.root).split(os.sep)
-        for start in range(len(parts)):
-            if start == 0 or parts[start - 1] in above:
-                found = self._walk(parts[start:])
-                if found is not None:
-                    return found
+        for form in dict.fromkeys([name, unquote(name)]):
+            parts = re.sub(r"^[A-Za-z]:", "", form.replace("\\", "/")).split("/")
+            parts = [part for part in parts if part not in ("", ".")]
+            for start in range(len(parts)):
+                if start == 0 or parts[start - 1] in above:
+                    found = self._walk(parts[start:])
+                    if found is not None:
+                        return found
         return None
 
     def _walk(self, parts: List[str]) -> Optional[str]:
