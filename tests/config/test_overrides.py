@@ -104,6 +104,19 @@ def test_a_refused_text_is_shown_as_it_has_to_be_typed(path):
     assert OmegaConf.select(cfg, "data.train_json") == path
 
 
+def test_a_path_that_the_shell_has_split(tmp_path):
+    (tmp_path / "my new data").mkdir()
+    words = f"train.max_iter=7 data.train_images={tmp_path}/my new data data.masks=True".split()
+    cfg = load_config(OWN, words, without_data=True)
+    assert cfg.data.train_images == f"{tmp_path}/my new data" and cfg.data.masks
+    with pytest.raises(ConfigError) as error:
+        load_config(OWN, [*words[:3], "old", "data"], without_data=True)
+    assert (
+        f'with quotes where it has spaces: "data.train_images={tmp_path}/my new old data"'
+        in str(error.value)
+    )
+
+
 def test_the_home_folder_of_further_teachers():
     cfg = load_config(CONFIG, ["+model.teachers={x: {config: '~/c', weights: a}}"], True, True)
     assert cfg.model.teachers.x.config == os.path.expanduser("~/c")

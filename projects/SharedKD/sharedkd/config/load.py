@@ -14,7 +14,7 @@ from sharedkd.errors import ConfigError, Findings, collecting
 
 from .build import missing_keys, not_set
 from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
-from .overrides import check_override, not_applicable
+from .overrides import check_override, joined, not_applicable
 from .own_data import read_own_data
 from .structure import settle
 
@@ -80,7 +80,7 @@ def load(
             value of ``train`` or ``data``, or bad own data.
     """
     cfg = _read(path)
-    for text in overrides:
+    for text in joined(overrides, findings):
         findings.step(override, cfg, text, path)
     _check_groups(cfg, path)
     _refuse_gone(cfg, findings)

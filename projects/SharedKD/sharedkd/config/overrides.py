@@ -1,18 +1,19 @@
 """Overrides of the command line are data: they set values, and name no code to be run."""
 
 import inspect
+import os
 import re
 import shlex
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, List, Sequence, Set, Tuple
 
 from detectron2.utils.registry import locate
 
 # Hydra's own parser: Detectron2 builds without Hydra parse values in other ways, one by `eval`.
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sharedkd.errors import ConfigError
+from sharedkd.errors import ConfigError, Findings
 
-__all__ = ["check_override", "not_applicable"]
+__all__ = ["check_override", "joined", "not_applicable"]
 
 TARGET = "_target_"
 #: The packages whose classes an override may choose.
@@ -89,12 +90,35 @@ def _quoted(text: str) -> str:
 def not_applicable(override: str, reason: Exception) -> ConfigError:
     """The error for ``override``, which cannot be parsed or applied because of ``reason``."""
     key, equals, value = override.partition("=")
-    fix = f'write key=value; if this is the rest of a value with a space, quote all: "key=... {override}"'
+    fix = "write key=value"
     if equals:
         text = f"{key}={_quoted(value)}"
         text = shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
         fix = f"write key=value, a list as key=[a,b], and this value, if it is one text, as {text}"
     return ConfigError("override", override, f"cannot be applied: {reason}", fix)
+
+
+def joined(overrides: Sequence[str], findings: Findings) -> List[str]:
+    """The overrides, where those that a shell has split at spaces are in one piece again.
+
+    Args:
+        findings: receives an error for each whose value is then no file or folder that is there.
+    """
+    found: List[str] = []
+    words: Set[str] = set()
+    for text in overrides:
+        if "=" in text or not found:
+            found.append(text)
+        else:
+            words.discard(found[-1])
+            found[-1] += f" {text}"
+            words.add(found[-1])
+    for text in found:
+        if text in words and not os.path.exists(os.path.expanduser(text.partition("=")[2])):
+            problem = "is in several words, and no file or folder has that name"
+            fix = f'write each key=value as one word, with quotes where it has spaces: "{text}"'
+            findings.add(ConfigError("override", text, problem, fix))
+    return found
 
 
 def _targets(key: Any, value: Any) -> Iterator[str]:
