@@ -361,10 +361,21 @@ REFUSED = {
         "2 of 12 boxes lie within 0 and 1",
         "multiply",
     ),
+    "centres beside polygons": (
+        boxes(lambda x, y, w, h: [x + w / 2, y + h / 2, w, h]),
+        "3 of 4 boxes are the centre and the size of their segmentation",
+        "of the upper left corner",
+    ),
+    "rows first": (boxes(lambda x, y, w, h: [y, x, h, w]), "boxes are y, x, height, width of", "in pixels"),
+    "percents": (
+        boxes(lambda x, y, w, h: [x / 0.6, y / 0.4, w / 0.6, h / 0.4]),
+        "boxes are percents of their segmentation",
+        "in pixels",
+    ),
     "corners beside polygons": (
         boxes(corners),
         r"boxes are the corners x0, y0, x1, y1 of their segmentation \(the first is \[5, 5, 25, 15\]",
-        "subtract",
+        "width, height",
     ),
     "corners of few": (
         all_of(scattered, lambda d: d.update(annotations=d["annotations"][12:]), boxes(corners)),
