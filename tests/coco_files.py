@@ -11,6 +11,8 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
+from sharedkd.data.coco import read_coco
+
 HEIGHT, WIDTH = 40, 60
 NAME = "own_of_test"
 
@@ -106,6 +108,14 @@ def all_of(*changes):
             each(data)
 
     return change
+
+
+def reading_of(json_file, image_root, **options):
+    """What :func:`read_coco` makes of a file that it can use; raises its errors otherwise."""
+    keys = ("data.train_json", "data.train_images")
+    data = read_coco([str(json_file)], [str(image_root)], *keys, **options)
+    data.raise_errors()
+    return data
 
 
 def seen(name=NAME):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from omegaconf import OmegaConf
 
@@ -23,6 +24,12 @@ def test_class_names_of_a_config(tmp_path):
         class_names(OmegaConf.create(names)) == MetadataCatalog.get("coco_2017_train").thing_classes
     )
     assert class_names(OmegaConf.create({"data": {"train_json": "gone.json"}})) is None
+    both = {"data": {"train_json": [str(path), str(path)]}}
+    assert class_names(OmegaConf.create(both)) == ["green", "red"]
+    classic = get_cfg()
+    assert class_names(classic) is None
+    classic.DATASETS.TRAIN = ("coco_2017_train",)
+    assert len(class_names(classic)) == 80
 
 
 def test_other_orders_are_refused():

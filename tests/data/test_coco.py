@@ -16,7 +16,7 @@ from coco_files import (
     annotation,
     extend,
     image,
-    metrics,
+    reading_of,
     rle,
     seen,
     setter,
@@ -25,7 +25,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from sharedkd.data.coco import Reading, check_coco, read_coco, read_registered, register_coco
+from sharedkd.data.coco import Reading, read_classes, read_coco, read_registered
 from sharedkd.errors import ConfigError
 
 KEYS = ("data.train_json", "data.train_images")
@@ -216,6 +216,7 @@ REPAIRED = {
     "a path of Windows": (setter("images", 0, file_name="C:\\me\\images\\a.png"), "'a.png'.*matched", {}),
     "a path of another machine": (setter("images", 0, file_name="/home/me/images/a.png"), "1 of 4 images are named", {}),
     "the folder's own name": (setter("images", 1, file_name=f"images/{SUB}"), "1 of 4 images are named", {}),
+    "a part of a URL": (setter("images", 1, file_name="http://x/images/sub/%C3%BCn%C3%AF%20%E5%9B%B3.jpg"), "1 of 4 images are named", {}),
     "an extension in capitals": (setter("images", 0, file_name="a.PNG"), "'a.PNG' is 'a.png'", {}),
     "Unicode of macOS": (
         setter("images", 1, file_name=unicodedata.normalize("NFD", SUB)),
@@ -360,10 +361,21 @@ REFUSED = {
         "2 of 12 boxes lie within 0 and 1",
         "multiply",
     ),
+    "centres beside polygons": (
+        boxes(lambda x, y, w, h: [x + w / 2, y + h / 2, w, h]),
+        "3 of 4 boxes are the centre and the size of their segmentation",
+        "of the upper left corner",
+    ),
+    "rows first": (boxes(lambda x, y, w, h: [y, x, h, w]), "boxes are y, x, height, width of", "in pixels"),
+    "percents": (
+        boxes(lambda x, y, w, h: [x / 0.6, y / 0.4, w / 0.6, h / 0.4]),
+        "boxes are percents of their segmentation",
+        "in pixels",
+    ),
     "corners beside polygons": (
         boxes(corners),
         r"boxes are the corners x0, y0, x1, y1 of their segmentation \(the first is \[5, 5, 25, 15\]",
-        "subtract",
+        "width, height",
     ),
     "corners of few": (
         all_of(scattered, lambda d: d.update(annotations=d["annotations"][12:]), boxes(corners)),
@@ -439,7 +451,7 @@ def test_files_that_are_not_there(own):
         f"data.train_images={own.path}/none: no such folder; name the folder of data.train_json's images"
     ]
     with pytest.raises(ConfigError, match="none.json: cannot be read .*name an existing COCO json"):
-        check_coco(own.path / "none.json", own.images, *KEYS)
+        reading_of(own.path / "none.json", own.images)
 
 
 def test_an_image_of_another_folder_is_not_taken_for_one_of_its_name(own):
@@ -582,18 +594,21 @@ def test_an_image_of_two_files_is_one_with_the_objects_of_both(own):
     assert len(found) == 4 and "1 of 1 images are listed twice" in said(data)[0]
 
 
-def test_register(own):
-    data = register_coco(NAME, own.write(), own.images)
-    assert seen() == CLEAN and data.classes == ["cat", "straße"]
+def test_what_is_registered_is_replaced_by_other_content_of_the_same_path(own):
+    assert registered(read(own)) == CLEAN
     metadata = MetadataCatalog.get(NAME)
     assert metadata.thing_dataset_id_to_contiguous_id == {5: 0, 90: 1}
-    assert metadata.evaluator_type == "coco"
-    # The same path with other content.
-    own.write(extend("categories", {"id": 6, "name": "dog"}))
-    register_coco(NAME, own.write(extend("categories", {"id": 6, "name": "dog"})), own.images)
+    assert metadata.evaluator_type == "coco" and metadata.thing_classes == ["cat", "straße"]
+    registered(read(own, extend("categories", {"id": 6, "name": "dog"})))
     assert MetadataCatalog.get(NAME).thing_classes == ["cat", "dog", "straße"]
-    with pytest.raises(ConfigError, match=f"{NAME}=.*no list 'images'"):
-        register_coco(NAME, own.write(lambda d: {"x": 1}), own.images)
+
+
+def test_classes_are_known_without_the_images(own):
+    root = extend("categories", dict(id=0, name="things", supercategory="none"))
+    assert read_classes([own.write(root)]) == ["cat", "straße"]
+    (own.images / A).unlink()
+    assert read_classes([own.write(), own.write(root, "b.json")]) == ["cat", "straße"]
+    assert read_classes([own.write(lambda d: "[")]) == []
 
 
 def test_registered_names_are_repaired_where_detectron2_reads_them(own):
@@ -610,22 +625,3 @@ def test_registered_names_are_repaired_where_detectron2_reads_them(own):
     MetadataCatalog.get(other).set(json_file=json_file, image_root=str(own.images))
     (error,) = read_registered(other, "dataloader.train.dataset.names", train=True).errors
     assert "annotation ids" in error.problem
-
-
-def dirt(data):
-    """All that can be repaired without a change to what is there."""
-    text_ids(data)
-    each("annotations", id=..., area=...)(data)
-    for a in data["annotations"]:
-        a["iscrowd"] = bool(a["iscrowd"])
-        if len(a["segmentation"]) == 1:
-            a["segmentation"] = a["segmentation"][0]
-    data["images"].reverse(), data["categories"].reverse()
-    data["categories"].append(dict(id="0", name="all", supercategory="none"))
-
-
-def test_repaired_data_evaluate_like_their_clean_twin(own):
-    read(own, lambda d: d["annotations"][2].update(area=600)).register(NAME)  # that of its mask
-    clean = metrics()
-    registered(read(own, dirt))
-    assert metrics() == clean and 20 < clean["bbox"]["AP"] < 99

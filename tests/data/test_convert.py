@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import tiny
-from coco_files import NAME, seen
+from coco_files import NAME, reading_of, seen
 from PIL import Image
 
-from sharedkd.data.coco import check_coco, register_coco
 from sharedkd.errors import ConfigError
 from sharedkd.lab.convert import convert_voc, convert_yolo
 
@@ -48,19 +47,22 @@ def test_yolo(tmp_path):
     assert f"data.train_json={tmp_path}/out/train.json data.train_images={root}" in done.stdout, (
         done.stderr
     )
-    register_coco(NAME, f"{tmp_path}/out/train.json", root)
+    reading_of(f"{tmp_path}/out/train.json", root, train=False).register(NAME)
     assert seen() == {
         "a.jpg": [("dog", [22.5, 15, 15, 10], False, False), ("cat", [6, 4, 30, 16], False, True)],
         "b.jpg": [],
     }
     triangle = json.loads((tmp_path / "out/train.json").read_text())["annotations"][1]
     assert triangle["segmentation"] == [[6, 4, 36, 4, 36, 20]] and triangle["area"] == 240
-    assert (
-        check_coco(
-            f"{tmp_path}/out/val.json", f"{tmp_path}/images/val", "k", "i", train=False
-        ).images
-        == 1
-    )
+    val = reading_of(f"{tmp_path}/out/val.json", f"{tmp_path}/images/val", train=False)
+    assert val.files[0].images == 1
+    # Of poses: keypoints follow the box.
+    with open(tmp_path / "data.yaml", "a") as f:
+        f.write("kpt_shape: [2, 2]\n")
+    (labels / "a.txt").write_text("1 0.5 0.5 0.25 0.25 0.4 0.4 0.6 0.6\n")
+    convert_yolo(tmp_path, tmp_path / "out")
+    reading_of(f"{tmp_path}/out/train.json", root, train=False).register(NAME)
+    assert seen()["a.jpg"] == [("dog", [22.5, 15, 15, 10], False, False)]
     (labels / "b.txt").write_text("7 0.5 0.5 0.25 0.25\n")
     with pytest.raises(ConfigError, match=f"{labels}/b.txt: line 1 is no box"):
         convert_yolo(tmp_path, tmp_path / "out")
@@ -75,7 +77,7 @@ def test_voc(tmp_path):
             VOC.format(name=f"{name}.jpg", width=width)
         )
     convert_voc(tmp_path, tmp_path / "out")
-    register_coco(NAME, tmp_path / "out/all.json", tmp_path / "JPEGImages")
+    reading_of(tmp_path / "out/all.json", tmp_path / "JPEGImages", train=False).register(NAME)
     objects = [("cat", [10, 5, 20, 15], False, False), ("dog", [0, 0, 60, 40], True, False)]
     assert seen() == {"a.jpg": objects, "b.jpg": objects}
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
@@ -84,6 +86,24 @@ def test_voc(tmp_path):
     assert [
         i["file_name"] for i in json.loads((tmp_path / "out/train.json").read_text())["images"]
     ] == ["b.jpg"]
+
+
+def test_voc_files_of_one_name_in_two_folders(tmp_path):
+    """As Roboflow writes them, each beside its image."""
+    for folder, width in (("train", 60), ("valid", 90)):
+        picture(tmp_path / folder / "1.jpg")
+        text = VOC.format(name="1.jpg", width=width)
+        (tmp_path / folder / "1.xml").write_text(text)
+    written = convert_voc(tmp_path, tmp_path / "out")
+    rows = {split: json.loads(path.read_text())["images"] for split, (path, _) in written.items()}
+    assert {s: [(x["file_name"], x["width"]) for x in found] for s, found in rows.items()} == {
+        "train": [("train/1.jpg", 60)],
+        "val": [("valid/1.jpg", 90)],
+    }
+    (tmp_path / "train/1.jpg").rename(tmp_path / "1.jpg")
+    picture(tmp_path / "more/1.jpg")
+    with pytest.raises(ConfigError, match="train/1.xml: 3 images 1.jpg below"):
+        convert_voc(tmp_path, tmp_path / "out")
 
 
 FOREIGN = {
@@ -110,7 +130,7 @@ def test_labels_of_another_format_are_named(own, name):
     if not isinstance(content, (str, bytes)):
         content = json.dumps(content)
     with pytest.raises(ConfigError) as caught:
-        check_coco(own.write(lambda d: content, name), own.images, "data.train_json", "x")
+        reading_of(own.write(lambda d: content, name), own.images)
     problem, _, advice = str(caught.value).partition("; ")
     assert f"is {what}" in problem and "not COCO json" in problem and fix in advice
 
@@ -129,4 +149,4 @@ def test_folders_are_named(own, files, what):
         (own.path / "folder").mkdir(exist_ok=True)
         (own.path / "folder" / name).touch()
     with pytest.raises(ConfigError, match=what):
-        check_coco(own.path / "folder", own.images, "data.train_json", "x")
+        reading_of(own.path / "folder", own.images)

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from coco_files import GOOD, HEIGHT, NAME, WIDTH, setter
+from coco_files import GOOD, HEIGHT, NAME, WIDTH, all_of, setter
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from PIL import Image
@@ -165,6 +165,17 @@ def test_images_turned_by_exif(own, orientation, said, words):
     assert len(errors) == bool(words)
     if words:
         assert re.search(words, errors[0])
+
+
+def test_turned_images_whose_size_says_nothing_are_told_of(own):
+    """By half a turn; unless another image shows that the json has upright sizes."""
+    own.picture("a.jpg", exif=exif(3))
+    name = setter("images", 0, file_name="a.jpg")
+    (warning,) = read(own, name).warnings
+    assert "1 images are turned upright as their EXIF says (the first is 'a.jpg')" in str(warning)
+    own.picture("b.jpg", exif=exif(6))
+    other = setter("images", 2, file_name="b.jpg", width=HEIGHT, height=WIDTH)
+    assert not [w for w in read(own, all_of(name, other)).warnings if "EXIF" in str(w)]
 
 
 def test_a_tiff_is_turned_once_and_told_of_alike(own):

@@ -6,11 +6,12 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from coco_files import reading_of
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data.datasets.coco import load_coco_json
 
 from sharedkd.data import shapes as shapes_module
-from sharedkd.data.coco import read_coco, register_coco
+from sharedkd.data.coco import read_coco
 from sharedkd.data.shapes import CLASSES, make_shapes
 
 ARGUMENTS = dict(train=30, val=6, size=(128, 160), seed=3)
@@ -111,7 +112,7 @@ def test_nothing_behind_is_painted_over_what_is_in_front(tmp_path, monkeypatch):
 
 
 def test_every_record_goes_through_the_mapper_with_masks(root):
-    register_coco("own_of_test_shapes", root / "train.json", root / "train")
+    reading_of(root / "train.json", root / "train").register("own_of_test_shapes")
     mapper = DatasetMapper(
         is_train=True,
         augmentations=[],

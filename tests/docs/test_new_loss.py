@@ -6,10 +6,10 @@ import shlex
 import numpy as np
 import tiny
 import torch
+from coco_files import reading_of
 from detectron2.data.detection_utils import Image
 from detectron2.engine import default_argument_parser
 
-from sharedkd.data.coco import check_coco
 from sharedkd.engine.run import run
 
 
@@ -58,6 +58,6 @@ def test_the_json_of_own_data_is_one(blocks, tmp_path):
     image = json.loads(text)["images"][0]
     pixels = np.zeros((image["height"], image["width"], 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / image["file_name"])
-    summary = check_coco(str(tmp_path / "train.json"), str(tmp_path), "data.train_json", "x")
+    summary = reading_of(tmp_path / "train.json", tmp_path).files[0]
     assert (summary.images, summary.objects, summary.classes) == (1, 1, ["cell"])
     assert summary.has_masks

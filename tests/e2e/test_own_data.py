@@ -1,6 +1,7 @@
 """Own data as its tools wrote them, through whole runs from the command line's settings."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -116,3 +117,58 @@ def test_classes_in_another_order_are_refused_where_scores_are_read(workspace, t
     )
     with pytest.raises(ConfigError, match="train.init_checkpoint=.*in another order"):
         run(args)
+    opts = [*args.opts, f"train.output_dir={tmp_path}/run"]
+    found = preflight(str(tiny.ROOT / "configs/custom_coco_mask_plain.py"), opts, measure=False)
+    (warning,) = [w for w in found.warnings if w.key == "train.init_checkpoint"]
+    assert not found.errors and "in another order" in warning.problem
+
+
+CAFFE2 = {
+    "stem.conv1.weight": "conv1_w",
+    "stem.conv1.norm.weight": "res_conv1_bn_s",
+    "stem.conv1.norm.bias": "res_conv1_bn_b",
+}
+BRANCHES = {"shortcut": "branch1", "conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c"}
+KINDS = {"weight": "w", "norm.weight": "bn_s", "norm.bias": "bn_b"}
+
+
+def caffe2(name):
+    """The name that Detectron2's R-50.pkl has for a tensor of a ResNet."""
+    if name in CAFFE2:
+        return CAFFE2[name]
+    stage, block, layer, kind = name.split(".", 3)
+    return f"{stage}_{block}_{BRANCHES[layer]}_{KINDS[kind]}"
+
+
+def test_a_backbone_of_another_convention_is_named_with_the_keys_to_set(workspace, tmp_path):
+    def said(depth, author, *settings):
+        """Warnings about such a file, as the start of a pair's student or, of depth 50, of a teacher."""
+        state = tiny.detector("faster_rcnn", depth).backbone.bottom_up.state_dict()
+        state = {k: x.numpy() for k, x in state.items() if "running" not in k and "num_b" not in k}
+        if author == "Caffe2":
+            state = {caffe2(name): x for name, x in state.items()}
+        data = {"model": state, "__author__": author, "matching_heuristics": True}
+        (tmp_path / "weights.pkl").write_bytes(pickle.dumps(data))
+        opts = [*workspace.data, f"train.init_checkpoint={tmp_path}/weights.pkl", *settings]
+        opts += [f"train.output_dir={tmp_path}/run", *(workspace.pair if depth == 18 else ())]
+        config = "configs/custom_coco.py" if depth == 18 else "configs/custom_coco_teacher.py"
+        found = preflight(str(tiny.ROOT / config), opts, measure=False)
+        assert not found.errors
+        return [w for w in found.warnings if w.key == "train.init_checkpoint"]
+
+    def keys(warning):
+        return warning.fix.removeprefix("set ").partition(", or use")[0].split()
+
+    assert not said(50, "torchvision")
+    (warning,) = said(50, "Caffe2")
+    has = "Caffe2's convention (BGR images, the stride in the 1x1 convolution, pixel_std [1,1,1])"
+    assert has in warning.problem
+    settings = keys(warning)
+    assert len(settings) == 5 and not said(50, "Caffe2", *settings)
+    (warning,) = said(50, "torchvision", *settings)
+    assert "torchvision's convention (RGB images, the stride in the 3x3" in warning.problem
+    pair = [x.replace("model.", "model.student.") for x in settings if "stride" not in x]
+    (warning,) = said(18, "torchvision", *pair)
+    back = keys(warning)
+    assert [x.partition("=")[0] for x in back] == [x.partition("=")[0] for x in pair]
+    assert not said(18, "torchvision", *back)

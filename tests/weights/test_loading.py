@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,6 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from sharedkd import ConfigError, CrossLayer, SharedKD, Stage
 from sharedkd.engine.checkpoint import StudentCheckpointer
+from sharedkd.weights.conventions import convention_of_file, convention_of_model
 from sharedkd.weights.loading import inherit, initialise, load_trained
 
 BOTTOM_UP = "backbone.bottom_up."
@@ -157,7 +159,7 @@ def test_torchvisions_own_file(tmp_path, depth):
     (tmp_path / "converted.pkl").write_bytes(pickle.dumps(data))
     filled = initialise(model, str(tmp_path / "converted.pkl"))
     bottom_up = model.backbone.bottom_up.state_dict()
-    assert filled == len(bottom_up)
+    assert filled.tensors == len(bottom_up)
     for name, x in bottom_up.items():
         assert torch.equal(x, torch.from_numpy(converted[name])), name
 
@@ -212,6 +214,78 @@ def test_nothing_to_initialise_with():
     before = snapshot(model)
     initialise(model, "")
     assert not changed(model, before)
+
+
+# --- conventions -----------------------------------------------------------------------------
+
+RGB, BGR = [123.675, 116.28, 103.53], [103.53, 116.28, 123.675]
+STEM, VARIANCE = "stem.conv1.weight", "stem.conv1.norm.running_var"
+
+
+def stem(variance):
+    """Weights of sum of squares 2, and the variance of what they made of the images."""
+    weight = torch.zeros(2, 3, 7, 7)
+    weight[:, 0, 0, 0] = 1
+    return {STEM: weight, VARIANCE: torch.tensor([variance, variance + 1])}
+
+
+def caffe2(inner=64, norm="bn"):
+    shapes = {"res2_0_branch2a_w": (64, 64, 1, 1), "res2_0_branch2b_w": (64, inner, 3, 3)}
+    return {**{k: torch.zeros(x) for k, x in shapes.items()}, f"res_conv1_{norm}_s": torch.zeros(1)}
+
+
+#: A file's entries, and the order, standard deviation and place of the stride that they say
+CONVENTIONS = {
+    "MSRA/R-50": ({"model": caffe2(), "__author__": "Caffe2"}, ("BGR", 1, True)),
+    "FAIR/X-101-32x8d": ({"model": caffe2(8), "__author__": "Caffe2"}, ("BGR", 57, False)),
+    "FAIR/R-50-GN": ({"model": caffe2(64, "gn"), "__author__": "Caffe2"}, ("BGR", 1, False)),
+    "torchvision/R-50": ({"model": stem(2.0), "__author__": "torchvision"}, ("RGB", 57, False)),
+    "pycls": ({"model": stem(2.0), "__author__": "pycls"}, ("BGR", 57, None)),
+    "a detector": (
+        {"model": {"pixel_mean": torch.tensor(BGR), "pixel_std": torch.ones(3)}},
+        ("BGR", 1, None),
+    ),
+    "statistics of divided pixels": ({"model": stem(4.0)}, (None, 57, None)),
+    "statistics of pixels": ({"model": stem(20_000.0)}, (None, 1, None)),
+    "a detector's statistics": (
+        {"model": {BOTTOM_UP + k: x for k, x in stem(20_000.0).items()}},
+        (None, 1, None),
+    ),
+    "statistics that were never set": (
+        {"model": {STEM: stem(1.0)[STEM], VARIANCE: torch.ones(2)}},
+        (None, None, None),
+    ),
+    "names alone": ({"model": {"x": torch.ones(1)}}, (None, None, None)),
+}
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_what_a_file_says_of_its_images(name):
+    data, expected = CONVENTIONS[name]
+    found = convention_of_file(data)
+    assert (found.order, found.std and int(sum(found.std) / 3), found.stride_in_1x1) == expected
+
+
+def test_what_a_model_makes_of_its_images():
+    model = tiny.detector("retinanet", depth=50)
+    found = convention_of_model(model)
+    assert found.order == "RGB" and np.allclose(found.mean, RGB) and not found.stride_in_1x1
+    assert (
+        convention_of_model(tiny.detector("retinanet")).stride_in_1x1 is None
+    )  # no 1x1 convolution
+    theirs = convention_of_file(CONVENTIONS["MSRA/R-50"][0])
+    assert theirs.differences(found) == ["order", "stride_in_1x1", "std"]
+    assert found.differences(theirs) == ["order", "stride_in_1x1", "std"]
+    assert convention_of_file(CONVENTIONS["torchvision/R-50"][0]).differences(found) == []
+    assert found.differences(found._replace(std=[70.0])) == []  # statistics of other images
+
+
+def test_trained_weights_of_another_normalisation_are_refused(model, trained, tmp_path):
+    own = {"pixel_mean": torch.tensor(RGB).view(-1, 1, 1), "pixel_std": model.pixel_std.clone()}
+    load_trained(model, save({**trained, **own}, tmp_path / "a.pth"), "key")
+    own["pixel_mean"] = own["pixel_mean"].flip(0)
+    path = save({**trained, **own}, tmp_path / "b.pth")
+    fails(r"pixel_mean \[103.53, 116.28, 123.675\] against", load_trained, model, path, "key")
 
 
 # --- inherit ---------------------------------------------------------------------------------

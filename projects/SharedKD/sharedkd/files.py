@@ -5,7 +5,7 @@ import os
 from contextlib import contextmanager, suppress
 from typing import IO, Any, Callable, Iterator, List, Optional
 
-__all__ = ["disk_errors", "remove_unfinished", "replace"]
+__all__ = ["remove_unfinished", "replace"]
 
 UNFINISHED = ".tmp"
 
@@ -30,7 +30,7 @@ def replace(
     """
     unfinished = f"{path}{writer}{UNFINISHED}"
     try:
-        with disk_errors():
+        with _disk_errors():
             with open(unfinished, "wb") as f:
                 write(f)
                 f.flush()
@@ -46,7 +46,7 @@ def replace(
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
     """A context that raises the OSError behind another error: PyTorch hides a full disk behind its own.
 
     Raises:

@@ -7,6 +7,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
+from sharedkd.data.images import ImageMapper
 from sharedkd.lab.analysis.pictures import detector_loss, loss_curves, read_curves, side_by_side
 
 HEIGHT, WIDTH = 40, 60
@@ -87,6 +88,19 @@ def test_grid_shows_the_fullest_images_and_what_is_above_the_threshold(dataset, 
     assert drawn == [[True, True, False]] * 3 + [[False, True, False]]
     draw(tmp_path / "again.png", {"sure": sure, "unsure": unsure}, images=4)
     assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def test_deep_images_are_drawn_as_the_mapper_reads_them(dataset, tmp_path):
+    """Values of 0 to 1000, of which 128 / 255 is 502: Detectron2's reader would draw white."""
+    for index in range(4):
+        grey = np.full((HEIGHT, WIDTH), 502, np.uint16)
+        Image.fromarray(grey).save(tmp_path / f"{index}.png")
+    options = dict(is_train=False, augmentations=[], image_format="BGR")
+    mapper = ImageMapper(image_range=(0, 1000), **options)
+    figure = side_by_side(
+        NAME, {"unsure": Detector(0.3)}, mapper, str(tmp_path / "grid.png"), images=1
+    )
+    assert is_grey(figure.axes[1].images[0].get_array())
 
 
 def write_metrics(path, rows, tail=""):

@@ -324,6 +324,16 @@ def test_files_that_are_missing_or_damaged_are_told(tmp_path):
     assert "config of run is missing" in page.text("settings")
 
 
+def test_what_was_repaired_in_the_data_is_listed_once(compared):
+    assert "Repaired" not in Page(as_html(compared)).text("summary")
+    lines = ["a.json: 3 of 9 boxes reached over <b>: clipped", "b.json: 1 of 2 images"]
+    for seed, found in ((0, lines[:1]), (1, lines)):
+        path = compared / "none" / f"seed{seed}" / "run.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "repairs": found}))
+    page = Page(as_html(compared))
+    assert [e["text"] for e in page.of("li", "summary")] == lines
+
+
 def test_a_folder_with_nothing_but_a_config(tmp_path):
     folder = tmp_path / "odd"
     folder.mkdir()

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sharedkd.data.coco import CocoSummary
 from sharedkd.errors import ConfigError, Findings, collecting
@@ -17,7 +17,7 @@ from .adopt import adopt_loaders, use_own_data
 from .build import missing_keys, not_set
 from .classic import ALIASES, check_classic, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
-from .overrides import override
+from .overrides import joined, override
 from .own_data import read_own_data
 from .pair import IMAGE_FORMAT, Pairing
 from .structure import settle
@@ -29,6 +29,7 @@ PATHS = (
     "train.init_checkpoint",
     "model.teacher.config",
     "model.teacher.weights",
+    *(f"data.{split}_{what}" for split in ("train", "val") for what in ("json", "images")),
 )
 
 
@@ -83,7 +84,7 @@ def load(
         ConfigError: no such file, an override that cannot be applied, an unknown key or impossible
             value of ``train`` or ``data``, or bad own data.
     """
-    pairing, overrides = Pairing.of(overrides)
+    pairing, overrides = Pairing.of(joined(overrides, findings))
     cfg = _read(path)
     _check_groups(cfg, path)
     adopt_loaders(cfg)
@@ -167,11 +168,17 @@ def _settle(cfg: DictConfig, findings: Findings) -> None:
 
 
 def _expand_home(cfg: DictConfig) -> None:
-    """Replace a leading ``~`` of paths; those of own data are expanded where they are read."""
-    for key in PATHS:
-        value = OmegaConf.select(cfg, key)
+    """Replace a leading ``~`` of paths."""
+    teachers = cfg.model.get("teachers")
+    names = teachers if isinstance(teachers, DictConfig) else ()
+    further = [f"model.teachers.{name}.{x}" for name in names for x in ("config", "weights")]
+    for key in (*PATHS, *further):
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and value.startswith("~"):
             OmegaConf.update(cfg, key, os.path.expanduser(value))
+        elif isinstance(value, ListConfig):
+            expanded = [os.path.expanduser(x) if isinstance(x, str) else x for x in value]
+            OmegaConf.update(cfg, key, expanded)
 
 
 def _shorten(cfg: DictConfig) -> None:

@@ -1,8 +1,10 @@
 """Overrides of the command line are data: they set values, and name no code to be run."""
 
 import inspect
+import os
 import re
-from typing import Any, Iterator, Tuple
+import shlex
+from typing import Any, Iterator, List, Sequence, Set, Tuple
 
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
@@ -11,9 +13,9 @@ from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from sharedkd.errors import ConfigError
+from sharedkd.errors import ConfigError, Findings
 
-__all__ = ["check_override", "override"]
+__all__ = ["check_override", "joined", "override"]
 
 TARGET = "_target_"
 #: The packages whose classes an override may choose.
@@ -27,8 +29,10 @@ PACKAGES = (
 )
 
 
-#: A text that can only mean itself, such as a path with spaces, umlauts or a tilde.
-PLAIN = re.compile(r"[^'\"()\[\]{}$=,\n]+")
+#: What Hydra's grammar does not take, and can only mean itself: a text with spaces, umlauts or a tilde,
+#: a path with any characters but quotes, or a list of such.
+PLAIN = re.compile(r"[^'\"()\[\]{}$=,\n]+|[^'\"$\n\[{][^'\"$\n]*[/\\][^'\"$\n]*")
+LIST = re.compile(r"\[([^'\"()\[\]{}$=\n]+)\]")
 
 
 def override(cfg: DictConfig, text: str, path: str) -> None:
@@ -85,23 +89,62 @@ def check_override(override: str) -> str:
 
 
 def _parse(override: str) -> Tuple[str, Any]:
-    parser = OverridesParser.create()
+    parser, (key, _, value) = OverridesParser.create(), override.partition("=")
     try:
-        return override, parser.parse_override(override)
+        parsed = parser.parse_override(override)
     except Exception:
-        key, _, value = override.partition("=")
-        if not PLAIN.fullmatch(value):
+        items = LIST.fullmatch(value)
+        if items:
+            value = "[" + ",".join(_quoted(x.strip()) for x in items[1].split(",")) + "]"
+        elif PLAIN.fullmatch(value):
+            value = _quoted(value)
+        else:
             raise
-        override = f"{key}='{value}'"
-        return override, parser.parse_override(override)
+        override = f"{key}={value}"
+        parsed = parser.parse_override(override)
+    if parsed.is_sweep_override():
+        raise ValueError("a comma outside of brackets and quotes stands between alternatives")
+    return override, parsed
+
+
+def _quoted(text: str) -> str:
+    """``text`` in Hydra's quotes, where back slashes before a quote are doubled."""
+    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    return f"'{text}" + "\\" * (len(text) - len(text.rstrip("\\"))) + "'"
 
 
 def _not_applicable(override: str, reason: Exception) -> ConfigError:
     """The error for ``override``, which cannot be parsed or applied because of ``reason``."""
-    fix = "write key=value, and a value with special characters as key=\"'value'\""
-    if "=" not in override:
-        fix = f'write key=value; if this is the rest of a value with a space, quote all: "key=... {override}"'
+    key, equals, value = override.partition("=")
+    fix = "write key=value"
+    if equals:
+        text = f"{key}={_quoted(value)}"
+        text = shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
+        fix = f"write key=value, a list as key=[a,b], and this value, if it is one text, as {text}"
     return ConfigError("override", override, f"cannot be applied: {reason}", fix)
+
+
+def joined(overrides: Sequence[str], findings: Findings) -> List[str]:
+    """The overrides, where those that a shell has split at spaces are in one piece again.
+
+    Args:
+        findings: receives an error for each whose value is then no file or folder that is there.
+    """
+    found: List[str] = []
+    words: Set[str] = set()
+    for text in overrides:
+        if "=" in text or not found:
+            found.append(text)
+        else:
+            words.discard(found[-1])
+            found[-1] += f" {text}"
+            words.add(found[-1])
+    for text in found:
+        if text in words and not os.path.exists(os.path.expanduser(text.partition("=")[2])):
+            problem = "is in several words, and no file or folder has that name"
+            fix = f'write each key=value as one word, with quotes where it has spaces: "{text}"'
+            findings.add(ConfigError("override", text, problem, fix))
+    return found
 
 
 def _targets(key: Any, value: Any) -> Iterator[str]:

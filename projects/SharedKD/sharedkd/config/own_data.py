@@ -1,13 +1,14 @@
 """The group `data`: own data in COCO format, read, repaired and registered."""
 
 import os
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from sharedkd.data.coco import CocoData, CocoSummary, Reading, read_coco
+from sharedkd.data.coco import CocoData, CocoSummary, Reading, read_classes, read_coco
 from sharedkd.data.images import ImageMapper
 from sharedkd.errors import FAILED, ConfigError, Findings
 
@@ -90,7 +91,7 @@ def _paths(cfg: DictConfig, key: str, findings: Findings) -> List[str]:
     value = OmegaConf.select(cfg, key)
     paths = list(value) if isinstance(value, ListConfig) else [value]
     if paths and all(isinstance(x, str) and x for x in paths):
-        return [os.path.expanduser(x) for x in paths]
+        return paths
     findings.add(ConfigError(key, value, "is not set", f"add {key}=PATH to the command"))
     return []
 
@@ -129,22 +130,29 @@ def _warn_of_overlap(train: CocoData, val: CocoData, findings: Findings) -> None
 # --- classes of models that were trained elsewhere ------------------------------------------------
 
 
-def class_names(cfg: DictConfig) -> Optional[List[str]]:
+def class_names(cfg: Union[DictConfig, CfgNode]) -> Optional[List[str]]:
     """The class names, in order, of the data that a config trains on; None if they are unknown.
 
     A run's saved config says them; else they are those of ``data.train_json``, if it is there, or of the
     registered data set.
     """
+    if isinstance(cfg, CfgNode):
+        return _registered(cfg.DATASETS.TRAIN)
     names = OmegaConf.select(cfg, "data.classes")
     if names:
         return list(names)
-    json_file = OmegaConf.select(cfg, "data.train_json")
-    if isinstance(json_file, str) and os.path.isfile(json_file):
-        found = read_coco([json_file], [os.path.dirname(json_file)], "data.train_json", "")
-        return found.classes or None
-    name = OmegaConf.select(cfg, "dataloader.train.dataset.names")
-    if isinstance(name, str) and name in MetadataCatalog:
-        return MetadataCatalog.get(name).get("thing_classes")
+    files = OmegaConf.select(cfg, "data.train_json")
+    files = [files] if isinstance(files, str) else files or []
+    if files and all(os.path.isfile(os.path.expanduser(x)) for x in files):
+        return read_classes([os.path.expanduser(x) for x in files]) or None
+    return _registered(OmegaConf.select(cfg, "dataloader.train.dataset.names"))
+
+
+def _registered(names: Any) -> Optional[List[str]]:
+    """The classes of one or several registered data sets; None if they are not known."""
+    for name in [names] if isinstance(names, str) else names or ():
+        if name in MetadataCatalog:
+            return MetadataCatalog.get(name).get("thing_classes")
     return None
 
 

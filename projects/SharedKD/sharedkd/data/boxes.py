@@ -1,6 +1,7 @@
 """The boxes of a COCO json, judged together: other numbers than x, y, width, height in pixels are found."""
 
 import os
+from collections import Counter
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from .notes import CLIPPED, FLAT, OUTSIDE, Notes
 
 __all__ = ["Placed", "settle_boxes"]
 
+_TELLING = 8  # pixels: of a smaller object, the centre is too close to the corner
 _SLACK = 1.0  # pixels: COCO's own boxes stick out by fractions of one
 # The two images of COCO train2017 with a box of height 0.  Detectron2's mapper drops such boxes.
 _COCO_FLAT_BOXES = {"000000200365.jpg", "000000550395.jpg"}
@@ -84,11 +86,12 @@ def _other_reading(
         what = f"{shares.sum()} of {n} boxes lie within 0 and 1: shares of the image, not pixels"
         fix = "multiply x and width by the image's width, y and height by its height"
         return f"{what} ({first})", fix
+    asked, readings = _around_masks(sound, boxes)
+    fix = "write bbox as [x, y, width, height] in pixels, x and y of the upper left corner"
+    for reading, count in readings.items():
+        if count > 0.5 * asked:
+            return f"{count} of {asked} boxes are {reading} of their segmentation ({first})", fix
     fix = "write bbox as [x, y, width, height]: subtract x from the third number, y from the fourth"
-    asked, corners = _around_masks(sound, boxes)
-    if corners > 0.5 * asked:
-        what = f"{corners} of {asked} boxes are the corners x0, y0, x1, y1 of their segmentation"
-        return f"{what} ({first})", fix
     could_be = (sides > start).all() and (sides <= sizes + _SLACK).all()
     over = (start + sides - sizes > np.maximum(_SLACK, 0.05 * sizes)).any(axis=1).sum()
     if could_be and over > (0.1 if n >= 8 else 0.5) * n:
@@ -97,18 +100,27 @@ def _other_reading(
     return None
 
 
-def _around_masks(sound: List[Placed], boxes: np.ndarray) -> Tuple[int, int]:
-    """(how many of up to 1000 objects have a mask, the box of how many is its corners instead)."""
-    asked = corners = 0
+def _around_masks(sound: List[Placed], boxes: np.ndarray) -> Tuple[int, Counter]:
+    """(how many of up to 1000 objects have a mask that can tell, of how many the box is what else of it)."""
+    asked, readings = 0, Counter()
     for j in range(0, len(boxes), max(1, len(boxes) // 1000)):
         mask, size = sound[j].row.get("segmentation"), sound[j].size
         if not mask or fault(mask, *size):
             continue
+        x0, y0, x1, y1 = box_of(mask, *size)
+        width, height = x1 - x0, y1 - y0
+        if min(width, height) < _TELLING:
+            continue
         asked += 1
-        tight = np.array(box_of(mask, *size))
-        slack = np.maximum(1, 0.05 * (tight[2:] - tight[:2]))
-        as_corners = np.abs(boxes[j] - tight) <= np.tile(slack, 2)
-        as_sides = np.abs(boxes[j, :2] + boxes[j, 2:] - tight[2:]) <= 2 * slack
-        large = (tight[2:] - tight[:2] > 2 * slack).all()
-        corners += bool(large and as_corners.all() and not as_sides.all())
-    return asked, corners
+        box, meant = boxes[j], (x0, y0, width, height)
+        slack = np.maximum(1, 0.05 * np.array([width, height] * 2))
+        if (np.abs(box - meant) <= 2 * slack).all():
+            continue
+        for reading, numbers, others in (
+            ("the corners x0, y0, x1, y1", box, (x0, y0, x1, y1)),
+            ("the centre and the size", box, (x0 + width / 2, y0 + height / 2, width, height)),
+            ("y, x, height, width", box[[1, 0, 3, 2]], meant),
+            ("percents", box * (size[::-1] * 2) / 100, meant),
+        ):
+            readings[reading] += bool((np.abs(numbers - others) <= slack).all())
+    return asked, readings

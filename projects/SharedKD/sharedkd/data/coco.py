@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
@@ -25,10 +25,9 @@ __all__ = [
     "CocoData",
     "CocoSummary",
     "Reading",
-    "check_coco",
+    "read_classes",
     "read_coco",
     "read_registered",
-    "register_coco",
 ]
 
 _MANY_CROWDS, _MANY_EMPTY = 0.1, 0.5  # shares of objects and of images that are warned of
@@ -204,14 +203,12 @@ def read_coco(
     data.image_files = list(by_file)
     data.files = [f.summary(train, data.categories) for f in readable]
     data.refuse([error for f in files for error in f.notes.errors])
-    if not data.errors:
-        data.refuse(_unlearnable(data, readable, train))
     for f in files:
         for repair in f.notes.repairs:
             fix = "the file on the disk stays as it is"
             data.warnings.append(ConfigError(key, f.notes.json_file, str(repair), fix))
     if not data.errors:
-        data.warnings += _advice(data, readable, train)
+        _judge(data, readable, train)
         if len(files) > 1 or data.files[0].repairs:
             data.document = _merge(readable, data.categories)
     return data
@@ -249,11 +246,10 @@ class _File:
         sound = [i for i in self.images if i["sound"]]
         there = match_files(sound, self.root, self.images_key, notes)
         deep = (reading.image_range, reading.scales)
-        how = list(check_headers(there, self.root, self.images_key, notes, *deep))
+        said = list(check_headers(there, self.root, self.images_key, notes, *deep))
         for image in sound:
             image["sound"] = image["width"] is not None
-        fix = "data.image_range=[lo,hi] sets another range"
-        warnings = [ConfigError(self.images_key, self.root, words, fix) for words in how]
+        warnings = [ConfigError(self.images_key, self.root, *words) for words in said]
         for image in sound:
             self._check_thin(image)
         self._unite(by_file)
@@ -367,56 +363,49 @@ def _match_classes(files: Sequence[_File], given: Optional[Mapping[int, str]]) -
     return own
 
 
-def _unlearnable(data: CocoData, files: Sequence[_File], train: bool) -> List[ConfigError]:
-    """Why nothing could be learnt from data that are otherwise in order."""
-    key, value = files[0].notes.key, ", ".join(f.notes.json_file for f in files)
+def _judge(data: CocoData, files: Sequence[_File], train: bool) -> None:
+    """Refuse data that are in order and that nothing could be learnt from; warn of what is hardly meant."""
+    say = partial(ConfigError, files[0].notes.key, ", ".join(f.notes.json_file for f in files))
     objects, crowds = (
-        sum((getattr(f, n) for f in files), Counter()) for n in ("objects", "crowds")
-    )
-    lost = [name for i, name in data.categories.items() if crowds[i] and not objects[i]]
-    if not train:
-        return []
-    if lost:
-        problem = (
-            f"all annotations of {', '.join(map(repr, lost[:5]))} are crowd regions (iscrowd 1), which are "
-            "not trained on"
-        )
-        return [ConfigError(key, value, problem, "set iscrowd to 0 if they are objects")]
-    if not objects:
-        return [ConfigError(key, value, "no image has an object", "annotate some objects")]
-    return []
-
-
-def _advice(data: CocoData, files: Sequence[_File], train: bool) -> Iterator[ConfigError]:
-    """What is in order, and probably not meant."""
-    warn = partial(ConfigError, files[0].notes.key, ", ".join(f.notes.json_file for f in files))
-    objects, crowds = (
-        sum((getattr(f, n) for f in files), Counter()) for n in ("objects", "crowds")
+        sum((f.objects for f in files), Counter()),
+        sum((f.crowds for f in files), Counter()),
     )
     some, many = sum(objects.values()), sum(crowds.values())
     empty, images = (sum(getattr(f, n) for f in data.files) for n in ("empty_images", "images"))
+    absent = [name for i, name in data.categories.items() if not objects[i]]
+    lost = [name for i, name in data.categories.items() if crowds[i] and not objects[i]]
+    what = "not trained on" if train else "ignored in evaluation"
+    if train and lost:
+        problem = (
+            f"all annotations of {_listed(lost)} are crowd regions (iscrowd 1), which are {what}"
+        )
+        data.refuse([say(problem, "set iscrowd to 0 if they are objects")])
+        return
+    if train and not some:
+        data.refuse([say("no image has an object", "annotate some objects")])
+        return
     if many > _MANY_CROWDS * (some + many):
-        what = "not trained on" if train else "ignored in evaluation"
         problem = (
             f"{many} of {some + many} annotations are crowd regions (iscrowd 1), which are {what}"
         )
-        yield warn(
-            problem, "set iscrowd to 0 if they are objects, as brush tools mark all of theirs"
-        )
-    if not some:
-        yield warn("has no object to find: every AP will be nan", "name a json with objects")
-        return
+        fix = "set iscrowd to 0 if they are objects, as brush tools mark all of theirs"
+        data.warnings.append(say(problem, fix))
     if train and empty > _MANY_EMPTY * images:
         problem = f"{empty} of {images} images have no object and are trained on as background"
-        yield warn(problem, "remove them from the json if they are only not annotated yet")
-    absent = [name for i, name in data.categories.items() if not objects[i]]
-    if absent:
-        what = "its scores are never trained" if train else "its AP is nan and left out of the mean"
-        names = ", ".join(map(repr, absent[:5])) + ", ..." * (len(absent) > 5)
-        problem = (
-            f"{len(absent)} of {len(data.categories)} classes have no object here ({names}): {what}"
+        fix = "remove them from the json if they are only not annotated yet"
+        data.warnings.append(say(problem, fix))
+    if not some:
+        data.warnings.append(
+            say("has no object to find: every AP will be nan", "name a json with objects")
         )
-        yield warn(problem, "remove the class if nothing is of it")
+    elif absent:
+        what = "its scores are never trained" if train else "its AP is nan and left out of the mean"
+        problem = f"{len(absent)} of {len(data.categories)} classes have no object here ({_listed(absent)})"
+        data.warnings.append(say(f"{problem}: {what}", "remove the class if nothing is of it"))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + ", ..." * (len(names) > 5)
 
 
 def _merge(files: Sequence[_File], categories: Mapping[int, str]) -> Dict[str, Any]:
@@ -449,36 +438,11 @@ def _merge(files: Sequence[_File], categories: Mapping[int, str]) -> Dict[str, A
 # --- shorter ways in --------------------------------------------------------------------------------
 
 
-def check_coco(
-    json_file: str,
-    image_root: str,
-    key: str,
-    images_key: str,
-    *,
-    train: bool = True,
-    reading: Reading = Reading(),
-) -> CocoSummary:
-    """What a json file holds, see :func:`read_coco`.
-
-    Raises:
-        ConfigError: for each kind of fault the first one, how many there are like it, and the fix.
-    """
-    files = [os.fspath(json_file)], [os.fspath(image_root)]
-    data = read_coco(*files, key, images_key, train=train, reading=reading)
-    data.raise_errors()
-    return data.files[0]
-
-
-def register_coco(name: str, json_file: str, image_root: str) -> CocoData:
-    """Read a json file and make ``name`` a Detectron2 data set of it.
-
-    Raises:
-        ConfigError: naming ``name``, when the file or its images cannot be used.
-    """
-    data = read_coco([os.fspath(json_file)], [os.fspath(image_root)], name, name, train=False)
-    data.raise_errors()
-    data.register(name)
-    return data
+def read_classes(json_files: Sequence[str]) -> List[str]:
+    """The class names of json files, in order of category id, without their images; empty if unreadable."""
+    files = [_File(f, "", "", "", Reading()) for f in json_files]
+    readable = [f for f in files if f.document is not None]
+    return list(_match_classes(readable, None).values())
 
 
 def read_registered(

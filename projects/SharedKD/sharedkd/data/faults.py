@@ -24,12 +24,14 @@ from typing import (
     Union,
 )
 
-from detectron2.data import detection_utils
+from detectron2.data.detection_utils import check_image_size
 from PIL import ImageFile
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from sharedkd.errors import DataError
+
+from .images import read_image
 
 if TYPE_CHECKING:
     from torch.utils.data.dataloader import _BaseDataLoaderIter
@@ -84,7 +86,7 @@ def load(
         with _whole_images():
             sample = mapper(record)
     except Exception as e:
-        return None, Fault(name, f"{type(e).__name__}: {e}", _is_unreadable(record))
+        return None, Fault(name, f"{type(e).__name__}: {e}", _is_unreadable(record, mapper))
     if sample is None:
         return None, Fault(name, "the mapper returned None", False)
     return sample, None
@@ -100,15 +102,15 @@ def _whole_images() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _is_unreadable(record: Dict[str, Any]) -> bool:
+def _is_unreadable(record: Dict[str, Any], mapper: Callable) -> bool:
     """Whether the image alone, without the mapper, is missing, damaged or of another size."""
     known = {k: record[k] for k in ("file_name", "width", "height") if k in record}
     if "file_name" not in known:
         return False
     try:
         with _whole_images():
-            image = detection_utils.read_image(known["file_name"], "RGB")
-        detection_utils.check_image_size(known, image)
+            image_range = getattr(mapper, "image_range", None)
+            check_image_size(known, read_image(known["file_name"], "RGB", image_range))
     except Exception:
         return True
     return False

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def read_image(
             raise ValueError(problem)
         image = ImageOps.exif_transpose(image)
         if _is_deep(image.mode):
-            image = _to_8_bits(image, image_range)
+            image = Image.fromarray(_to_8_bits(*_values(image), image_range))
         return utils.convert_PIL_to_numpy(image, image_format)
 
 
@@ -68,17 +69,19 @@ def _unreadable(image: Image.Image) -> str:
     )
 
 
-def _to_8_bits(image: Image.Image, image_range: Optional[Sequence[float]]) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    known = _RANGES.get(image.mode[:4])
+def _values(image: Image.Image) -> Tuple[np.ndarray, str]:
+    """The values of an image of more than 8 bits, (H, W) float64, and its mode."""
+    return np.nan_to_num(np.asarray(image).astype(np.float64)), image.mode
+
+
+def _to_8_bits(values: np.ndarray, mode: str, image_range: Optional[Sequence[float]]) -> np.ndarray:
+    known = _RANGES.get(mode[:4])
     low, high = image_range or known or (0, 0)
     if not image_range and (known is None or values.min() < low or values.max() > high):
         span = f"{values.min():g} to {values.max():g}"
-        raise ValueError(
-            f"its mode {image.mode} has values from {span}: set data.image_range=[lo,hi]"
-        )
+        raise ValueError(f"its mode {mode} has values from {span}: set data.image_range=[lo,hi]")
     scaled = np.clip((values - low) / (high - low), 0, 1) * 255
-    return Image.fromarray(np.round(scaled).astype(np.uint8))
+    return np.round(scaled).astype(np.uint8)
 
 
 class ImageMapper(DatasetMapper):
@@ -138,17 +141,19 @@ class _Folder:
     def find(self, name: str) -> Optional[str]:
         """The one file that ``name`` means, relative to the folder.
 
-        It may be written for another system, and begin with folders above this one: the last of them
-        has this folder's name or that of one above it, as other images may have the same names.
+        It may be written for another system or as part of a URL, and begin with folders above this one:
+        the last of them has this folder's name or that of one above it, as other images may have the
+        same names.
         """
-        parts = re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/")).split("/")
-        parts = [part for part in parts if part not in ("", ".")]
         above = os.path.abspath(self.root).split(os.sep)
-        for start in range(len(parts)):
-            if start == 0 or parts[start - 1] in above:
-                found = self._walk(parts[start:])
-                if found is not None:
-                    return found
+        for form in dict.fromkeys([name, unquote(name)]):
+            parts = re.sub(r"^[A-Za-z]:", "", form.replace("\\", "/")).split("/")
+            parts = [part for part in parts if part not in ("", ".")]
+            for start in range(len(parts)):
+                if start == 0 or parts[start - 1] in above:
+                    found = self._walk(parts[start:])
+                    if found is not None:
+                        return found
         return None
 
     def _walk(self, parts: List[str]) -> Optional[str]:
@@ -218,24 +223,29 @@ def check_headers(
     notes: Notes,
     image_range: Optional[Sequence[float]],
     scales: bool,
-) -> Iterator[str]:
+) -> Iterator[Tuple[str, str]]:
     """Compare up to 1000 images with what the json says of them, and fill in sizes that it lacks.
 
     Args:
         scales: whether the run reads images by :func:`read_image`, which takes any depth.
 
     Yields:
-        in words, how images of more than 8 bits are read.
+        what a user should know of how images are read, and what to do if it is not meant.
     """
     every = max(1, math.ceil(len(images) / _MOST_HEADERS))
     deep: List[Tuple[Dict[str, Any], str]] = []
+    turned: Dict[bool, List[str]] = {
+        True: [],
+        False: [],
+    }  # whether the json shows that boxes are, too
     for i, image in enumerate(images):
         if i % every and image["width"] is not None:
             continue
         name = image["file_name"]
         try:
             with Image.open(os.path.join(root, name)) as picture:
-                size, upright, mode = _stored_size(picture), upright_size(picture), picture.mode
+                stored, upright = _stored_size(picture), upright_size(picture)
+                mode, orientation = picture.mode, _orientation(picture)
                 problem = _unreadable(picture)
         except Exception as e:  # Pillow's decoders raise what they please
             problem, fix = f"cannot be read as an image ({e})", "repair or replace the image"
@@ -243,10 +253,18 @@ def check_headers(
             fix = f"correct {notes.json_file} too"
             if _is_deep(mode):
                 deep.append((image, mode))
+            if orientation in range(2, 9):
+                turned[stored != upright].append(name)
         if not problem:
-            problem, fix = _wrong_size(image, size, upright, notes)
+            problem, fix = _wrong_size(image, stored, upright, notes)
         if problem:
             notes.refuse(f"{name!r} {problem}", fix, images_key, root)
+    if turned[False] and not turned[True]:
+        yield (
+            f"{len(turned[False])} images are turned upright as their EXIF says (the first is "
+            f"{shown(turned[False][0])}), and their size does not show whether the boxes are, too",
+            "if boxes lie beside their objects, remove the orientation (exiftool -Orientation= FOLDER)",
+        )
     if deep:
         yield from _judge_depth(deep, root, images_key, notes, image_range, scales)
 
@@ -275,22 +293,26 @@ def _wrong_size(
     return "", ""
 
 
+def _orientation(picture: Image.Image) -> Optional[int]:
+    """The EXIF orientation of an opened image, 1 to 8; None if it has none."""
+    try:
+        if picture.format == "TIFF":
+            return picture.tag_v2.get(_EXIF_ORIENTATION)
+        # Without the test, getexif() decodes the whole of a PNG in search of a late EXIF chunk.
+        return picture.getexif().get(_EXIF_ORIENTATION) if "exif" in picture.info else None
+    except Exception:  # damaged EXIF, which Detectron2 ignores too
+        return None
+
+
 def upright_size(picture: Image.Image) -> Tuple[int, int]:
     """(width, height) of an opened image once it is upright as its EXIF says, as Detectron2 reads it."""
-    # Without the test, getexif() decodes the whole of a PNG in search of a late EXIF chunk.
-    if "exif" in picture.info:
-        try:
-            if picture.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS:
-                return picture.size[::-1]
-        except Exception:  # damaged EXIF, which Detectron2 ignores too
-            pass
-    return picture.size
+    # Pillow itself turns TIFFs upright, the size of an opened one included.
+    turned = picture.format != "TIFF" and _orientation(picture) in _EXIF_QUARTER_TURNS
+    return picture.size[::-1] if turned else picture.size
 
 
 def _stored_size(picture: Image.Image) -> Tuple[int, int]:
-    # Pillow itself turns TIFFs upright, the size of an opened one included.
-    tags = getattr(picture, "tag_v2", {})
-    turned = tags.get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS
+    turned = picture.format == "TIFF" and _orientation(picture) in _EXIF_QUARTER_TURNS
     return picture.size[::-1] if turned else picture.size
 
 
@@ -301,7 +323,7 @@ def _judge_depth(
     notes: Notes,
     image_range: Optional[Sequence[float]],
     scales: bool,
-) -> Iterator[str]:
+) -> Iterator[Tuple[str, str]]:
     refuse = partial(notes.refuse, key=images_key, value=root)
     if not scales:
         name, mode = deep[0][0]["file_name"], deep[0][1]
@@ -310,11 +332,10 @@ def _judge_depth(
         return
     said = set()
     for image, mode in deep[:_MOST_DECODED]:
-        path = os.path.join(root, image["file_name"])
         try:
-            read_image(path, "RGB", image_range)
-            with Image.open(path) as picture:
-                values = np.asarray(picture)
+            with Image.open(os.path.join(root, image["file_name"])) as picture:
+                values, mode = _values(picture)
+            _to_8_bits(values, mode, image_range)
         except Exception as e:
             fix = "name the values that are black and white"
             refuse(f"{image['file_name']!r} cannot be scaled to 8 bits: {e}", fix)
@@ -323,6 +344,7 @@ def _judge_depth(
             low, high = image_range or _RANGES[mode[:4]]
             yield (
                 f"images of mode {mode}: {low:g} to {high:g} become 0 to 255 (the first is "
-                f"{shown(image['file_name'])}, whose values reach from {values.min():g} to {values.max():g})"
+                f"{shown(image['file_name'])}, whose values reach from {values.min():g} to {values.max():g})",
+                "data.image_range=[lo,hi] sets another range",
             )
         said.add(mode)

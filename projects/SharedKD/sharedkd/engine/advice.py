@@ -1,13 +1,16 @@
 """Warnings about settings of a run that work but are probably a mistake."""
 
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Sequence
 
 import torch
+from omegaconf import OmegaConf
 
 from sharedkd.errors import FAILED, ConfigError
 from sharedkd.modeling.detectors import num_classes
 from sharedkd.modeling.hardware import has_bfloat16
+from sharedkd.weights.conventions import convention_of_model
 
+from .checks import key_of
 from .parts import Parts, images_per_step, losses_of
 
 __all__ = ["advise"]
@@ -37,6 +40,47 @@ def _weights(parts: Parts) -> Iterator[ConfigError]:
         problem = "the student starts from random weights"
         fix = "set it to an ImageNet backbone or a detector if there is one"
         yield ConfigError("train.init_checkpoint", "''", problem, fix)
+    elif parts.loaded:
+        yield from _convention(parts)
+
+
+def _convention(parts: Parts) -> Iterator[ConfigError]:
+    """Initial weights that were trained on images of another order or normalisation."""
+    cfg, images = parts.cfg, "dataloader.train.mapper.image_format"
+    theirs = parts.loaded.convention
+    ours = convention_of_model(parts.student, OmegaConf.select(cfg, images))
+    fields = theirs.differences(ours)
+    if not fields:
+        return
+    words = {
+        "order": lambda x: f"{x.order} images",
+        "std": lambda x: f"pixel_std {_listed(x.std)}",
+        "stride_in_1x1": lambda x: (
+            f"the stride in the {'1x1' if x.stride_in_1x1 else '3x3'} convolution"
+        ),
+    }
+    has, wants = (", ".join(words[field](x) for field in fields) for x in (theirs, ours))
+    values = {"input_format": theirs.order} if "order" in fields else {}
+    if theirs.mean and {"order", "std"} & {*fields}:
+        values.update(pixel_mean=_listed(theirs.mean))
+    if theirs.std and {"order", "std"} & {*fields}:
+        values.update(pixel_std=_listed(theirs.std))
+    if "stride_in_1x1" in fields:
+        values.update(stride_in_1x1=theirs.stride_in_1x1)
+    keys = {key_of(cfg.model, name) or name: value for name, value in values.items()}
+    keys.update({images: theirs.order} if "order" in fields else {})
+    settings = " ".join(f"{key}={value}" for key, value in keys.items())
+    yield ConfigError(
+        "train.init_checkpoint",
+        cfg.train.init_checkpoint,
+        f"follows {theirs.maker} convention ({has}), not this model's ({wants}): it computes other "
+        "features here than it has learnt",
+        f"set {settings}, or use weights of the model's convention",
+    )
+
+
+def _listed(values: Sequence[float]) -> str:
+    return "[" + ",".join(f"{x:.6g}" for x in values) + "]"
 
 
 def _evaluation(parts: Parts) -> Iterator[ConfigError]:

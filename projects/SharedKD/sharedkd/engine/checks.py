@@ -32,6 +32,7 @@ __all__ = [
     "check_output",
     "check_sample",
     "check_scheduler",
+    "key_of",
 ]
 
 
@@ -49,6 +50,14 @@ class DataSets:
     def usable(self, split: str) -> List[CocoSummary]:
         """The summaries of ``split`` without an error."""
         return [x for x in getattr(self, split) if x and not x.refused]
+
+    @property
+    def repairs(self) -> List[str]:
+        """What was repaired in memory, a line for each file and kind."""
+        usable = [*self.usable("train"), *self.usable("test")]
+        return list(
+            dict.fromkeys(f"{x.json_file}: {repair}" for x in usable for repair in x.repairs)
+        )
 
     def complete(self, split: str) -> bool:
         """Whether no data set of ``split`` has an error."""
@@ -110,7 +119,7 @@ def check_classes(cfg: DictConfig, student: nn.Module, summary: CocoSummary) -> 
     count = num_classes(student)
     if count not in (None, len(summary.classes)):
         raise ConfigError(
-            _key_of_classes(cfg.model),
+            key_of(cfg.model, "num_classes") or "model",
             count,
             f"is how many classes the student has; {summary.key}={summary.json_file} has "
             f"{len(summary.classes)}",
@@ -135,6 +144,14 @@ def check_class_order(
         names = _names_of(os.path.join(os.path.dirname(path), "config.yaml"))
         findings.step(check_class_names, "train.init_checkpoint", path, names or classes, classes)
         return
+    path = str(cfg.train.init_checkpoint or "")
+    names = _names_of(os.path.join(os.path.dirname(path), "config.yaml")) if path else None
+    if names and len(names) == len(classes) and names != list(classes):
+        problem = (
+            "is a detector of other classes, or in another order: its class scores mean others here"
+        )
+        fix = "change nothing if they are to be trained anew"
+        findings.warn("train.init_checkpoint", path, problem, fix)
     stages = getattr(model, "stages", {}).values()
     dense = not hasattr(getattr(model, "student", model), "roi_heads")
     readers = {stage.teacher for stage in stages if _reads_scores(stage.loss, dense)}
@@ -157,20 +174,20 @@ def _reads_scores(loss: DistillationLoss, dense: bool) -> bool:
 def _names_of(config: str) -> Optional[List[str]]:
     """The class names of a run's saved config or of a model-zoo name; None if they are unknown."""
     try:
-        read = read_config(config)
+        return class_names(read_config(config))
     except ConfigError:
         return None
-    return class_names(read) if isinstance(read, DictConfig) else None
 
 
-def _key_of_classes(model: DictConfig) -> str:
-    name = "model" if model.get("student") is None else "model.student"
-    waiting = [(name, model.get("student", model))]
+def key_of(model: DictConfig, name: str) -> str:
+    """The config key of ``name`` in the student or a part of it; "" if it is in none."""
+    student = "model" if model.get("student") is None else "model.student"
+    waiting = [(student, model.get("student", model))]
     for key, node in waiting:
-        if "num_classes" in node:
-            return f"{key}.num_classes"
+        if name in node:
+            return f"{key}.{name}"
         waiting += [(f"{key}.{k}", v) for k, v in node.items() if isinstance(v, DictConfig)]
-    return name
+    return ""
 
 
 def check_sample(student: nn.Module, sample: Mapping[str, Any]) -> None:

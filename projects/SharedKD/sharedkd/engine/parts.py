@@ -24,7 +24,7 @@ from sharedkd.modeling.meta_arch import SharedKD, check_image_format
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers import Teacher
 from sharedkd.values import check_number
-from sharedkd.weights.loading import inherit, initialise, load_trained
+from sharedkd.weights.loading import Initial, inherit, initialise, load_trained
 
 from .checkpoint import has_run
 from .checks import (
@@ -68,14 +68,14 @@ class Built:
         model: on its device, with its initial weights: a pair or a plain detector.
         student: the student of ``model``; a plain detector is its own student.
         teachers: name -> source of maps; None is the name of ``model.teacher``.
-        loaded: how many of the student's tensors its initial weights filled; None: not loaded here.
+        loaded: what its initial weights have done to the student; None: not loaded here.
         inherited: the student's tensors that are copies of the teacher's.
     """
 
     model: nn.Module
     student: nn.Module
     teachers: Mapping[Optional[str], Teacher] = field(default_factory=dict)
-    loaded: Optional[int] = None
+    loaded: Optional[Initial] = None
     inherited: List[str] = field(default_factory=list)
 
 

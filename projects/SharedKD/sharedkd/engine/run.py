@@ -97,7 +97,8 @@ def run(args: Namespace) -> Dict[str, Any]:
             return evaluate(cfg, model)
         if comm.is_main_process():
             _say(parts, findings)
-        return train(cfg, trainer, checkpoint, origin(args))
+        started = {**origin(args), "repairs": parts.data.repairs}
+        return train(cfg, trainer, checkpoint, started)
 
 
 def _say(parts: Parts, findings: Findings) -> None:

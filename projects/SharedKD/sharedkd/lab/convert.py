@@ -92,7 +92,7 @@ def convert_yolo(source: Path, out: Path) -> _Written:
                 images += _yolo_images(source, data.get("path"), folder)
             root = Path(os.path.commonpath([x.parent for x in images]))
             for image in images:
-                _add_yolo(coco, image, root, names)
+                _add_yolo(coco, image, root, names, poses=bool(data.get("kpt_shape")))
             path = out / f"{'val' if split == 'valid' else split}.json"
             coco.write(path)
             written[path.stem] = path, root
@@ -118,7 +118,10 @@ def _yolo_images(source: Path, base: Optional[str], named: str) -> List[Path]:
     return files
 
 
-def _add_yolo(coco: _Coco, image: Path, root: Path, names: Dict[int, str]) -> None:
+def _add_yolo(
+    coco: _Coco, image: Path, root: Path, names: Dict[int, str], poses: bool = False
+) -> None:
+    """Add an image with its labels; those of ``poses`` have keypoints after the box, which are left out."""
     with Image.open(image) as picture:
         width, height = upright_size(picture)
     coco.image(str(image.relative_to(root)), width, height)
@@ -130,6 +133,7 @@ def _add_yolo(coco: _Coco, image: Path, root: Path, names: Dict[int, str]) -> No
         try:
             kind, *words = line.split()
             name, numbers = names[int(float(kind))], [float(x) for x in words]
+            numbers = numbers[:4] if poses else numbers
             if len(numbers) < 4 or (len(numbers) > 5 and len(numbers) % 2):
                 raise ValueError(f"{len(numbers)} numbers")
         except (ValueError, KeyError) as e:
@@ -151,7 +155,7 @@ def _add_yolo(coco: _Coco, image: Path, root: Path, names: Dict[int, str]) -> No
 def convert_voc(source: Path, out: Path) -> _Written:
     """Convert a folder of xml files, or VOC's own folders.  Returns split -> (json, folder of the images)."""
     folder = source / "Annotations" if (source / "Annotations").is_dir() else source
-    files = {x.stem: x for x in sorted(folder.rglob("*.xml"))}
+    files = {_stem(x, folder): x for x in sorted(folder.rglob("*.xml"))}
     if not files:
         _refuse(source, "holds no xml file", "name the folder with Annotations, or with the files")
     parsed = {stem: _parse_voc(path) for stem, path in files.items()}
@@ -159,15 +163,23 @@ def convert_voc(source: Path, out: Path) -> _Written:
     if not names:
         _refuse(source, "no xml file has an object", "name another folder")
     images = source / "JPEGImages" if (source / "JPEGImages").is_dir() else source
-    there = {x.stem: x for x in sorted(images.rglob("*")) if x.suffix.lower() in SUFFIXES}
+    there: Dict[str, List[Path]] = {}  # by place and name, and by name alone
+    for x in sorted(images.rglob("*")):
+        if x.suffix.lower() in SUFFIXES:
+            for name in {_stem(x, images), x.stem}:
+                there.setdefault(name, []).append(x)
     written = {}
     for split, stems in _voc_splits(source, files).items():
         coco = _Coco(names)
         for stem in stems:
             file_name, size, objects = parsed[stem]
-            image = there.get(stem) or there.get(Path(file_name.replace("\\", "/")).stem)
-            if image is None:
-                _refuse(files[stem], f"no image {file_name} below {images}", "put the image there")
+            named = Path(file_name.replace("\\", "/")).stem
+            tried = (stem, str(Path(stem).parent / named), Path(stem).name, named)
+            found = next((there[name] for name in tried if name in there), [])
+            if len(found) != 1:
+                problem = f"{len(found) or 'no'} images {file_name} below {images}"
+                _refuse(files[stem], problem, "put one there, in the folder of its xml")
+            image = found[0]
             if not all(size):
                 with Image.open(image) as picture:
                     size = picture.size
@@ -178,6 +190,10 @@ def convert_voc(source: Path, out: Path) -> _Written:
         coco.write(out / f"{split}.json")
         written[split] = out / f"{split}.json", images
     return written
+
+
+def _stem(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder).with_suffix(""))
 
 
 def _voc_splits(source: Path, files: Dict[str, Path]) -> Dict[str, List[str]]:

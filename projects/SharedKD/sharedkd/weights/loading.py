@@ -3,14 +3,16 @@
 import hashlib
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from sharedkd.errors import ConfigError
 
+from .conventions import OF_DETECTOR, Convention, convention_of_file, convention_of_model
 from .download import fetch
 from .pickles import Refused, plain_name
 from .reading import read_weights
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataCheckpointer",
+    "Initial",
     "fingerprint",
     "inherit",
     "initialise",
@@ -41,13 +44,16 @@ class DataCheckpointer(DetectionCheckpointer):
     Attributes:
         trusted: let files run code while they are read.
         incompatible: what did not match when a file was loaded, which Detectron2 only logs.
+        convention: how the file's images were prepared.
     """
 
     trusted = False
     incompatible: "_IncompatibleKeys"
+    convention: Convention
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         data = read_weights(filename, self.trusted)
+        self.convention = convention_of_file(data)
         names = {name.removeprefix("module.") for name in data["model"]}
         if names.isdisjoint(self.model.state_dict()):
             data["matching_heuristics"] = True
@@ -69,12 +75,11 @@ def fingerprint(model: nn.Module) -> str:
 
 def _load(
     model: nn.Module, path: str, key: str, trusted: bool, sha256: Optional[str]
-) -> Tuple["_IncompatibleKeys", Dict[str, Any]]:
+) -> Tuple[DataCheckpointer, Dict[str, Any]]:
     """Load what matches; arguments as those of :func:`load_trained`.
 
     Returns:
-        what did not match (missing and unexpected keys, incorrect shapes), and the file's other
-        entries.
+        what has loaded it, and the file's other entries.
     """
     checkpointer = DataCheckpointer(model, save_to_disk=False)
     checkpointer.trusted = trusted
@@ -103,7 +108,7 @@ def _load(
         raise ConfigError(
             key, path, reason, "point it at a Detectron2 .pth, .pkl or .safetensors checkpoint"
         ) from e
-    return checkpointer.incompatible, rest
+    return checkpointer, rest
 
 
 def _shortened(names: Sequence[str]) -> str:
@@ -147,8 +152,14 @@ def load_trained(
         ConfigError: the file is missing, unreadable, not the one of that SHA-256, or asks for more
             than data; or it does not fill the model exactly.
     """
-    found, rest = _load(model, path, key, trusted, sha256)
-    mistakes = _mistakes(found)
+    checkpointer, rest = _load(model, path, key, trusted, sha256)
+    mistakes = _mistakes(checkpointer.incompatible)
+    theirs, ours = checkpointer.convention, convention_of_model(model)
+    for name in ("mean", "std"):
+        a, b = getattr(theirs, name), getattr(ours, name)
+        if theirs.maker == OF_DETECTOR and b and (len(a) != len(b) or not np.allclose(a, b, 0.01)):
+            numbers = ([round(x, 3) for x in y] for y in (a, b))
+            mistakes.append("pixel_{} {} against {}".format(name, *numbers))
     if mistakes:
         raise ConfigError(
             key,
@@ -160,13 +171,25 @@ def load_trained(
     return rest
 
 
+class Initial(NamedTuple):
+    """What initial weights have done.
+
+    Args:
+        tensors: the number of the model's tensors that the file filled.
+        convention: how the images were prepared that the file was trained on.
+    """
+
+    tensors: int
+    convention: Convention
+
+
 def initialise(
     model: nn.Module,
     path: str,
     key: str = "train.init_checkpoint",
     trusted: bool = False,
     sha256: Optional[str] = None,
-) -> int:
+) -> Initial:
     """Load a student's initial weights: an ImageNet backbone, or a detector, perhaps of other classes.
 
     Tensors outside the bottom-up network may be missing or differ in shape; they then keep their own
@@ -175,15 +198,13 @@ def initialise(
     Args:
         model, path, key, trusted, sha256: see :func:`load_trained`; an empty path does nothing.
 
-    Returns:
-        the number of the model's tensors that the file filled.
-
     Raises:
         ConfigError: see :func:`load_trained`; or it was made for another bottom-up network.
     """
     if not path:
-        return 0
-    found, _ = _load(model, path, key, trusted, sha256)
+        return Initial(0, Convention())
+    checkpointer, _ = _load(model, path, key, trusted, sha256)
+    found = checkpointer.incompatible
     backbone = getattr(model, "backbone", model)
     bottom_up = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
     # An ImageNet file has no prefix; what it holds beyond the model keeps its own name.
@@ -215,7 +236,7 @@ def initialise(
             "use weights of the student's backbone, or an empty string to start from scratch",
         )
     unfilled = {*found.missing_keys, *(x[0] for x in found.incorrect_shapes)}
-    return len(model.state_dict().keys() - unfilled)
+    return Initial(len(model.state_dict().keys() - unfilled), checkpointer.convention)
 
 
 #: What can be inherited: part -> the beginnings of its parameters' names.

@@ -6,7 +6,6 @@ A record is what features.json holds, see :mod:`.gap_report`.
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -146,8 +145,7 @@ def position_maps(
 
 
 def draw_maps(
-    record: Mapping[str, Any],
-    image_size: Tuple[int, int],
+    image: Tensor,
     steps: Sequence[Tuple[str, PositionMaps]],
     path: Optional[str] = None,
 ) -> Figure:
@@ -158,12 +156,11 @@ def draw_maps(
     by one scale, so that they can be compared between steps.
 
     Args:
-        record: of the dataset, with "file_name".
-        image_size: of the mapped image.
+        image: (C, H, W), as the models get it.
         steps: (title, what :func:`position_maps` returned) of at least one checkpoint.
         path: the file to write.
     """
-    image = read_image(record["file_name"], format="L").squeeze()
+    image_size = image.shape[-2:]
     strides = list(steps[0][1])
     titles = ["teacher"] + [
         f"{what}{title}" for title, _ in steps for what in ("student, ", "difference, ")
@@ -180,7 +177,8 @@ def draw_maps(
         most = max(maps[stride]["difference"].max() for _, maps in steps)
         for axes, title, x in zip(row, titles, shown):
             is_difference = title.startswith("difference")
-            axes.imshow(image, cmap="gray", extent=(0, image_size[1], image_size[0], 0))
+            whole = (0, image_size[1], image_size[0], 0)
+            axes.imshow(image.float().mean(0), cmap="gray", vmin=0, vmax=255, extent=whole)
             # A map's position covers stride x stride pixels; the last ones may stick out.
             extent = (0, x.shape[1] * stride, x.shape[0] * stride, 0)
             axes.imshow(

@@ -111,8 +111,7 @@ def analyze_features(
             record["pictures"].append(f"training_{tap}.png")
     for (tap, number), steps in drawn.items():
         name = f"maps_{tap}_{number}.jpg"
-        size = tuple(inputs[number]["image"].shape[-2:])
-        draw_maps(records[number], size, steps, str(output / name))
+        draw_maps(inputs[number]["image"], steps, str(output / name))
         record["pictures"].append(name)
     replace(str(output / "features.json"), lambda f: f.write(strict_json(record)))
     text = words(record)

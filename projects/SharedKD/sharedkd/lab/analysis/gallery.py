@@ -1,11 +1,12 @@
 """Pictures of the detections of several detectors, with their mistakes marked."""
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from PIL import Image
+
+from sharedkd.data.images import read_image
 
 from .detections import Found, Truth
 from .drawing import FALSE_ALARM, MISSED, DrawnObject, draw_objects, picture_grid
@@ -27,6 +28,7 @@ def draw_gallery(
     task: str,
     captions: Sequence[str],
     folder: Path,
+    image_range: Optional[Sequence[float]] = None,
 ) -> List[Dict[str, str]]:
     """Write a JPEG per image and model, and side_by_side.jpg with all of them.
 
@@ -38,6 +40,7 @@ def draw_gallery(
         task: "bbox" draws boxes, "segm" masks, too.
         captions: one per image.
         folder: created if it does not exist.
+        image_range: see :func:`~sharedkd.data.images.read_image`.
 
     Returns:
         per image, ground truth or model -> path of the picture below ``folder``.
@@ -46,7 +49,7 @@ def draw_gallery(
     rows, files, present = [], [], set()
     for record in records:
         image_id = record["image_id"]
-        image = read_image(record["file_name"], format="RGB")
+        image = read_image(record["file_name"], "RGB", image_range)
         drawn = {TRUTH: [_object(truth, note, task) for note in truth.objects(image_id)]}
         for name, detections in found.items():
             drawn[name] = _detections(truth, image_id, detections, matches[name][image_id], task)

@@ -6,10 +6,11 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from sharedkd.data.images import read_image
 
 from .drawing import DrawnObject, draw_objects, picture_grid
 
@@ -45,7 +46,7 @@ def side_by_side(
     samples = sorted(DatasetCatalog.get(dataset_name), key=lambda sample: -_object_count(sample))
     grid = []
     for sample in samples[:images]:
-        image = read_image(sample["file_name"], format="RGB")
+        image = read_image(sample["file_name"], "RGB", getattr(mapper, "image_range", None))
         row = [draw_objects(image, _annotations(sample, classes))]
         for model in models.values():
             with torch.no_grad():

@@ -104,7 +104,8 @@ def visualize(
         by_id = {r["image_id"]: r for r in records}
         captions = [_caption(i, scores, between) for i in chosen]
         shown = [by_id[i] for i in chosen]
-        files = draw_gallery(truth, shown, results, matches, task, captions, output)
+        span = OmegaConf.select(cfg, "dataloader.test.mapper.image_range")
+        files = draw_gallery(truth, shown, results, matches, task, captions, output, span)
     record["gallery"] = [{**per_image[i], "pictures": paths} for i, paths in zip(chosen, files)]
     draw_ap(record, str(output / "ap_bars.png"))
     draw_mistakes(record, str(output / "mistakes.png"))

@@ -90,6 +90,7 @@ def as_html(
         record=source.record,
         summary=summary.summary(source),
         warnings=summary.warnings(source),
+        repairs=summary.repairs(source),
         results={f"{TASKS[task]} AP": rows for task, rows in measured(source.record).items()},
         teacher={f"{title} AP": _teacher(source, task) for task, title in TASKS.items()},
         bars=training.bars(source),

@@ -10,7 +10,7 @@ from sharedkd.lab.scores import TASKS, Difference, Row, difference, is_known, me
 
 from .source import RunData, Source, is_distilled
 
-__all__ = ["commands", "gained", "number", "score", "summary", "warnings"]
+__all__ = ["commands", "gained", "number", "repairs", "score", "summary", "warnings"]
 
 Pairs = List[Tuple[str, str]]
 
@@ -43,6 +43,12 @@ def warnings(source: Source) -> List[str]:
 
 def _teacher(name: str) -> str:
     return "its teacher" if name == "teacher" else f"its teacher {name}"
+
+
+def repairs(source: Source) -> List[str]:
+    """What was repaired in the data of the runs, a line each."""
+    found = [x for run in source.runs for x in run.record.get("repairs") or ()]
+    return list(dict.fromkeys(str(x) for x in found))
 
 
 def _scores(results: Optional[Mapping[str, Any]]) -> str:
