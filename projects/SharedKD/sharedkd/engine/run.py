@@ -21,10 +21,10 @@ from torch import nn
 
 from sharedkd.config.load import load
 from sharedkd.errors import Findings
-from sharedkd.files import remove_unfinished
+from sharedkd.files import remove_unfinished, replace
 from sharedkd.modeling.detectors import config_path, num_classes
 from sharedkd.modeling.meta_arch import SharedKD
-from sharedkd.modeling.teachers import FrozenTeacher
+from sharedkd.modeling.teachers import FrozenTeacher, StudentAverage
 from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
 
@@ -173,6 +173,9 @@ def train(
         extra = {"distillation": module.losses}
         if module.auto_weights:
             extra["auto_weights"] = module.auto_weights
+        for name, source in module.sources.items():
+            if isinstance(source, StudentAverage):
+                extra[f"average_{name or 'teacher'}"] = source
     checkpointer = StudentCheckpointer(model, folder, trainer=trainer, **extra)
     results: Dict[str, Any] = {}
     stop = StopRequest()
@@ -221,6 +224,12 @@ def train(
     # On the CPU, where a resumed run must end in the same bytes, it is off.
     with stop, torch.jit.optimized_execution(trainer.device.type == "cuda"):
         trainer.train(start, cfg.train.max_iter)
+    if comm.is_main_process():
+        for name, source in extra.items():
+            if isinstance(source, StudentAverage):
+                average = {"model": source.state_dict()["model"]}
+                path = os.path.join(folder, f"model_{name}.pth")
+                replace(path, lambda f, saved=average: torch.save(saved, f))
     if cfg.train.safetensors and comm.is_main_process():
         write_safetensors(module.state_dict(), os.path.join(folder, "model_final.safetensors"))
     return results

@@ -106,7 +106,8 @@ class SharedKD(nn.Module):
         self.pyramid = pyramid
 
         findings = Findings()
-        for name, source in self.sources.items():
+        for source in self.sources.values():
+            source.attach(student, input_format, pyramid)
             findings.step(self._check_channels, source)
         for name, stage in (stages or {}).items():
             findings.step(self._add, name, stage)

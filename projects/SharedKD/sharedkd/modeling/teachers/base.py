@@ -47,6 +47,15 @@ class Teacher(ABC):
             tap -> stride -> (N, C, H, W), without gradient.
         """
 
+    def attach(self, student: nn.Module, input_format: str, pyramid: Optional[str] = None) -> None:
+        """Take the student that learns from it, before its :attr:`shapes` are read.
+
+        Args:
+            student: the plain detector.
+            input_format: the channel order of its images.
+            pyramid: the name of the module whose outputs are its pyramid; None: its ``backbone``.
+        """
+
     def check_images(self, channels: int, input_format: str) -> None:
         """Check that it can be shown the images of the data loader.
 

@@ -1,0 +1,105 @@
+"""The average of the student over its training, as a source of maps."""
+
+import copy
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional
+
+import torch
+from torch import Tensor, nn
+
+from sharedkd.losses.base import Maps
+from sharedkd.modeling.taps import pyramid_shapes
+from sharedkd.values import check_number
+
+from .base import Teacher
+from .frozen import FrozenTeacher
+
+__all__ = ["StudentAverage"]
+
+
+class StudentAverage(Teacher):
+    """An exponential average of the student's weights, which teaches the student (mean teacher).
+
+    Mean teachers are better role models (NeurIPS 2017)::
+
+        average = d average + (1 - d) student,   d = min(decay, (1 + step) / (10 + step))
+
+    after each step that changed the student, whatever trainer made it; the growing d of the first steps
+    is our choice.  Buffers, such as the statistics of batch norms, are copied.  It begins as the student
+    when the run begins.
+
+    Args:
+        decay: between 0 and 1.
+
+    Raises:
+        ConfigError: a decay out of bounds.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        check_number("decay", decay, least=0, most=1)
+        self.decay, self.steps = decay, 0
+        self._student: Optional[nn.Module] = None
+        self._inner: Optional[FrozenTeacher] = None
+        self._seen = -1  # the version of the student's weights that is averaged already
+
+    def attach(self, student: nn.Module, input_format: str, pyramid: Optional[str] = None) -> None:
+        """Take the student, and the channel order of its images."""
+        self._student, self._format, self._place = student, input_format, pyramid
+        self.shapes = pyramid_shapes(student, pyramid)
+
+    def prepare(self, step_dtype: Optional[torch.dtype] = None) -> Dict[int, float]:
+        """Copy the student, whose initial weights are loaded by now."""
+        model = copy.deepcopy(self._student)
+        self._inner = FrozenTeacher(model, "", self._format, fold=False, pyramid=self._place)
+        self._seen = self._version()
+        return {}
+
+    @property
+    def detector(self) -> Optional[nn.Module]:
+        return self._student if self._inner is None else self._inner.detector
+
+    def features(
+        self,
+        batched_inputs: List[Dict[str, Any]],
+        taps: FrozenSet[str],
+        input_format: str = "BGR",
+        size_divisibility: int = 0,
+    ) -> Maps:
+        if self._inner is None:
+            self.prepare()
+        self._update()
+        return self._inner.features(batched_inputs, taps, input_format, size_divisibility)
+
+    def region_logits(self, maps: Maps, boxes: List[Any]) -> Tensor:
+        return self._inner.region_logits(maps, boxes)
+
+    def _version(self) -> int:
+        """Changes with every step of an optimizer: PyTorch counts what is written to a tensor."""
+        return sum(p._version for p in self._student.parameters() if p.requires_grad)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        version = self._version()
+        if version == self._seen:
+            return
+        self._seen = version
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        theirs = self._student.state_dict()
+        trained = {name for name, _ in self._student.named_parameters()}
+        for name, average in self._inner.model.state_dict().items():
+            if name in trained:
+                average.lerp_(theirs[name].to(average.dtype), 1 - decay)
+            else:
+                average.copy_(theirs[name])
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The averaged detector, with plain Detectron2's names, and how many steps it is the average of."""
+        self._update()
+        return {"model": self._inner.model.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the average of a resumed run, whose student is loaded already."""
+        if self._inner is None:
+            self.prepare()
+        self._inner.model.load_state_dict(state["model"])
+        self.steps, self._seen = state["steps"], self._version()

@@ -1,0 +1,104 @@
+"""Sources of maps beside the frozen teacher: the mean of several, and the average of the student."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from detectron2.utils.events import EventStorage
+
+from sharedkd import ConfigError, FrozenTeacher, IdenticalLayer, SharedKD, Stage
+from sharedkd.modeling.teachers import StudentAverage, TeacherMean
+
+TAPS = frozenset({"fpn"})
+
+
+def frozen(seed=1, family="retinanet"):
+    return FrozenTeacher(tiny.detector(family, seed=seed), "", "RGB")
+
+
+def maps_of(source):
+    return source.features(tiny.batch(), TAPS, "RGB", 32)["fpn"]
+
+
+def test_the_mean_of_one_teacher_is_that_teacher():
+    one = frozen()
+    mean = maps_of(TeacherMean([one]))
+    assert all(torch.equal(x, mean[stride]) for stride, x in maps_of(one).items())
+
+
+def test_the_mean_of_two_is_that_of_their_standardised_maps():
+    one, other = frozen(1), frozen(2)
+    found = maps_of(TeacherMean([one, other], weights=[1, 3]))
+
+    def standardised(x):
+        x = x.double()
+        mean, var = x.mean((2, 3), keepdim=True), x.var((2, 3), correction=0, keepdim=True)
+        return (x - mean) / (var + 1e-6).sqrt()
+
+    for stride, x in maps_of(one).items():
+        expected = standardised(x) / 4 + standardised(maps_of(other)[stride]) * 3 / 4
+        assert torch.allclose(found[stride].double(), expected, atol=1e-4)
+
+
+def test_what_has_no_mean_is_refused():
+    with pytest.raises(ConfigError, match="teachers"):
+        TeacherMean([])
+    with pytest.raises(ConfigError, match="weights"):
+        TeacherMean([frozen()], weights=[1, 2])
+    one, other = frozen(), frozen()
+    other.shapes = {"fpn": {s: 2 * c for s, c in one.shapes["fpn"].items()}, "backbone": {}}
+    one.shapes = {**one.shapes, "backbone": {}}
+    with pytest.raises(ConfigError, match="no level of the same width"):
+        TeacherMean([one, other])
+
+
+def averaged(decay=0.5):
+    model = SharedKD(
+        student=tiny.detector("retinanet"),
+        teacher=StudentAverage(decay),
+        stages={"identical": Stage(IdenticalLayer(strides=[8]))},
+        input_format="RGB",
+    ).train()
+    model.teacher.prepare()
+    return model, torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def step(model, optimizer, change=True):
+    with EventStorage():
+        sum(model(tiny.batch()).values()).backward()
+    if change:
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_the_average_follows_the_student():
+    """By hand: it begins as the student; d is (1 + step) / (10 + step), here 0.1, then 2 / 11."""
+    model, optimizer = averaged()
+    name = "head.cls_score.weight"
+    values = [model.student.state_dict()[name].clone()]
+    for change in (True, False, True, False):
+        step(model, optimizer, change)
+        values.append(model.student.state_dict()[name].clone())
+    first = 0.1 * values[0] + 0.9 * values[1]
+    second = 2 / 11 * first + 9 / 11 * values[3]
+    state = model.teacher.state_dict()
+    assert torch.allclose(state["model"][name], second, atol=1e-7) and state["steps"] == 2
+    assert state["model"].keys() == model.state_dict().keys()
+    assert all(p.grad is None for p in model.teacher.detector.parameters())
+    ids = {id(p) for p in model.parameters()}
+    assert not ids & {id(p) for p in model.teacher.detector.parameters()}
+
+
+def test_a_resumed_average_continues():
+    whole, optimizer = averaged()
+    for _ in range(2):
+        step(whole, optimizer)
+    state = copy.deepcopy(whole.teacher.state_dict())
+    other, _ = averaged()
+    other.load_state_dict(whole.state_dict())
+    other.teacher.load_state_dict(state)
+    other.teacher._update()  # loading the student is no step
+    found = other.teacher.state_dict()
+    assert found["steps"] == 2
+    assert all(torch.equal(found["model"][k], x) for k, x in state["model"].items())
