@@ -1,5 +1,7 @@
 """A further teacher beside `model.teacher`: built, verified, prepared, told, and fixed for the run."""
 
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -53,3 +55,23 @@ def test_its_errors_name_it(train, second):
     half = [*second, "model.teachers.large.precision=float16"]
     with pytest.raises(ConfigError, match="^model.teachers.large.precision=float16: does not work"):
         train("custom_coco_mask.py", *half)
+
+
+def test_the_average_of_the_student_is_saved_and_resumed(train, tmp_path):
+    average = "{_target_:sharedkd.modeling.teachers.StudentAverage,decay:0.5}"
+    options = [f"model.teachers.mean={average}", "model.stages.identical.teacher=mean"]
+    options += ["train.checkpointer.period=2", "optimizer.lr=0.01"]
+    whole, _ = train("custom_coco_mask.py", *options, output=tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "part")
+    for name in ("model_final.pth", "model_average_mean.pth"):
+        (tmp_path / "part" / name).unlink()
+    (tmp_path / "part/last_checkpoint").write_text("model_0000001.pth")
+    part, _ = train("custom_coco_mask.py", *options, output=tmp_path / "part", flags=["--resume"])
+    saved = {}
+    for name in ("model_final.pth", "model_average_mean.pth"):
+        one, other = (torch.load(x / name, weights_only=False)["model"] for x in (whole, part))
+        assert all(torch.equal(one[k], x) for k, x in other.items()), name
+        saved[name] = one
+    student, mean = saved.values()
+    assert student.keys() == mean.keys()
+    assert any(not torch.equal(student[k], x) for k, x in mean.items())
