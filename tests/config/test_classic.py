@@ -134,6 +134,9 @@ def test_overrides_reach_both_kinds_of_keys_and_the_saved_config_repeats_them(tm
         model = instantiate(found.model)
         assert len(model.backbone.bottom_up.res4) == 2  # of R18
     assert load_config(NAME, ["optimizer.lr=0.25"]).optimizer.lr == 0.25
+    again = load_config(str(tmp_path / "config.yaml"), ["SOLVER.MAX_ITER=9", "MODEL.WEIGHTS=x"])
+    assert (again.train.max_iter, again.SOLVER.MAX_ITER) == (9, 9)
+    assert again.train.init_checkpoint == again.MODEL.WEIGHTS == "x"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_overrides_reach_both_kinds_of_keys_and_the_saved_config_repeats_them(tm
         ("SOLVER.BASE_LR=fast", "Type mismatch"),
         ("DATASETS.TEST=[a,b]", "DATASETS.TEST=.*one data set"),
         ("TEST.AUG.ENABLED=True", "TEST.AUG.ENABLED"),
-        ("data.short_edge=[64]", "data.short_edge.*custom_coco"),
+        ("data.short_edge=[64]", "data.short_edge.*is not read by this config"),
     ],
 )
 def test_what_a_yaml_cannot_mean(override, words):

@@ -31,6 +31,20 @@ def test_a_plain_detector_gets_the_weights_of_its_family(config, weight):
     assert load(config).model == cfg.model.student
 
 
+def test_the_family_is_that_of_the_overridden_detector():
+    keys = ["MODEL.META_ARCHITECTURE=RetinaNet", f"distill.teacher={ZOO}"]
+    cfg = load("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", *keys)
+    assert cfg.model.stages.identical.weight == 10.0
+    cfg = load("COCO-Detection/rpn_R_50_FPN_1x.yaml", f"distill.teacher={ZOO}")  # of no family
+    assert cfg.model.stages.identical.weight == 2.0
+
+
+def test_overrides_name_the_plain_detector_or_the_student():
+    for key in ("model", "model.student"):
+        cfg = load("retinanet_plain.py", f"{key}.num_classes=7", f"distill.teacher={ZOO}")
+        assert cfg.model.student.num_classes == 7
+
+
 def test_other_overrides_come_after_the_pairing():
     keys = ["model.stages.fgd.weight=3.0", f"distill.teacher={ZOO}", "distill.method=fgd"]
     cfg = load("retinanet_plain.py", *keys, "distill.weights=my weights.pth")

@@ -65,14 +65,20 @@ def test_the_commands_of_the_page(workspace, tmp_path):
     assert (tmp_path / "output/report.html").stat().st_size > 10_000
 
     # The saved config repeats the run, and the folder is a teacher for the next one.
-    again = tmp_path / "again"
-    args = arguments(tmp_path / "output/distilled/config.yaml", f"train.output_dir={again}")
-    run(args)
+    again, config = tmp_path / "again", tmp_path / "output/distilled/config.yaml"
+    run(arguments(config, f"train.output_dir={again}"))
     first, second = (
         torch.load(x / "model_final.pth", weights_only=False)["model"]
         for x in (tmp_path / "output/distilled", again)
     )
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+    # It can be resumed with other keys that do not decide what is trained, and evaluated.
+    keys = ["TEST.EVAL_PERIOD=5", "DATALOADER.NUM_WORKERS=0", f"OUTPUT_DIR={again}"]
+    longer = ["train.fast_dev_run=False", "SOLVER.MAX_ITER=21"]
+    run(arguments(config, *keys, *longer, flags=["--resume"]))
+    weights = f"MODEL.WEIGHTS={again}/model_final.pth"
+    assert "bbox" in run(arguments(config, weights, *keys, flags=["--eval-only"]))
 
 
 def test_a_lazy_config_of_the_model_zoo(workspace, tmp_path):

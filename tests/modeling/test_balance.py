@@ -3,9 +3,12 @@
 import pytest
 import tiny
 import torch
+from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
 
 from sharedkd import ConfigError, FrozenTeacher, IdenticalLayer, RunError, SharedKD, Stage
+from sharedkd.config.methods import with_method
 from sharedkd.modeling import balance
 from sharedkd.modeling.balance import AutoWeight
 
@@ -52,6 +55,16 @@ def test_a_stage_without_a_gradient_ends_the_run():
         gradients([0.0] * 3)
 
 
+def test_terms_that_train_what_the_loss_owns_keep_their_weight():
+    weight, x = AutoWeight("key", 0.5, by_term=True), torch.zeros(2, requires_grad=True)
+    own = torch.ones((), requires_grad=True)
+    for _ in range(3):
+        detector = (torch.tensor([3.0, 4.0]) * x).sum()
+        found = weight({"a": 2 * x[0], "discriminator": 7 * own}, detector, [x])
+    assert found["discriminator"] == 7
+    assert torch.autograd.grad(found["a"], x)[0].norm() == pytest.approx(2.5)
+
+
 def test_it_continues_where_it_was_saved():
     whole, _ = gradients([1.0, 10.0, 2.0])
     part, _ = gradients([1.0, 10.0])
@@ -95,6 +108,26 @@ def test_in_a_pair_at_the_students_maps():
     with EventStorage():
         losses = model(tiny.batch())
     assert norm(losses, True) / norm(losses, False) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_class_scores_of_regions_have_a_gradient_at_the_pyramid():
+    """DKD has no levels of its own."""
+    stages = with_method(
+        OmegaConf.create(
+            {"model": {"student": tiny.node("faster_rcnn"), "stages": None}},
+            flags={"allow_objects": True},
+        ),
+        "dkd:auto:0.1",
+    ).model.stages
+    model = SharedKD(
+        student=tiny.detector("faster_rcnn"),
+        teacher=FrozenTeacher(tiny.detector("faster_rcnn", seed=1), ""),
+        stages=instantiate(stages),
+        input_format="RGB",
+    ).train()
+    with EventStorage():
+        model(tiny.batch())
+    assert 0 < model.auto_weights["dkd"].factors[""] < float("inf")
 
 
 def test_options_that_do_not_fit():

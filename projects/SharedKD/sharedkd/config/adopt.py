@@ -17,6 +17,7 @@ from sharedkd.errors import ConfigError
 
 from .classic import is_classic
 from .defaults import DATA_DEFAULTS
+from .plain import leaves
 
 __all__ = ["adopt_loaders", "use_own_data"]
 
@@ -59,12 +60,15 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
             other than Detectron2's.
     """
     keys = {text.partition("=")[0] for text in overrides if text.startswith("data.")}
-    if not keys or "data" in cfg:
+    if not keys:
         return
+    read = " ".join(text for _, text in leaves(OmegaConf.to_container(cfg, resolve=False)))
     for key in _SIZES:
-        if f"data.{key}" in keys:
+        if f"data.{key}" in keys and f"${{data.{key}}}" not in read:
             fix = "leave it out, and set the key that this config reads itself"
-            raise ConfigError(f"data.{key}", "", "is a key of configs/custom_coco*.py", fix)
+            raise ConfigError(f"data.{key}", "", "is not read by this config", fix)
+    if "data" in cfg:
+        return
     cfg.data = OmegaConf.create(DATA_DEFAULTS)
     if is_classic(cfg):
         cfg.DATASETS.update(TRAIN=["${data.name}_train"], TEST=["${data.name}_val"])
@@ -97,14 +101,15 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def _with_classes(node: DictConfig) -> Iterator[DictConfig]:
-    """The nodes of a model that say its number of classes, and do not refer to another one."""
+    """The nodes of a model that say how many things it tells apart, and do not refer to another one."""
     for key in [*node]:
         child = node._get_node(key)
-        if isinstance(child, DictConfig):
-            yield from _with_classes(child)
+        if isinstance(child, DictConfig) and key not in ("backbone", "sem_seg_head"):
+            # A mask head of one class has the same for all, such as tiny_mask_rcnn's.
+            if not (key == "mask_head" and child.get("num_classes") == 1):
+                yield from _with_classes(child)
         elif key == "num_classes" and not OmegaConf.is_interpolation(node, key):
-            if node[key] != 1:  # of a head that has one for all, such as tiny_mask_rcnn's
-                yield node
+            yield node
 
 
 def _is(node: Any, target: Any) -> bool:

@@ -7,9 +7,15 @@ what Detectron2's own builders make of the yaml.
 
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config import LazyCall as L
-from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -34,13 +40,18 @@ from sharedkd.errors import ConfigError
 
 from .defaults import TRAIN_DEFAULTS
 
-__all__ = ["ALIASES", "add_sharedkd_config", "check_classic", "from_classic", "is_classic"]
+__all__ = ["add_sharedkd_config", "check_classic", "expanded", "from_classic", "is_classic"]
 
-#: Keys of the yaml that are others' names of keys of `train`: Detectron2 reads these first.
+#: Keys of the yaml that are other names of keys of `train`, to which they refer.
 ALIASES = {
     "OUTPUT_DIR": "train.output_dir",
     "SEED": "train.seed",
     "CUDNN_BENCHMARK": "train.cudnn_benchmark",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "MODEL.DEVICE": "train.device",
+    "SOLVER.AMP.ENABLED": "train.amp.enabled",
+    "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
+    "TEST.EVAL_PERIOD": "train.eval_period",
 }
 
 
@@ -86,8 +97,14 @@ def from_classic(classic: CfgNode) -> DictConfig:
     tree = _plain(classic)
     if tree["MODEL"]["DEVICE"] == "cuda":  # Detectron2's default
         tree["MODEL"]["DEVICE"] = TRAIN_DEFAULTS["device"]
-    output_dir, seed, cudnn_benchmark = (tree[key] for key in ALIASES)
-    tree.update({key: f"${{{other}}}" for key, other in ALIASES.items()})
+    train = OmegaConf.create({"max_iter": tree["SOLVER"]["MAX_ITER"]})
+    values = OmegaConf.create(tree)
+    for key, other in ALIASES.items():
+        OmegaConf.update(
+            train, other.removeprefix("train."), OmegaConf.select(values, key), force_add=True
+        )
+        OmegaConf.update(values, key, f"${{{other}}}")
+    tree = OmegaConf.to_container(values, resolve=False)
     yaml = {key: f"${{{key}}}" for key in tree}
 
     def mapper(is_train: bool) -> DictConfig:
@@ -126,20 +143,21 @@ def from_classic(classic: CfgNode) -> DictConfig:
                 params=L(trained_model)(), yaml=yaml, lr="${SOLVER.BASE_LR}"
             ),
             "lr_multiplier": L(build_multiplier)(yaml=yaml),
-            "train": dict(
-                output_dir=output_dir,
-                init_checkpoint="${MODEL.WEIGHTS}",
-                max_iter="${SOLVER.MAX_ITER}",
-                amp=dict(enabled="${SOLVER.AMP.ENABLED}"),
-                checkpointer=dict(period="${SOLVER.CHECKPOINT_PERIOD}"),
-                eval_period="${TEST.EVAL_PERIOD}",
-                cudnn_benchmark=cudnn_benchmark,
-                seed=seed,
-                device="${MODEL.DEVICE}",
-            ),
+            "train": train,
         },
         flags={"allow_objects": True},
     )
+
+
+def expanded(override: str) -> List[str]:
+    """The overrides that one ``key=value`` of the yaml's keys stands for: of the key of `train`, or of both.
+
+    ``SOLVER.MAX_ITER`` is the length of the run and of the yaml's schedule.
+    """
+    key, equals, value = override.partition("=")
+    if key == "SOLVER.MAX_ITER":
+        return [override, f"train.max_iter={value}"]
+    return [f"{ALIASES.get(key, key)}{equals}{value}"]
 
 
 def check_classic(cfg: DictConfig) -> None:
@@ -160,9 +178,17 @@ def check_classic(cfg: DictConfig) -> None:
     if len(tests) > 1:
         fix = f"use DATASETS.TEST=[{tests[0]}], and --eval-only for the others"
         raise ConfigError("DATASETS.TEST", tests, "a run evaluates on one data set", fix)
-    for key in ("TEST.AUG.ENABLED", "TEST.PRECISE_BN.ENABLED"):
-        if OmegaConf.select(cfg, key):
-            raise ConfigError(key, True, "is not available here", f"use {key}=False")
+    lacking = {
+        "TEST.AUG.ENABLED": False,
+        "TEST.PRECISE_BN.ENABLED": False,
+        "SOLVER.REFERENCE_WORLD_SIZE": 0,
+    }
+    for key, without in lacking.items():
+        value = OmegaConf.select(cfg, key)
+        if value:
+            raise ConfigError(key, value, "is not available here", f"use {key}={without}")
+    if tests and tests[0] in DatasetCatalog.list():  # own data are registered later
+        _kind(tests[0])
 
 
 # --- what the nodes build -------------------------------------------------------------------------
@@ -171,9 +197,9 @@ Yaml = Mapping[str, Any]  #: all keys of the yaml
 
 
 def build_detector(yaml: Yaml) -> nn.Module:
-    """Build the detector on the CPU, without weights."""
+    """Build the detector without weights, on PyTorch's default device."""
     classic = _cfg_node(yaml)
-    classic.MODEL.DEVICE = "cpu"
+    classic.MODEL.DEVICE = str(torch.empty(0).device)
     return build_model(classic)
 
 
@@ -265,15 +291,20 @@ def build_evaluator(dataset_name: str, yaml: Yaml, output_dir: str) -> DatasetEv
     Raises:
         ConfigError: the data set's metadata name no type, or an unknown one.
     """
+    cfg = _cfg_node(yaml)
+    found = [build(dataset_name, cfg, output_dir) for build in EVALUATORS[_kind(dataset_name)]]
+    return found[0] if len(found) == 1 else DatasetEvaluators(found)
+
+
+def _kind(dataset_name: str) -> str:
+    """The type in a data set's metadata, one of :data:`EVALUATORS`."""
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in EVALUATORS:
         fix = f"set MetadataCatalog.get({dataset_name!r}).evaluator_type to one of {', '.join(EVALUATORS)}"
         raise ConfigError(
             "DATASETS.TEST", dataset_name, f"is evaluated by {kind}, which is unknown", fix
         )
-    cfg = _cfg_node(yaml)
-    found = [build(dataset_name, cfg, output_dir) for build in EVALUATORS[kind]]
-    return found[0] if len(found) == 1 else DatasetEvaluators(found)
+    return kind
 
 
 Build = Callable[[str, CfgNode, str], DatasetEvaluator]

@@ -1,6 +1,7 @@
 """Reads a run's config: the file, its overrides, types and defaults, and own data."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
@@ -15,7 +16,7 @@ from sharedkd.modeling.detectors import config_path, load_file
 
 from .adopt import adopt_loaders, use_own_data
 from .build import missing_keys, not_set
-from .classic import ALIASES, check_classic, from_classic, is_classic
+from .classic import check_classic, expanded, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
 from .overrides import joined, override
 from .own_data import read_own_data
@@ -23,6 +24,9 @@ from .pair import IMAGE_FORMAT, Pairing
 from .structure import settle
 
 __all__ = ["Loaded", "load", "load_config", "student_only"]
+
+#: Overrides of what a pairing makes.
+PAIRS = re.compile(r"[+~]*model\.(student|teachers?|stages|input_format|pyramid|max_iter)\b")
 
 PATHS = (
     "train.output_dir",
@@ -89,10 +93,14 @@ def load(
     _check_groups(cfg, path)
     adopt_loaders(cfg)
     use_own_data(cfg, overrides)
-    cfg = pairing.apply(cfg)
+    overrides = [x for text in overrides for x in (expanded(text) if is_classic(cfg) else [text])]
+    # What the pairing makes may depend on the detector, and be overridden itself.
+    late = [text for text in overrides if PAIRS.match(text)] if pairing else []
     for text in overrides:
-        key, equals, value = text.partition("=")
-        text = f"{ALIASES.get(key, key) if is_classic(cfg) else key}{equals}{value}"
+        if text not in late:
+            findings.step(override, cfg, text, path)
+    cfg = pairing.apply(cfg)
+    for text in late:
         findings.step(override, cfg, text, path)
     if is_classic(cfg):
         check_classic(cfg)

@@ -58,6 +58,9 @@ class Pairing:
                 raise ConfigError("override", text, "there is no such key", f"use one of {known}")
         return cls(**keys), others
 
+    def __bool__(self) -> bool:
+        return self != Pairing()
+
     def apply(self, cfg: DictConfig) -> DictConfig:
         """Make a pair of a plain detector's config, or give a pair another teacher or method.
 
@@ -68,9 +71,13 @@ class Pairing:
             ConfigError: weights without a teacher, a folder without a run, or see
                 :func:`~sharedkd.config.methods.with_method`.
         """
-        if self == Pairing():
+        if not self:
             return cfg
         cfg, method = cfg.copy(), self.method
+        own = OmegaConf.select(cfg, "model.teacher")
+        if self.teacher is None and self.weights is not None and own is not None:
+            own.weights = self.weights
+            return with_method(cfg, method or OWN)
         teacher, weights = self._teacher()
         if "student" not in cfg.model:
             cfg.model = distill(cfg.model, teacher, weights)

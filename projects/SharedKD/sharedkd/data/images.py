@@ -97,6 +97,8 @@ class ImageMapper(DatasetMapper):
         self.image_range = image_range
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
+        if self.proposal_topk is not None or "sem_seg_file_name" in dataset_dict:
+            return super().__call__(dataset_dict)  # which has more to transform; of 8 bits only
         record = copy.deepcopy(dataset_dict)
         image = read_image(record["file_name"], self.image_format, self.image_range)
         utils.check_image_size(record, image)

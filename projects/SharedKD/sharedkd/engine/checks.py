@@ -32,6 +32,7 @@ __all__ = [
     "check_output",
     "check_sample",
     "check_scheduler",
+    "names_of",
     "key_of",
 ]
 
@@ -141,11 +142,11 @@ def check_class_order(
     """
     if eval_only:
         path = str(cfg.train.init_checkpoint or "")
-        names = _names_of(os.path.join(os.path.dirname(path), "config.yaml"))
+        names = names_of(os.path.join(os.path.dirname(path), "config.yaml"))
         findings.step(check_class_names, "train.init_checkpoint", path, names or classes, classes)
         return
     path = str(cfg.train.init_checkpoint or "")
-    names = _names_of(os.path.join(os.path.dirname(path), "config.yaml")) if path else None
+    names = names_of(os.path.join(os.path.dirname(path), "config.yaml")) if path else None
     if names and len(names) == len(classes) and names != list(classes):
         problem = (
             "is a detector of other classes, or in another order: its class scores mean others here"
@@ -161,7 +162,7 @@ def check_class_order(
         path = getattr(teacher, "name", None)
         if name in readers and path and num_classes(model.student) == num_classes(teacher.detector):
             key = "model.teacher.config" if name is None else f"model.teachers.{name}.config"
-            names = _names_of(path)
+            names = names_of(path)
             findings.step(check_class_names, key, path, names or classes, classes)
 
 
@@ -171,7 +172,7 @@ def _reads_scores(loss: DistillationLoss, dense: bool) -> bool:
     return "teacher" in loss.needs and bool(scores)
 
 
-def _names_of(config: str) -> Optional[List[str]]:
+def names_of(config: str) -> Optional[List[str]]:
     """The class names of a run's saved config or of a model-zoo name; None if they are unknown."""
     try:
         return class_names(read_config(config))

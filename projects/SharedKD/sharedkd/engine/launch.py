@@ -100,7 +100,7 @@ def _say_and_exit(error: Exception) -> None:
 
 def _join(main: Callable[[Namespace], Any], args: Namespace) -> None:
     """Join the group that ``torchrun`` describes in the environment."""
-    cuda = torch.cuda.is_available() and "train.device=cpu" not in args.opts
+    cuda = torch.cuda.is_available() and not {"train.device=cpu", "MODEL.DEVICE=cpu"} & {*args.opts}
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo")

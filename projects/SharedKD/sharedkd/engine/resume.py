@@ -41,6 +41,15 @@ FIXED = (
     "train.accumulate",
     "dataloader.train.total_batch_size",
     "dataloader.train.repeat_threshold",
+    # of a classic yaml:
+    "MODEL",
+    "INPUT",
+    "SOLVER.BASE_LR",
+    "SOLVER.MOMENTUM",
+    "SOLVER.WEIGHT_DECAY",
+    "SOLVER.CLIP_GRADIENTS",
+    "DATALOADER.SAMPLER_TRAIN",
+    "DATALOADER.REPEAT_THRESHOLD",
 )
 #: Settings that may change: a teacher is compared by the fingerprint of its weights.
 FREE = (
@@ -50,6 +59,9 @@ FREE = (
     "model.teacher.compile",
     "train.output_dir",
     "train.force_resume",
+    "OUTPUT_DIR",
+    "MODEL.WEIGHTS",
+    "MODEL.DEVICE",
 )
 #: The same holds for the named teachers.
 NAMED = re.compile(r"^model\.teachers\.[^.]+")
@@ -171,6 +183,10 @@ def _plain(path: str, folder: Union[str, Path], what: str) -> Any:
 def _differences(key: str, then: Any, now: Any) -> Iterator[Change]:
     if isinstance(then, dict) and isinstance(now, dict):
         for name in dict.fromkeys([*then, *now]):
+            if (
+                name == "yaml"
+            ):  # refers to the keys of a classic yaml, which are compared themselves
+                continue
             inner = f"{key}.{name}" if key else str(name)
             yield from _differences(inner, then.get(name, "not set"), now.get(name, "not set"))
     elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):

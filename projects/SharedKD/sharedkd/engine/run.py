@@ -5,6 +5,7 @@ import logging
 import os
 from argparse import Namespace
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from logging.handlers import MemoryHandler
 from types import MappingProxyType
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional
@@ -20,7 +21,8 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from sharedkd.config.load import load
-from sharedkd.errors import Findings
+from sharedkd.config.own_data import class_names
+from sharedkd.errors import ConfigError, Findings
 from sharedkd.files import remove_unfinished, replace
 from sharedkd.modeling.detectors import config_path, num_classes
 from sharedkd.modeling.meta_arch import SharedKD
@@ -30,7 +32,7 @@ from sharedkd.weights.reading import write_safetensors
 
 from .advice import advise
 from .checkpoint import Checkpoints, StudentCheckpointer, disk_failure
-from .checks import check_output
+from .checks import check_output, names_of
 from .hooks.cost import Cost
 from .hooks.record import FILE as RECORD
 from .hooks.record import RunRecord, origin
@@ -211,6 +213,8 @@ def train(
     elif cfg.train.eval_teacher is not False:
         for name in getattr(module, "sources", {}):
             trainer.outgrown.know(name, evaluate_teacher(cfg, module, name))
+    if not cfg.train.fast_dev_run:
+        _check_ends(trainer)
     if comm.is_main_process():
         writers = build_writers(folder, cfg.train.writers, cfg.train.max_iter, start)
         about = {**started, "fast_dev_run": cfg.train.fast_dev_run}
@@ -229,10 +233,20 @@ def train(
             if isinstance(source, StudentAverage):
                 average = {"model": source.state_dict()["model"]}
                 path = os.path.join(folder, f"model_{name}.pth")
-                replace(path, lambda f, saved=average: torch.save(saved, f))
+                replace(path, partial(torch.save, average))
     if cfg.train.safetensors and comm.is_main_process():
         write_safetensors(module.state_dict(), os.path.join(folder, "model_final.safetensors"))
     return results
+
+
+def _check_ends(trainer: SharedKDTrainer) -> None:
+    """Refuse a stage that is to end where its teacher is outgrown if its teacher's AP is unknown."""
+    for name, stage in trainer.stages.items():
+        known = comm.all_gather(trainer.outgrown.teachers.get(stage.teacher))[0]
+        if stage.end == "teacher" and not known:
+            fix = "set train.eval_teacher=True and an evaluator, or use a time"
+            key = f"model.stages.{name}.end"
+            raise ConfigError(key, "teacher", "its teacher has not been evaluated", fix)
 
 
 def evaluate(
@@ -288,17 +302,33 @@ def evaluate_teacher(
     teacher = getattr(model, "sources", {}).get(name)
     if not isinstance(teacher, FrozenTeacher):
         return {}
-    ours, theirs = num_classes(model.student), num_classes(teacher.model)
-    if ours != theirs:
-        log = logger.info if cfg.train.eval_teacher is None else logger.warning
-        log(
-            f"train.eval_teacher: the teacher has {theirs} classes and the data {ours}: its head "
-            "cannot be evaluated here"
-        )
+    problem = _other_classes(cfg, model, teacher)
+    log = logger.info if cfg.train.eval_teacher is None else logger.warning
+    if problem:
+        log(f"train.eval_teacher: {problem}: its head cannot be evaluated here")
         return {}
     who = "teacher" if name is None else f"teacher {name}"
     logger.info(f"The {who}'s results, before the first iteration:")
-    return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format))
+    try:
+        return evaluate(cfg, lambda inputs: teacher.predict(inputs, model.input_format))
+    except KeyError as e:  # an evaluator of what this teacher does not predict
+        if cfg.train.eval_teacher:
+            raise
+        log(
+            f"train.eval_teacher: the evaluator asks for {e}, which the teacher has not: not evaluated"
+        )
+        return {}
+
+
+def _other_classes(cfg: DictConfig, model: nn.Module, teacher: FrozenTeacher) -> str:
+    """Why a teacher's classes are not known to be those of the data; empty: they are."""
+    ours, theirs = num_classes(model.student), num_classes(teacher.model)
+    if ours is None or ours != theirs:
+        return f"the teacher has {theirs} classes and the student {ours}"
+    names, its = class_names(cfg), names_of(teacher.name)
+    if names and its and list(names) != list(its):
+        return "the teacher's classes have other names or another order than those of the data"
+    return ""
 
 
 @contextmanager

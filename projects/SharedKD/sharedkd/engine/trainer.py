@@ -191,7 +191,7 @@ class SharedKDTrainer(SimpleTrainer):
         for name, value in {**values, **self._sums(values, step)}.items():
             step.metrics[name] = step.metrics.get(name, 0.0) + value / self.accumulate
         for stage, auto in getattr(self.module, "auto_weights", {}).items():
-            for term, factor in auto.factors.items():
+            for term, factor in auto.factors.items() if step.weights[stage] else ():
                 step.metrics["/".join(filter(None, ("factor", stage, term)))] = factor
 
     def _losses(

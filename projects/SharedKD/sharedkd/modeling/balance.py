@@ -1,7 +1,7 @@
 """Weights that set themselves: a stage's gradient becomes a share of the detector's own."""
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Mapping, Sequence
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ class AutoWeight(nn.Module):
         self.steps = 0  # with the stage on
         self.held = False
         self.factors: Dict[str, Tensor] = {}  # term -> factor; "" of all terms together
+        self.apart: FrozenSet[str] = frozenset()  # terms that train only what the loss owns
         self._ratios: Dict[str, List[Tensor]] = {}
 
     def forward(
@@ -62,26 +63,33 @@ class AutoWeight(nn.Module):
             self._move(detector.device)  # a resumed run's are on the CPU
         if not (self.held and self.factors) and torch.is_grad_enabled():
             self._step(terms, detector, maps)
-        return {k: self.factors[k if self.by_term else ""] * x for k, x in terms.items()}
+        key = {k: k if self.by_term else "" for k in terms}
+        return {k: x if k in self.apart else self.factors[key[k]] * x for k, x in terms.items()}
 
     def _step(self, terms: Mapping[str, Tensor], detector: Tensor, maps: Sequence[Tensor]) -> None:
         place = self.steps % self.every if self.every else self.steps
         if place < WINDOW or not self.factors:
             if place == 0:
                 self._ratios = {}
-            self._measure(
-                dict(terms) if self.by_term else {"": sum(terms.values())}, detector, maps
-            )
+            suspects = self.apart if place else terms
+            self.apart = frozenset(k for k in suspects if not _depends(terms[k], maps))
+            counted = {k: x for k, x in terms.items() if k not in self.apart}
+            together = sum(counted.values()) if counted else torch.zeros_like(detector)
+            self._measure(counted if self.by_term else {"": together}, detector, maps)
             if self.steps < WINDOW or place == WINDOW - 1:
                 medians = {k: torch.stack(x).nanmedian() for k, x in self._ratios.items()}
                 self.factors = {k: x.nan_to_num(nan=0.0) for k, x in medians.items()}
             if place == WINDOW - 1:
-                found = torch.stack([*self.factors.values()])
-                if not bool(found.any()):  # the only time that the device is waited for
-                    problem = f"has had no gradient at the student's maps for {WINDOW} steps"
-                    fix = "check what its loss compares, or leave it out"
-                    raise RunError(self.key, "auto", problem, fix)
+                # The only time that the device is waited for.
+                if not any(bool(x) for x in self.factors.values()):
+                    raise self._without(
+                        f"has had no finite gradient above zero at the student's maps for {WINDOW} steps, "
+                        "or the detector's losses have had none there"
+                    )
         self.steps += 1
+
+    def _without(self, problem: str) -> RunError:
+        return RunError(self.key, "auto", problem, "use a number, or leave this stage out")
 
     def _measure(
         self, parts: Mapping[str, Tensor], detector: Tensor, maps: Sequence[Tensor]
@@ -101,13 +109,14 @@ class AutoWeight(nn.Module):
         """What a resumed run continues with."""
         return {
             "steps": self.steps,
+            "apart": sorted(self.apart),
             "factors": {k: x.cpu() for k, x in self.factors.items()},
             "ratios": {k: torch.stack(x).cpu() for k, x in self._ratios.items()},
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Continue with ``state``, of :meth:`get_extra_state`; its tensors move at the next step."""
-        self.steps = state["steps"]
+        self.steps, self.apart = state["steps"], frozenset(state["apart"])
         self.factors = dict(state["factors"])
         self._ratios = {k: [*x.unbind()] for k, x in state["ratios"].items()}
 
@@ -127,6 +136,14 @@ def held(weights: Mapping[str, AutoWeight]) -> Iterator[None]:
     finally:
         for each in weights.values():
             each.held = False
+
+
+def _depends(loss: Tensor, maps: Sequence[Tensor]) -> bool:
+    """Whether a loss has a gradient at any of ``maps``."""
+    if not (loss.requires_grad and maps):
+        return False
+    found = torch.autograd.grad(loss, [*maps], retain_graph=True, allow_unused=True)
+    return any(x is not None for x in found)
 
 
 def _squared_norm(loss: Tensor, maps: Sequence[Tensor]) -> Tensor:

@@ -190,7 +190,9 @@ class SharedKD(nn.Module):
                 stage.share *= keys.WEIGHT
             else:
                 stage.weight *= keys.WEIGHT
-            stage.start, stage.ramp, stage.end = keys.START or 0, keys.RAMP or 0, keys.END
+            for time in ("start", "ramp", "end"):
+                if keys[time.upper()] is not None:
+                    setattr(stage, time, keys[time.upper()])
         return dict(
             student=student,
             teacher=_teacher_of(cfg) if keys.TEACHER.CONFIG else None,
@@ -208,8 +210,8 @@ class SharedKD(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "student":
-                raise
+            if name.startswith("_") or name == "student" or hasattr(type(self), name):
+                raise  # of a property, the error inside it
             return getattr(self.student, name)
 
     def forward(
@@ -292,6 +294,10 @@ class SharedKD(nn.Module):
     def _weights_now(self) -> Dict[str, float]:
         """The stages' weights in the iteration of the EventStorage."""
         iteration = get_event_storage().iter
+        for name, stage in self.stages.items():
+            if stage.end == "teacher":
+                problem, fix = "is known to this package's trainer only", "use a time or null"
+                raise ConfigError(f"model.stages.{name}.end", "teacher", problem, fix)
         if self.max_iter is None:
             for name, stage in self.stages.items():
                 for time in ("start", "ramp", "end"):
@@ -323,7 +329,7 @@ class SharedKD(nn.Module):
         """The student's maps that a stage learns through."""
         taps, strides = self._taps([name]), self.losses[name].strides
         levels = [(s, x) for tap in sorted(taps) for s, x in maps[tap].items() if x.requires_grad]
-        return [x for s, x in levels if strides is None or s in strides]
+        return [x for s, x in levels if not strides or s in strides]
 
     def _with_idle_parameters(self, losses: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """Add zero gradients for losses that are off: DDP waits for a gradient of every parameter."""

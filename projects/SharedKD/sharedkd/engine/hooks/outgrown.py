@@ -36,7 +36,7 @@ class Outgrown(hooks.HookBase):
         ours = _aps(results)
         for name, theirs in self.teachers.items():
             tasks = theirs.keys() & ours.keys()
-            level = bool(tasks) and all(ours[task] >= theirs[task] for task in tasks)
+            level = bool(tasks) and all(ours[task] >= theirs[task] > 0 for task in tasks)
             if not comm.all_gather(level)[0] or name in self.iterations:
                 continue
             self.iterations[name] = self.trainer.iter

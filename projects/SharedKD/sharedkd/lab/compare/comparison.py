@@ -209,6 +209,9 @@ class Comparison:
                 self._save_config(method, self.configs[method])
 
     def _save_config(self, method: str, cfg: DictConfig) -> None:
+        ends = {stage.get("end") for stage in _stages(cfg)}
+        if cfg.train.eval_teacher is None and "teacher" not in ends:
+            cfg.train.eval_teacher = False  # it was evaluated once for all arms
         path = self._config_path(method)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(f"{WRITER}.yaml")
@@ -404,6 +407,11 @@ class Comparison:
             *(("--jobs", str(self.jobs)) if self.jobs > 1 else ()),
             *self.overrides,
         ]
+
+
+def _stages(cfg: DictConfig) -> List[DictConfig]:
+    nodes = cfg.model.get("stages") or {}
+    return [node for node in nodes.values() if isinstance(node, DictConfig)]
 
 
 def _count_collapsed(record: Dict[str, Any]) -> None:
