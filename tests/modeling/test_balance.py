@@ -51,7 +51,7 @@ def test_it_is_measured_again_after_some_steps():
 
 
 def test_a_stage_without_a_gradient_ends_the_run():
-    with pytest.raises(RunError, match="key=auto: has had no gradient"):
+    with pytest.raises(RunError, match="key=auto: has had no finite gradient above zero"):
         gradients([0.0] * 3)
 
 
