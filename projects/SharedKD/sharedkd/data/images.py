@@ -222,12 +222,13 @@ def check_headers(
     images_key: str,
     notes: Notes,
     image_range: Optional[Sequence[float]],
-    scales: bool,
+    scales: Optional[bool],
 ) -> Iterator[Tuple[str, str]]:
     """Compare up to 1000 images with what the json says of them, and fill in sizes that it lacks.
 
     Args:
-        scales: whether the run reads images by :func:`read_image`, which takes any depth.
+        scales: whether the run reads images by :func:`read_image`, which takes any depth; None: nobody
+            knows.
 
     Yields:
         what a user should know of how images are read, and what to do if it is not meant.
@@ -265,7 +266,7 @@ def check_headers(
             f"{shown(turned[False][0])}), and their size does not show whether the boxes are, too",
             "if boxes lie beside their objects, remove the orientation (exiftool -Orientation= FOLDER)",
         )
-    if deep:
+    if deep and scales is not None:
         yield from _judge_depth(deep, root, images_key, notes, image_range, scales)
 
 
