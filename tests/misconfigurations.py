@@ -102,7 +102,11 @@ PLAIN = {
     "unknown part of the config": (["optimzer.lr=1"], "override", ["optimzer", "optimizer"]),
     "override without value": (["train.max_iter"], "override", ["train.max_iter", "key=value"]),
     "override below a number": (["train.max_iter.x=1"], "override", ["train.max_iter.x"]),
-    "a value to be quoted": (["data.train_json=a(1).json"], "override", ["a(1).json", "'value'"]),
+    "a value to be quoted": (
+        ["data.train_json=a(1).json"],
+        "override",
+        ["a(1).json", "\"data.train_json='a(1).json'\""],
+    ),
     "train is no group": (["train=5"], "train", ["5", "train.NAME=VALUE"]),
     # keys and values of train
     "unknown key of train": (["train.max_itr=9"], "train.max_itr", ["no such key", "max_iter"]),

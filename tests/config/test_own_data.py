@@ -7,8 +7,8 @@ from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from omegaconf import OmegaConf
 
-from sharedkd.config.own_data import check_class_names, class_names
-from sharedkd.errors import ConfigError
+from sharedkd.config.own_data import check_class_names, class_names, reading_of
+from sharedkd.errors import ConfigError, Findings
 
 
 def test_class_names_of_a_config(tmp_path):
@@ -40,3 +40,19 @@ def test_other_orders_are_refused():
         check_class_names("k", "v", ["red", "green"], ["green", "red"])
     with pytest.raises(ConfigError, match="with other names"):
         check_class_names("k", "v", ["red", "green"], ["green", "blue"])
+
+
+def test_how_a_run_reads_its_images_is_what_its_mapper_does():
+    def read(mapper, **more):
+        node = {"mapper": {"_target_": mapper, "use_instance_mask": False, **more}}
+        findings = Findings()
+        found = reading_of(
+            OmegaConf.create({"dataloader": {"train": node, "test": node}}), "val", findings
+        )
+        return found.scales, found.image_range, len(findings.errors), found.masks
+
+    ours = "sharedkd.data.images.ImageMapper"
+    assert read(ours, image_range=[0, 9]) == (True, [0, 9], 0, False)
+    assert read(ours, image_range=[9, 0]) == (True, None, 1, False)
+    assert read("detectron2.data.DatasetMapper")[0] is False
+    assert read("tiny.record")[0] is None  # which may read images of any depth in a way of its own

@@ -18,6 +18,7 @@ from tiny import arguments
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sharedkd.data.faults import WorkerDied, batches_of, load
+from sharedkd.data.images import ImageMapper
 from sharedkd.data.loader import build_test_loader, build_train_loader
 from sharedkd.data.shapes import make_shapes
 from sharedkd.engine.launch import launch
@@ -128,6 +129,16 @@ def test_no_image_is_half_grey_wherever_it_is_cut(dicts, monkeypatch, progressiv
         sample, fault = load(mapper(), record)
         assert sample is None and fault.in_image
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_a_deep_image_of_unknown_range_is_at_fault_itself(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.full((HEIGHT, WIDTH), 500, np.int32)).save(path)
+    options = dict(is_train=False, augmentations=[], image_format="RGB")
+    record = dict(file_name=str(path), height=HEIGHT, width=WIDTH)
+    sample, fault = load(ImageMapper(**options), record)
+    assert sample is None and fault.in_image and "set data.image_range" in fault.problem
+    assert load(ImageMapper(image_range=(0, 999), **options), record)[1] is None
 
 
 def test_the_run_stops_where_the_bad_image_is_due_not_where_it_is_prefetched(dicts):

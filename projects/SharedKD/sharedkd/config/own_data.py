@@ -4,7 +4,7 @@ import os
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -12,7 +12,7 @@ from sharedkd.data.coco import CocoData, CocoSummary, Reading, read_classes, rea
 from sharedkd.data.images import ImageMapper
 from sharedkd.errors import FAILED, ConfigError, Findings
 
-__all__ = ["check_class_names", "class_names", "read_own_data"]
+__all__ = ["check_class_names", "class_names", "read_own_data", "reading_of"]
 
 
 def read_own_data(cfg: DictConfig, findings: Findings) -> Dict[str, List[CocoSummary]]:
@@ -65,7 +65,7 @@ def _read(
         images_key,
         train=split == "train",
         classes=classes,
-        reading=_reading(cfg, split, findings),
+        reading=reading_of(cfg, split, findings),
     )
     if data.masks and not found.errors:
         found.refuse([_no_masks(x) for x in found.files if not x.has_masks])
@@ -96,22 +96,27 @@ def _paths(cfg: DictConfig, key: str, findings: Findings) -> List[str]:
     return []
 
 
-def _reading(cfg: DictConfig, split: str, findings: Findings) -> Reading:
-    data, span = cfg.data, cfg.data.image_range
+def reading_of(cfg: DictConfig, split: str, findings: Findings) -> Reading:
+    """How a run reads the images and annotations of a split, ``train`` or ``val``."""
+    loader = "train" if split == "train" else "test"
+    mapper = OmegaConf.select(cfg, f"dataloader.{loader}.mapper._target_")
+    mapper = locate(mapper) if isinstance(mapper, str) else mapper
+    ours = isinstance(mapper, type) and issubclass(mapper, ImageMapper)
+    span = OmegaConf.select(cfg, f"dataloader.{loader}.mapper.image_range")
     if span is not None and not (len(span) == 2 and span[0] < span[1]):
         fix = "use null or [lo,hi], lo below hi"
         findings.add(ConfigError("data.image_range", list(span), "is no range", fix))
         span = None
-    loader = "train" if split == "train" else "test"
-    mapper = OmegaConf.select(cfg, f"dataloader.{loader}.mapper._target_")
-    if isinstance(mapper, str):
-        mapper = locate(mapper)
+    # Another mapper may read images of any depth in a way of its own.
+    scales = ours if ours or mapper is DatasetMapper else None
+    own = cfg.get("data")
+    masks = "dataloader.train.mapper.use_instance_mask" if own is None else "data.masks"
     return Reading(
-        masks=data.masks,
-        repair=data.repair,
-        max_size=data.max_size,
+        masks=OmegaConf.select(cfg, masks, default=True),
+        repair=True if own is None else own.repair,
+        max_size=None if own is None else own.max_size,
         image_range=None if span is None else list(span),
-        scales=isinstance(mapper, type) and issubclass(mapper, ImageMapper),
+        scales=scales,
     )
 
 

@@ -42,14 +42,14 @@ class Reading:
         repair: what has one meaning is repaired; False: it is refused.
         max_size: of an image's longer edge after resizing, in pixels; None: not known.
         image_range: see :func:`~sharedkd.data.images.read_image`.
-        scales: images are read by that function, so that they may have more than 8 bits.
+        scales: images are read by that function, so that they may have more than 8 bits; None: nobody knows.
     """
 
     masks: bool = True
     repair: bool = True
     max_size: Optional[int] = None
     image_range: Optional[Sequence[float]] = None
-    scales: bool = True
+    scales: Optional[bool] = True
 
 
 @dataclass(frozen=True)
@@ -446,7 +446,7 @@ def read_classes(json_files: Sequence[str]) -> List[str]:
 
 
 def read_registered(
-    name: str, key: str, *, train: bool, reading: Reading = Reading(scales=False)
+    name: str, key: str, *, train: bool, reading: Reading = Reading()
 ) -> Optional[CocoData]:
     """Read the json of a registered data set; None if it has none.
 

@@ -224,30 +224,28 @@ def check_headers(
     images_key: str,
     notes: Notes,
     image_range: Optional[Sequence[float]],
-    scales: bool,
+    scales: Optional[bool],
 ) -> Iterator[Tuple[str, str]]:
     """Compare up to 1000 images with what the json says of them, and fill in sizes that it lacks.
 
     Args:
-        scales: whether the run reads images by :func:`read_image`, which takes any depth.
+        scales: whether the run reads images by :func:`read_image`, which takes any depth; None: nobody
+            knows.
 
     Yields:
         what a user should know of how images are read, and what to do if it is not meant.
     """
     every = max(1, math.ceil(len(images) / _MOST_HEADERS))
     deep: List[Tuple[Dict[str, Any], str]] = []
-    turned: Dict[bool, List[str]] = {
-        True: [],
-        False: [],
-    }  # whether the json shows that boxes are, too
+    turned: List[str] = []  # of a size that does not show whether the boxes are turned, too
+    knows = False  # whether another image shows it
     for i, image in enumerate(images):
         if i % every and image["width"] is not None:
             continue
         name = image["file_name"]
         try:
             with Image.open(os.path.join(root, name)) as picture:
-                stored, upright = _stored_size(picture), upright_size(picture)
-                mode, orientation = picture.mode, _orientation(picture)
+                (stored, upright, is_turned), mode = _sizes(picture), picture.mode
                 problem = _unreadable(picture)
         except Exception as e:  # Pillow's decoders raise what they please
             problem, fix = f"cannot be read as an image ({e})", "repair or replace the image"
@@ -255,19 +253,20 @@ def check_headers(
             fix = f"correct {notes.json_file} too"
             if _is_deep(mode):
                 deep.append((image, mode))
-            if orientation in range(2, 9):
-                turned[stored != upright].append(name)
+            if is_turned and stored == upright:
+                turned.append(name)
+            knows |= stored != upright
         if not problem:
             problem, fix = _wrong_size(image, stored, upright, notes)
         if problem:
             notes.refuse(f"{name!r} {problem}", fix, images_key, root)
-    if turned[False] and not turned[True]:
+    if turned and not knows:
         yield (
-            f"{len(turned[False])} images are turned upright as their EXIF says (the first is "
-            f"{shown(turned[False][0])}), and their size does not show whether the boxes are, too",
+            f"{len(turned)} images are turned upright as their EXIF says (the first is "
+            f"{shown(turned[0])}), and their size does not show whether the boxes are, too",
             "if boxes lie beside their objects, remove the orientation (exiftool -Orientation= FOLDER)",
         )
-    if deep:
+    if deep and scales is not None:
         yield from _judge_depth(deep, root, images_key, notes, image_range, scales)
 
 
@@ -295,27 +294,26 @@ def _wrong_size(
     return "", ""
 
 
-def _orientation(picture: Image.Image) -> Optional[int]:
-    """The EXIF orientation of an opened image, 1 to 8; None if it has none."""
+def _sizes(picture: Image.Image) -> Tuple[Tuple[int, int], Tuple[int, int], bool]:
+    """(width, height) of an opened image as stored and once upright, and whether its EXIF turns it."""
+    orientation, is_tiff = None, picture.format == "TIFF"
     try:
-        if picture.format == "TIFF":
-            return picture.tag_v2.get(_EXIF_ORIENTATION)
         # Without the test, getexif() decodes the whole of a PNG in search of a late EXIF chunk.
-        return picture.getexif().get(_EXIF_ORIENTATION) if "exif" in picture.info else None
+        if is_tiff or "exif" in picture.info:
+            tags = picture.tag_v2 if is_tiff else picture.getexif()
+            orientation = tags.get(_EXIF_ORIENTATION)
     except Exception:  # damaged EXIF, which Detectron2 ignores too
-        return None
+        pass
+    sizes = [picture.size, picture.size]
+    if orientation in _EXIF_QUARTER_TURNS:
+        # Pillow itself turns TIFFs upright, the size of an opened one included.
+        sizes[0 if is_tiff else 1] = picture.size[::-1]
+    return sizes[0], sizes[1], orientation in range(2, 9)
 
 
 def upright_size(picture: Image.Image) -> Tuple[int, int]:
     """(width, height) of an opened image once it is upright as its EXIF says, as Detectron2 reads it."""
-    # Pillow itself turns TIFFs upright, the size of an opened one included.
-    turned = picture.format != "TIFF" and _orientation(picture) in _EXIF_QUARTER_TURNS
-    return picture.size[::-1] if turned else picture.size
-
-
-def _stored_size(picture: Image.Image) -> Tuple[int, int]:
-    turned = picture.format == "TIFF" and _orientation(picture) in _EXIF_QUARTER_TURNS
-    return picture.size[::-1] if turned else picture.size
+    return _sizes(picture)[1]
 
 
 def _judge_depth(

@@ -1,6 +1,6 @@
 """Warnings about settings of a run that work but are probably a mistake."""
 
-from typing import Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from omegaconf import OmegaConf
@@ -60,16 +60,16 @@ def _convention(parts: Parts) -> Iterator[ConfigError]:
         ),
     }
     has, wants = (", ".join(words[field](x) for field in fields) for x in (theirs, ours))
-    values = {"input_format": theirs.order} if "order" in fields else {}
-    if theirs.mean and {"order", "std"} & {*fields}:
-        values.update(pixel_mean=_listed(theirs.mean))
-    if theirs.std and {"order", "std"} & {*fields}:
-        values.update(pixel_std=_listed(theirs.std))
+    values: Dict[str, Any] = {}
+    if "order" in fields:
+        values.update({key_of(cfg.model, "input_format"): theirs.order, images: theirs.order})
+    for name in ("mean", "std") if {"order", "std"} & {*fields} else ():
+        numbers = getattr(theirs, name)
+        if numbers:
+            values[key_of(cfg.model, f"pixel_{name}") or f"pixel_{name}"] = _listed(numbers)
     if "stride_in_1x1" in fields:
-        values.update(stride_in_1x1=theirs.stride_in_1x1)
-    keys = {key_of(cfg.model, name) or name: value for name, value in values.items()}
-    keys.update({images: theirs.order} if "order" in fields else {})
-    settings = " ".join(f"{key}={value}" for key, value in keys.items())
+        values[key_of(cfg.model, "stride_in_1x1") or "stride_in_1x1"] = theirs.stride_in_1x1
+    settings = " ".join(f"{key}={value}" for key, value in values.items() if key)
     yield ConfigError(
         "train.init_checkpoint",
         cfg.train.init_checkpoint,

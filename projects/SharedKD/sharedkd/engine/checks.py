@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from sharedkd.config.build import construct
-from sharedkd.config.own_data import check_class_names, class_names
+from sharedkd.config.own_data import check_class_names, class_names, reading_of
 from sharedkd.data.coco import CocoSummary, read_registered
 from sharedkd.errors import FAILED, ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
@@ -84,20 +84,22 @@ def check_datasets(
         key, files = f"dataloader.{split}.dataset.names", []
         names = OmegaConf.select(cfg, key)
         for name in [names] if isinstance(names, str) else names or []:
-            files += read[name] if name in read else _registered(name, key, split, findings)
+            files += read[name] if name in read else _registered(cfg, name, split, findings)
         if files:
             setattr(found, split, files)
     return found
 
 
-def _registered(name: str, key: str, split: str, findings: Findings) -> List[CocoSummary]:
+def _registered(cfg: DictConfig, name: str, split: str, findings: Findings) -> List[CocoSummary]:
     """What the files of a registered data set hold; none if it has no json file."""
+    key = f"dataloader.{split}.dataset.names"
     if name not in DatasetCatalog.list():
         fix = "set data.train_json, data.train_images, data.val_json and data.val_images of COCO-format "
         fix += "data, or register it in a LazyConfig file"
         findings.add(ConfigError(key, name, "is not registered", fix))
         return [FAILED]
-    data = read_registered(name, key, train=split == "train")
+    reading = reading_of(cfg, split, findings)
+    data = read_registered(name, key, train=split == "train", reading=reading)
     if data is None:
         return []
     for error in data.errors:
