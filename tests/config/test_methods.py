@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import families
 import pytest
 import tiny
 import torch
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.methods import FAMILIES, Method, family, known_methods, with_method
+from sharedkd.modeling import detectors
 
 FOLDER = tiny.ROOT / "configs/common/methods"
 METHODS = {method.name: method for method in known_methods(FOLDER)}
@@ -77,10 +79,8 @@ def step(student, teacher, stages, batch):
 
 def test_the_list_is_complete():
     assert set(METHODS) == PUBLISHED
-    one_stage = {"gan_kd"}
     for name, method in METHODS.items():
-        expected = {"retinanet", "fcos"} if name in one_stage else set(FAMILIES)
-        assert set(method.stages) == expected, name
+        assert set(method.stages) == set(FAMILIES), name
 
 
 def stack(kind, names):
@@ -241,8 +241,30 @@ def test_family():
     for kind in FAMILIES:
         node = OmegaConf.create(tiny.node(kind), flags={"allow_objects": True})
         assert family(node) == kind
-    with pytest.raises(ConfigError, match="not of a family"):
+    with pytest.raises(ConfigError, match="not of a family .* cannot be built"):
         family(OmegaConf.create({"_target_": "torch.nn.Linear"}))
+
+
+@pytest.mark.parametrize(
+    "row, kind",
+    [
+        ("semantic segmentor", "faster_rcnn"),
+        ("RPN alone", "faster_rcnn"),
+        ("Panoptic FPN", "mask_rcnn"),
+    ],
+)
+def test_other_detectors_take_the_settings_of_a_family(row, kind):
+    node = OmegaConf.create(families.BY_NAME[row].build(), flags={"allow_objects": True})
+    assert family(node) == kind
+
+
+def test_the_family_comes_from_the_built_model():
+    """A detector of no known family whose pyramid begins at stride 8 takes RetinaNet's settings."""
+    model = families.Custom()
+    assert detectors.family(model) == "faster_rcnn"
+    model.backbone = tiny.detector("retinanet").backbone
+    assert detectors.family(model) == "retinanet"
+    assert [detectors.family(tiny.detector(x)) for x in FAMILIES] == list(FAMILIES)
 
 
 def pair_config():
@@ -291,6 +313,9 @@ def test_a_recipe_of_ones_own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text((FOLDER / "cwd.py").read_text())
     assert "cwd" in with_method(pair_config(), str(path), FOLDER).model.stages
+    path.write_text(path.read_text() + "\nstages = dict(fcos=_stages)\n")
+    with pytest.raises(ConfigError, match="mine.py: is defined for fcos, .* is a retinanet"):
+        with_method(pair_config(), str(path), FOLDER)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +326,6 @@ def test_a_recipe_of_ones_own(tmp_path):
         ("retinanet_sharedkd.py", "pkd:", "is neither a number nor key=value"),
         ("retinanet_sharedkd.py", "pkd:modell.teacher.fold=False", "has no modell"),
         ("retinanet_sharedkd.py", "pkd:model._target_=os.system", "names code to be run"),
-        ("faster_rcnn_sharedkd.py", "gan_kd", "defined for retinanet, fcos"),
         ("retinanet_plain.py", "pkd", "plain detector"),
     ],
 )
