@@ -281,6 +281,31 @@ efficientnet = torchvision(
 )
 
 
+class Timm(Backbone):
+    """The last maps of one of timm's networks."""
+
+    def __init__(self, name):
+        super().__init__()
+        import timm
+
+        self.net = timm.create_model(name, features_only=True, out_indices=(-4, -3, -2, -1))
+        self._out_features = ["c2", "c3", "c4", "c5"]
+        widths, strides = self.net.feature_info.channels(), self.net.feature_info.reduction()
+        self._out_feature_channels = dict(zip(self._out_features, widths))
+        self._out_feature_strides = dict(zip(self._out_features, strides))
+
+    def forward(self, x):
+        return dict(zip(self._out_features, self.net(x)))
+
+
+def timm_efficientnet():
+    """All of its norms contain an activation."""
+    node = faster()
+    node.backbone.bottom_up = L(Timm)(name="efficientnet_b0")
+    node.backbone.in_features = ["c2", "c3", "c4", "c5"]
+    return node
+
+
 def channels(count):
     def build():
         node = faster()
@@ -366,7 +391,7 @@ class Row:
         build: its LazyConfig node or model.
         partner: name of the row that stands on the other side.
         pyramid: the key, if it needs one.
-        absent: why it cannot be run here.
+        absent: why it cannot be run here; the page keeps what it says of it.
     """
 
     name: str
@@ -409,7 +434,7 @@ ROWS = [
     Row("MobileNetV2", mobilenet_v2),
     Row("MobileNetV3-Large", mobilenet_v3),
     Row("EfficientNet-B0", efficientnet),
-    Row("timm's backbones", absent=missing("timm")),
+    Row("timm's EfficientNet-B0", timm_efficientnet, absent=missing("timm")),
     Row("gray images", channels(1), "gray images"),
     Row("gray images with RGB", channels(1)),
     Row("images of 4 channels", channels(4), "images of 4 channels"),
@@ -558,11 +583,17 @@ Each comes in one line, before training starts (a backbone that runs twice: in t
 """
 
 
+def line(name: str) -> Optional[str]:
+    """The page's line of a row; None if it has none."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    return next((x for x in lines if x.startswith(f"| {name} |")), None)
+
+
 def page(found: Dict[str, Tuple[Outcome, Outcome]]) -> str:
     lines, reasons = [], defaultdict(list)
     for row in ROWS:
         if row.absent:
-            lines.append(f"| {row.name} | {row.absent} | |")
+            lines.append(line(row.name) or f"| {row.name} | {row.absent} | |")
             continue
         lines.append(f"| {row.name} | {' | '.join(map(str, found[row.name]))} |")
         for who, outcome in zip(("student", "teacher"), found[row.name]):
