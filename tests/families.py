@@ -9,7 +9,7 @@ from typing import Callable, Dict, List, Optional, Tuple
 
 import tiny
 import torch
-from detectron2 import model_zoo
+from detectron2 import model_zoo, modeling
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
 from detectron2.layers import ShapeSpec
@@ -20,6 +20,7 @@ from detectron2.modeling import (
     SemanticSegmentor,
     build_model,
 )
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.projects.point_rend import add_pointrend_config
@@ -281,6 +282,66 @@ efficientnet = torchvision(
 )
 
 
+def vitdet():
+    """Pads to a square, as ViTDet's recipes do."""
+    node = faster()
+    node.backbone = L(modeling.SimpleFeaturePyramid)(
+        net=L(modeling.ViT)(
+            img_size=128, embed_dim=32, depth=2, num_heads=2, window_size=4, out_feature="last_feat"
+        ),
+        in_feature="last_feat",
+        out_channels=128,
+        scale_factors=(4.0, 2.0, 1.0, 0.5),
+        top_block=L(LastLevelMaxPool)(),
+        norm="LN",
+        square_pad=128,
+    )
+    return node
+
+
+def mvit():
+    node = faster()
+    node.backbone.bottom_up = L(modeling.MViT)(
+        embed_dim=16, depth=4, last_block_indexes=(0, 1, 2, 3), adaptive_window_size=16
+    )
+    node.backbone.in_features = ["scale2", "scale3", "scale4", "scale5"]
+    return node
+
+
+def swin():
+    node = faster()
+    node.backbone.bottom_up = L(modeling.SwinTransformer)(
+        embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_size=4, drop_path_rate=0.0
+    )
+    node.backbone.in_features = ["p0", "p1", "p2", "p3"]
+    return node
+
+
+class Timm(Backbone):
+    """The last maps of one of timm's networks."""
+
+    def __init__(self, name):
+        super().__init__()
+        import timm
+
+        self.net = timm.create_model(name, features_only=True, out_indices=(-4, -3, -2, -1))
+        self._out_features = ["c2", "c3", "c4", "c5"]
+        widths, strides = self.net.feature_info.channels(), self.net.feature_info.reduction()
+        self._out_feature_channels = dict(zip(self._out_features, widths))
+        self._out_feature_strides = dict(zip(self._out_features, strides))
+
+    def forward(self, x):
+        return dict(zip(self._out_features, self.net(x)))
+
+
+def timm_efficientnet():
+    """All of its norms contain an activation."""
+    node = faster()
+    node.backbone.bottom_up = L(Timm)(name="efficientnet_b0")
+    node.backbone.in_features = ["c2", "c3", "c4", "c5"]
+    return node
+
+
 def channels(count):
     def build():
         node = faster()
@@ -352,9 +413,7 @@ def missing(package):
 
 
 def not_in_detectron2(name):
-    import detectron2.modeling
-
-    return None if hasattr(detectron2.modeling, name) else "not in this Detectron2 (0.6)"
+    return None if hasattr(modeling, name) else "not in Detectron2 0.6"
 
 
 @dataclass(frozen=True)
@@ -366,7 +425,7 @@ class Row:
         build: its LazyConfig node or model.
         partner: name of the row that stands on the other side.
         pyramid: the key, if it needs one.
-        absent: why it cannot be run here.
+        absent: why it cannot be run here; the page keeps what it says of it.
     """
 
     name: str
@@ -395,9 +454,9 @@ ROWS = [
     Row("semantic segmentor", segmentor),
     Row("ResNeXt", resnext),
     Row("RegNet", regnet),
-    Row("ViTDet", absent=not_in_detectron2("ViT")),
-    Row("MViTv2", absent=not_in_detectron2("MViT")),
-    Row("Swin", absent=not_in_detectron2("SwinTransformer")),
+    Row("ViTDet", vitdet, absent=not_in_detectron2("ViT")),
+    Row("MViTv2", mvit, absent=not_in_detectron2("MViT")),
+    Row("Swin", swin, absent=not_in_detectron2("SwinTransformer")),
     Row("GIoU loss, class-agnostic boxes", giou),
     Row("GN", lambda: group_norm(faster())),
     Row("SyncBN", lambda: with_norm("SyncBN")),
@@ -409,7 +468,7 @@ ROWS = [
     Row("MobileNetV2", mobilenet_v2),
     Row("MobileNetV3-Large", mobilenet_v3),
     Row("EfficientNet-B0", efficientnet),
-    Row("timm's backbones", absent=missing("timm")),
+    Row("timm's EfficientNet-B0", timm_efficientnet, absent=missing("timm")),
     Row("gray images", channels(1), "gray images"),
     Row("gray images with RGB", channels(1)),
     Row("images of 4 channels", channels(4), "images of 4 channels"),
@@ -541,7 +600,8 @@ HEAD = """# Families of detectors
 Each row was built at reduced size and trained for a step on the CPU, as the student and as the teacher of a small
 detector of the row's own kind (a Faster R-CNN, where no other is named), with Shared-KD and every recipe that
 `tools/compare_methods.py --list` has for the student's family. *Works* means that all its losses were finite and
-reached the student's backbone. `make nightly` runs the table again, and fails where this page says otherwise.
+reached the student's backbone. `make nightly` runs the table again, and fails where this page says otherwise; all rows
+were also run with Detectron2's main of June 2026 (02b5c4e), those of ViTDet, MViTv2, Swin and timm (1.0.31) there alone.
 
 A detector of a family without published settings takes those of Faster R-CNN, or those of RetinaNet if its pyramid
 begins at stride 8. Strides of a recipe that the pair does not have are left out, and named in the log.
@@ -558,11 +618,17 @@ Each comes in one line, before training starts (a backbone that runs twice: in t
 """
 
 
+def line(name: str) -> Optional[str]:
+    """The page's line of a row; None if it has none."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    return next((x for x in lines if x.startswith(f"| {name} |")), None)
+
+
 def page(found: Dict[str, Tuple[Outcome, Outcome]]) -> str:
     lines, reasons = [], defaultdict(list)
     for row in ROWS:
         if row.absent:
-            lines.append(f"| {row.name} | {row.absent} | |")
+            lines.append(line(row.name) or f"| {row.name} | {row.absent} | |")
             continue
         lines.append(f"| {row.name} | {' | '.join(map(str, found[row.name]))} |")
         for who, outcome in zip(("student", "teacher"), found[row.name]):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import families
 import pytest
 import tiny
 import torch
@@ -13,8 +14,13 @@ from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
+<<<<<<< HEAD:tests/config/test_recipes.py
 from sharedkd.config.methods import family_of, with_method
 from sharedkd.modeling.recipes import FAMILIES, Method, known_methods
+=======
+from sharedkd.methods import FAMILIES, Method, family, known_methods, with_method
+from sharedkd.modeling import detectors
+>>>>>>> h/fam:tests/config/test_methods.py
 
 FOLDER = tiny.ROOT / "configs/common/methods"
 METHODS = {method.name: method for method in known_methods()}
@@ -78,10 +84,8 @@ def step(student, teacher, stages, batch):
 
 def test_the_list_is_complete():
     assert set(METHODS) == PUBLISHED
-    one_stage = {"gan_kd"}
     for name, method in METHODS.items():
-        expected = {"retinanet", "fcos"} if name in one_stage else set(FAMILIES)
-        assert set(method.stages) == expected, name
+        assert set(method.stages) == set(FAMILIES), name
 
 
 def stack(kind, names):
@@ -241,9 +245,37 @@ def test_parameters(name, kind, count):
 def test_family():
     for kind in FAMILIES:
         node = OmegaConf.create(tiny.node(kind), flags={"allow_objects": True})
+<<<<<<< HEAD:tests/config/test_recipes.py
         assert family_of(node) == kind
     with pytest.raises(ConfigError, match="cannot be built"):
         family_of(OmegaConf.create({"_target_": "torch.nn.Linear"}))
+=======
+        assert family(node) == kind
+    with pytest.raises(ConfigError, match="not of a family .* cannot be built"):
+        family(OmegaConf.create({"_target_": "torch.nn.Linear"}))
+>>>>>>> h/fam:tests/config/test_methods.py
+
+
+@pytest.mark.parametrize(
+    "row, kind",
+    [
+        ("semantic segmentor", "faster_rcnn"),
+        ("RPN alone", "faster_rcnn"),
+        ("Panoptic FPN", "mask_rcnn"),
+    ],
+)
+def test_other_detectors_take_the_settings_of_a_family(row, kind):
+    node = OmegaConf.create(families.BY_NAME[row].build(), flags={"allow_objects": True})
+    assert family(node) == kind
+
+
+def test_the_family_comes_from_the_built_model():
+    """A detector of no known family whose pyramid begins at stride 8 takes RetinaNet's settings."""
+    model = families.Custom()
+    assert detectors.family(model) == "faster_rcnn"
+    model.backbone = tiny.detector("retinanet").backbone
+    assert detectors.family(model) == "retinanet"
+    assert [detectors.family(tiny.detector(x)) for x in FAMILIES] == list(FAMILIES)
 
 
 def pair_config():
@@ -291,7 +323,14 @@ def test_stages_of_one_name_are_both_kept():
 def test_a_recipe_of_ones_own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text((FOLDER / "cwd.py").read_text())
+<<<<<<< HEAD:tests/config/test_recipes.py
     assert "cwd" in with_method(pair_config(), str(path)).model.stages
+=======
+    assert "cwd" in with_method(pair_config(), str(path), FOLDER).model.stages
+    path.write_text(path.read_text() + "\nstages = dict(fcos=_stages)\n")
+    with pytest.raises(ConfigError, match="mine.py: is defined for fcos, .* is a retinanet"):
+        with_method(pair_config(), str(path), FOLDER)
+>>>>>>> h/fam:tests/config/test_methods.py
 
 
 @pytest.mark.parametrize(
@@ -302,7 +341,6 @@ def test_a_recipe_of_ones_own(tmp_path):
         ("retinanet_sharedkd.py", "pkd:", "is neither a number nor key=value"),
         ("retinanet_sharedkd.py", "pkd:modell.teacher.fold=False", "has no modell"),
         ("retinanet_sharedkd.py", "pkd:model._target_=os.system", "names code to be run"),
-        ("faster_rcnn_sharedkd.py", "gan_kd", "defined for retinanet, fcos"),
         ("retinanet_plain.py", "pkd", "plain detector"),
     ],
 )

@@ -318,7 +318,6 @@ def test_an_interrupted_comparison_continues(overrides, tmp_path):
 @pytest.mark.parametrize(
     "methods, words",
     [
-        (["none", "gan_kd"], "defined for retinanet"),
         (["none", "nonsense"], "no such method"),
         (["none", "none@fgd"], "needs fgd"),
         (["none", "pkd", "none@pkd@none"], "needs pkd@none, which"),

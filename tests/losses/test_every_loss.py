@@ -481,6 +481,7 @@ def test_what_is_read():
     heads = {"fpn", "logits"}
     taps = {DenseDKD: {"logits"}, DKD: set(), FRS: heads, GID: {*HEADS}}
     needs = {CrossLayer: set(), DKD: {"teacher", "regions"}, DenseDKD: {"teacher", "labels"}}
+    needs.update(dict.fromkeys((FGD, FeatureFusion), {"teacher", "boxes"}))
     for kind in KINDS:
         loss = build(kind)
         assert loss.taps == taps.get(kind, {"fpn"}), kind

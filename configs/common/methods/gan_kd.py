@@ -15,5 +15,5 @@ paper = (
 # AdamW divides it out again.
 _stages = L(stage_dict)(gan_kd=L(Stage)(loss=L(GanKD)(discriminator=1.0), weight=1.0))
 
-# Student's family -> what `model.stages` becomes.
-stages = dict(retinanet=_stages, fcos=_stages)
+# Student's family -> what `model.stages` becomes.  Two-stage detectors are ours.
+stages = dict(faster_rcnn=_stages, mask_rcnn=_stages, retinanet=_stages, fcos=_stages)

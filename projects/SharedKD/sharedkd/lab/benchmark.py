@@ -29,6 +29,7 @@ from sharedkd.engine.parts import amp_dtype, memory_layout, rewire
 from sharedkd.engine.trainer import SharedKDTrainer
 from sharedkd.errors import ConfigError
 from sharedkd.losses.base import Batch
+from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
@@ -118,6 +119,7 @@ class Benchmark:
     @cached_property
     def student(self) -> nn.Module:
         student = self._new_student().to(memory_format=memory_layout(self.cfg))
+        keep_keypoints_contiguous(student)
         rewire(self.cfg, student)
         return student
 

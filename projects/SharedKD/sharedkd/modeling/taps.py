@@ -11,9 +11,9 @@ from sharedkd.errors import ConfigError
 from sharedkd.losses.base import HEAD_TAPS, TAPS, Maps, Shapes
 
 from .heads import DenseHead
-from .preparation import device_of, image_channels
+from .preparation import device_of, image_channels, prepare_images
 
-__all__ = ["FeatureTap", "common_pixels", "pyramid_shapes"]
+__all__ = ["FeatureTap", "common_pixels", "pyramid_shapes", "run_pyramid"]
 
 Source = Tuple[nn.Module, FrozenSet[str], Callable[[Any], Maps]]
 
@@ -104,6 +104,26 @@ def run_until(detector: nn.Module, module: nn.Module, inputs: Sequence[Dict[str,
     finally:
         handle.remove()
     return None
+
+
+def run_pyramid(
+    detector: nn.Module,
+    inputs: Sequence[Dict[str, Any]],
+    pyramid: Optional[str] = None,
+    divisor: int = 0,
+    key: str = "model",
+) -> Any:
+    """Run a detector up to its pyramid, on images that it prepares itself; returns the module's output.
+
+    Args:
+        detector: in evaluation mode.
+        inputs: Detectron2's records.
+        pyramid: see :class:`FeatureTap`.
+        divisor, key: see :func:`~sharedkd.modeling.preparation.prepare_images`.
+    """
+    if pyramid is not None:
+        return run_until(detector, detector.get_submodule(pyramid), inputs)
+    return detector.backbone(prepare_images(detector, inputs, divisor, key).tensor)
 
 
 def _measure(detector: nn.Module, module: nn.Module, where: str, key: str) -> Pyramid:

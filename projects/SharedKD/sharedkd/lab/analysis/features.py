@@ -143,7 +143,11 @@ def _check(states: Sequence[Checkpoint]) -> None:
 
 
 def _channels(pair: Pair, taps: Sequence[str]) -> Dict[str, Dict[str, Mapping[int, int]]]:
-    shapes = {"student": pyramid_shapes(pair.model.student), "teacher": pair.model.teacher.shapes}
+    model = pair.model
+    shapes = {
+        "student": pyramid_shapes(model.student, model.pyramid),
+        "teacher": model.teacher.shapes,
+    }
     return {tap: {who: shapes[who][tap] for who in shapes} for tap in taps}
 
 

@@ -18,8 +18,8 @@ from sharedkd.engine.parts import build
 from sharedkd.errors import ConfigError
 from sharedkd.losses.base import Maps
 from sharedkd.losses.distance import Distance
-from sharedkd.modeling.preparation import prepare_images, size_divisibility
-from sharedkd.modeling.taps import FeatureTap, common_pixels
+from sharedkd.modeling.preparation import size_divisibility
+from sharedkd.modeling.taps import FeatureTap, common_pixels, run_pyramid
 from sharedkd.weights.loading import fingerprint, load_trained
 
 __all__ = ["Checkpoint", "Pair", "saved_checkpoints", "validation_records"]
@@ -65,7 +65,7 @@ class Pair:
         if cfg.train.seed >= 0:
             seed_all_rng(cfg.train.seed)  # as the run did: the same initial weights
         self.model = build(cfg).eval()
-        self._tap = FeatureTap(self.model.student)
+        self._tap = FeatureTap(self.model.student, self.model.pyramid)
         self._initial = {k: x.clone() for k, x in self.model.student.state_dict().items()}
         #: The folder of its run; None if it was not trained yet.
         self.folder = _run_folder(config_file, cfg)
@@ -106,7 +106,7 @@ class Pair:
         student = self.model.student
         taps = frozenset(TAPS)
         with self._tap.capture(taps) as ours:
-            student.backbone(prepare_images(student, [record]).tensor)
+            run_pyramid(student, [record], self.model.pyramid)
         theirs = self.model.teacher.features(
             [record], taps, self.model.input_format, size_divisibility(student)
         )

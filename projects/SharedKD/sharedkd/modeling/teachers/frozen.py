@@ -26,7 +26,7 @@ from sharedkd.modeling.preparation import (
     image_channels,
     prepare_images,
 )
-from sharedkd.modeling.taps import FeatureTap, run_until
+from sharedkd.modeling.taps import FeatureTap, run_pyramid
 from sharedkd.values import check_number, check_switch
 from sharedkd.weights.loading import fingerprint, load_trained
 
@@ -313,15 +313,13 @@ class FrozenTeacher(Teacher):
         self, inputs: List[Dict[str, Any]], taps: FrozenSet[str], size_divisibility: int = 0
     ) -> None:
         """Run the modules that return the maps of ``taps``, and nothing after them."""
-        if self.pyramid is None:
-            images = prepare_images(self.model, inputs, size_divisibility, KEY)
-            pyramid = self.model.backbone(images.tensor)
-            if taps & HEAD_TAPS:
-                self._tap.head.run(pyramid)
-        elif taps & HEAD_TAPS:
+        heads = taps & HEAD_TAPS
+        if heads and self.pyramid is not None:
             self.model(inputs)
-        else:
-            run_until(self.model, self.model.get_submodule(self.pyramid), inputs)
+            return
+        maps = run_pyramid(self.model, inputs, self.pyramid, size_divisibility, KEY)
+        if heads:
+            self._tap.head.run(maps)
 
     def _inputs(
         self, batched_inputs: List[Dict[str, Any]], input_format: str
