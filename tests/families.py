@@ -518,7 +518,7 @@ def records(student: nn.Module, count: int) -> List[Dict]:
 
 @lru_cache(maxsize=None)
 def methods() -> Tuple[Method, ...]:
-    found = known_methods(tiny.ROOT / "configs/common/methods")
+    found = known_methods()
     return tuple(sorted(found, key=lambda method: method.name != "shared_kd"))
 
 

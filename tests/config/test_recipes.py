@@ -14,13 +14,9 @@ from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
 from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer
-<<<<<<< HEAD:tests/config/test_recipes.py
 from sharedkd.config.methods import family_of, with_method
-from sharedkd.modeling.recipes import FAMILIES, Method, known_methods
-=======
-from sharedkd.methods import FAMILIES, Method, family, known_methods, with_method
+from sharedkd.methods import FAMILIES, Method, known_methods
 from sharedkd.modeling import detectors
->>>>>>> h/fam:tests/config/test_methods.py
 
 FOLDER = tiny.ROOT / "configs/common/methods"
 METHODS = {method.name: method for method in known_methods()}
@@ -245,15 +241,9 @@ def test_parameters(name, kind, count):
 def test_family():
     for kind in FAMILIES:
         node = OmegaConf.create(tiny.node(kind), flags={"allow_objects": True})
-<<<<<<< HEAD:tests/config/test_recipes.py
         assert family_of(node) == kind
     with pytest.raises(ConfigError, match="cannot be built"):
         family_of(OmegaConf.create({"_target_": "torch.nn.Linear"}))
-=======
-        assert family(node) == kind
-    with pytest.raises(ConfigError, match="not of a family .* cannot be built"):
-        family(OmegaConf.create({"_target_": "torch.nn.Linear"}))
->>>>>>> h/fam:tests/config/test_methods.py
 
 
 @pytest.mark.parametrize(
@@ -266,7 +256,7 @@ def test_family():
 )
 def test_other_detectors_take_the_settings_of_a_family(row, kind):
     node = OmegaConf.create(families.BY_NAME[row].build(), flags={"allow_objects": True})
-    assert family(node) == kind
+    assert family_of(node) == kind
 
 
 def test_the_family_comes_from_the_built_model():
@@ -323,14 +313,10 @@ def test_stages_of_one_name_are_both_kept():
 def test_a_recipe_of_ones_own(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text((FOLDER / "cwd.py").read_text())
-<<<<<<< HEAD:tests/config/test_recipes.py
     assert "cwd" in with_method(pair_config(), str(path)).model.stages
-=======
-    assert "cwd" in with_method(pair_config(), str(path), FOLDER).model.stages
     path.write_text(path.read_text() + "\nstages = dict(fcos=_stages)\n")
     with pytest.raises(ConfigError, match="mine.py: is defined for fcos, .* is a retinanet"):
-        with_method(pair_config(), str(path), FOLDER)
->>>>>>> h/fam:tests/config/test_methods.py
+        with_method(pair_config(), str(path))
 
 
 @pytest.mark.parametrize(
