@@ -1,6 +1,7 @@
 """Builds a teacher's network from a name in the model zoo, a path, a config or a model."""
 
 import os
+import re
 from typing import Optional, Tuple, Union
 
 from detectron2 import model_zoo
@@ -80,7 +81,7 @@ def load_file(path: str, key: str) -> Union[CfgNode, DictConfig]:
 def _is_lazy_yaml(path: str) -> bool:
     """A LazyConfig saved as yaml has a `model` node; Detectron2's classic configs have `MODEL`."""
     with open(path) as f:
-        return any(line.startswith("model:") for line in f)
+        return any(re.match(r"[{\s]*model:", line) for line in f)
 
 
 def zoo_weights(name: str) -> Optional[str]:
