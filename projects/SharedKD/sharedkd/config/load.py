@@ -102,6 +102,7 @@ def load(
     cfg = pairing.apply(cfg)
     for text in late:
         findings.step(override, cfg, text, path)
+    _check_groups(cfg, path)  # an override may have removed one
     if is_classic(cfg):
         check_classic(cfg)
     _refuse_gone(cfg, findings)
