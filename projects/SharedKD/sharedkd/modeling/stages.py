@@ -28,6 +28,8 @@ class Stage:
             raw value.  False: the weight multiplies the raw value, as published.
         teacher: the name of the source of maps that it learns from, one of the model's ``teachers``;
             None: the model's ``teacher``.
+        published: the strides of the loss are those of its publication, and what the pair does not have of
+            them is left out, with a warning.  False: it is refused.
     """
 
     loss: DistillationLoss
@@ -37,6 +39,11 @@ class Stage:
     end: Optional[Union[int, float]] = None
     relative: bool = False
     teacher: Optional[str] = None
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss, DistillationLoss):
+            self.loss.published = self.published
 
     def check(self, key: str) -> None:
         """Check the arguments; ``key`` is this stage's place in the config, for messages.
@@ -58,7 +65,8 @@ class Stage:
         for name in ("weight", "start", "ramp", "end"):
             value = getattr(self, name)
             findings.step(check_number, f"{key}.{name}", value, least=0, or_null=name == "end")
-        findings.step(check_switch, f"{key}.relative", self.relative)
+        for name in ("relative", "published"):
+            findings.step(check_switch, f"{key}.{name}", getattr(self, name))
         if self.teacher is not None:
             findings.step(check_text, f"{key}.teacher", self.teacher, empty=False)
         findings.raise_errors()
