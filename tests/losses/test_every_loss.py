@@ -34,6 +34,7 @@ from sharedkd.losses import (
     SemCKD,
 )
 from sharedkd.losses.base import Batch
+from sharedkd.modeling.stages import Stage
 
 #: Every loss, with options for maps of a few numbers.
 KINDS = {
@@ -420,6 +421,7 @@ WIDE = {"fpn": {8: 6, 16: 6}}
 HEADS = {tap: {8: 4, 16: 4, 32: 4} for tap in ("fpn", "logits", "deltas", "boxes", "anchors")}
 BAD_BINDS = [
     (IdenticalLayer(), FPN, {"fpn": {4: 4, 32: 4}}, "key=IdenticalLayer", "in common"),
+    (IdenticalLayer(strides=[8, 64]), FPN, FPN, "key.strides=[8, 64]", "use key.strides=[8]"),
     (IdenticalLayer(strides=[16]), FPN, {"fpn": {8: 4}}, "key.strides=[16]", "usable are [8]"),
     (CrossLayer(tap="backbone"), FPN, None, "key.tap=backbone", "student"),
     (
@@ -512,16 +514,19 @@ def test_an_own_loss_may_create_parameters_when_bound():
 
 
 def test_published_strides_are_intersected_with_those_of_the_pair(sharedkd_log):
-    loss = IdenticalLayer(strides=[4, 8, 16, 32])
+    loss = Stage(IdenticalLayer(strides=[4, 8, 16, 32]), published=True).loss
     loss.bind({"fpn": {8: 4, 16: 4, 64: 4}}, {"fpn": {4: 4, 8: 4, 16: 4}}, "key")
     assert loss.strides == [8, 16]
     (line,) = [x.getMessage() for x in sharedkd_log.records if "key" in x.getMessage()]
     assert "stride [4, 32, 64] on the fpn tap have no part in it; it uses [8, 16]" in line
+    loss = Stage(IdenticalLayer(strides=[64]), published=True).loss
+    refused("key.strides=[64]", lambda: loss.bind(FPN, FPN, "key"), "use key.strides=[8,16]")
 
 
 def test_lists_by_level_stay_with_their_levels():
     """FKD's reductions are 1, 2, 3 and 4 for the strides 4 to 32: a pair without stride 4 has 2 to 4."""
     loss = build(FKD, strides=[4, 8, 16, 32], pool=[1, 1, 1, 1], reduction=[1, 2, 3, 4])
+    loss.published = True
     pyramid = {"fpn": {8: 12, 16: 12, 32: 12}}
     loss.bind(pyramid, pyramid, "key")
     widths = {s: m.theta.out_channels for s, m in loss.student_nonlocal.items()}

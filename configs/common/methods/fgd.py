@@ -20,6 +20,7 @@ _two_stage = L(stage_dict)(
             temperature=0.5,
         ),
         weight=1.0,
+        published=True,
     )
 )
 
@@ -34,6 +35,7 @@ _retinanet = L(stage_dict)(
             temperature=0.5,
         ),
         weight=1.0,
+        published=True,
     )
 )
 
@@ -48,6 +50,7 @@ _fcos = L(stage_dict)(
             temperature=0.8,
         ),
         weight=1.0,
+        published=True,
     )
 )
 

@@ -27,6 +27,7 @@ _two_stage = L(stage_dict)(
             channel_mask=False,
         ),
         weight=1.0,
+        published=True,
     )
 )
 
@@ -46,6 +47,7 @@ _one_stage = L(stage_dict)(
             channel_mask=True,
         ),
         weight=1.0,
+        published=True,
     )
 )
 

@@ -180,12 +180,13 @@ class DistillationLoss(nn.Module):
 
     needs: FrozenSet[str] = frozenset({"teacher"})
     idle = False  # whether it found nothing to compare when it was bound
+    published = False  # whether strides that a pair does not have are left out; see Stage
 
     def __init__(self, tap: str = "fpn", strides: Optional[List[int]] = None):
         """
         Args:
             tap: where maps are taken: ``fpn``, ``backbone``, or another of :data:`TAPS`.
-            strides: the levels to use, by stride, of those that the pair has; None: every common level.
+            strides: the levels to use, by stride; None: every common level.
 
         Raises:
             ConfigError: unknown tap, or a list without strides.
@@ -208,8 +209,8 @@ class DistillationLoss(nn.Module):
             key: this loss's place in the config, for messages.
 
         Raises:
-            ConfigError: there is no teacher, no common level is left, or a subclass cannot work with
-                these levels.
+            ConfigError: there is no teacher, a stride that was asked for is missing, no common level
+                is left, or a subclass cannot work with these levels.
         """
         if "teacher" in self.needs and teacher is None:
             raise ConfigError(
@@ -226,12 +227,13 @@ class DistillationLoss(nn.Module):
             there = self._strides(teacher, "teacher", key)
         levels = ours & there
         where, wanted = "/".join(sorted(self.taps)), set(self.strides or levels)
-        if levels and not levels & wanted:
+        missing, usable = sorted(wanted - levels), sorted(levels & wanted)
+        if levels and missing and not (self.published and usable):
             raise ConfigError(
                 f"{key}.strides",
                 self.strides,
-                f"no such level on the {where} tap of this pair, usable are {sorted(levels)}",
-                "use some of these, or null for all",
+                f"no level of stride {missing} on the {where} tap of this pair, usable are {sorted(levels)}",
+                f"use {key}.strides=[{','.join(map(str, usable or sorted(levels)))}], or null for all",
             )
         levels &= wanted
         if not levels:
@@ -244,7 +246,7 @@ class DistillationLoss(nn.Module):
             )
         alone = sorted((ours | there | wanted) - levels)
         if alone:
-            level = logging.WARNING if wanted - levels else logging.INFO
+            level = logging.WARNING if missing else logging.INFO
             words = f"levels of stride {alone} on the {where} tap have no part in it"
             logger.log(level, f"{key}: {words}; it uses {sorted(levels)}")
         self.strides = sorted(levels)

@@ -40,6 +40,8 @@ class Stage:
         every: with ``auto``, steps from one measurement to the next; 0: only at the start.
         balance: with ``auto``, ``levels`` gives each term, which is one level of most losses, the same
             share; None: the terms stay as they are to each other.
+        published: the strides of the loss are those of its publication, and what the pair does not have of
+            them is left out, with a warning.  False: it is refused.
     """
 
     loss: DistillationLoss
@@ -52,6 +54,11 @@ class Stage:
     share: float = 0.3
     every: int = 0
     balance: Optional[str] = None
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss, DistillationLoss):
+            self.loss.published = self.published
 
     @property
     def auto(self) -> bool:
@@ -87,7 +94,7 @@ class Stage:
             )
         if isinstance(self.weight, str) and not self.auto:
             fix = "use a number, or auto"
-            findings.add(ConfigError(f"{key}.weight", self.weight, "is no weight", fix))
+            findings.add(ConfigError(f"{key}.weight", self.weight, "is no number", fix))
         if isinstance(self.end, str) and self.end != "teacher":
             fix = "use a time, teacher or null"
             findings.add(ConfigError(f"{key}.end", self.end, "is no time", fix))
@@ -95,7 +102,8 @@ class Stage:
         for name in ("start", "ramp", *numbers):
             value = getattr(self, name)
             findings.step(check_number, f"{key}.{name}", value, least=0, or_null=name == "end")
-        findings.step(check_switch, f"{key}.relative", self.relative)
+        for name in ("relative", "published"):
+            findings.step(check_switch, f"{key}.{name}", getattr(self, name))
         findings.step(check_number, f"{key}.share", self.share, above=0)
         findings.step(check_number, f"{key}.every", self.every, least=0, whole=True)
         if self.balance is not None:
