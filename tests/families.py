@@ -573,7 +573,7 @@ def run(student: Row, teacher: Row) -> Outcome:
     pair.to(memory_format=torch.channels_last)
     try:
         with EventStorage(0):
-            losses = pair(inputs)
+            losses = pair(inputs, {name: x.full for name, x in pair.stages.items()})
     except ConfigError as e:
         return Outcome(refused={"*": str(e)})
     for name, value in losses.items():
