@@ -19,6 +19,7 @@ from tiny import arguments
 
 from sharedkd.config import add_sharedkd_config
 from sharedkd.engine.run import run
+from sharedkd.weights.loading import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -198,6 +199,25 @@ def test_a_schedule_holds_in_default_trainer_and_after_a_resume(project, tmp_pat
     again.resume_or_load(resume=True)
     again.train()
     assert again.active == {2: both, 3: []}
+
+
+class InBfloat16(Watched):
+    """Detectron2's AMPTrainer needs a GPU; this is its step on a CPU."""
+
+    def run_step(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            super().run_step()
+
+
+def test_mixed_precision_in_default_trainer(project, tmp_path):
+    trainer = InBfloat16(project(tmp_path / "run", START=1, METHOD="shared_kd+pkd"))
+    before = fingerprint(trainer.model.teacher.model)
+    trainer.train()
+    stages = ["cross", "identical", "pkd"]
+    assert trainer.active == {0: [], **dict.fromkeys((1, 2, 3), stages)}
+    losses = trainer.storage.latest()
+    assert len(losses) > 10 and all(value == value for value, _ in losses.values()), losses
+    assert fingerprint(trainer.model.teacher.model) == before
 
 
 def test_the_head_of_other_classes_is_skipped_as_in_plain_detectron2(project, tmp_path, caplog):
