@@ -115,6 +115,7 @@ def test_an_arm_whose_distillation_weighs_nothing_is_the_plain_one(finished):
         assert arm(record, IDLE, seed)["results"] == arm(record, "none", seed)["results"]
 
 
+@pytest.mark.nightly
 def test_a_family_with_a_dense_head(overrides, tmp_path):
     config = str(ROOT / "configs/custom_coco_retinanet.py")
     record = run_comparison(ROOT, config, ["none", "pkd"], [0], tmp_path, overrides)
@@ -231,6 +232,7 @@ def tool(output, overrides, methods, *flags, config=CONFIG):
     ]
 
 
+@pytest.mark.nightly
 def test_shards_share_the_work(overrides, tmp_path):
     methods = ["none", "frs", "none@frs"]
     shards = [
@@ -292,6 +294,7 @@ def test_an_arm_is_trained_by_one_process_at_a_time(overrides, tmp_path):
     assert not run.log.exists() or not run.log.read_text()
 
 
+@pytest.mark.nightly
 def test_an_interrupted_comparison_continues(overrides, tmp_path):
     """Of Mask R-CNNs; the plain student inherits as the other does."""
     longer = [*overrides, "train.max_iter=8", "train.checkpointer.period=2", "train.inherit=[neck]"]

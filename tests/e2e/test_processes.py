@@ -91,6 +91,7 @@ def test_ctrl_c_reaches_run_and_workers(workspace, tmp_path):
     assert_stopped(said, output)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches CPU processes")
 def test_two_processes_stop_resume_and_evaluate(workspace, tmp_path):
     """SIGTERM goes to torchrun, as a scheduler's does; both processes stop at the same step."""

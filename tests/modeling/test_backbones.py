@@ -63,6 +63,7 @@ def test_a_backbone_without_blocks_is_refused():
         recompute_blocks(model)
 
 
+@pytest.mark.nightly
 def test_a_compiled_backbone_takes_images_of_all_sizes():
     plain = tiny.detector("retinanet").eval()
     model = copy.deepcopy(plain)

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Dict, List, Sequence
 
+import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig
@@ -87,9 +88,10 @@ class Method:
             family: one of ``stages``.
         """
         shapes, count = _PUBLISHED_SHAPES[family], 0
-        for name, stage in instantiate(self.stages[family]).items():
-            stage.loss.bind(shapes, shapes, name)
-            count += count_parameters(stage.loss)
+        with torch.device("meta"):  # only counted
+            for name, stage in instantiate(self.stages[family]).items():
+                stage.loss.bind(shapes, shapes, name)
+                count += count_parameters(stage.loss)
         return count
 
 
