@@ -697,3 +697,24 @@ def test_a_teacher_in_bfloat16_gives_nearly_the_same_gradient():
         gradients.append(torch.cat([x.flatten() for x in found if x is not None]).double())
     exact, lower = gradients
     assert 0 < (lower - exact).norm() < 0.01 * exact.norm()
+
+
+# --- what is no pair ----------------------------------------------------------------------------
+
+
+def test_several_teachers_in_a_list_and_a_pair_as_student_are_refused_with_what_to_do():
+    inner = pair(identical=1.0)
+    student, teacher = tiny.detector("retinanet"), inner.teacher
+    with pytest.raises(ConfigError, match=r"^model.teacher=list: is no source.*model.teachers"):
+        SharedKD(student=student, teacher=[teacher, teacher], input_format="RGB")
+    with pytest.raises(ConfigError, match="^model.student=SharedKD: is a pair itself"):
+        SharedKD(student=inner, teacher=teacher, input_format="RGB")
+
+
+@pytest.mark.parametrize("family", ["retinanet", "faster_rcnn"])
+def test_an_image_without_labels_is_refused(family):
+    model, records = pair(family, family, identical=1.0), tiny.batch()
+    del records[1]["instances"]
+    with pytest.raises(ConfigError, match="an image without labels; leave it out, or give it no"):
+        with EventStorage():
+            model.train()(records)

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Opti
 import torch
 from detectron2.config import CfgNode, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -95,6 +96,7 @@ class SharedKD(nn.Module):
         pyramid: Optional[str] = None,
     ):
         super().__init__()
+        _check_parts(student, teacher, teachers or {})
         check_image_format(student, input_format)
         self._tap = FeatureTap(student, pyramid)
         self.student = student
@@ -103,6 +105,9 @@ class SharedKD(nn.Module):
         self.stages: Dict[str, Stage] = {}
         self.input_format = input_format
         self.max_iter = max_iter
+        self._trains_on_boxes = hasattr(student, "proposal_generator") or isinstance(
+            student, DenseDetector
+        )
         self.pyramid = pyramid
 
         findings = Findings()
@@ -236,6 +241,9 @@ class SharedKD(nn.Module):
             losses = SharedKD.forward(self, batched_inputs, weights)  # no hook runs twice
             values = {name: x.detach() for name, x in losses.items()}
             return scale_relative(losses, values, self.stages, weights)
+        if self._trains_on_boxes and any("instances" not in x for x in batched_inputs):
+            fix = "leave it out, or give it no objects: then it is trained on as background"
+            raise ConfigError("dataloader.train", "", "has an image without labels", fix)
         active = {name: w for name, w in weights.items() if w}
         if not active:
             return self._with_idle_parameters(self.student(batched_inputs))
@@ -377,6 +385,19 @@ class SharedKD(nn.Module):
             the missing and the unexpected keys.
         """
         return self.student.load_state_dict(state_dict, *args, **kwargs)
+
+
+def _check_parts(student: nn.Module, teacher: Any, teachers: Mapping[str, Any]) -> None:
+    """Refuse a pair as a student, and what is no source of maps as a teacher."""
+    if isinstance(student, SharedKD):
+        fix = "give the plain student, and further teachers by model.teachers"
+        raise ConfigError("model.student", "SharedKD", "is a pair itself", fix)
+    named = {f"model.teachers.{name}": x for name, x in teachers.items()}
+    for key, source in {"model.teacher": teacher, **named}.items():
+        if source is not None and not isinstance(source, Teacher):
+            fix = "use a FrozenTeacher; several are model.teachers={NAME: ...} and a stage's teacher=NAME"
+            fix += ", or a TeacherMean"
+            raise ConfigError(key, type(source).__name__, "is no source of maps", fix)
 
 
 def _teacher_of(cfg: CfgNode) -> FrozenTeacher:
