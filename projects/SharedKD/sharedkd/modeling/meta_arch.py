@@ -241,9 +241,6 @@ class SharedKD(nn.Module):
             losses = SharedKD.forward(self, batched_inputs, weights)  # no hook runs twice
             values = {name: x.detach() for name, x in losses.items()}
             return scale_relative(losses, values, self.stages, weights)
-        if self._trains_on_boxes and any("instances" not in x for x in batched_inputs):
-            fix = "leave it out, or give it no objects: then it is trained on as background"
-            raise ConfigError("dataloader.train", "", "has an image without labels", fix)
         active = {name: w for name, w in weights.items() if w}
         if not active:
             return self._with_idle_parameters(self.student(batched_inputs))
@@ -256,6 +253,9 @@ class SharedKD(nn.Module):
         needs = frozenset().union(*(self.losses[name].needs for name in active))
         if "boxes" in needs and not any("instances" in x for x in batched_inputs):
             self.check_record(batched_inputs[0])
+        if self._trains_on_boxes and any("instances" not in x for x in batched_inputs):
+            fix = "leave it out, or give it no objects: then it is trained on as background"
+            raise ConfigError("dataloader.train", "", "has an image without labels", fix)
         regions = RegionTap(self.student) if "regions" in needs else None
         with self._tap.capture(self._taps(active)) as maps:
             with regions.capture() if regions else nullcontext() as sampled:
