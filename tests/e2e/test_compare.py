@@ -199,6 +199,7 @@ def test_other_settings_are_refused(finished, overrides):
         compare(finished[0], [*overrides, "train.clip_grad_norm=9"], ["none"])
 
 
+@pytest.mark.nightly
 def test_a_failed_arm_is_shown_and_the_others_are_trained(overrides, tmp_path, capsys):
     bad = tmp_path / "bad.py"
     bad.write_text(
