@@ -1,8 +1,11 @@
 """Real detectors and records small enough for a CPU test."""
 
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -78,3 +81,22 @@ def command(config, *opts, flags=()):
     tool = str(ROOT / "tools/lazyconfig_train_net.py")
     path = str(ROOT / "configs" / config)
     return [sys.executable, "-W", "ignore", tool, "--config-file", path, *flags, *map(str, opts)]
+
+
+def run_tool(name, *arguments):
+    """Run a tool in this process as its command line does; returns what it exits with, None if all is well.
+
+    What tools/prologue.py changes is of a process of its own, and this one's path stays as it is.
+    """
+    path, before = str(ROOT / "tools" / name), sys.modules.get("prologue")
+    sys.modules["prologue"] = ModuleType("prologue")
+    try:
+        with mock.patch("sys.argv", [path, *map(str, arguments)]):
+            with mock.patch("sys.path", [*sys.path]):
+                runpy.run_path(path, run_name="__main__")
+    except SystemExit as e:
+        return e.code
+    finally:
+        del sys.modules["prologue"]
+        if before is not None:
+            sys.modules["prologue"] = before

@@ -1,8 +1,6 @@
 """tools/analyze_features.py and tools/visualize_pair.py from end to end, on a handful of tiny images."""
 
 import json
-import runpy
-import sys
 
 import numpy as np
 import pytest
@@ -39,24 +37,12 @@ def runs(workspace, tmp_path_factory):
     return root
 
 
-def tool(name, *arguments):
-    """Run a tool as its command line does; returns what it exits with, None if all is well."""
-    before = sys.argv
-    sys.argv = [name, *map(str, arguments)]
-    try:
-        runpy.run_path(str(tiny.ROOT / "tools" / name), run_name="__main__")
-    except SystemExit as e:
-        return e.code
-    finally:
-        sys.argv = before
-
-
 def test_features(runs, workspace, tmp_path, capsys):
     config = tiny.ROOT / "configs/custom_coco_mask.py"
     output = tmp_path / "features"
     options = [*workspace.data, *workspace.pair, f"train.output_dir={runs}/sharedkd"]
     options += ["train.max_iter=2", "--images", 4, "--pictures", 1, "--output", output]
-    assert tool("analyze_features.py", "--config-file", config, *options) is None
+    assert tiny.run_tool("analyze_features.py", "--config-file", config, *options) is None
     said = capsys.readouterr().out
     assert "Are the student's inner cross-layer gaps smaller" in said
     record = json.loads((output / "features.json").read_text())
@@ -88,7 +74,7 @@ def test_features_of_named_states(runs, tmp_path):
     states = f"plain={runs}/plain/model_final.pth,a={final},b={final}"
     options = ["--images", 4, "--pictures", 0, "--checkpoint", states, "--output", tmp_path]
     config = runs / "sharedkd/config.yaml"
-    assert tool("analyze_features.py", "--config-file", config, *options) is None
+    assert tiny.run_tool("analyze_features.py", "--config-file", config, *options) is None
     record = json.loads((tmp_path / "features.json").read_text())
     plain, a, b = record["checkpoints"][1:]
     assert a["taps"] == b["taps"] != plain["taps"]
@@ -98,7 +84,9 @@ def test_features_refuse_what_they_cannot_measure(runs, tmp_path):
     config = runs / "sharedkd/config.yaml"
 
     def refused(config, *options):
-        return tool("analyze_features.py", "--config-file", config, "--output", tmp_path, *options)
+        return tiny.run_tool(
+            "analyze_features.py", "--config-file", config, "--output", tmp_path, *options
+        )
 
     assert "model.teacher=None" in refused(runs / "plain/config.yaml")
     assert "no such file" in refused(config, "--checkpoint", "nothing.pth")
@@ -127,7 +115,7 @@ def test_saved_checkpoints_name_each_state_once(tmp_path):
 def test_visualize(runs, workspace, tmp_path, capsys):
     output = tmp_path / "pictures"
     options = ["--pictures", 2, "--score-threshold", 0.05, "--output", output]
-    assert tool("visualize_pair.py", runs, *options) is None
+    assert tiny.run_tool("visualize_pair.py", runs, *options) is None
     assert "sharedkd minus plain" in capsys.readouterr().out
     record = json.loads((output / "detections.json").read_text())
     assert list(record["models"]) == ["plain", "sharedkd", "teacher"]
@@ -155,7 +143,7 @@ def test_a_run_is_compared_with_the_models_beside_it(runs):
 def test_where_nothing_is_found_it_says_so(runs, tmp_path, capsys):
     (tmp_path / "side_by_side.jpg").touch()
     options = ["--models", f"plain={runs}/plain/model_final.pth", "--score-threshold", 1.01]
-    assert tool("visualize_pair.py", *options, "--output", tmp_path) is None
+    assert tiny.run_tool("visualize_pair.py", *options, "--output", tmp_path) is None
     said = capsys.readouterr().out
     assert "No detection reaches 1.01: lower --score-threshold." in said
     assert "ahead" not in said
@@ -168,7 +156,10 @@ def test_trained_weights_are_what_is_shown(runs, train, workspace, tmp_path):
     """AP is that of Detectron2's own evaluation of the same file."""
     weights = workspace.weights  # the teacher's, which is a Mask R-CNN of the student's kind
     options = ["--models", f"it={weights}", "--config-file", runs / "plain/config.yaml"]
-    assert tool("visualize_pair.py", *options, "--pictures", 1, "--output", tmp_path / "v") is None
+    assert (
+        tiny.run_tool("visualize_pair.py", *options, "--pictures", 1, "--output", tmp_path / "v")
+        is None
+    )
     found = json.loads((tmp_path / "v/detections.json").read_text())["models"]["it"]["bbox"]
     _, results = train(
         "custom_coco_mask_plain.py", f"train.init_checkpoint={weights}", flags=["--eval-only"]
@@ -218,7 +209,7 @@ def test_a_damaged_comparison_has_no_sources(tmp_path):
 
 def test_visualize_refuses_what_it_cannot_show(runs, tmp_path):
     def refused(*options):
-        return tool("visualize_pair.py", "--output", tmp_path, *options)
+        return tiny.run_tool("visualize_pair.py", "--output", tmp_path, *options)
 
     assert "there is no model" in refused()
     assert "is no name=CHECKPOINT" in refused("--models", "plain")

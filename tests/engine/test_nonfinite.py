@@ -362,8 +362,7 @@ def in_group(rank, folder):
     dist.destroy_process_group()
 
 
-def test_all_ranks_decide_alike(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tiny.ROOT))  # where the processes find this module
+def test_all_ranks_decide_alike(tmp_path):
     mp.spawn(in_group, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     for family in ("retinanet", "faster_rcnn"):

@@ -267,8 +267,7 @@ def in_group(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_train_the_same_to_the_bit(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tiny.ROOT))  # where the processes find this module
+def test_two_processes_train_the_same_to_the_bit(tmp_path):
     mp.spawn(in_group, (str(tmp_path),), nprocs=2)
     shares = []
     for rank in (0, 1):

@@ -4,16 +4,13 @@ import base64
 import hashlib
 import json
 import re
-import runpy
 import shutil
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import report_folders as folders
+import tiny
 import yaml
 from matplotlib.figure import Figure
 from PIL import Image
@@ -456,11 +453,8 @@ def test_a_comparison_ends_with_its_tables_and_where_the_report_is(compared, mon
     record = json.loads((compared / "results.json").read_text())
     end = lambda *_: comparison.write(record, str(compared))  # noqa: E731  no training
     monkeypatch.setattr("sharedkd.lab.compare.comparison.run_comparison", end)
-    tool = Path(__file__).parents[3] / "tools/compare_methods.py"
-    monkeypatch.setattr("sys.argv", [str(tool), "--config-file", "x.py", "--output", str(compared)])
-    monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.setitem(sys.modules, "prologue", ModuleType("prologue"))  # of a process of its own
-    runpy.run_path(str(tool), run_name="__main__")
+    options = ("--config-file", "x.py", "--output", compared)
+    assert tiny.run_tool("compare_methods.py", *options) is None
     console = capsys.readouterr().out
     assert "| wide" in console and "How to read this" not in console and "![" not in console
     assert console.splitlines()[-2:] == [short(compared / f"report.{x}") for x in ("md", "html")]

@@ -1,6 +1,6 @@
 """Configs written for plain Detectron2: reproducible loaders for them, and own data by ``data.*``."""
 
-from typing import Any, Iterator, Sequence
+from typing import Iterator, Sequence
 
 from detectron2.data import (
     DatasetMapper,
@@ -8,13 +8,13 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.data.samplers import RepeatFactorTrainingSampler
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sharedkd.data.images import ImageMapper
 from sharedkd.data.loader import build_test_loader, build_train_loader
 from sharedkd.errors import ConfigError
 
+from .build import target_of
 from .classic import is_classic
 from .defaults import DATA_DEFAULTS
 from .plain import leaves
@@ -31,9 +31,9 @@ def adopt_loaders(cfg: DictConfig) -> None:
     A training loader with options that this package's lacks stays as it is.
     """
     train, test = (cfg.dataloader.get(split) for split in ("train", "test"))
-    if _is(train, build_detection_train_loader):
+    if target_of(train) is build_detection_train_loader:
         sampler = train.get("sampler")
-        if _is(sampler, RepeatFactorTrainingSampler):
+        if target_of(sampler) is RepeatFactorTrainingSampler:
             threshold = OmegaConf.select(sampler, "repeat_factors.repeat_thresh")
             if threshold is not None:
                 del train["sampler"]
@@ -42,7 +42,7 @@ def adopt_loaders(cfg: DictConfig) -> None:
         if {*train} <= {"_target_", *known.split()}:
             train._target_ = build_train_loader
             train.update(seed="${train.seed}", on_bad_image="error", max_bad_images=0.01)
-    if _is(test, build_detection_test_loader) and not {"sampler", "collate_fn"} & {*test}:
+    if target_of(test) is build_detection_test_loader and not {"sampler", "collate_fn"} & {*test}:
         test._target_ = build_test_loader
 
 
@@ -85,7 +85,7 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
             fix = "use Detectron2's loader there, or a config of configs/"
             raise ConfigError("data", sorted(keys), problem, fix)
         loader.dataset.names = name
-        if _is(loader.mapper, DatasetMapper):
+        if target_of(loader.mapper) is DatasetMapper:
             loader.mapper._target_ = ImageMapper
     evaluators = cfg.dataloader.get("evaluator")
     for node in evaluators if isinstance(evaluators, ListConfig) else [evaluators]:
@@ -110,11 +110,3 @@ def _with_classes(node: DictConfig) -> Iterator[DictConfig]:
                 yield from _with_classes(child)
         elif key == "num_classes" and not OmegaConf.is_interpolation(node, key):
             yield node
-
-
-def _is(node: Any, target: Any) -> bool:
-    """Whether a node builds ``target`` itself."""
-    if not isinstance(node, DictConfig) or "_target_" not in node:
-        return False
-    found = node["_target_"]
-    return (locate(found) if isinstance(found, str) else found) is target

@@ -10,7 +10,7 @@ from sharedkd.errors import ConfigError, Findings
 
 from .plain import leaves
 
-__all__ = ["construct", "missing_keys", "not_set", "value_of"]
+__all__ = ["construct", "missing_keys", "not_set", "target_of", "value_of"]
 
 
 def not_set(key: str) -> ConfigError:
@@ -21,6 +21,16 @@ def not_set(key: str) -> ConfigError:
 def missing_keys(node: DictConfig) -> List[str]:
     """The keys below ``node`` that have to be set on the command line; nothing is resolved."""
     return sorted(key for key, text in leaves(OmegaConf.to_container(node)) if text == "???")
+
+
+def target_of(node: Any) -> Any:
+    """What a config node builds, as an object; None of what is no node.
+
+    Raises:
+        ImportError: there is no such object.
+    """
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    return locate(target) if isinstance(target, str) else target
 
 
 def construct(node: DictConfig, key: str) -> Any:

@@ -7,7 +7,6 @@ what Detectron2's own builders make of the yaml.
 
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config import LazyCall as L
 from detectron2.data import (
@@ -27,7 +26,6 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
-from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.solver import build_optimizer as build_classic_optimizer
 from fvcore.common.param_scheduler import ParamScheduler
@@ -37,6 +35,7 @@ from torch import nn, optim
 from sharedkd.data.images import ImageMapper
 from sharedkd.data.loader import TrainLoader, build_test_loader, build_train_loader
 from sharedkd.errors import ConfigError
+from sharedkd.modeling import detectors
 
 from .defaults import TRAIN_DEFAULTS
 
@@ -198,9 +197,7 @@ Yaml = Mapping[str, Any]  #: all keys of the yaml
 
 def build_detector(yaml: Yaml) -> nn.Module:
     """Build the detector without weights, on PyTorch's default device."""
-    classic = _cfg_node(yaml)
-    classic.MODEL.DEVICE = str(torch.empty(0).device)
-    return build_model(classic)
+    return detectors.build_detector(_cfg_node(yaml))[0]
 
 
 def training_records(names: Sequence[str], yaml: Yaml) -> List[Dict[str, Any]]:

@@ -7,7 +7,6 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sharedkd.data.coco import CocoSummary
@@ -15,7 +14,7 @@ from sharedkd.errors import ConfigError, Findings, collecting
 from sharedkd.modeling.detectors import config_path, load_file
 
 from .adopt import adopt_loaders, use_own_data
-from .build import missing_keys, not_set
+from .build import missing_keys, not_set, target_of
 from .classic import check_classic, expanded, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
 from .overrides import joined, override
@@ -229,9 +228,8 @@ def _wanted_teachers(model: DictConfig) -> Optional[Set[Optional[str]]]:
             continue
         if not isinstance(stage, DictConfig) or "loss" not in stage:
             return None  # reported where the stages are built
-        loss = OmegaConf.select(stage, "loss._target_")
         try:
-            loss = locate(loss) if isinstance(loss, str) else loss
+            loss = target_of(OmegaConf.select(stage, "loss"))
         except ImportError:
             return None
         if stage.get("weight", 1.0) and "teacher" in getattr(loss, "needs", ("teacher",)):

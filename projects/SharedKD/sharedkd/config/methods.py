@@ -6,7 +6,6 @@ from detectron2.config import instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.errors import ConfigError
@@ -14,6 +13,7 @@ from sharedkd.modeling.detectors import family
 from sharedkd.modeling.recipes import stages_of
 from sharedkd.modeling.stages import stage_dict
 
+from .build import target_of
 from .classic import build_detector
 from .overrides import override
 
@@ -33,8 +33,7 @@ def family_of(student: DictConfig) -> str:
     Raises:
         ConfigError: the detector cannot be built.
     """
-    target = student["_target_"]
-    target = locate(target) if isinstance(target, str) else target
+    target = target_of(student)
     masks = bool(OmegaConf.select(student, "roi_heads.mask_head"))
     if target is build_detector:
         target = META_ARCH_REGISTRY.get(student.yaml.MODEL.META_ARCHITECTURE)

@@ -5,12 +5,13 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sharedkd.data.coco import CocoData, CocoSummary, Reading, read_classes, read_coco
 from sharedkd.data.images import ImageMapper
 from sharedkd.errors import FAILED, ConfigError, Findings
+
+from .build import target_of
 
 __all__ = ["check_class_names", "class_names", "read_own_data", "reading_of"]
 
@@ -99,8 +100,7 @@ def _paths(cfg: DictConfig, key: str, findings: Findings) -> List[str]:
 def reading_of(cfg: DictConfig, split: str, findings: Findings) -> Reading:
     """How a run reads the images and annotations of a split, ``train`` or ``val``."""
     loader = "train" if split == "train" else "test"
-    mapper = OmegaConf.select(cfg, f"dataloader.{loader}.mapper._target_")
-    mapper = locate(mapper) if isinstance(mapper, str) else mapper
+    mapper = target_of(OmegaConf.select(cfg, f"dataloader.{loader}.mapper"))
     ours = isinstance(mapper, type) and issubclass(mapper, ImageMapper)
     span = OmegaConf.select(cfg, f"dataloader.{loader}.mapper.image_range")
     if span is not None and not (len(span) == 2 and span[0] < span[1]):

@@ -63,8 +63,10 @@ class AutoWeight(nn.Module):
             self._move(detector.device)  # a resumed run's are on the CPU
         if not (self.held and self.factors) and torch.is_grad_enabled():
             self._step(terms, detector, maps)
-        key = {k: k if self.by_term else "" for k in terms}
-        return {k: x if k in self.apart else self.factors[key[k]] * x for k, x in terms.items()}
+        return {
+            k: x if k in self.apart else self.factors[k if self.by_term else ""] * x
+            for k, x in terms.items()
+        }
 
     def _step(self, terms: Mapping[str, Tensor], detector: Tensor, maps: Sequence[Tensor]) -> None:
         place = self.steps % self.every if self.every else self.steps

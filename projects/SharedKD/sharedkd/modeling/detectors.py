@@ -4,6 +4,7 @@ import os
 import re
 from typing import Optional, Tuple, Union
 
+import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
@@ -101,7 +102,7 @@ def build_detector(
         config: a detector's config or LazyConfig node, or a model; of a pair, the student is taken.
 
     Returns:
-        the model, on the CPU and without weights, and the channel order that its config names or None.
+        the model, on PyTorch's default device and without weights, and the channel order that its config names or None.
 
     Raises:
         ConfigError: the detector cannot be built.
@@ -111,7 +112,7 @@ def build_detector(
     if isinstance(config, CfgNode):
         config = config.clone()
         config.defrost()
-        config.MODEL.DEVICE = "cpu"
+        config.MODEL.DEVICE = str(torch.empty(0).device)
         config.MODEL.WEIGHTS = ""
         return build_model(config), config.INPUT.FORMAT
     node = config.model if "model" in config else config

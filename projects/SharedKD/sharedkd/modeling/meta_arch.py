@@ -1,6 +1,5 @@
 """The meta-architecture: student and teacher side by side in training, the student alone in inference."""
 
-import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple, Union
@@ -22,12 +21,10 @@ from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .recipes import stages_of
 from .stages import DISTILL, Stage, scale_relative
-from .taps import FeatureTap, common_pixels
+from .taps import FeatureTap, common_pixels, top_left
 from .teachers import FrozenTeacher, Teacher
 
 __all__ = ["SharedKD", "check_image_format"]
-
-logger = logging.getLogger("detectron2.sharedkd")
 
 #: What a loss needs -> the taps that this takes.
 NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
@@ -44,10 +41,8 @@ def check_image_format(student: nn.Module, image_format: str) -> None:
         ConfigError: the student expects another order.
     """
     expected = getattr(student, "input_format", None) or image_format
-    colours = {
-        expected,
-        image_format,
-    } == COLOURS  # which mean nothing for other than three channels
+    # The orders of colours mean nothing for other than three channels.
+    colours = {expected, image_format} == COLOURS
     if expected != image_format and not (colours and image_channels(student) != 3):
         raise ConfigError(
             "dataloader.train.mapper.image_format",
@@ -275,9 +270,7 @@ class SharedKD(nn.Module):
             batches[source].student, batches[source].teacher = ours, theirs
             if batch.labels is not None:
                 batches[source].labels = {
-                    stride: x[
-                        ..., : ours["logits"][stride].shape[-2], : ours["logits"][stride].shape[-1]
-                    ]
+                    stride: top_left(x, ours["logits"][stride].shape[-2:])
                     for stride, x in batch.labels.items()
                 }
         if regions:

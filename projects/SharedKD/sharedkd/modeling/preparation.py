@@ -10,6 +10,7 @@ from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError
+from sharedkd.weights.conventions import RGB_MEAN
 
 __all__ = [
     "COLOURS",
@@ -22,7 +23,6 @@ __all__ = [
 ]
 
 COLOURS = {"BGR", "RGB"}
-_IMAGENET = (123.675, 116.28, 103.53)  # red, green, blue
 
 
 def device_of(detector: nn.Module) -> torch.device:
@@ -55,7 +55,7 @@ def guess_format(detector: nn.Module) -> Optional[str]:
     if not isinstance(mean, Tensor) or mean.numel() != 3:
         return None
     mean = mean.detach().float().cpu().flatten()
-    for name, means in (("RGB", _IMAGENET), ("BGR", _IMAGENET[::-1])):
+    for name, means in (("RGB", RGB_MEAN), ("BGR", RGB_MEAN[::-1])):
         # in 0 to 255 or in 0 to 1; Detectron2's and torchvision's differ in the third digit
         for scale in (1.0, 255.0):
             if torch.allclose(mean * scale, torch.tensor(means), rtol=5e-3):

@@ -21,12 +21,7 @@ from .stages import stage_dict
 
 __all__ = ["FAMILIES", "FOLDER", "Method", "known_methods", "stages_of"]
 
-# In an installed package (setup.py), and in the repository.
-_PLACES = [
-    Path(__file__).parents[1] / "recipes",
-    Path(__file__).parents[4] / "configs/common/methods",
-]
-FOLDER = next((x for x in _PLACES if x.is_dir()), _PLACES[0])  #: where the recipes are
+FOLDER = Path(__file__).parents[4] / "configs/common/methods"  #: the recipes, in the repository
 
 FAMILIES = ("faster_rcnn", "mask_rcnn", "retinanet", "fcos")  #: what recipes have settings for
 

@@ -13,7 +13,7 @@ from sharedkd.losses.base import HEAD_TAPS, TAPS, Maps, Shapes
 from .heads import DenseHead
 from .preparation import device_of, image_channels, prepare_images
 
-__all__ = ["FeatureTap", "common_pixels", "pyramid_shapes", "run_pyramid"]
+__all__ = ["FeatureTap", "common_pixels", "pyramid_shapes", "run_pyramid", "top_left"]
 
 Source = Tuple[nn.Module, FrozenSet[str], Callable[[Any], Maps]]
 
@@ -402,7 +402,7 @@ def common_pixels(student: Maps, teacher: Maps, key: str = "model.teacher") -> T
 
     def cut_all(maps: Maps) -> Maps:
         return {
-            tap: {s: _top_left(x, tuple(map(min, zip(*sizes[tap, s])))) for s, x in levels.items()}
+            tap: {s: top_left(x, tuple(map(min, zip(*sizes[tap, s])))) for s, x in levels.items()}
             for tap, levels in maps.items()
         }
 
@@ -417,5 +417,6 @@ def _canvas(maps: Maps) -> Tuple[int, int]:
     return stride * x.shape[-2], stride * x.shape[-1]
 
 
-def _top_left(x: Tensor, size: Tuple[int, ...]) -> Tensor:
+def top_left(x: Tensor, size: Tuple[int, ...]) -> Tensor:
+    """The top left part of ``size`` = (h, w) of a map (..., H, W); the map itself if it has that size."""
     return x if x.shape[-2:] == size else x[..., : size[0], : size[1]]

@@ -11,11 +11,18 @@ import torch
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
-__all__ = ["OF_DETECTOR", "Convention", "convention_of_file", "convention_of_model"]
+__all__ = [
+    "OF_DETECTOR",
+    "RGB_MEAN",
+    "Convention",
+    "convention_of_file",
+    "convention_of_model",
+]
 
 OF_DETECTOR = "its detector's"  # the maker where a file has the numbers themselves
 
-_RGB_MEAN, _RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+RGB_MEAN = (123.675, 116.28, 103.53)  #: of ImageNet: red, green, blue
+_RGB_STD = (58.395, 57.12, 57.375)
 # Variance after the first convolution over the squares of its weights, on images: about 5 where they are
 # divided by a standard deviation of about 58, and 58**2 times as much where they are not.
 _NORMALISED = 5 * 58
@@ -68,11 +75,11 @@ def convention_of_file(data: Mapping[str, Any]) -> Convention:
         grouped = getattr(inner, "ndim", 0) == 4 and inner.shape[1] < inner.shape[0]
         std = _RGB_STD[::-1] if grouped else (1.0, 1.0, 1.0)
         of_msra = not grouped and not any(name.endswith("_gn_s") for name in state)
-        return Convention("Caffe2's", "BGR", _RGB_MEAN[::-1], std, of_msra)
+        return Convention("Caffe2's", "BGR", RGB_MEAN[::-1], std, of_msra)
     if "torchvision" in maker:
-        return Convention("torchvision's", "RGB", _RGB_MEAN, _RGB_STD, False)
+        return Convention("torchvision's", "RGB", RGB_MEAN, _RGB_STD, False)
     if "pycls" in maker:
-        return Convention("pycls's", "BGR", _RGB_MEAN[::-1], _RGB_STD[::-1])
+        return Convention("pycls's", "BGR", RGB_MEAN[::-1], _RGB_STD[::-1])
     if "pixel_mean" in state and "pixel_std" in state:  # of a detector
         mean, std = (_numbers(state[name]).tolist() for name in ("pixel_mean", "pixel_std"))
         return Convention(OF_DETECTOR, _order(mean), mean, std)
@@ -104,7 +111,7 @@ def _numbers(values: Any) -> Tensor:
 
 def _order(mean: Sequence[float]) -> Optional[str]:
     """The order of channels by ImageNet's means; None if they are others."""
-    for order, known in (("RGB", _RGB_MEAN), ("BGR", _RGB_MEAN[::-1])):
+    for order, known in (("RGB", RGB_MEAN), ("BGR", RGB_MEAN[::-1])):
         if len(mean) == 3 and np.allclose(mean, known, atol=1):
             return order
     return None

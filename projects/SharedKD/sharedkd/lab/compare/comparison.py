@@ -78,11 +78,9 @@ class Arm:
         except FileNotFoundError:
             return {}
 
-    @property
-    def curve(self) -> Dict[str, List[Tuple[int, float]]]:
+    def _aps(self, curves: Dict[str, np.ndarray]) -> Dict[str, List[Tuple[int, float]]]:
         """Task -> (iterations trained, AP) of each evaluation."""
-        curves, last = self._curves(), self.run.record.get("iterations") or math.inf
-        found = {}
+        last, found = self.run.record.get("iterations") or math.inf, {}
         for task in TASKS:
             rows = zip(curves.get("iteration", ()), curves.get(f"{task}/AP", ()))
             points = [(int(min(i + 1, last)), float(ap)) for i, ap in rows if is_known(ap)]
@@ -93,23 +91,27 @@ class Arm:
     @property
     def seconds_per_step(self) -> float:
         """Median over the run; NaN before its first logged step."""
-        times = self._curves().get("time", np.array([]))
-        times = times[~np.isnan(times)]
-        return float(np.median(times)) if len(times) else math.nan
+        return _seconds(self._curves())
 
     def record(self) -> Dict[str, Any]:
         """Its entry in results.json."""
-        status, record = self.status, self.run.record
+        status, record, curves = self.status, self.run.record, self._curves()
         return {
             "method": self.method,
             "seed": self.seed,
             "config": short(self.run.config),
             "status": status,
             "error": self.failure.read_text().strip() if status == "failed" else None,
-            "seconds_per_step": self.seconds_per_step,
-            "curve": self.curve,
+            "seconds_per_step": _seconds(curves),
+            "curve": self._aps(curves),
             **record,
         }
+
+
+def _seconds(curves: Dict[str, np.ndarray]) -> float:
+    times = curves.get("time", np.array([]))
+    times = times[~np.isnan(times)]
+    return float(np.median(times)) if len(times) else math.nan
 
 
 class Comparison:

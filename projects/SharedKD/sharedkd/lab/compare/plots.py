@@ -72,16 +72,12 @@ def plot_curves(record: Mapping[str, Any], path: _Target = None) -> Figure:
     Returns:
         The figure, one panel per task.
     """
-    tasks = tasks_of(record) or ["bbox"]
-    rows = -(-len(record["methods"]) // _COLUMNS)
-    size = (6.5 * len(tasks), 4.6 + 0.25 * rows)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]):
+    figure, panels = _task_panels(record)
+    for task, axes in panels.items():
         for i, method in enumerate(record["methods"]):
             points = curve_of(record, method, task)
             if points:
-                marker = _MARKERS[i // len(PALETTE) % len(_MARKERS)]
-                color = PALETTE[i % len(PALETTE)]
+                color, marker = _look(i)
                 axes.plot(*zip(*points), marker=marker, color=color, markersize=4, label=method)
         teacher = score_of(record.get("teacher"), task)
         if is_known(teacher):
@@ -103,17 +99,14 @@ def plot_cost(record: Mapping[str, Any], path: _Target = None) -> Figure:
     Returns:
         The figure, one panel per task.  Methods without AP or time are left out.
     """
-    tasks = tasks_of(record) or ["bbox"]
-    rows = -(-len(record["methods"]) // _COLUMNS)
-    size = (6.5 * len(tasks), 4.6 + 0.25 * rows)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]):
+    figure, panels = _task_panels(record)
+    for task, axes in panels.items():
         for i, method in enumerate(record["methods"]):
             minutes = minutes_of(record, method)
             mean, half_width = interval(list(scores_of(record, method, task).values()))
             if is_known(minutes) and is_known(mean):
-                marker = _MARKERS[i // len(PALETTE) % len(_MARKERS)]
-                style = {"color": PALETTE[i % len(PALETTE)], "fmt": marker, "label": method}
+                color, marker = _look(i)
+                style = {"color": color, "fmt": marker, "label": method}
                 axes.errorbar(minutes, mean, yerr=half_width, capsize=3, markersize=7, **style)
         axes.margins(0.12)
         axes.set_xlabel("training minutes")
@@ -196,6 +189,20 @@ def _draw_references(axes: Axes, record: Mapping[str, Any], task: str) -> None:
         if not near:
             axes.set_xlim(low, high)
     _legend(axes)
+
+
+def _task_panels(record: Mapping[str, Any]) -> Tuple[Figure, Dict[str, Axes]]:
+    """A panel per task, with room for a legend of all methods below."""
+    tasks = tasks_of(record) or ["bbox"]
+    rows = -(-len(record["methods"]) // _COLUMNS)
+    size = (6.5 * len(tasks), 4.6 + 0.25 * rows)
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    return figure, dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]))
+
+
+def _look(i: int) -> Tuple[str, str]:
+    """Colour and marker of the method number ``i``."""
+    return PALETTE[i % len(PALETTE)], _MARKERS[i // len(PALETTE) % len(_MARKERS)]
 
 
 def _legend(axes: Axes) -> None:
