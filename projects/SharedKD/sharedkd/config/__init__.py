@@ -1,13 +1,12 @@
 """LazyConfig: reading a run's config, its defaults, and a pair in a few lines."""
 
-from sharedkd.modeling.shared_kd import ONE_STAGE_WEIGHT, published_stages, shared_kd_stages
-
 from .build import construct
 from .classic import add_sharedkd_config
 from .defaults import DATA_DEFAULTS, TRAIN_DEFAULTS
 from .load import load_config, student_only
 from .overrides import override
 from .pair import distill
+from .shared_kd import ONE_STAGE_WEIGHT, published_stages, shared_kd_stages
 
 __all__ = [
     "DATA_DEFAULTS",
