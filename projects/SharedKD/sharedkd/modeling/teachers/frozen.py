@@ -327,10 +327,13 @@ class FrozenTeacher(Teacher):
         """The student's records with the images as its own loader delivers them, on its device."""
         device, found = device_of(self.model), []
         for x in batched_inputs:
-            image = x["image"].to(device, non_blocking=True)  # the copy does not wait for the GPU
+            size = [round(side * self.scale) for side in x["image"].shape[-2:]]
+            image = x.get("larger_image", x["image"]) if self.scale != 1 else x["image"]
+            if [*image.shape[-2:]] != size:
+                image = x["image"]
+            image = image.to(device, non_blocking=True)  # the copy does not wait for the GPU
             image = converted(image, input_format, self.channels, self.input_format, KEY)
-            if self.scale != 1:
-                size = [round(side * self.scale) for side in image.shape[-2:]]
+            if [*image.shape[-2:]] != size:
                 image = F.interpolate(image[None].float(), size, mode="bilinear")[0]
             found.append({**x, "image": image})
         return found
