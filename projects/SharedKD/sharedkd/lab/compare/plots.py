@@ -180,8 +180,9 @@ def plot_tradeoff(
             axes.annotate(student, (top.milliseconds, top.mean), **place)
         best = front(found)
         if best:
+            ring = {"marker": "o", "markersize": 14, "fillstyle": "none"}
             line = {"color": PALETTE[-1], "linewidth": 1, "zorder": 0, "label": "Pareto front"}
-            axes.plot([p.milliseconds for p in best], [p.mean for p in best], **line)
+            axes.plot([p.milliseconds for p in best], [p.mean for p in best], **ring, **line)
         if budget is not None:
             axes.axvline(budget, color=PALETTE[5], linestyle=":", label=f"budget: {budget:g} ms")
         if is_known(teacher.get(task)):

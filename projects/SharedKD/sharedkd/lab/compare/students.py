@@ -159,16 +159,15 @@ def run_students(
         ",".join(x.config + "".join(f":{s}" for s in x.settings) for x in students),
     ]
     words += ["--methods", ",".join(methods), "--seeds", ",".join(map(str, seeds))]
-    words += ["--output", short(output), *overrides]
-    records: Dict[str, Dict[str, Any]] = {}
+    words += ["--output", short(output)]
+    words += ["--latency-ms", f"{latency_ms:g}"] if latency_ms is not None else []
+    words += ["--jobs", str(jobs)] if jobs > 1 else []
+    command = shlex.join([*tool("compare_methods.py", root), *words, *overrides])
+    records = {name: _record(comparison, timed=False) for name, comparison in comparisons.items()}
     for number, (name, comparison) in enumerate(comparisons.items(), start=1):
         print(f"student {number} of {len(comparisons)}: {name}", flush=True)
         comparison.train(shard)
-        record = comparison.report()
-        comparison.write_events(record)
-        del record["configs"]  # they are in the student's own results.json
-        records[name] = {**record, "deployed": _deployed(comparison, timed=shard[1] == 1)}
-        command = shlex.join([*tool("compare_methods.py", root), *words])
+        records[name] = _record(comparison, timed=shard[1] == 1)
         write_students(records, output, command, latency_ms, WRITER)
     return records
 
@@ -186,6 +185,13 @@ def _check(students: Sequence[Student], output: Path, overrides: Sequence[str]) 
         if other is not student:
             fix = "rename a file, or write the settings into one"
             raise ConfigError("--students", student.text, f"has the name of {other.text}", fix)
+
+
+def _record(comparison: Comparison, timed: bool) -> Dict[str, Any]:
+    record = comparison.report()
+    comparison.write_events(record)
+    del record["configs"]  # they are in the student's own results.json
+    return {**record, "deployed": _deployed(comparison, timed)}
 
 
 def _deployed(comparison: Comparison, timed: bool) -> Optional[Dict[str, Any]]:
@@ -239,7 +245,7 @@ def _exported(cfg: DictConfig, folder: Path) -> Dict[str, Any]:
         try:
             result = export_student(cfg, [name], str(folder), rounds=ROUNDS)
         except ConfigError as e:  # no format would take it: it detects nothing, or no instances
-            why = f"{e.value}: {e.problem}"
+            why = e.problem
             break
         if name in result.files:
             return {
