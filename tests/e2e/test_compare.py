@@ -391,14 +391,16 @@ def test_an_arm_of_students_is_a_student_with_a_method_and_a_seed(shared, tmp_pa
     trained = []
     monkeypatch.setattr(Comparison, "prepare", lambda self: None)
     monkeypatch.setattr(Run, "train", lambda run, *_: trained.append(run))
+    monkeypatch.setattr("sharedkd.lab.compare.comparison.write", lambda *_: None)  # plots
     students = [Student.of(DENSE), Student.of("train.clip_grad_norm=7", PLAIN)]
-    run_students(ROOT, students, ["none", "pkd"], [0, 3], tmp_path, shared)
+    records = run_students(ROOT, students, ["none", "pkd"], [0, 3], tmp_path, shared)
     folders = [str(run.folder.relative_to(tmp_path)) for run in trained]
     names = ["custom_coco_retinanet_plain", "custom_coco_plain:clip_grad_norm-7"]
     arms = [f"{method}/seed{seed}" for seed in (0, 3) for method in ("none", "pkd")]
     assert folders == [f"{name}/{arm}" for name in names for arm in arms]
     assert f"train.output_dir={tmp_path}/{folders[0]}" in trained[0].overrides
-    record = json.loads((tmp_path / names[1] / "results.json").read_text())
+    assert list(records) == names
+    record = records[names[1]]
     assert record["config_file"] == PLAIN and record["baseline"] == "none"
     assert record["overrides"] == [*shared, "train.clip_grad_norm=7"]
 

@@ -176,13 +176,13 @@ def plot_tradeoff(
             _draw_points(axes, [p for p in found if p.method == method], method, *_look(i))
         for student in dict.fromkeys(p.student for p in found):
             top = max((p for p in found if p.student == student), key=lambda p: p.mean)
-            place = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(student, (top.milliseconds, top.mean), **place)
+            at = (top.milliseconds, top.mean)
+            axes.annotate(student, at, (6, 6), textcoords="offset points", fontsize=8)
         best = front(found)
         if best:
-            ring = {"marker": "o", "markersize": 14, "fillstyle": "none"}
-            line = {"color": PALETTE[-1], "linewidth": 1, "zorder": 0, "label": "Pareto front"}
-            axes.plot([p.milliseconds for p in best], [p.mean for p in best], **ring, **line)
+            x, y = [p.milliseconds for p in best], [p.mean for p in best]
+            (ring,) = axes.plot(x, y, "o-", color=PALETTE[-1], linewidth=1, label="Pareto front")
+            ring.set(fillstyle="none", markersize=14, zorder=0)
         if budget is not None:
             axes.axvline(budget, color=PALETTE[5], linestyle=":", label=f"budget: {budget:g} ms")
         if is_known(teacher.get(task)):
