@@ -1,8 +1,10 @@
 """Distillation losses, one per file."""
 
 from .base import Batch, DistillationLoss, Regions
+from .bckd import BCKD
 from .cross_layer import CrossLayer
 from .cwd import CWD
+from .dist import DIST, DenseDIST
 from .dkd import DKD, DenseDKD
 from .feature_fusion import FeatureFusion
 from .fgd import FGD
@@ -19,7 +21,9 @@ from .reviewkd import ReviewKD
 from .semckd import SemCKD
 
 __all__ = [
+    "BCKD",
     "CWD",
+    "DIST",
     "DKD",
     "FGD",
     "FKD",
@@ -29,6 +33,7 @@ __all__ = [
     "PKD",
     "Batch",
     "CrossLayer",
+    "DenseDIST",
     "DenseDKD",
     "DistillationLoss",
     "FeatureFusion",

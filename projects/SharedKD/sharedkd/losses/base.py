@@ -32,8 +32,8 @@ logger = logging.getLogger("detectron2.sharedkd")
 #: Where maps are taken: ``fpn``, the backbone's outputs; ``backbone``, its bottom-up stages; and the
 #: outputs of the dense head (that of RetinaNet or FCOS, or the RPN of a two-stage detector) with A
 #: anchors a position and K classes (the RPN: K = 1): ``logits`` (N, A*K, H, W), ``deltas``
-#: (N, A*4, H, W), and without a gradient ``boxes`` (N, A*4, H, W), the deltas applied to their
-#: anchors, and ``anchors`` (N, A*4, H, W) themselves, the same for all images, both XYXY in pixels.
+#: (N, A*4, H, W), ``boxes`` (N, A*4, H, W), the deltas applied to their anchors, and without a gradient
+#: ``anchors`` (N, A*4, H, W) themselves, the same for all images, both XYXY in pixels.
 TAPS = ("fpn", "backbone", "logits", "deltas", "boxes", "anchors")
 HEAD_TAPS = frozenset(TAPS[2:])
 
