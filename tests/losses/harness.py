@@ -113,9 +113,10 @@ def leaves(levels):
     }
 
 
-def _learns(tap):
-    """Boxes and anchors have no gradient: losses select with them."""
-    return tap not in ("boxes", "anchors")
+def learned(loss):
+    """The taps that a loss learns through; boxes are maps of their own here, in place of their deltas."""
+    taps = loss.taps - loss.guides
+    return taps - {"deltas"} | {"boxes"} if type(loss).__name__ == "BCKD" else taps
 
 
 def check_who_learns(loss, student, teacher, **options):
@@ -134,7 +135,7 @@ def check_who_learns(loss, student, teacher, **options):
         assert p.grad is not None and torch.isfinite(p.grad).all(), name
     gradients = {(tap, s): x.grad for tap, levels in student.items() for s, x in levels.items()}
     for (tap, s), g in gradients.items():
-        if s in loss.strides and tap in loss.taps and _learns(tap):
+        if s in loss.strides and tap in learned(loss):
             assert g is not None and torch.isfinite(g).all(), (tap, s)
     return gradients
 
@@ -145,7 +146,7 @@ def check_gradients(loss, student, teacher, **options):
         (tap, s)
         for tap, levels in student.items()
         for s in levels
-        if s in loss.strides and tap in loss.taps and _learns(tap)
+        if s in loss.strides and tap in learned(loss)
     ]
     buffers = {k: b.clone() for k, b in loss.named_buffers()}
 

@@ -15,7 +15,9 @@ from losses import harness
 from sharedkd import losses
 from sharedkd.errors import ConfigError
 from sharedkd.losses import (
+    BCKD,
     CWD,
+    DIST,
     DKD,
     FGD,
     FKD,
@@ -24,6 +26,7 @@ from sharedkd.losses import (
     MGD,
     PKD,
     CrossLayer,
+    DenseDIST,
     DenseDKD,
     FeatureFusion,
     FitNets,
@@ -43,6 +46,9 @@ KINDS = {
     CWD: dict(temperature=2.0),
     DKD: dict(alpha=1.0, beta=0.25, temperature=2.0),
     DenseDKD: dict(alpha=1.0, beta=0.25),
+    DIST: dict(beta=0.7, gamma=1.3, temperature=2.0),
+    DenseDIST: dict(beta=0.7, gamma=1.3),
+    BCKD: dict(score=0.7, overlap=1.3),
     FeatureFusion: dict(fit=0.7, feature=1.3, response=0.4),
     FGD: dict(foreground=0.7, background=1.1, attention=0.3, global_=0.9),
     FitNets: dict(adapter=3),
@@ -113,9 +119,11 @@ def test_the_student_and_the_losss_own_parameters_learn_and_the_teacher_does_not
     before = [x.clone() for m in (student, teacher) for y in m.values() for x in y.values()]
     loss = harness.awake(harness.bound(build(kind), student, teacher))
     gradients = harness.check_who_learns(loss, student, teacher, **more)
-    for tap in loss.taps - {"boxes", "anchors"}:
+    for tap in harness.learned(loss):
         assert any(g.any() for (at, _), g in gradients.items() if at == tap)
-    assert (regions.student.grad is not None) == (kind is DKD) and regions.teacher.grad is None
+    assert (regions.student.grad is not None) == (
+        kind in (DKD, DIST)
+    ) and regions.teacher.grad is None
     for name, p in loss.named_parameters():
         assert p.grad.abs().max() > 1e-9 or name.endswith(SILENT.get(kind, ())), name
     after = [x for m in (student, teacher) for y in m.values() for x in y.values()]
@@ -123,7 +131,7 @@ def test_the_student_and_the_losss_own_parameters_learn_and_the_teacher_does_not
 
 
 #: Losses that hold something fixed which gradcheck would move have a test in their own files.
-HELD = {CrossLayer, DKD, FeatureFusion, FKD, GanKD, GID}
+HELD = {BCKD, CrossLayer, DIST, DKD, FeatureFusion, FKD, GanKD, GID}
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in HELD], ids=lambda k: k.__name__)
@@ -311,6 +319,9 @@ PARAMETERS = {
     CrossLayer: 0,
     DKD: 0,
     DenseDKD: 0,
+    DIST: 0,
+    DenseDIST: 0,
+    BCKD: 0,
     CWD: 2 * ADAPTER,
     PKD: 2 * ADAPTER,
     GID: 2 * ADAPTER,
@@ -349,6 +360,8 @@ def refused(start, call, *words):
 POSITIVE = {
     CWD: ["temperature"],
     DKD: ["temperature"],
+    DIST: ["temperature"],
+    DenseDIST: ["temperature"],
     FGD: ["temperature"],
     FKD: ["temperature"],
     SemCKD: ["temperature"],
@@ -369,6 +382,9 @@ BAD_OPTIONS = [
     (IdenticalLayer, "share", "some", "dense, adjacent, none"),
     (CrossLayer, "pairs", "all", "dense, adjacent"),
     (CrossLayer, "direction", "up", "deep_to_shallow, shallow_to_deep, mutual"),
+    (BCKD, "overlap", -1.0, ""),
+    (DIST, "gamma", -1.0, ""),
+    (DenseDIST, "beta", math.nan, ""),
     (DKD, "alpha", -1.0, ""),
     (DKD, "beta", math.nan, ""),
     (DenseDKD, "beta", -2, ""),
@@ -407,13 +423,24 @@ def test_options_that_cannot_be_meant(kind, key, value, words):
 def test_weights_between_terms_have_no_default():
     """configs/common/methods holds them."""
     terms = ("alpha", "beta", "feature", "response", "fit", "foreground", "background", "attention")
-    terms += ("global_", "channel", "spatial", "nonlocal_", "discriminator", "masked", "relation")
+    terms += (
+        "score",
+        "overlap",
+        "gamma",
+        "global_",
+        "channel",
+        "spatial",
+        "nonlocal_",
+        "discriminator",
+        "masked",
+        "relation",
+    )
     for kind in KINDS:
         parameters = inspect.signature(kind).parameters
         optional = [
             n for n in terms if n in parameters and parameters[n].default is not inspect._empty
         ]
-        assert not optional or (kind, optional) == (GID, ["beta"]), kind
+        assert not optional or (kind, optional) in ((GID, ["beta"]), (DenseDKD, ["gamma"])), kind
 
 
 FPN = {"fpn": {8: 4, 16: 4}}
@@ -448,7 +475,7 @@ BAD_BINDS = [
             f"key={k.__name__}: ",
             "logits of stride 16 have 4 channels, the teacher's 80",
         )
-        for k in (FRS, DenseDKD, GID)
+        for k in (BCKD, DenseDIST, DenseDKD, FRS, GID)
     ),
     (build(GID), HEADS, {**HEADS, "deltas": dict.fromkeys((8, 16, 32), 8)}, "key=GID: ", "deltas"),
     (build(GID, strides=[8, 32]), HEADS, HEADS, "key.strides=[8, 32]: ", "twice"),
@@ -481,8 +508,12 @@ def test_a_loss_that_reads_a_teacher_needs_one(kind):
 
 def test_what_is_read():
     heads = {"fpn", "logits"}
-    taps = {DenseDKD: {"logits"}, DKD: set(), FRS: heads, GID: {*HEADS}}
-    needs = {CrossLayer: set(), DKD: {"teacher", "regions"}, DenseDKD: {"teacher", "labels"}}
+    taps = {DKD: set(), DIST: set(), FRS: heads, GID: {*HEADS}}
+    taps.update(dict.fromkeys((DenseDKD, DenseDIST), {"logits"}))
+    taps[BCKD] = {"logits", "deltas", "boxes"}
+    needs = {CrossLayer: set()}
+    needs.update(dict.fromkeys((DKD, DIST), {"teacher", "regions"}))
+    needs.update(dict.fromkeys((DenseDKD, DenseDIST, BCKD), {"teacher", "labels"}))
     needs.update(dict.fromkeys((FGD, FeatureFusion), {"teacher", "boxes"}))
     for kind in KINDS:
         loss = build(kind)

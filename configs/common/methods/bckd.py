@@ -6,9 +6,7 @@ from sharedkd import Stage
 from sharedkd.losses import BCKD
 from sharedkd.modeling.stages import stage_dict
 
-paper = (
-    "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection, ICCV 2023"
-)
+paper = "Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection, ICCV 2023"
 
 # Both weights: the configs of the authors' code, for GFL.
 _stages = L(stage_dict)(bckd=L(Stage)(loss=L(BCKD)(score=1.0, overlap=4.0), weight=1.0))

@@ -180,6 +180,8 @@ class DistillationLoss(nn.Module):
     """
 
     needs: FrozenSet[str] = frozenset({"teacher"})
+    #: Taps that say where and how much, or are another one in other numbers: what is learnt shows in the others.
+    guides: FrozenSet[str] = frozenset({"boxes", "anchors"})
     idle = False  # whether it found nothing to compare when it was bound
     published = False  # whether strides that a pair does not have are left out; see Stage
 

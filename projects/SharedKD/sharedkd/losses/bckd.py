@@ -95,6 +95,6 @@ class BCKD(DistillationLoss):
             # (N, A, H, W, 4)
             b_s, b_t = (x.unflatten(1, (-1, 4)).movedim(2, -1) for x in (b_s, b_t.detach()))
             overlap = gap.detach().amax(2) * (1 - giou(b_s, b_t))
-            terms[f"s{stride}_score"] = self.score / foreground * score.sum()
-            terms[f"s{stride}_overlap"] = self.overlap / foreground * overlap.sum()
+            terms[f"s{stride}_score"] = self.score * score.sum() / foreground
+            terms[f"s{stride}_overlap"] = self.overlap * overlap.sum() / foreground
         return terms

@@ -385,7 +385,7 @@ class SharedKD(nn.Module):
 
     def _read(self, name: str, maps: Maps) -> List[Tensor]:
         """The student's maps that a stage learns through."""
-        taps, strides = self._taps([name]), self.losses[name].strides
+        taps, strides = self._taps([name]) - self.losses[name].guides, self.losses[name].strides
         levels = [(s, x) for tap in sorted(taps) for s, x in maps[tap].items() if x.requires_grad]
         return [x for s, x in levels if not strides or s in strides]
 
