@@ -24,6 +24,7 @@ from sharedkd.losses import (
     FRS,
     GID,
     MGD,
+    PGD,
     PKD,
     CrossLayer,
     DenseDIST,
@@ -60,6 +61,7 @@ KINDS = {
     ),
     ImprovedKD: {},
     MGD: dict(alpha=0.3, masked=0.4),
+    PGD: dict(foreground=0.3, background=0.7, box=1.1, attention=0.9, positions=3),
     PKD: {},
     ReviewKD: dict(mid_channels=3),
     SemCKD: dict(hidden=3, grid=2),
@@ -324,6 +326,7 @@ PARAMETERS = {
     BCKD: 0,
     CWD: 2 * ADAPTER,
     PKD: 2 * ADAPTER,
+    PGD: 2 * ADAPTER,
     GID: 2 * ADAPTER,
     FitNets: 2 * (9 * 5 * 7 + 7),
     FRS: 2 * (9 * 5 * 7 + 7),
@@ -364,6 +367,7 @@ POSITIVE = {
     DenseDIST: ["temperature"],
     FGD: ["temperature"],
     FKD: ["temperature"],
+    PGD: ["positions", "temperature"],
     SemCKD: ["temperature"],
     FeatureFusion: ["fit"],
     GanKD: ["discriminator", "hidden", "layers"],
@@ -408,6 +412,9 @@ BAD_OPTIONS = [
     (ImprovedKD, "samples", 1.5, ""),
     (MGD, "alpha", -1, ""),
     (MGD, "masked", -0.1, ""),
+    (PGD, "xi_box", 1.5, ""),
+    (PGD, "growth", -1, ""),
+    (PGD, "box", math.nan, ""),
     (PKD, "statistics", "group", "batch, image"),
     (ReviewKD, "mid_channels", 0, ""),
     (SemCKD, "hidden", 0, ""),
@@ -475,7 +482,7 @@ BAD_BINDS = [
             f"key={k.__name__}: ",
             "logits of stride 16 have 4 channels, the teacher's 80",
         )
-        for k in (BCKD, DenseDIST, DenseDKD, FRS, GID)
+        for k in (BCKD, DenseDIST, DenseDKD, FRS, GID, PGD)
     ),
     (build(GID), HEADS, {**HEADS, "deltas": dict.fromkeys((8, 16, 32), 8)}, "key=GID: ", "deltas"),
     (build(GID, strides=[8, 32]), HEADS, HEADS, "key.strides=[8, 32]: ", "twice"),
@@ -510,11 +517,12 @@ def test_what_is_read():
     heads = {"fpn", "logits"}
     taps = {DKD: set(), DIST: set(), FRS: heads, GID: {*HEADS}}
     taps.update(dict.fromkeys((DenseDKD, DenseDIST), {"logits"}))
+    taps[PGD] = {*heads, "boxes"}
     taps[BCKD] = {"logits", "deltas", "boxes"}
     needs = {CrossLayer: set()}
     needs.update(dict.fromkeys((DKD, DIST), {"teacher", "regions"}))
     needs.update(dict.fromkeys((DenseDKD, DenseDIST, BCKD), {"teacher", "labels"}))
-    needs.update(dict.fromkeys((FGD, FeatureFusion), {"teacher", "boxes"}))
+    needs.update(dict.fromkeys((FGD, FeatureFusion, PGD), {"teacher", "boxes"}))
     for kind in KINDS:
         loss = build(kind)
         assert loss.taps == taps.get(kind, {"fpn"}), kind

@@ -16,6 +16,7 @@ from .gid import GID
 from .identical_layer import IdenticalLayer
 from .improved_kd import ImprovedKD
 from .mgd import MGD
+from .pgd import PGD
 from .pkd import PKD
 from .reviewkd import ReviewKD
 from .semckd import SemCKD
@@ -30,6 +31,7 @@ __all__ = [
     "FRS",
     "GID",
     "MGD",
+    "PGD",
     "PKD",
     "Batch",
     "CrossLayer",

@@ -88,6 +88,14 @@ class Batch:
         device = next(x for levels in self.student.values() for x in levels.values()).device
         return [_boxes(x).to(device) for x in self.inputs]
 
+    @property
+    def classes(self) -> List[Tensor]:
+        """The class of each of :attr:`boxes`: per image (number of objects,) int64."""
+        device = next(x for levels in self.student.values() for x in levels.values()).device
+        none = torch.zeros(0, dtype=torch.int64)
+        there = (x.get("instances") for x in self.inputs)
+        return [(none if x is None else x.gt_classes).to(device) for x in there]
+
     def inside(self, x: Tensor, stride: int) -> Optional[Tensor]:
         """Find the positions of a map that lie on their image and not on its padding.
 
