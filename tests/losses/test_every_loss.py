@@ -26,6 +26,7 @@ from sharedkd.losses import (
     MGD,
     PGD,
     PKD,
+    Cosine,
     CrossLayer,
     DenseDIST,
     DenseDKD,
@@ -44,6 +45,7 @@ from sharedkd.modeling.stages import Stage
 KINDS = {
     IdenticalLayer: {},
     CrossLayer: {},
+    Cosine: {},
     CWD: dict(temperature=2.0),
     DKD: dict(alpha=1.0, beta=0.25, temperature=2.0),
     DenseDKD: dict(alpha=1.0, beta=0.25),
@@ -325,6 +327,7 @@ PARAMETERS = {
     DenseDIST: 0,
     BCKD: 0,
     CWD: 2 * ADAPTER,
+    Cosine: 2 * ADAPTER,
     PKD: 2 * ADAPTER,
     PGD: 2 * ADAPTER,
     GID: 2 * ADAPTER,
@@ -468,7 +471,7 @@ BAD_BINDS = [
     (CrossLayer(strides=[8]), FPN, None, "key.strides=[8]", "two strides"),
     *(
         (build(k, adapter=0), HEADS, {**HEADS, **WIDE}, "key.adapter=0: ", "4 channels")
-        for k in (CWD, PKD, FitNets, FRS, FeatureFusion, GanKD)
+        for k in (CWD, PKD, Cosine, FitNets, FRS, FeatureFusion, GanKD)
     ),
     (FitNets(adapter=2), FPN, WIDE, "key.adapter=2: ", "odd"),
     (build(FKD, pool=[2]), FPN, FPN, "key.pool=[2]", "[8, 16]"),

@@ -2,6 +2,7 @@
 
 from .base import Batch, DistillationLoss, Regions
 from .bckd import BCKD
+from .cosine import Cosine
 from .cross_layer import CrossLayer
 from .cwd import CWD
 from .dist import DIST, DenseDIST
@@ -34,6 +35,7 @@ __all__ = [
     "PGD",
     "PKD",
     "Batch",
+    "Cosine",
     "CrossLayer",
     "DenseDIST",
     "DenseDKD",

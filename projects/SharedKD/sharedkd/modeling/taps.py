@@ -79,7 +79,7 @@ class _Enough(Exception):
     """Ends a forward whose rest is of no interest."""
 
 
-def run_until(detector: nn.Module, module: nn.Module, inputs: Sequence[Dict[str, Any]]) -> Any:
+def run_until(detector: nn.Module, module: nn.Module, inputs: Any) -> Any:
     """Run a detector's own forward until one of its modules has returned.
 
     Args:
