@@ -40,6 +40,7 @@ PUBLISHED = {
     "bckd",
     "pgd",
     "foundation",
+    "crosskd",
     "improved_kd",
     "gan_kd",
     "feature_fusion",
@@ -47,7 +48,7 @@ PUBLISHED = {
     "shared_kd",
     "shared_kd_published",
 }
-ONE_STAGE_ONLY = {"bckd"}
+ONE_STAGE_ONLY = {"bckd", "crosskd"}
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,7 @@ def block(reduction, c=256):
         ("dkd", "faster_rcnn", 0),
         ("dist", "mask_rcnn", 0),
         ("bckd", "fcos", 0),
+        ("crosskd", "retinanet", 0),
         ("pgd", "mask_rcnn", 0),
         ("foundation", "retinanet", 5 * 65_792),
         ("reviewkd", "retinanet", 3_286_024),

@@ -93,12 +93,15 @@ def truth(boxes, size, classes=None):
 
 
 def batch(student, teacher=None, boxes=None, sizes=None, padded=(64, 96), **more):
-    """A Batch of maps by tap; ``boxes``: per image a list of XYXY; ``sizes``: before padding."""
+    """A Batch of maps by tap; ``boxes``: per image a list of XYXY; ``sizes``: before padding.
+
+    What the teacher's head makes of the student's maps is what the student's own makes of them.
+    """
     first = next(iter(next(iter(student.values())).values()))
     sizes = [padded] * len(first) if sizes is None else sizes
     boxes = [[]] * len(first) if boxes is None else boxes
     inputs = [truth(b, s) for b, s in zip(boxes, sizes)]
-    return Batch(student, teacher, list(sizes), inputs, **more)
+    return Batch(student, teacher, list(sizes), inputs, crossed=lambda left: student, **more)
 
 
 def total(terms):
@@ -114,9 +117,9 @@ def leaves(levels):
 
 
 def learned(loss):
-    """The taps that a loss learns through; boxes are maps of their own here, in place of their deltas."""
-    taps = loss.taps - loss.guides
-    return taps - {"deltas"} | {"boxes"} if type(loss).__name__ == "BCKD" else taps
+    """The taps that a loss learns through; boxes are maps of their own here, not made of deltas."""
+    heads = dict.fromkeys(("BCKD", "CrossKD"), {"logits", "boxes"})  # crossed: see `batch`
+    return heads.get(type(loss).__name__, loss.taps - loss.guides)
 
 
 def check_who_learns(loss, student, teacher, **options):

@@ -27,6 +27,7 @@ from sharedkd.losses import (
     PGD,
     PKD,
     Cosine,
+    CrossKD,
     CrossLayer,
     DenseDIST,
     DenseDKD,
@@ -46,6 +47,7 @@ KINDS = {
     IdenticalLayer: {},
     CrossLayer: {},
     Cosine: {},
+    CrossKD: dict(score=0.7, overlap=1.3),
     CWD: dict(temperature=2.0),
     DKD: dict(alpha=1.0, beta=0.25, temperature=2.0),
     DenseDKD: dict(alpha=1.0, beta=0.25),
@@ -321,6 +323,7 @@ GRID = 2**4  # numbers that describe an image to SemCKD
 PARAMETERS = {
     IdenticalLayer: 0,
     CrossLayer: 0,
+    CrossKD: 0,
     DKD: 0,
     DenseDKD: 0,
     DIST: 0,
@@ -390,6 +393,8 @@ BAD_OPTIONS = [
     (CrossLayer, "pairs", "all", "dense, adjacent"),
     (CrossLayer, "direction", "up", "deep_to_shallow, shallow_to_deep, mutual"),
     (BCKD, "overlap", -1.0, ""),
+    (CrossKD, "left", 0.5, ""),
+    (CrossKD, "score", -1.0, ""),
     (DIST, "gamma", -1.0, ""),
     (DenseDIST, "beta", math.nan, ""),
     (DKD, "alpha", -1.0, ""),
@@ -485,9 +490,16 @@ BAD_BINDS = [
             f"key={k.__name__}: ",
             "logits of stride 16 have 4 channels, the teacher's 80",
         )
-        for k in (BCKD, DenseDIST, DenseDKD, FRS, GID, PGD)
+        for k in (BCKD, CrossKD, DenseDIST, DenseDKD, FRS, GID, PGD)
     ),
     (build(GID), HEADS, {**HEADS, "deltas": dict.fromkeys((8, 16, 32), 8)}, "key=GID: ", "deltas"),
+    (
+        build(CrossKD),
+        HEADS,
+        {**HEADS, "logits": {**HEADS["logits"], 64: 4}},
+        "key=CrossKD: the student's head has levels [8, 16, 32], the teacher's [8, 16, 32, 64]",
+        "",
+    ),
     (build(GID, strides=[8, 32]), HEADS, HEADS, "key.strides=[8, 32]: ", "twice"),
     (
         build(GID),
@@ -520,11 +532,12 @@ def test_what_is_read():
     heads = {"fpn", "logits"}
     taps = {DKD: set(), DIST: set(), FRS: heads, GID: {*HEADS}}
     taps.update(dict.fromkeys((DenseDKD, DenseDIST), {"logits"}))
-    taps[PGD] = {*heads, "boxes"}
+    taps.update(dict.fromkeys((PGD, CrossKD), {*heads, "boxes"}))
     taps[BCKD] = {"logits", "deltas", "boxes"}
     needs = {CrossLayer: set()}
     needs.update(dict.fromkeys((DKD, DIST), {"teacher", "regions"}))
     needs.update(dict.fromkeys((DenseDKD, DenseDIST, BCKD), {"teacher", "labels"}))
+    needs[CrossKD] = {"teacher", "labels", "crossed"}
     needs.update(dict.fromkeys((FGD, FeatureFusion, PGD), {"teacher", "boxes"}))
     for kind in KINDS:
         loss = build(kind)

@@ -4,6 +4,7 @@ from .base import Batch, DistillationLoss, Regions
 from .bckd import BCKD
 from .cosine import Cosine
 from .cross_layer import CrossLayer
+from .crosskd import CrossKD
 from .cwd import CWD
 from .dist import DIST, DenseDIST
 from .dkd import DKD, DenseDKD
@@ -36,6 +37,7 @@ __all__ = [
     "PKD",
     "Batch",
     "Cosine",
+    "CrossKD",
     "CrossLayer",
     "DenseDIST",
     "DenseDKD",

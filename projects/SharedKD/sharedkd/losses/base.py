@@ -5,7 +5,7 @@ A new loss is one file with one subclass.
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
 from detectron2.structures import RotatedBoxes
@@ -70,6 +70,9 @@ class Batch:
         regions: None when no active loss needs them.
         labels: stride -> (N, A, H, W) int64, the class of each anchor by a one-stage student's own
             matching; K is background, -1 ignored.  None when no active loss needs them.
+        crossed: number of convolutions left -> the maps ``logits`` and ``boxes`` that the teacher's dense
+            head makes of what the student's head has before its last so many convolutions, attached to the
+            student's graph.  None when no active loss needs it.
     """
 
     student: Maps
@@ -78,6 +81,7 @@ class Batch:
     inputs: List[Dict[str, Any]] = field(default_factory=list)
     regions: Optional[Regions] = None
     labels: Optional[Dict[int, Tensor]] = None
+    crossed: Optional[Callable[[int], Maps]] = None
 
     @property
     def boxes(self) -> List[Tensor]:
@@ -177,7 +181,7 @@ class DistillationLoss(nn.Module):
     """Base of all distillation losses.
 
     A subclass declares in ``needs`` what it reads besides the student's maps (``teacher``,
-    ``boxes``, ``regions`` or ``labels``, see :class:`Batch`) and in ``taps`` where maps are taken.  :meth:`bind`
+    ``boxes``, ``regions``, ``labels`` or ``crossed``, see :class:`Batch`) and in ``taps`` where maps are taken.  :meth:`bind`
     checks both pyramids and may create parameters.  :meth:`forward` reads maps through
     :meth:`levels` and returns named scalars.  Weights of the terms of one loss are arguments without
     a default: configs/common/methods has the published ones.

@@ -2,32 +2,13 @@
 
 from typing import Dict, FrozenSet, List, Optional
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Batch, DistillationLoss, Shapes, check_weights
-from .dense import check_same_head
+from .dense import check_same_head, giou, number_of_foreground, on_images
 
-__all__ = ["BCKD", "giou"]
-
-EPS = 1e-6  # least area in square pixels
-
-
-def giou(a: Tensor, b: Tensor) -> Tensor:
-    """The generalised IoU (CVPR 2019) of boxes (..., 4), XYXY, one by one: (...).
-
-    torchvision's indexes by booleans, for which a GPU is waited for.
-    """
-
-    def area(low: Tensor, high: Tensor) -> Tensor:
-        return (high - low).clamp(min=0).prod(-1)
-
-    (a0, a1), (b0, b1) = a.split(2, -1), b.split(2, -1)
-    both = area(torch.maximum(a0, b0), torch.minimum(a1, b1))
-    either = (area(a0, a1) + area(b0, b1) - both).clamp(min=EPS)
-    around = area(torch.minimum(a0, b0), torch.maximum(a1, b1)).clamp(min=EPS)
-    return both / either - (around - either) / around
+__all__ = ["BCKD"]
 
 
 class BCKD(DistillationLoss):
@@ -83,18 +64,14 @@ class BCKD(DistillationLoss):
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         first = self.strides[0]
         k = batch.student["logits"][first].shape[1] // batch.labels[first].shape[1]
-        foreground = sum(((x >= 0) & (x < k)).sum() for x in batch.labels.values()).clamp(min=1)
-        terms = {}
+        count, terms = number_of_foreground(batch, k), {}
         boxes = self.levels(batch, "boxes")
         for (stride, z_s, z_t), (_, b_s, b_t) in zip(self.levels(batch), boxes):
-            labels, inside = batch.labels[stride], batch.inside(z_s, stride)
-            counted = labels >= 0 if inside is None else (labels >= 0) & inside  # (N, A, H, W)
+            counted = (batch.labels[stride] >= 0) & on_images(batch, stride)
             z_s, p_t = (x.unflatten(1, (-1, k)) for x in (z_s, z_t.detach().sigmoid()))
             gap = (p_t - z_s.sigmoid()).abs() * counted.unsqueeze(2)  # (N, A, K, H, W)
             score = gap * F.binary_cross_entropy_with_logits(z_s, p_t, reduction="none")
-            # (N, A, H, W, 4)
-            b_s, b_t = (x.unflatten(1, (-1, 4)).movedim(2, -1) for x in (b_s, b_t.detach()))
-            overlap = gap.detach().amax(2) * (1 - giou(b_s, b_t))
-            terms[f"s{stride}_score"] = self.score * score.sum() / foreground
-            terms[f"s{stride}_overlap"] = self.overlap * overlap.sum() / foreground
+            overlap = gap.detach().amax(2) * (1 - giou(b_s, b_t.detach()))
+            terms[f"s{stride}_score"] = self.score * score.sum() / count
+            terms[f"s{stride}_overlap"] = self.overlap * overlap.sum() / count
         return terms

@@ -8,7 +8,7 @@ from torch import Tensor
 from sharedkd.values import check_number
 
 from .base import Batch, DistillationLoss, Shapes, check_weights, precise
-from .dense import check_same_head
+from .dense import check_same_head, foreground, on_images
 
 __all__ = ["DIST", "DenseDIST"]
 
@@ -119,19 +119,18 @@ class DenseDIST(DistillationLoss):
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         rows: List[List[Tensor]] = [[], [], [], []]
         for stride, s, t in self.levels(batch):
-            labels, inside = batch.labels[stride], batch.inside(s, stride)
-            k = s.shape[1] // labels.shape[1]
-            counted = labels >= 0 if inside is None else (labels >= 0) & inside
+            k = s.shape[1] // batch.labels[stride].shape[1]
+            counted = (batch.labels[stride] >= 0) & on_images(batch, stride)
             for found, x in zip(rows, (s, t.detach())):
                 scores = (x / self.temperature).sigmoid()
                 found.append(scores.unflatten(1, (-1, k)).movedim(2, -1).reshape(-1, k))
             rows[2].append(counted.flatten())
-            rows[3].append((counted & (labels < k)).flatten())
-        s, t, counted, foreground = (torch.cat(x) for x in rows)
-        inter = _apart(s, t, torch.ones_like(t), 1) * foreground
+            rows[3].append((counted & foreground(batch, stride, k)).flatten())
+        s, t, counted, chosen = (torch.cat(x) for x in rows)
+        inter = _apart(s, t, torch.ones_like(t), 1) * chosen
         intra = _apart(s, t, counted.to(t.dtype).unsqueeze(1), 0)
         scale = self.temperature**2
         return {
-            "inter": self.beta * scale * inter.sum() / foreground.sum().clamp(min=1),
+            "inter": self.beta * scale * inter.sum() / chosen.sum().clamp(min=1),
             "intra": self.gamma * scale * intra.mean(),
         }

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple, Union
 
 import torch
@@ -17,7 +18,15 @@ from sharedkd.losses.base import Batch, Maps, Regions
 
 from .balance import AutoWeight
 from .detectors import family
-from .heads import RegionTap, anchor_labels, check_labels, check_regions
+from .heads import (
+    HeadTap,
+    Hidden,
+    RegionTap,
+    anchor_labels,
+    check_crossed,
+    check_labels,
+    check_regions,
+)
 from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .recipes import stages_of
@@ -64,6 +73,7 @@ class Seen:
         labels: see :class:`Batch`.
         boxes: per image the regions that it sampled; None when no active stage needs them.
         regions: their labels and its logits of them.
+        hidden: what the convolutions of its dense head read.
     """
 
     losses: Dict[str, Tensor]
@@ -72,6 +82,7 @@ class Seen:
     labels: Optional[Dict[int, Tensor]] = None
     boxes: Optional[List[Boxes]] = None
     regions: Optional[Regions] = None
+    hidden: Optional[Hidden] = None
 
     def batch(self) -> Batch:
         """What a loss may read of it; without a teacher."""
@@ -181,6 +192,9 @@ class SharedKD(nn.Module):
             check_regions(self.student, teacher and teacher.detector, f"{key}.loss")
         if "labels" in stage.loss.needs:
             check_labels(self.student, f"{key}.loss")
+        if "crossed" in stage.loss.needs:
+            detector = teacher and teacher.detector
+            check_crossed(self.student, detector, stage.loss.left, f"{key}.loss")
         if not stage.loss.idle:
             self.stages[name] = stage
 
@@ -288,10 +302,14 @@ class SharedKD(nn.Module):
         """Run the student, and take what the active stages read of it."""
         needs = self._needs(active)
         regions = RegionTap(self.student) if "regions" in needs else None
-        with self._tap.capture(self._taps(active)) as maps:
-            with regions.capture() if regions else nullcontext() as sampled:
-                losses = self.student(batched_inputs)
-        seen = Seen(losses, maps, batched_inputs)
+        head = HeadTap(self.student) if "crossed" in needs else None
+        with (
+            self._tap.capture(self._taps(active)) as maps,
+            regions.capture() if regions else nullcontext() as sampled,
+            head.capture() if head else nullcontext() as hidden,
+        ):
+            losses = self.student(batched_inputs)
+        seen = Seen(losses, maps, batched_inputs, hidden=hidden)
         if "labels" in needs:
             seen.labels = anchor_labels(self.student, batched_inputs, maps["logits"])
         if regions:
@@ -347,7 +365,19 @@ class SharedKD(nn.Module):
         if "regions" in self._needs(names):
             logits = self.sources[source].region_logits(theirs, seen.boxes)
             batch.regions = replace(seen.regions, teacher=logits)
+        if "crossed" in self._needs(names):
+            batch.crossed = partial(self._crossed, source, seen, batch.student["logits"])
         return batch
+
+    def _crossed(
+        self, source: Optional[str], seen: Seen, shown: Mapping[int, Tensor], left: int
+    ) -> Maps:
+        """See :class:`Batch`; ``shown``: maps of the pixels that student and source both show."""
+        found = self.sources[source].finish_head(seen.hidden, left)
+        return {
+            tap: {stride: top_left(x, shown[stride].shape[-2:]) for stride, x in levels.items()}
+            for tap, levels in found.items()
+        }
 
     def _weights_now(self) -> Dict[str, float]:
         """The stages' weights in the iteration of the EventStorage."""
