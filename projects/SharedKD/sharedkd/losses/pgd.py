@@ -93,11 +93,13 @@ class PGD(DistillationLoss):
     log2(stride / 8).  The paper calls the weights alpha, beta, gamma, delta.
 
     Evidence: the paper, and the authors' code (ChenhongyiYang/PGD) for norms, attention and the configs'
-    numbers.  Theirs compares the maps after the first convolution of each branch of the head; here it is the
-    FPN's, as heads differ.  The best positions are of those inside a box, as the paper has it; its code drops
-    those outside afterwards.  The code adds noise to positions, so that the covariance can be inverted; here
-    it is the noise's variance.  OURS: of several anchors at a position the best counts; for two-stage
-    students the RPN is the dense head, and its objectness the score; padding has no part in P, M_0 and H W.
+    numbers.  Theirs compares the maps after the first convolution of each branch of the head; here it is
+    the FPN's, as heads differ, whose scale may ask for other weights than the published
+    (``weight="auto"``).  The best positions are of those inside a box, as the paper has it; its code
+    drops those outside afterwards.  The code adds noise to positions, so that the covariance can be
+    inverted; here it is the noise's variance.  OURS: of several anchors at a position the best counts;
+    for two-stage students the RPN is the dense head, and its objectness the score; padding has no part in
+    P, M_0 and H W.
 
     Parameters: none where widths agree, else a 1x1 convolution a level, C_s C_t + C_t.
 
@@ -109,9 +111,9 @@ class PGD(DistillationLoss):
 
     Args:
         foreground, background, box, attention: weights of the four terms ``s8_foreground``, ...
-        positions: see above.
+        positions: how many of an object's best positions count.
         xi_score, xi_box: from 0, the score alone, to 1, the IoU alone.
-        growth: see above.
+        growth: how much more each coarser level counts in ``foreground`` and ``background``.
         temperature: t, above 0.
         strides: see :class:`DistillationLoss`.
 
