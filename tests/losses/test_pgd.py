@@ -121,8 +121,8 @@ def test_quality_by_hand():
     scores = torch.tensor([[[[0.1], [0.64]], [[0.9], [0.25]]]])  # (N, A, K, R)
     predicted = torch.tensor([[[[0.0, 0, 2, 2]], [[0, 0, 4, 4]]]])
     boxes, classes = torch.tensor([[[0.0, 0, 4, 4], [0, 0, 0, 0]]]), torch.tensor([[1, 0]])
-    found = quality(scores, predicted, boxes, classes, 0.5)
-    assert found.flatten().tolist() == pytest.approx([0.5, 0])
+    found = quality(scores, predicted, boxes, classes, [0.5, 0.0])
+    assert found.flatten().tolist() == pytest.approx([0.5, 0, 0.64, 0.9])  # 0: the score alone
 
 
 def test_gaussian_through_a_line_and_a_point():

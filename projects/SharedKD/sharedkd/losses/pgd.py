@@ -1,7 +1,7 @@
 """PGD: features weighted by where the teacher predicts each object best."""
 
 from math import log2
-from typing import Dict, FrozenSet, List, Optional, Tuple
+from typing import Dict, FrozenSet, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -21,28 +21,30 @@ JITTER = (
 )  # pixels^2: the variance that the authors' noise adds, uniform within 0.1 pixels
 
 
-def quality(scores: Tensor, predicted: Tensor, boxes: Tensor, classes: Tensor, xi: float) -> Tensor:
+def quality(
+    scores: Tensor, predicted: Tensor, boxes: Tensor, classes: Tensor, xi: Sequence[float]
+) -> Tensor:
     """How well each position predicts each object, q = score^(1 - xi) IoU^xi; its best anchor counts.
 
     Args:
         scores: (N, A, K, R) class scores of R positions.
         predicted: (N, A, R, 4) boxes, XYXY.
         boxes, classes: (N, B, 4) and (N, B) of the objects; a box of zeros is none.
-        xi: between 0 and 1.
+        xi: X numbers between 0 and 1.
 
     Returns:
-        (N, B, R)
+        (X, N, B, R)
     """
-    best = scores.new_zeros(len(boxes), boxes.shape[1], scores.shape[-1])
+    best = scores.new_zeros(len(xi), *classes.shape, scores.shape[-1])
     low, high = boxes.unsqueeze(2).split(2, -1)
     area = (high - low).prod(-1)
-    index = classes.unsqueeze(-1).expand_as(best)
+    index = classes.unsqueeze(-1).expand(best.shape[1:])
     for score, box in zip(scores.unbind(1), predicted.unbind(1)):
         x, y = box.unsqueeze(1).split(2, -1)
         both = (torch.minimum(y, high) - torch.maximum(x, low)).clamp(min=0).prod(-1)
         either = area + (y - x).clamp(min=0).prod(-1) - both
-        iou = both / either.clamp(min=1e-6)
-        best = torch.maximum(best, score.gather(1, index) ** (1 - xi) * iou**xi)
+        iou, score = both / either.clamp(min=1e-6), score.gather(1, index)
+        best = torch.maximum(best, torch.stack([score ** (1 - p) * iou**p for p in xi]))
     return best
 
 
@@ -50,27 +52,27 @@ def gaussian(found: Tensor, centres: Tensor, positions: int) -> Tensor:
     """Weights about the best positions of each object: the Gaussian that fits them, elsewhere 0.
 
     Args:
-        found: (N, B, R) :func:`quality`, 0 where a position cannot count.
+        found: (..., R) :func:`quality`, 0 where a position cannot count.
         centres: (R, 2) of the positions, in pixels.
         positions: how many count at most.
 
     Returns:
-        (N, B, R), at most 1.
+        (..., R), at most 1.
     """
     best, where = found.topk(min(positions, found.shape[-1]))
     counted = (
         (best > 0).double().unsqueeze(-1)
     )  # float64: the covariance of a line is almost singular
-    points = centres.double()[where]  # (N, B, positions, 2)
-    count = counted.sum(2, keepdim=True).clamp(min=1)
-    apart = points - (counted * points).sum(2, keepdim=True) / count
-    spread = (counted * apart).transpose(2, 3) @ apart / count
-    (xx, xy), (_, yy) = ((r[..., :1], r[..., 1:]) for r in spread.unbind(2))
+    points = centres.double()[where]  # (..., positions, 2)
+    count = counted.sum(-2, keepdim=True).clamp(min=1)
+    apart = points - (counted * points).sum(-2, keepdim=True) / count
+    spread = (counted * apart).transpose(-1, -2) @ apart / count
+    (xx, xy), (_, yy) = (row.split(1, -1) for row in spread.unbind(-2))
     xx, yy = xx + JITTER, yy + JITTER
     dx, dy = apart.unbind(-1)
     distance = (yy * dx**2 - 2 * xy * dx * dy + xx * dy**2) / (xx * yy - xy**2)
     weights = (-distance / 2).exp() * counted.squeeze(-1)
-    return torch.zeros_like(found).scatter(2, where, weights.to(found.dtype))
+    return torch.zeros_like(found).scatter(-1, where, weights.to(found.dtype))
 
 
 class PGD(DistillationLoss):
@@ -89,8 +91,8 @@ class PGD(DistillationLoss):
         attention  = attention ( sum |A(S) - A(T)| / (N H W) + sum |P(S) - P(T)| / N
                                  + sum where M_b > 0 of |A(S) - A(T)| / #(M_b > 0) )
 
-    M_0 is 1 outside of all boxes, # counts in an image (``box``: in the batch), w_l = 1 + growth
-    log2(stride / 8).  The paper calls the weights alpha, beta, gamma, delta.
+    M_0 is 1 outside of all boxes, # counts in an image (``box``: in the batch), w_l = 1 + growth log2(stride
+    over that of the finest level).  The paper calls the weights alpha, beta, gamma, delta.
 
     Evidence: the paper, and the authors' code (ChenhongyiYang/PGD) for norms, attention and the configs'
     numbers.  Theirs compares the maps after the first convolution of each branch of the head; here it is
@@ -174,7 +176,10 @@ class PGD(DistillationLoss):
             focal = weighted.sum(1, keepdim=True) * spatial_t
             moved = (channel_s - channel_t).abs().sum(1, keepdim=True)
             there = (by_box > 0).to(t.dtype)
-            boxes, level = there.sum().clamp(min=1), 1 + self.growth * log2(stride / 8)
+            boxes, level = (
+                there.sum().clamp(min=1),
+                1 + self.growth * log2(stride / self.strides[0]),
+            )
             sums = dict(
                 foreground=level * (_share(by_score) * focal).sum() / images,
                 background=level * (_share(outside) * focal).sum() / images,
@@ -211,25 +216,23 @@ class PGD(DistillationLoss):
             centres.append(torch.stack(grid, -1).flatten(0, 1).to(z.dtype))
             sizes.append(z.shape[-2:])
         points = torch.cat(centres)
-        # A box of zeros more than the fullest image has, so that there is a box to take the maximum of.
+        # One box at least, of zeros, so that there is one to take the maximum of.
         boxes = pad_sequence([*batch.boxes, points.new_zeros(1, 4)], batch_first=True)[:-1]
         classes = pad_sequence([*batch.classes, boxes.new_zeros(1).long()], batch_first=True)[:-1]
         classes = classes if scores[0].shape[2] > 1 else torch.zeros_like(classes)
-        found = [points.new_zeros(len(boxes), len(points)) for _ in range(3)]
+        guides, objects = points.new_zeros(2, len(boxes), len(points)), 0
         for some, kinds in zip(boxes.to(points.dtype).split(CHUNK, 1), classes.split(CHUNK, 1)):
             low, high = some.unsqueeze(2).split(2, -1)
             within = ((points > low) & (points < high)).all(-1)  # (N, B, R)
-            for i, xi in enumerate(self.xi):
-                each = zip(scores, predicted)
-                q = torch.cat([quality(p, b, some, kinds, xi) for p, b in each], 2) * within
-                weights = gaussian(q, points, self.positions)
-                found[i] = torch.maximum(found[i], weights.amax(1))
-            found[2] = torch.maximum(found[2], within.any(1).to(points.dtype))
-        found[2] = 1 - found[2]
+            each = zip(scores, predicted)
+            q = torch.cat([quality(p, b, some, kinds, self.xi) for p, b in each], -1) * within
+            guides = torch.maximum(guides, gaussian(q, points, self.positions).amax(2))
+            objects = objects + within.sum(1)
+        outside = (objects == 0).to(points.dtype)
         counts = [h * w for h, w in sizes]
         return tuple(
             [x.view(-1, 1, *size) for x, size in zip(mask.split(counts, 1), sizes)]
-            for mask in found
+            for mask in (*guides, outside)
         )
 
 
