@@ -8,7 +8,7 @@ from sharedkd.modeling.stages import stage_dict
 
 paper = "Knowledge Distillation from A Stronger Teacher, NeurIPS 2022"
 
-# beta, gamma and T: the defaults of the authors' code, for classification; their detection configs are
+# beta and gamma: the defaults of the authors' code, for segmentation; their detection configs are
 # not public.  `dist:auto` finds a weight for a detector.
 _two_stage = L(stage_dict)(
     dist=L(Stage)(loss=L(DIST)(beta=1.0, gamma=1.0, temperature=1.0), weight=1.0)

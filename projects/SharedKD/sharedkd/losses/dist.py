@@ -34,11 +34,15 @@ class DIST(DistillationLoss):
     Knowledge Distillation from A Stronger Teacher (NeurIPS 2022).  With p = softmax(z / T) (R, C) of the R
     regions and their C = K + 1 classes, background among them, and rho Pearson's correlation::
 
-        inter = beta  T^2 mean over the regions of (1 - rho(p_S[r, :], p_T[r, :]))    (equations 8 and 9)
-        intra = gamma T^2 mean over the classes of (1 - rho(p_S[:, c], p_T[:, c]))    (equation 10)
+        inter = beta  T^2 mean over the regions of (1 - rho(p_S[r, :], p_T[r, :]))
+        intra = gamma T^2 mean over the classes of (1 - rho(p_S[:, c], p_T[:, c]))
 
-    A stronger teacher is more certain; correlations do not ask for its scale.  The paper's T^2 is that of its
-    public code (hunto/DIST_KD).  Regions or classes of which the teacher's scores are all equal count as 0.
+    A stronger teacher is more certain; correlations do not ask for its scale.
+
+    Evidence: the paper's inter-class and intra-class relations; the means, and sigmoids for heads that have
+    them, in the authors' code for segmentation (hunto/DIST_KD).  T^2 is usual where the method is used for
+    classification; at T = 1 it has no effect.  OURS: regions or classes of which the teacher's scores are all
+    equal count as 0.
 
     Terms: ``inter`` and ``intra``, 0 without regions.  Reads no maps.  No parameters.
 
