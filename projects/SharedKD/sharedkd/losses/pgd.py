@@ -220,15 +220,15 @@ class PGD(DistillationLoss):
         boxes = pad_sequence([*batch.boxes, points.new_zeros(1, 4)], batch_first=True)[:-1]
         classes = pad_sequence([*batch.classes, boxes.new_zeros(1).long()], batch_first=True)[:-1]
         classes = classes if scores[0].shape[2] > 1 else torch.zeros_like(classes)
-        guides, objects = points.new_zeros(2, len(boxes), len(points)), 0
+        guides = points.new_zeros(2, len(boxes), len(points))
+        outside = torch.ones_like(guides[0])
         for some, kinds in zip(boxes.to(points.dtype).split(CHUNK, 1), classes.split(CHUNK, 1)):
             low, high = some.unsqueeze(2).split(2, -1)
             within = ((points > low) & (points < high)).all(-1)  # (N, B, R)
             each = zip(scores, predicted)
             q = torch.cat([quality(p, b, some, kinds, self.xi) for p, b in each], -1) * within
             guides = torch.maximum(guides, gaussian(q, points, self.positions).amax(2))
-            objects = objects + within.sum(1)
-        outside = (objects == 0).to(points.dtype)
+            outside = outside * ~within.any(1)
         counts = [h * w for h, w in sizes]
         return tuple(
             [x.view(-1, 1, *size) for x, size in zip(mask.split(counts, 1), sizes)]
