@@ -2,7 +2,8 @@
 
 from .average import StudentAverage
 from .base import Teacher
+from .foundation import FoundationTeacher
 from .frozen import FrozenTeacher
 from .mean import TeacherMean
 
-__all__ = ["FrozenTeacher", "StudentAverage", "Teacher", "TeacherMean"]
+__all__ = ["FoundationTeacher", "FrozenTeacher", "StudentAverage", "Teacher", "TeacherMean"]
