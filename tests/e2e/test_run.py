@@ -230,7 +230,8 @@ def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, conf
         train(config, *opts, output=tmp_path / "halved")
     monkeypatch.setattr(SharedKDTrainer, "run_step", step)
     assert (tmp_path / "halved/last_checkpoint").read_text() == "model_0000002.pth"
-    halved, _ = train(config, *opts, output=tmp_path / "halved", flags=["--resume"])
+    own = str(tmp_path / "halved/config.yaml")  # which the run then writes anew
+    halved, _ = train(own, *opts, output=tmp_path / "halved", flags=["--resume"])
 
     first, second = (
         torch.load(folder / "model_final.pth", weights_only=True) for folder in (whole, halved)

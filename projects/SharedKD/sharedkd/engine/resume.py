@@ -14,6 +14,7 @@ from detectron2.engine import hooks
 from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.errors import ConfigError
+from sharedkd.files import replace
 
 from .checkpoint import check_complete
 
@@ -120,11 +121,11 @@ def _before(folder: Union[str, Path]) -> str:
 def config_kept(folder: str) -> Iterator[None]:
     """A context for writing a new config.yaml into ``folder``, which Detectron2 does in place.
 
-    The old file stays under another name until the new one is complete.
+    A copy of the old file stays under another name until the new one is complete.
     """
-    before, path = _before(folder), os.path.join(folder, "config.yaml")
-    if os.path.isfile(path) and not os.path.isfile(before):
-        os.replace(path, before)
+    before, path = _before(folder), Path(folder, "config.yaml")
+    if path.is_file() and not os.path.isfile(before):
+        replace(before, lambda f: f.write(path.read_bytes()))
     yield
     with suppress(FileNotFoundError):
         os.remove(before)
