@@ -40,6 +40,7 @@ PUBLISHED = {
     "gan_kd",
     "feature_fusion",
     "self_distillation",
+    "self_reflection",
     "shared_kd",
     "shared_kd_published",
 }
@@ -220,6 +221,7 @@ def block(reduction, c=256):
         ("reviewkd", "retinanet", 3_286_024),
         ("shared_kd", "faster_rcnn", 0),
         ("self_distillation", "fcos", 0),
+        ("self_reflection", "mask_rcnn", 0),
         ("gid", "retinanet", 0),
         # three 1x1, 3x3 on one channel, and two non-local blocks of four 1x1 with a norm
         ("fkd", "faster_rcnn", sum(3 * 65_792 + 10 + 2 * block(r) for r in (4, 4, 2, 2))),

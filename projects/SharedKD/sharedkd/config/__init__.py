@@ -8,6 +8,7 @@ from .defaults import DATA_DEFAULTS, TRAIN_DEFAULTS
 from .load import load_config, student_only
 from .overrides import override
 from .pair import distill
+from .sequence import sequence
 
 __all__ = [
     "DATA_DEFAULTS",
@@ -19,6 +20,7 @@ __all__ = [
     "load_config",
     "override",
     "published_stages",
+    "sequence",
     "shared_kd_stages",
     "student_only",
 ]
