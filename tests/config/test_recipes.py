@@ -304,6 +304,9 @@ def test_a_method_sets_keys_of_its_own():
     assert changed.model.teacher.precision == "bfloat16"
     assert changed.model.stages.pkd.weight == 20.0 and changed.model.stages.cwd.weight == 3
     assert with_method(cfg, "none:optimizer.lr=7").optimizer.lr == 7
+    inherits = with_method(cfg, "none:train.inherit=[neck,head]")  # from the teacher, so it has one
+    assert inherits.train.inherit == ["neck", "head"]
+    assert inherits.model.teacher == cfg.model.teacher and [*inherits.model.stages] == ["_target_"]
     assert "precision" not in cfg.model.teacher and cfg.optimizer.lr != 7
 
 

@@ -1,7 +1,5 @@
 """LazyConfig: reading a run's config, its defaults, and a pair in a few lines."""
 
-from sharedkd.modeling.shared_kd import ONE_STAGE_WEIGHT, published_stages, shared_kd_stages
-
 from .build import construct
 from .classic import add_sharedkd_config
 from .defaults import DATA_DEFAULTS, TRAIN_DEFAULTS
@@ -9,6 +7,7 @@ from .load import load_config, student_only
 from .overrides import override
 from .pair import distill
 from .sequence import sequence
+from .shared_kd import ONE_STAGE_WEIGHT, published_stages, shared_kd_stages
 
 __all__ = [
     "DATA_DEFAULTS",

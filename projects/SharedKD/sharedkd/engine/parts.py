@@ -341,7 +341,7 @@ def _inherit(cfg: DictConfig, student: nn.Module, teacher: Any) -> List[str]:
             "there is no teacher",
             "set model.teacher or use train.inherit=[]",
         )
-    return inherit(student, teacher.model, cfg.train.inherit)
+    return inherit(student, teacher.model, cfg.train.inherit, teacher.scale)
 
 
 def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:
