@@ -12,7 +12,7 @@ from detectron2.utils import comm
 
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.config import shared_kd_stages
-from sharedkd.losses import PKD
+from sharedkd.losses import IdenticalLayer
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.methods import known_methods
 from sharedkd.modeling.stages import Stage
@@ -47,7 +47,7 @@ def three_steps():
     del node.roi_heads, node.input_format
     stages = instantiate(shared_kd_stages())
     stages["scaled"] = Stage(Scaled(), start=1, end=2)  # off in the first and the last iteration
-    stages["mutual"] = Stage(PKD(strides=[8, 16]), teacher="other")
+    stages["mutual"] = Stage(IdenticalLayer(strides=[8, 16], normalize="instance"), teacher="other")
     student = instantiate(node)
     model = SharedKD(
         student=student,

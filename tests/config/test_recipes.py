@@ -297,6 +297,13 @@ def test_a_factor_multiplies_the_weights():
     assert with_method(pair_config(), "pkd").model.stages.pkd.weight == 10.0
 
 
+def test_peers_are_of_the_configs_own_method_alone():
+    cfg = pair_config()
+    cfg.model.peers = {"other": {"student": cfg.model.student}}
+    kept = {name: "peers" in with_method(cfg, name).model for name in ("config", "pkd", "none")}
+    assert kept == {"config": True, "pkd": False, "none": False}
+
+
 def test_a_method_sets_keys_of_its_own():
     cfg = pair_config()
     name = "pkd:model.teacher.precision=bfloat16:2+cwd:model.stages.cwd.weight=3"

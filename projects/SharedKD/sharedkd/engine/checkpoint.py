@@ -70,9 +70,9 @@ class StudentCheckpointer(DataCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         for peer, pair in self.peers.items():  # before the file that they must not be older than
-            os.makedirs(os.path.join(self.save_dir, "peers"), exist_ok=True)
-            alone = {"model": pair.state_dict()}
-            replace(os.path.join(self.save_dir, "peers", f"{peer}.pth"), partial(torch.save, alone))
+            path = os.path.join(self.save_dir, "peers", f"{peer}.pth")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            replace(path, partial(torch.save, {"model": pair.state_dict()}), verify=check_complete)
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **kwargs}
         path = os.path.join(self.save_dir, f"{name}.pth")

@@ -115,7 +115,7 @@ def _own(folder: str, resume: bool) -> Iterator[None]:
     """Lock the output folder, and remove unfinished files of a killed run."""
     with locked(folder):
         check_output(folder, resume)  # another run may have used it since the first check
-        for pattern in ("*.pth", "last_checkpoint", RECORD):
+        for pattern in ("*.pth", "peers/*.pth", "last_checkpoint", RECORD):
             remove_unfinished(folder, pattern)
         yield
 
