@@ -14,6 +14,14 @@ trained for as long as fgd takes. With --shard 0/2 and --shard 1/2 the same comm
 that share the folder or with two CUDA_VISIBLE_DEVICES, splits the work; run it once more for arms
 such as none@fgd, which wait for others. --jobs 2 trains two arms side by side: each needs the memory
 of one, and takes longer.
+
+--students trains several detectors with the same teacher, and shows AP against latency and size:
+
+    tools/compare_methods.py --teacher large.yaml --teacher-weights large.pth --latency-ms 30 \\
+        --students r50.yaml,r50.yaml:depth=18,small.py --methods none,shared_kd data.train_json=...
+
+A student is a config or a name in the model zoo, perhaps with keys of its own (r50.yaml:KEY=VALUE:...);
+KEY=VALUE alone is of --config-file. depth=18 and width=0.5 (of FPN and heads) are for classic yamls.
 """
 
 import os
@@ -33,6 +41,7 @@ from arguments import add_config_arguments, overrides_of
 from sharedkd.engine.interrupt import interruptible
 from sharedkd.errors import SharedKDError
 from sharedkd.lab.compare.comparison import run_comparison
+from sharedkd.lab.compare.students import Student, run_students
 from sharedkd.lab.report import write_report
 from sharedkd.lab.runs import short
 from sharedkd.methods import known_methods
@@ -71,6 +80,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("--list", action="store_true", help="list the methods and stop")
     parser.add_argument("--config-file", metavar="FILE", help="of a pair, or of any detector")
+    parser.add_argument("--students", type=names, default=[], metavar="A,B,...")
+    parser.add_argument("--latency-ms", type=float, metavar="MS", help="an image may take so long")
     parser.add_argument("--methods", type=names, default=["none", "config"], metavar="A,B,...")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], metavar="0,1,...")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
@@ -84,20 +95,20 @@ if __name__ == "__main__":
     if args.list:
         list_methods()
         sys.exit()
-    if not args.config_file:
+    if not (args.config_file or args.students):
         parser.error("--config-file is missing")
+    if args.latency_ms is not None and not args.students:
+        parser.error("--latency-ms needs --students")
+    common = (args.methods, args.seeds, args.output, overrides_of(args, args.overrides))
+    common += (args.shard, args.jobs)
     try:
         with interruptible("the same command continues"):
-            run_comparison(
-                ROOT,
-                args.config_file,
-                args.methods,
-                args.seeds,
-                args.output,
-                overrides_of(args, args.overrides),
-                args.shard,
-                args.jobs,
-            )
+            if args.students:
+                students = [Student.of(text, args.config_file) for text in args.students]
+                for name in run_students(ROOT, students, *common, args.latency_ms):
+                    write_report(args.output / name)
+            else:
+                run_comparison(ROOT, args.config_file, *common)
         page = write_report(args.output)
         tables = (args.output / "report.md").read_text().partition("## How to read this")[0]
         print(f"\n{tables}{short(args.output / 'report.md')}\n{short(page)}")

@@ -123,6 +123,24 @@ def test_the_mapper_does_what_detectron2s_does(tmp_path, orientation):
 # Before training
 
 
+def test_the_larger_image_is_the_same_view_of_the_files_own_pixels(tmp_path):
+    """Cropped, halved and flipped, and twice as large as that: the pixels of the file, cropped and flipped."""
+    pixels = np.random.RandomState(0).randint(0, 256, (64, 80, 3), np.uint8)
+    path = saved(tmp_path / "a.png", Image.fromarray(pixels))
+    size = T.ResizeShortestEdge([24], sample_style="choice")
+    views = [T.RandomCrop("absolute", (48, 64)), size, T.RandomFlip(prob=1.0)]
+    options = dict(is_train=False, image_format="RGB", augmentations=views)
+    record = ImageMapper(larger=2, **options)({"file_name": str(path)})
+    assert record["image"].shape == (3, 24, 32)
+    found = record["larger_image"].permute(1, 2, 0).numpy()[:, ::-1]
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (48, 64, 3)).reshape(-1, 48, 64, 3)
+    assert (windows == found).all((1, 2, 3)).sum() == 1
+    rotated = [size, T.RandomRotation([30.0, 30.0])]  # not at another size
+    assert "larger_image" not in ImageMapper(larger=2, **{**options, "augmentations": rotated})(
+        {"file_name": str(path)}
+    )
+
+
 def read(own, change=None, **reading):
     return read_coco([own.write(change)], [str(own.images)], *KEYS, reading=Reading(**reading))
 

@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 
 from sharedkd import ConfigError
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.run import run
 from sharedkd.lab.analysis.pair import Pair
 from sharedkd.lab.analysis.pictures import read_curves
-from sharedkd.lab.compare.comparison import Comparison, run_comparison
+from sharedkd.lab.compare.comparison import Arm, Comparison, run_comparison
+from sharedkd.lab.compare.students import Student, measure, run_students
+from sharedkd.lab.runs import Run
 
 ROOT = tiny.ROOT
 CONFIG = str(ROOT / "configs/custom_coco.py")
@@ -371,3 +373,89 @@ def test_a_detector_that_finds_nothing_has_an_ap_of_zero(finished, overrides, tm
         zero, none = broken["results"]["bbox"][name] == 0.0, value != value
         assert zero != (none and name not in ("AP", "AP50", "AP75")), name
     assert "finds nothing" in (copy / "report.md").read_text()
+
+
+PLAIN = str(ROOT / "configs/custom_coco_plain.py")
+DENSE = str(ROOT / "configs/custom_coco_retinanet_plain.py")
+
+
+@pytest.fixture
+def shared(workspace):
+    """What all students of a comparison have: data and teacher."""
+    config, weights = (text.partition("=")[2] for text in workspace.pair)
+    teacher = [f"distill.teacher={config}", f"distill.weights={weights}"]
+    return [*workspace.data, *teacher, "train.max_iter=2"]
+
+
+def test_an_arm_of_students_is_a_student_with_a_method_and_a_seed(shared, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(Comparison, "prepare", lambda self: None)
+    monkeypatch.setattr(Run, "train", lambda run, *_: trained.append(run))
+    monkeypatch.setattr("sharedkd.lab.compare.comparison.write", lambda *_: None)  # plots
+    students = [Student.of(DENSE), Student.of("train.clip_grad_norm=7", PLAIN)]
+    records = run_students(ROOT, students, ["none", "pkd"], [0, 3], tmp_path, shared)
+    folders = [str(run.folder.relative_to(tmp_path)) for run in trained]
+    names = ["custom_coco_retinanet_plain", "custom_coco_plain:clip_grad_norm-7"]
+    arms = [f"{method}/seed{seed}" for seed in (0, 3) for method in ("none", "pkd")]
+    assert folders == [f"{name}/{arm}" for name in names for arm in arms]
+    assert f"train.output_dir={tmp_path}/{folders[0]}" in trained[0].overrides
+    assert list(records) == names
+    record = records[names[1]]
+    assert record["config_file"] == PLAIN and record["baseline"] == "none"
+    assert record["overrides"] == [*shared, "train.clip_grad_norm=7"]
+
+
+def test_a_finished_student_is_exported_and_timed_once(finished, overrides, monkeypatch):
+    arm = Comparison(ROOT, CONFIG, METHODS, (0, 1), finished[0], overrides).arms[1]
+    assert measure(arm, timed=False) is None
+    found = measure(arm)
+    path = arm.run.folder / "deployed/student.torchscript.pt"
+    assert (found["method"], found["seed"], found["format"]) == (IDLE, 0, "torchscript")
+    assert found["megabytes"] == path.stat().st_size / 2**20
+    assert 0 < found["milliseconds"]["low"] <= found["milliseconds"]["median"]
+    assert "thread(s)" in found["hardware"] and all(x % 32 == 0 for x in found["image"])
+    path.unlink()
+    assert measure(arm) == found == measure(arm, timed=False) and not path.exists()
+
+
+def test_a_student_that_detects_nothing_has_the_latency_of_the_eager_model(workspace, tmp_path):
+    run = Run(Path(DENSE), workspace.data, tmp_path)
+    model = instantiate(run.cfg.model)
+    torch.save({"model": model.state_dict()}, run.weights)
+    found = measure(Arm("none", 0, run))
+    assert found["format"] == "eager" and "detects nothing" in found["why"]
+    assert found["milliseconds"]["median"] > 0 and found["file"] is None
+    count = sum(x.numel() for x in model.state_dict().values())
+    assert found["megabytes"] == pytest.approx(4 * count / 2**20, rel=1e-3)
+
+
+@pytest.mark.nightly
+def test_students_from_end_to_end(shared, tmp_path):
+    students, flags = f"{PLAIN},{DENSE}", ["--methods", "none,pkd", "--seeds", "0"]
+    teacher, checkpoint = (text.partition("=")[2] for text in shared if text.startswith("distill."))
+    command = [
+        sys.executable,
+        str(ROOT / "tools/compare_methods.py"),
+        "--students",
+        students,
+        *flags,
+    ]
+    command += ["--teacher", teacher, "--teacher-weights", checkpoint, "--output", str(tmp_path)]
+    command += [text for text in shared if not text.startswith("distill.")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = json.loads((tmp_path / "students.json").read_text())["students"]
+    assert list(records) == ["custom_coco_plain", "custom_coco_retinanet_plain"]
+    for name, record in records.items():
+        assert [arm["status"] for arm in record["arms"]] == ["finished"] * 2
+        assert len({arm["initial_weights"] for arm in record["arms"]}) == 1
+        assert f"| {name}" in done.stdout and "within" not in done.stdout
+        assert (tmp_path / name / "report.html").is_file()
+    forms = [record["deployed"]["format"] for record in records.values()]
+    assert forms == ["torchscript", "eager"]
+    before = weights(tmp_path)
+    again = subprocess.run([*command, "--latency-ms", "1e6"], capture_output=True, text=True)
+    assert again.stdout.count("finished before, kept") == 4 and weights(tmp_path) == before
+    assert "Within 1e+06 ms `custom_coco_plain`" in again.stdout
+    later = json.loads((tmp_path / "students.json").read_text())["students"]
+    assert [r["deployed"] for r in later.values()] == [r["deployed"] for r in records.values()]

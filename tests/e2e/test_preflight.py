@@ -283,7 +283,6 @@ def test_validation_on_the_training_data_is_warned_of(good, workspace, tmp_path)
 def test_a_teacher_below_a_finished_plain_run_is_named(good, workspace, tmp_path):
     """Of the same student, evaluated on the same data, beside this run."""
     size = preflight(good["pair"], [f"train.output_dir={tmp_path}/run"], measure=False)
-    data = f"data: {{val_json: {workspace.shapes}/val.json}}"
     weights = tmp_path / "teacher/model_final.pth"
     for name, parameters, ap in (
         ("teacher", 1, 30.0),
@@ -291,10 +290,10 @@ def test_a_teacher_below_a_finished_plain_run_is_named(good, workspace, tmp_path
         ("other", 2, 90.0),
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text(data)
         record = {
             "parameters": {"student": parameters, "losses": 0},
             "results": {"bbox": {"AP": ap}},
+            "validation": "val.json",
         }
         (tmp_path / name / "run.json").write_text(json.dumps(record))
     shutil.copy(workspace.weights, weights)

@@ -1,5 +1,6 @@
 """A further teacher beside `model.teacher`: built, verified, prepared, told, and fixed for the run."""
 
+import json
 import shutil
 
 import pytest
@@ -75,3 +76,35 @@ def test_the_average_of_the_student_is_saved_and_resumed(train, tmp_path):
     student, mean = saved.values()
     assert student.keys() == mean.keys()
     assert any(not torch.equal(student[k], x) for k, x in mean.items())
+
+
+FOUNDATION = """
+from detectron2.config import LazyCall as L, LazyConfig
+from torchvision.models import VisionTransformer
+
+from sharedkd import Stage
+from sharedkd.losses import Cosine
+from sharedkd.modeling.stages import stage_dict
+from sharedkd.modeling.teachers import FoundationTeacher
+
+globals().update(LazyConfig.load("{base}"))
+vit = L(VisionTransformer)(
+    image_size=64, patch_size=16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8
+)
+model.teacher = L(FoundationTeacher)(model=vit, weights="", output="encoder", size=64)
+model.stages = L(stage_dict)(cosine=L(Stage)(loss=L(Cosine)(), weight=1.0))
+"""
+
+
+def test_a_vit_without_a_detector_teaches_by_a_config(train, tmp_path):
+    """Its file is read again from what the run has saved; the checkpoint is a plain student's."""
+    config = tmp_path / "foundation_teacher.py"
+    config.write_text(FOUNDATION.format(base=tiny.ROOT / "configs/custom_coco.py"))
+    output = tmp_path / "teacher_run"  # no other teacher is added
+    train(str(config), "train.max_iter=2", output=output)
+    lines = [json.loads(x) for x in (output / "metrics.json").read_text().splitlines()]
+    assert {"distill/cosine/s8", "distill/cosine/s16", "distill/cosine/s32"} <= set(lines[0])
+    saved = torch.load(output / "model_final.pth", weights_only=True)["model"]
+    assert not any("vit" in name or "encoder" in name or "adapters" in name for name in saved)
+    again = shutil.copy(output / "config.yaml", tmp_path / "saved_teacher.yaml")
+    train(str(again), "train.max_iter=3", output=output, flags=("--resume",))

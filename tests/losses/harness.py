@@ -93,12 +93,15 @@ def truth(boxes, size, classes=None):
 
 
 def batch(student, teacher=None, boxes=None, sizes=None, padded=(64, 96), **more):
-    """A Batch of maps by tap; ``boxes``: per image a list of XYXY; ``sizes``: before padding."""
+    """A Batch of maps by tap; ``boxes``: per image a list of XYXY; ``sizes``: before padding.
+
+    What the teacher's head makes of the student's maps is what the student's own makes of them.
+    """
     first = next(iter(next(iter(student.values())).values()))
     sizes = [padded] * len(first) if sizes is None else sizes
     boxes = [[]] * len(first) if boxes is None else boxes
     inputs = [truth(b, s) for b, s in zip(boxes, sizes)]
-    return Batch(student, teacher, list(sizes), inputs, **more)
+    return Batch(student, teacher, list(sizes), inputs, crossed=lambda left: student, **more)
 
 
 def total(terms):
@@ -113,9 +116,10 @@ def leaves(levels):
     }
 
 
-def _learns(tap):
-    """Boxes and anchors have no gradient: losses select with them."""
-    return tap not in ("boxes", "anchors")
+def learned(loss):
+    """The taps that a loss learns through; boxes are maps of their own here, not made of deltas."""
+    heads = dict.fromkeys(("BCKD", "CrossKD"), {"logits", "boxes"})  # crossed: see `batch`
+    return heads.get(type(loss).__name__, loss.taps - loss.guides)
 
 
 def check_who_learns(loss, student, teacher, **options):
@@ -134,7 +138,7 @@ def check_who_learns(loss, student, teacher, **options):
         assert p.grad is not None and torch.isfinite(p.grad).all(), name
     gradients = {(tap, s): x.grad for tap, levels in student.items() for s, x in levels.items()}
     for (tap, s), g in gradients.items():
-        if s in loss.strides and tap in loss.taps and _learns(tap):
+        if s in loss.strides and tap in learned(loss):
             assert g is not None and torch.isfinite(g).all(), (tap, s)
     return gradients
 
@@ -145,7 +149,7 @@ def check_gradients(loss, student, teacher, **options):
         (tap, s)
         for tap, levels in student.items()
         for s in levels
-        if s in loss.strides and tap in loss.taps and _learns(tap)
+        if s in loss.strides and tap in learned(loss)
     ]
     buffers = {k: b.clone() for k, b in loss.named_buffers()}
 

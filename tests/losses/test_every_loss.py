@@ -15,15 +15,21 @@ from losses import harness
 from sharedkd import losses
 from sharedkd.errors import ConfigError
 from sharedkd.losses import (
+    BCKD,
     CWD,
+    DIST,
     DKD,
     FGD,
     FKD,
     FRS,
     GID,
     MGD,
+    PGD,
     PKD,
+    Cosine,
+    CrossKD,
     CrossLayer,
+    DenseDIST,
     DenseDKD,
     FeatureFusion,
     FitNets,
@@ -40,9 +46,14 @@ from sharedkd.modeling.stages import Stage
 KINDS = {
     IdenticalLayer: {},
     CrossLayer: {},
+    Cosine: {},
+    CrossKD: dict(score=0.7, overlap=1.3),
     CWD: dict(temperature=2.0),
     DKD: dict(alpha=1.0, beta=0.25, temperature=2.0),
     DenseDKD: dict(alpha=1.0, beta=0.25),
+    DIST: dict(beta=0.7, gamma=1.3, temperature=2.0),
+    DenseDIST: dict(beta=0.7, gamma=1.3),
+    BCKD: dict(score=0.7, overlap=1.3),
     FeatureFusion: dict(fit=0.7, feature=1.3, response=0.4),
     FGD: dict(foreground=0.7, background=1.1, attention=0.3, global_=0.9),
     FitNets: dict(adapter=3),
@@ -54,6 +65,7 @@ KINDS = {
     ),
     ImprovedKD: {},
     MGD: dict(alpha=0.3, masked=0.4),
+    PGD: dict(foreground=0.3, background=0.7, box=1.1, attention=0.9, positions=3),
     PKD: {},
     ReviewKD: dict(mid_channels=3),
     SemCKD: dict(hidden=3, grid=2),
@@ -113,9 +125,11 @@ def test_the_student_and_the_losss_own_parameters_learn_and_the_teacher_does_not
     before = [x.clone() for m in (student, teacher) for y in m.values() for x in y.values()]
     loss = harness.awake(harness.bound(build(kind), student, teacher))
     gradients = harness.check_who_learns(loss, student, teacher, **more)
-    for tap in loss.taps - {"boxes", "anchors"}:
+    for tap in harness.learned(loss):
         assert any(g.any() for (at, _), g in gradients.items() if at == tap)
-    assert (regions.student.grad is not None) == (kind is DKD) and regions.teacher.grad is None
+    assert (regions.student.grad is not None) == (
+        kind in (DKD, DIST)
+    ) and regions.teacher.grad is None
     for name, p in loss.named_parameters():
         assert p.grad.abs().max() > 1e-9 or name.endswith(SILENT.get(kind, ())), name
     after = [x for m in (student, teacher) for y in m.values() for x in y.values()]
@@ -123,7 +137,7 @@ def test_the_student_and_the_losss_own_parameters_learn_and_the_teacher_does_not
 
 
 #: Losses that hold something fixed which gradcheck would move have a test in their own files.
-HELD = {CrossLayer, DKD, FeatureFusion, FKD, GanKD, GID}
+HELD = {BCKD, CrossLayer, DIST, DKD, FeatureFusion, FKD, GanKD, GID}
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in HELD], ids=lambda k: k.__name__)
@@ -309,10 +323,16 @@ GRID = 2**4  # numbers that describe an image to SemCKD
 PARAMETERS = {
     IdenticalLayer: 0,
     CrossLayer: 0,
+    CrossKD: 0,
     DKD: 0,
     DenseDKD: 0,
+    DIST: 0,
+    DenseDIST: 0,
+    BCKD: 0,
     CWD: 2 * ADAPTER,
+    Cosine: 2 * ADAPTER,
     PKD: 2 * ADAPTER,
+    PGD: 2 * ADAPTER,
     GID: 2 * ADAPTER,
     FitNets: 2 * (9 * 5 * 7 + 7),
     FRS: 2 * (9 * 5 * 7 + 7),
@@ -349,8 +369,11 @@ def refused(start, call, *words):
 POSITIVE = {
     CWD: ["temperature"],
     DKD: ["temperature"],
+    DIST: ["temperature"],
+    DenseDIST: ["temperature"],
     FGD: ["temperature"],
     FKD: ["temperature"],
+    PGD: ["positions", "temperature"],
     SemCKD: ["temperature"],
     FeatureFusion: ["fit"],
     GanKD: ["discriminator", "hidden", "layers"],
@@ -369,6 +392,11 @@ BAD_OPTIONS = [
     (IdenticalLayer, "share", "some", "dense, adjacent, none"),
     (CrossLayer, "pairs", "all", "dense, adjacent"),
     (CrossLayer, "direction", "up", "deep_to_shallow, shallow_to_deep, mutual"),
+    (BCKD, "overlap", -1.0, ""),
+    (CrossKD, "left", 0.5, ""),
+    (CrossKD, "score", -1.0, ""),
+    (DIST, "gamma", -1.0, ""),
+    (DenseDIST, "beta", math.nan, ""),
     (DKD, "alpha", -1.0, ""),
     (DKD, "beta", math.nan, ""),
     (DenseDKD, "beta", -2, ""),
@@ -392,6 +420,9 @@ BAD_OPTIONS = [
     (ImprovedKD, "samples", 1.5, ""),
     (MGD, "alpha", -1, ""),
     (MGD, "masked", -0.1, ""),
+    (PGD, "xi_box", 1.5, ""),
+    (PGD, "growth", -1, ""),
+    (PGD, "box", math.nan, ""),
     (PKD, "statistics", "group", "batch, image"),
     (ReviewKD, "mid_channels", 0, ""),
     (SemCKD, "hidden", 0, ""),
@@ -407,13 +438,24 @@ def test_options_that_cannot_be_meant(kind, key, value, words):
 def test_weights_between_terms_have_no_default():
     """configs/common/methods holds them."""
     terms = ("alpha", "beta", "feature", "response", "fit", "foreground", "background", "attention")
-    terms += ("global_", "channel", "spatial", "nonlocal_", "discriminator", "masked", "relation")
+    terms += (
+        "score",
+        "overlap",
+        "gamma",
+        "global_",
+        "channel",
+        "spatial",
+        "nonlocal_",
+        "discriminator",
+        "masked",
+        "relation",
+    )
     for kind in KINDS:
         parameters = inspect.signature(kind).parameters
         optional = [
             n for n in terms if n in parameters and parameters[n].default is not inspect._empty
         ]
-        assert not optional or (kind, optional) == (GID, ["beta"]), kind
+        assert not optional or (kind, optional) in ((GID, ["beta"]), (DenseDKD, ["gamma"])), kind
 
 
 FPN = {"fpn": {8: 4, 16: 4}}
@@ -434,7 +476,7 @@ BAD_BINDS = [
     (CrossLayer(strides=[8]), FPN, None, "key.strides=[8]", "two strides"),
     *(
         (build(k, adapter=0), HEADS, {**HEADS, **WIDE}, "key.adapter=0: ", "4 channels")
-        for k in (CWD, PKD, FitNets, FRS, FeatureFusion, GanKD)
+        for k in (CWD, PKD, Cosine, FitNets, FRS, FeatureFusion, GanKD)
     ),
     (FitNets(adapter=2), FPN, WIDE, "key.adapter=2: ", "odd"),
     (build(FKD, pool=[2]), FPN, FPN, "key.pool=[2]", "[8, 16]"),
@@ -448,9 +490,16 @@ BAD_BINDS = [
             f"key={k.__name__}: ",
             "logits of stride 16 have 4 channels, the teacher's 80",
         )
-        for k in (FRS, DenseDKD, GID)
+        for k in (BCKD, CrossKD, DenseDIST, DenseDKD, FRS, GID, PGD)
     ),
     (build(GID), HEADS, {**HEADS, "deltas": dict.fromkeys((8, 16, 32), 8)}, "key=GID: ", "deltas"),
+    (
+        build(CrossKD),
+        HEADS,
+        {**HEADS, "logits": {**HEADS["logits"], 64: 4}},
+        "key=CrossKD: the student's head has levels [8, 16, 32], the teacher's [8, 16, 32, 64]",
+        "",
+    ),
     (build(GID, strides=[8, 32]), HEADS, HEADS, "key.strides=[8, 32]: ", "twice"),
     (
         build(GID),
@@ -481,9 +530,15 @@ def test_a_loss_that_reads_a_teacher_needs_one(kind):
 
 def test_what_is_read():
     heads = {"fpn", "logits"}
-    taps = {DenseDKD: {"logits"}, DKD: set(), FRS: heads, GID: {*HEADS}}
-    needs = {CrossLayer: set(), DKD: {"teacher", "regions"}, DenseDKD: {"teacher", "labels"}}
-    needs.update(dict.fromkeys((FGD, FeatureFusion), {"teacher", "boxes"}))
+    taps = {DKD: set(), DIST: set(), FRS: heads, GID: {*HEADS}}
+    taps.update(dict.fromkeys((DenseDKD, DenseDIST), {"logits"}))
+    taps.update(dict.fromkeys((PGD, CrossKD), {*heads, "boxes"}))
+    taps[BCKD] = {"logits", "deltas", "boxes"}
+    needs = {CrossLayer: set()}
+    needs.update(dict.fromkeys((DKD, DIST), {"teacher", "regions"}))
+    needs.update(dict.fromkeys((DenseDKD, DenseDIST, BCKD), {"teacher", "labels"}))
+    needs[CrossKD] = {"teacher", "labels", "crossed"}
+    needs.update(dict.fromkeys((FGD, FeatureFusion, PGD), {"teacher", "boxes"}))
     for kind in KINDS:
         loss = build(kind)
         assert loss.taps == taps.get(kind, {"fpn"}), kind

@@ -11,6 +11,7 @@ from sharedkd import ConfigError, FrozenTeacher, IdenticalLayer, RunError, Share
 from sharedkd.config.methods import with_method
 from sharedkd.modeling import balance
 from sharedkd.modeling.balance import AutoWeight
+from sharedkd.modeling.recipes import stages_of
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +137,19 @@ def test_options_that_do_not_fit():
             pair(**options)
     with pytest.raises(ConfigError, match="use a number, or auto"):
         Stage(IdenticalLayer(), weight="much").check("x")
+
+
+@pytest.mark.parametrize("name, widths", [("bckd", {27, 36}), ("crosskd", {128}), ("pgd", {128})])
+def test_it_is_measured_where_a_stage_learns(name, widths):
+    """Not at boxes, which are the deltas in pixels, nor at logits that only say where to look."""
+    stages = instantiate(stages_of(f"{name}:auto", "retinanet"))
+    teacher = FrozenTeacher(tiny.detector("retinanet", seed=1), "", "RGB")
+    model = SharedKD(
+        student=tiny.detector("retinanet"), teacher=teacher, stages=stages, input_format="RGB"
+    ).train()
+    seen, weight = [], model.auto_weights[name]
+    weight.register_forward_pre_hook(lambda module, args: seen.extend(args[2]))
+    with EventStorage(0):
+        model(tiny.batch(), {name: 1.0})
+    assert {x.shape[1] for x in seen} == widths and len(seen) == 5 * len(widths)
+    assert weight.factors[""] > 0

@@ -15,7 +15,7 @@ from sharedkd import (
     Stage,
 )
 from sharedkd.engine.snapshot import without_trace
-from sharedkd.losses import DKD, DenseDKD
+from sharedkd.losses import DKD, CrossKD, DenseDKD
 from sharedkd.modeling.stages import own_losses
 from sharedkd.modeling.teachers import Peer
 from sharedkd.weights.loading import fingerprint
@@ -195,5 +195,7 @@ def test_what_cannot_be_a_peer_is_refused():
     refused("^model.peers.other.stages.b.teacher=large: is no source of maps", other=unknown)
     alone = Peer(peer.student, {"b": Stage(CrossLayer(tap="backbone"), -1.0)})
     refused("^model.peers.other.stages.b.weight=-1.0", other=alone)
+    crossed = Peer(peer.student, {"b": Stage(CrossKD(score=1.0, overlap=1.0))})
+    refused("^model.peers.other.stages.b.teacher=None: is a student that trains", other=crossed)
     with pytest.raises(ConfigError, match="^lr_factor=0"):
         Peer(peer.student, lr_factor=0)

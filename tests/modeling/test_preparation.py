@@ -309,6 +309,16 @@ def test_scale_shows_the_teacher_larger_images():
     assert torch.equal(found["logits"][4], plain["logits"][8])
 
 
+def test_a_scaled_teacher_prefers_the_larger_image_of_the_loader():
+    teacher = FrozenTeacher(tiny.detector("retinanet", seed=1), "", "RGB", scale=2)
+    plain = FrozenTeacher(tiny.detector("retinanet", seed=1), "", "RGB")
+    for size, used in (((64, 96), True), ((64, 95), False)):  # one of another size is not its view
+        record = {"image": torch.rand(3, 32, 48) * 255, "larger_image": torch.rand(3, *size) * 255}
+        found = teacher.features([record], FPN, "RGB")["fpn"][4]
+        same = plain.features([{"image": record["larger_image"]}], FPN, "RGB")["fpn"][8]
+        assert (found.shape == same.shape and torch.equal(found, same)) == used
+
+
 def test_regions_of_a_scaled_teacher():
     model = faster()
     boxes = [

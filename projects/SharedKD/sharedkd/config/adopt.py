@@ -19,7 +19,7 @@ from .classic import is_classic
 from .defaults import DATA_DEFAULTS
 from .plain import leaves
 
-__all__ = ["adopt_loaders", "use_own_data"]
+__all__ = ["adopt_loaders", "show_larger_images", "use_own_data"]
 
 # Of `data`, what only the configs of configs/custom_coco*.py read.
 _SIZES = ("short_edge", "test_short_edge", "max_size", "num_classes", "masks")
@@ -44,6 +44,22 @@ def adopt_loaders(cfg: DictConfig) -> None:
             train.update(seed="${train.seed}", on_bad_image="error", max_bad_images=0.01)
     if target_of(test) is build_detection_test_loader and not {"sampler", "collate_fn"} & {*test}:
         test._target_ = build_test_loader
+
+
+def show_larger_images(cfg: DictConfig) -> None:
+    """Let the loaders also deliver the images as a teacher with a ``scale`` sees them.
+
+    With a mapper of one's own, or teachers of several scales, the teacher enlarges the student's images.
+    """
+    teachers = [cfg.model.get("teacher"), *(cfg.model.get("teachers") or {}).values()]
+    scales = {x.get("scale", 1) for x in teachers if isinstance(x, DictConfig)} - {1}
+    if len(scales) != 1:
+        return
+    for split in ("train", "test"):
+        mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
+        if isinstance(mapper, DictConfig) and target_of(mapper) in (DatasetMapper, ImageMapper):
+            mapper._target_ = ImageMapper
+            mapper.larger = scales.copy().pop()
 
 
 def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:

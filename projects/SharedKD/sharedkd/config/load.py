@@ -13,7 +13,7 @@ from sharedkd.data.coco import CocoSummary
 from sharedkd.errors import ConfigError, Findings, collecting
 from sharedkd.modeling.detectors import config_path, load_file
 
-from .adopt import adopt_loaders, use_own_data
+from .adopt import adopt_loaders, show_larger_images, use_own_data
 from .build import missing_keys, not_set, target_of
 from .classic import check_classic, expanded, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
@@ -106,6 +106,7 @@ def load(
         check_classic(cfg)
     _refuse_gone(cfg, findings)
     _settle(cfg, findings)
+    show_larger_images(cfg)
     _expand_home(cfg)
     if cfg.train.fast_dev_run:
         _shorten(cfg)

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from .masks import shown
 from .notes import FILE_NAMES, SIZES, Notes
 
-__all__ = ["ImageMapper", "check_headers", "match_files", "read_image", "upright_size"]
+__all__ = ["ImageMapper", "check_headers", "enlarged", "match_files", "read_image", "upright_size"]
 
 # Image headers that are read: enough to catch a wrong folder or a resized set within seconds.
 _MOST_HEADERS = 1000
@@ -28,6 +28,15 @@ _MOST_DECODED = 5  # images of more than 8 bits whose pixels are looked at befor
 #: What becomes 0 and 255 of an image of more than 8 bits, by the beginning of its mode.
 _RANGES = {"I;16": (0, 65535), "F": (0, 1)}
 _EXIF_ORIENTATION, _EXIF_QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+
+
+_OF_ANY_SIZE = (
+    T.HFlipTransform,
+    T.VFlipTransform,
+    T.NoOpTransform,
+    T.BlendTransform,
+    T.ColorTransform,
+)
 
 
 # --- pixels -----------------------------------------------------------------------------------------
@@ -89,12 +98,16 @@ class ImageMapper(DatasetMapper):
 
     Args:
         image_range: see :func:`read_image`.
+        larger: a record also has a ``larger_image``, which is ``image`` so many times as large, resized from
+            the file's own pixels; for a teacher with this ``scale``.
         options: of Detectron2's DatasetMapper.
     """
 
-    def __init__(self, *, image_range: Optional[Sequence[float]] = None, **options: Any):
+    def __init__(
+        self, *, image_range: Optional[Sequence[float]] = None, larger: float = 1, **options: Any
+    ):
         super().__init__(**options)
-        self.image_range = image_range
+        self.image_range, self.larger = image_range, larger
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
         if self.proposal_topk is not None or "sem_seg_file_name" in dataset_dict:
@@ -104,13 +117,43 @@ class ImageMapper(DatasetMapper):
         utils.check_image_size(record, image)
         inputs = T.AugInput(image)
         transforms = self.augmentations(inputs)
-        pixels = np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
-        record["image"] = torch.as_tensor(pixels)
+        record["image"] = _tensor(inputs.image)
+        again = None if self.larger == 1 else enlarged(transforms, self.larger)
+        if again is not None:
+            record["larger_image"] = _tensor(again.apply_image(image))
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
             self._transform_annotations(record, transforms, inputs.image.shape[:2])
         return record
+
+
+def _tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def enlarged(transforms: T.Transform, scale: float) -> Optional[T.TransformList]:
+    """The transforms that make the same image ``scale`` times as large.
+
+    Args:
+        transforms: what was drawn for an image.
+
+    Returns:
+        None if they resize nothing, or change the geometry after that by other than crops and flips.
+    """
+    found, resized = [], False
+    for x in getattr(transforms, "transforms", [transforms]):
+        before = scale if resized else 1
+        if isinstance(x, T.ResizeTransform):
+            sides = [round(n * before) for n in (x.h, x.w)]
+            sides += [round(n * scale) for n in (x.new_h, x.new_w)]
+            x, resized = T.ResizeTransform(*sides, x.interp), True
+        elif isinstance(x, T.CropTransform) and resized:
+            x = T.CropTransform(*(round(n * scale) for n in (x.x0, x.y0, x.w, x.h)))
+        elif resized and not isinstance(x, _OF_ANY_SIZE):
+            return None
+        found.append(x)
+    return T.TransformList(found) if resized else None
 
 
 # --- files ------------------------------------------------------------------------------------------

@@ -194,12 +194,9 @@ def _record(folder: Path) -> Dict[str, Any]:
 
 def _results(folder: Path) -> Dict[Tuple[str, str], float]:
     """(task, validation data) -> AP of a finished run; empty if it is none."""
-    results, config = _record(folder).get("results"), folder / "config.yaml"
-    if not results or not config.exists():
-        return {}
-    cfg = OmegaConf.load(config)
-    data = OmegaConf.select(cfg, "data.val_json") or OmegaConf.select(cfg, "dataloader.test")
-    return {(task, str(data)): x["AP"] for task, x in results.items() if "AP" in x}
+    record = _record(folder)
+    results, data = record.get("results") or {}, record.get("validation")
+    return {(task, data): x["AP"] for task, x in results.items() if data and "AP" in x}
 
 
 def _stages(parts: Parts) -> Iterator[ConfigError]:

@@ -99,7 +99,7 @@ def run(args: Namespace) -> Dict[str, Any]:
             return evaluate(cfg, model)
         if comm.is_main_process():
             _say(parts, findings)
-        started = {**origin(args), "repairs": parts.data.repairs}
+        started = {**origin(args, cfg), "repairs": parts.data.repairs}
         return train(cfg, trainer, checkpoint, started)
 
 

@@ -5,7 +5,7 @@ A new loss is one file with one subclass.
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
 from detectron2.structures import RotatedBoxes
@@ -32,8 +32,8 @@ logger = logging.getLogger("detectron2.sharedkd")
 #: Where maps are taken: ``fpn``, the backbone's outputs; ``backbone``, its bottom-up stages; and the
 #: outputs of the dense head (that of RetinaNet or FCOS, or the RPN of a two-stage detector) with A
 #: anchors a position and K classes (the RPN: K = 1): ``logits`` (N, A*K, H, W), ``deltas``
-#: (N, A*4, H, W), and without a gradient ``boxes`` (N, A*4, H, W), the deltas applied to their
-#: anchors, and ``anchors`` (N, A*4, H, W) themselves, the same for all images, both XYXY in pixels.
+#: (N, A*4, H, W), ``boxes`` (N, A*4, H, W), the deltas applied to their anchors, and without a gradient
+#: ``anchors`` (N, A*4, H, W) themselves, the same for all images, both XYXY in pixels.
 TAPS = ("fpn", "backbone", "logits", "deltas", "boxes", "anchors")
 HEAD_TAPS = frozenset(TAPS[2:])
 
@@ -70,6 +70,9 @@ class Batch:
         regions: None when no active loss needs them.
         labels: stride -> (N, A, H, W) int64, the class of each anchor by a one-stage student's own
             matching; K is background, -1 ignored.  None when no active loss needs them.
+        crossed: number of convolutions left -> the maps ``logits`` and ``boxes`` that the teacher's dense
+            head makes of what the student's head has before its last so many convolutions, attached to the
+            student's graph.  None when no active loss needs it.
     """
 
     student: Maps
@@ -78,6 +81,7 @@ class Batch:
     inputs: List[Dict[str, Any]] = field(default_factory=list)
     regions: Optional[Regions] = None
     labels: Optional[Dict[int, Tensor]] = None
+    crossed: Optional[Callable[[int], Maps]] = None
 
     @property
     def boxes(self) -> List[Tensor]:
@@ -87,6 +91,14 @@ class Batch:
         """
         device = next(x for levels in self.student.values() for x in levels.values()).device
         return [_boxes(x).to(device) for x in self.inputs]
+
+    @property
+    def classes(self) -> List[Tensor]:
+        """The class of each of :attr:`boxes`: per image (number of objects,) int64."""
+        device = next(x for levels in self.student.values() for x in levels.values()).device
+        none = torch.zeros(0, dtype=torch.int64)
+        there = (x.get("instances") for x in self.inputs)
+        return [(none if x is None else x.gt_classes).to(device) for x in there]
 
     def inside(self, x: Tensor, stride: int) -> Optional[Tensor]:
         """Find the positions of a map that lie on their image and not on its padding.
@@ -169,7 +181,7 @@ class DistillationLoss(nn.Module):
     """Base of all distillation losses.
 
     A subclass declares in ``needs`` what it reads besides the student's maps (``teacher``,
-    ``boxes``, ``regions`` or ``labels``, see :class:`Batch`) and in ``taps`` where maps are taken.  :meth:`bind`
+    ``boxes``, ``regions``, ``labels`` or ``crossed``, see :class:`Batch`) and in ``taps`` where maps are taken.  :meth:`bind`
     checks both pyramids and may create parameters.  :meth:`forward` reads maps through
     :meth:`levels` and returns named scalars.  Weights of the terms of one loss are arguments without
     a default: configs/common/methods has the published ones.
@@ -180,6 +192,8 @@ class DistillationLoss(nn.Module):
     """
 
     needs: FrozenSet[str] = frozenset({"teacher"})
+    #: Taps that say where and how much, or are another one in other numbers: what is learnt shows in the others.
+    guides: FrozenSet[str] = frozenset({"boxes", "anchors"})
     idle = False  # whether it found nothing to compare when it was bound
     published = False  # whether strides that a pair does not have are left out; see Stage
 

@@ -1,4 +1,4 @@
-"""Outputs of a detector's heads: dense predictions, labels of anchors, class logits of regions."""
+"""A detector's heads: dense predictions and what is before them, labels of anchors, class logits of regions."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +15,11 @@ from sharedkd.losses.base import Maps
 __all__ = [
     "DenseHead",
     "anchor_labels",
+    "check_crossed",
     "check_labels",
     "check_regions",
+    "finish_head",
+    "HeadTap",
     "RegionTap",
     "region_logits",
 ]
@@ -149,6 +152,105 @@ def anchor_labels(
         stride: level.view(len(inputs), *x.shape[-2:], -1).permute(0, 3, 1, 2)
         for stride, x, level in zip(head.strides, maps, levels)
     }
+
+
+#: The output of a one-stage head -> its convolutions, and the last one, that predicts.
+_TOWERS = {"logits": ("cls_subnet", "cls_score"), "deltas": ("bbox_subnet", "bbox_pred")}
+
+Hidden = Dict[Tuple[str, int], List[Tensor]]  #: (tap, convolutions left) -> map of each level
+
+
+def _rest(head: nn.Module, tap: str) -> Dict[int, List[nn.Module]]:
+    """Number of convolutions left -> what a tower of a head still runs, the prediction last."""
+    tower, last = _TOWERS[tap]
+    layers = [*getattr(head, tower), getattr(head, last)]
+    starts = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    return {left: layers[start:] for left, start in enumerate(reversed(starts))}
+
+
+def check_crossed(student: nn.Module, teacher: Optional[nn.Module], left: int, key: str) -> None:
+    """Check two detectors for a loss that needs ``crossed``.
+
+    Args:
+        student, teacher: the detectors.
+        left: how many convolutions of the teacher's towers run on the student's maps.
+        key: the loss's place in the config, for messages.
+
+    Raises:
+        ConfigError: one has no head with two towers of so many convolutions, or their widths differ.
+    """
+    rests = []
+    for who, detector in (("student", student), ("teacher", teacher)):
+        head = getattr(DenseHead.of(detector), "module", None)
+        if not all(hasattr(head, tower) for tower, _ in _TOWERS.values()):
+            name, problem = type(detector).__name__, f"is a {who} without a head of two towers"
+            fix = "use this loss between RetinaNets or FCOSs"
+            raise ConfigError(key, name, problem, fix)
+        rests.append({tap: _rest(head, tap) for tap in _TOWERS})
+        most = min(map(len, rests[-1].values())) - 1
+        if left > most:
+            problem, fix = f"is more convolutions than the {who}'s {most}", f"use {most} at most"
+            raise ConfigError(f"{key}.left", left, problem, fix)
+    for tap in _TOWERS:
+        ours, theirs = (x[tap][left][0].in_channels for x in rests)
+        if ours != theirs:
+            raise ConfigError(
+                f"{key}.left",
+                left,
+                f"leaves maps of {ours} channels in the student's head, and the teacher's goes on with {theirs}",
+                "use heads of one width",
+            )
+
+
+class HeadTap:
+    """Takes what each convolution of a one-stage detector's head reads, from its own forward."""
+
+    def __init__(self, detector: nn.Module):
+        self._head = DenseHead.of(detector).module
+
+    @contextmanager
+    def capture(self) -> Iterator[Hidden]:
+        """A context to run the detector's forward in; after it, the yielded dict is filled."""
+        found: Hidden = {}
+
+        def take(key: Tuple[str, int], args: Tuple[Tensor, ...]) -> None:
+            found.setdefault(key, []).append(args[0])
+
+        handles = [
+            layers[0].register_forward_pre_hook(lambda _, args, key=(tap, left): take(key, args))
+            for tap in _TOWERS
+            for left, layers in _rest(self._head, tap).items()
+        ]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def finish_head(detector: nn.Module, hidden: Hidden, left: int) -> Maps:
+    """Run the rest of a one-stage detector's head on what another's has before it.
+
+    Args:
+        detector: see :func:`check_crossed`.
+        hidden: of :class:`HeadTap`, of a detector with the same levels.
+        left: how many convolutions of each tower are left.
+
+    Returns:
+        ``logits`` and ``boxes``, attached to the graph of ``hidden``.
+    """
+    head, found = DenseHead.of(detector), {}
+    for tap in _TOWERS:
+        layers = _rest(head.module, tap)[left]
+        # Level by level in their order: a norm may have statistics of its own for each.
+        found[tap] = dict(zip(head.strides, (_through(layers, x) for x in hidden[tap, left])))
+    return {"logits": found["logits"], "boxes": head.boxes(found["deltas"])}
+
+
+def _through(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 def _first(module: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple, Union
 
 import torch
@@ -17,7 +18,15 @@ from sharedkd.losses.base import Batch, Maps, Regions
 
 from .balance import AutoWeight
 from .detectors import family
-from .heads import RegionTap, anchor_labels, check_labels, check_regions
+from .heads import (
+    HeadTap,
+    Hidden,
+    RegionTap,
+    anchor_labels,
+    check_crossed,
+    check_labels,
+    check_regions,
+)
 from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .recipes import stages_of
@@ -64,6 +73,7 @@ class Seen:
         labels: see :class:`Batch`.
         boxes: per image the regions that it sampled; None when no active stage needs them.
         regions: their labels and its logits of them.
+        hidden: what the convolutions of its dense head read.
     """
 
     losses: Dict[str, Tensor]
@@ -72,6 +82,7 @@ class Seen:
     labels: Optional[Dict[int, Tensor]] = None
     boxes: Optional[List[Boxes]] = None
     regions: Optional[Regions] = None
+    hidden: Optional[Hidden] = None
 
     def batch(self) -> Batch:
         """What a loss may read of it; without a teacher."""
@@ -194,6 +205,13 @@ class SharedKD(nn.Module):
             check_regions(self.student, teacher and teacher.detector, f"{key}.loss")
         if "labels" in stage.loss.needs:
             check_labels(self.student, f"{key}.loss")
+        if "crossed" in stage.loss.needs:
+            if isinstance(teacher, StudentMaps):
+                problem = "is a student that trains too: its head would learn from this loss"
+                fix = "use a frozen teacher, or another loss"
+                raise ConfigError(f"{key}.teacher", stage.teacher, problem, fix)
+            detector = teacher and teacher.detector
+            check_crossed(self.student, detector, stage.loss.left, f"{key}.loss")
         if not stage.loss.idle:
             self.stages[name] = stage
 
@@ -347,11 +365,16 @@ class SharedKD(nn.Module):
         """Run the student, and take what the active stages and its peers read of it."""
         needs, taps = self._needs(active), self._taps(active)
         regions = RegionTap(self.student) if "regions" in needs else None
-        with self._tap.capture(taps | self.lends.wanted) as maps:
-            with regions.capture() if regions else nullcontext() as sampled:
-                losses = self.student(batched_inputs)
+        head = HeadTap(self.student) if "crossed" in needs else None
+        with (
+            self._tap.capture(taps | self.lends.wanted) as maps,
+            regions.capture() if regions else nullcontext() as sampled,
+            head.capture() if head else nullcontext() as hidden,
+        ):
+            losses = self.student(batched_inputs)
         self.lends.give(maps)
-        seen = Seen(losses, {tap: maps[tap] for tap in maps if tap in taps}, batched_inputs)
+        own = {tap: maps[tap] for tap in maps if tap in taps}
+        seen = Seen(losses, own, batched_inputs, hidden=hidden)
         if "labels" in needs:
             seen.labels = anchor_labels(self.student, batched_inputs, maps["logits"])
         if regions:
@@ -407,7 +430,19 @@ class SharedKD(nn.Module):
         if "regions" in self._needs(names):
             logits = self.sources[source].region_logits(theirs, seen.boxes)
             batch.regions = replace(seen.regions, teacher=logits)
+        if "crossed" in self._needs(names):
+            batch.crossed = partial(self._crossed, source, seen, batch.student["logits"])
         return batch
+
+    def _crossed(
+        self, source: Optional[str], seen: Seen, shown: Mapping[int, Tensor], left: int
+    ) -> Maps:
+        """See :class:`Batch`; ``shown``: maps of the pixels that student and source both show."""
+        found = self.sources[source].finish_head(seen.hidden, left)
+        return {
+            tap: {stride: top_left(x, shown[stride].shape[-2:]) for stride, x in levels.items()}
+            for tap, levels in found.items()
+        }
 
     @property
     def _all_stages(self) -> Dict[str, Stage]:
@@ -442,7 +477,7 @@ class SharedKD(nn.Module):
 
     def _read(self, name: str, maps: Maps) -> List[Tensor]:
         """The student's maps that a stage learns through."""
-        taps, strides = self._taps([name]), self.losses[name].strides
+        taps, strides = self._taps([name]) - self.losses[name].guides, self.losses[name].strides
         levels = [(s, x) for tap in sorted(taps) for s, x in maps[tap].items() if x.requires_grad]
         return [x for s, x in levels if not strides or s in strides]
 

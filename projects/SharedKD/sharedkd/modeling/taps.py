@@ -79,7 +79,7 @@ class _Enough(Exception):
     """Ends a forward whose rest is of no interest."""
 
 
-def run_until(detector: nn.Module, module: nn.Module, inputs: Sequence[Dict[str, Any]]) -> Any:
+def run_until(detector: nn.Module, module: nn.Module, inputs: Any) -> Any:
     """Run a detector's own forward until one of its modules has returned.
 
     Args:
@@ -304,8 +304,7 @@ class FeatureTap:
             taps: which of :data:`~sharedkd.losses.base.TAPS` to take.
 
         Yields:
-            tap -> stride -> map (N, C, H, W), attached to the detector's graph; ``boxes`` and
-            ``anchors`` are not.
+            tap -> stride -> map (N, C, H, W), attached to the detector's graph; ``anchors`` are not.
 
         Raises:
             RuntimeError: the detector began to change its maps in place after its first step.
@@ -344,8 +343,7 @@ class FeatureTap:
             self._writes.setdefault(tap, written)
             maps[tap] = {stride: copy if written else x for stride, (x, _, copy) in levels.items()}
         if decoded:
-            with torch.no_grad():
-                maps.update({tap: _DECODED[tap](self.head, maps["deltas"]) for tap in decoded})
+            maps.update({tap: _DECODED[tap](self.head, maps["deltas"]) for tap in decoded})
             if "deltas" not in taps:
                 del maps["deltas"]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 __all__ = [
     "OF_DETECTOR",
     "RGB_MEAN",
+    "RGB_STD",
     "Convention",
     "convention_of_file",
     "convention_of_model",
@@ -22,7 +23,7 @@ __all__ = [
 OF_DETECTOR = "its detector's"  # the maker where a file has the numbers themselves
 
 RGB_MEAN = (123.675, 116.28, 103.53)  #: of ImageNet: red, green, blue
-_RGB_STD = (58.395, 57.12, 57.375)
+RGB_STD = (58.395, 57.12, 57.375)
 # Variance after the first convolution over the squares of its weights, on images: about 5 where they are
 # divided by a standard deviation of about 58, and 58**2 times as much where they are not.
 _NORMALISED = 5 * 58
@@ -73,13 +74,13 @@ def convention_of_file(data: Mapping[str, Any]) -> Convention:
         # Detectron2's names for them are MSRA/R-50, FAIR/R-50-GN and FAIR/X-101-32x8d.
         inner = state.get("res2_0_branch2b_w")
         grouped = getattr(inner, "ndim", 0) == 4 and inner.shape[1] < inner.shape[0]
-        std = _RGB_STD[::-1] if grouped else (1.0, 1.0, 1.0)
+        std = RGB_STD[::-1] if grouped else (1.0, 1.0, 1.0)
         of_msra = not grouped and not any(name.endswith("_gn_s") for name in state)
         return Convention("Caffe2's", "BGR", RGB_MEAN[::-1], std, of_msra)
     if "torchvision" in maker:
-        return Convention("torchvision's", "RGB", RGB_MEAN, _RGB_STD, False)
+        return Convention("torchvision's", "RGB", RGB_MEAN, RGB_STD, False)
     if "pycls" in maker:
-        return Convention("pycls's", "BGR", RGB_MEAN[::-1], _RGB_STD[::-1])
+        return Convention("pycls's", "BGR", RGB_MEAN[::-1], RGB_STD[::-1])
     if "pixel_mean" in state and "pixel_std" in state:  # of a detector
         mean, std = (_numbers(state[name]).tolist() for name in ("pixel_mean", "pixel_std"))
         return Convention(OF_DETECTOR, _order(mean), mean, std)
@@ -125,5 +126,5 @@ def _std_by_statistics(state: Mapping[str, Any]) -> Optional[Sequence[float]]:
             weight, variance = (_numbers(state[name]) for name in names)
             if variance.max() - variance.min() > 1e-3 and weight.any():  # else no image has set it
                 normalised = variance.sum() / weight.square().sum() < _NORMALISED
-                return _RGB_STD if normalised else (1.0, 1.0, 1.0)
+                return RGB_STD if normalised else (1.0, 1.0, 1.0)
     return None

@@ -15,6 +15,7 @@ from typing import Any, Dict, Mapping, Optional, Union
 import torch
 from detectron2.engine import hooks
 from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from sharedkd.engine.interrupt import command_line
@@ -30,6 +31,7 @@ __all__ = [
     "origin",
     "peak_memory_mb",
     "read_record",
+    "validation_of",
     "versions",
 ]
 
@@ -40,8 +42,8 @@ _PACKAGES = ("torchvision", "detectron2", "numpy")
 class RunRecord(hooks.HookBase):
     """Writes run.json at the start of a run and again at its end.
 
-    Keys: ``command``, ``config_file`` and ``overrides`` (with which it was started), ``repairs`` (of its
-    data, a line each), ``fast_dev_run``,
+    Keys: ``validation`` (the data that it is evaluated on), ``command``, ``config_file`` and ``overrides``
+    (with which it was started), ``repairs`` (of its data, a line each), ``fast_dev_run``,
     ``initial_weights`` (fingerprint of the student before its first step), ``parameters``
     (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
     ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on a CPU the resident memory of the
@@ -53,7 +55,7 @@ class RunRecord(hooks.HookBase):
         folder: the run's output folder.
         student: the detector that is trained.
         losses: the distillation losses; an empty module for a plain detector.
-        started: the first five keys.
+        started: the first six keys.
         results: a dict that holds the last evaluation's results when the run ends.
         resuming: keep the first entries of the run's own record.
     """
@@ -108,17 +110,25 @@ class RunRecord(hooks.HookBase):
         replace(self.path, lambda f: f.write(json.dumps(self.record, indent=1).encode()))
 
 
-def origin(args: Namespace) -> Dict[str, Any]:
+def origin(args: Namespace, cfg: DictConfig) -> Dict[str, Any]:
     """How a training run was started: the first keys of run.json.
 
     Args:
         args: of Detectron2's ``default_argument_parser``.
+        cfg: the run's.
     """
     return {
+        "validation": validation_of(cfg),
         "command": shlex.join(command_line()),
         "config_file": args.config_file,
         "overrides": list(args.opts),
     }
+
+
+def validation_of(cfg: DictConfig) -> str:
+    """What a run is evaluated on: its json, or the names of its data sets."""
+    keys = ("data.val_json", "dataloader.test.dataset.names")
+    return str(next((x for x in (OmegaConf.select(cfg, key) for key in keys) if x), None))
 
 
 def read_record(folder: Union[str, Path]) -> Dict[str, Any]:

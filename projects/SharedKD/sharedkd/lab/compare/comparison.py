@@ -297,12 +297,8 @@ class Comparison:
         """Train the arms of a shard that are not finished; a failed one does not stop the others.
 
         Args:
-            shard: (i, n): train the i-th of n shards of the arms.
-
-        Raises:
-            ConfigError: see :meth:`prepare`.
+            shard: (i, n): train the i-th of n shards of the arms; :meth:`prepare` comes before it.
         """
-        self.prepare()
         if self.jobs > 1:
             self._train_in_processes(shard)  # the arms ``a@b`` are left
         mine = [
@@ -459,6 +455,7 @@ def run_comparison(
         ConfigError: see :class:`Comparison` and :meth:`Comparison.prepare`.
     """
     comparison = Comparison(root, config_file, methods, seeds, output, overrides, jobs)
+    comparison.prepare()
     comparison.train(shard)
     record = comparison.report()
     comparison.write_events(record)

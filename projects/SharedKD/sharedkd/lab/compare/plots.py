@@ -3,7 +3,7 @@
 The records are those of :mod:`~sharedkd.lab.scores`.
 """
 
-from typing import IO, Any, Dict, Mapping, Optional, Tuple, Union
+from typing import IO, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,7 +21,9 @@ from sharedkd.lab.scores import (
     tasks_of,
 )
 
-__all__ = ["PALETTE", "plot_ap", "plot_cost", "plot_curves", "plot_sizes"]
+from .tradeoff import Point, front
+
+__all__ = ["PALETTE", "plot_ap", "plot_cost", "plot_curves", "plot_sizes", "plot_tradeoff"]
 
 #: Okabe and Ito's colours, which people with any colour vision can tell apart.
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
@@ -72,7 +74,7 @@ def plot_curves(record: Mapping[str, Any], path: _Target = None) -> Figure:
     Returns:
         The figure, one panel per task.
     """
-    figure, panels = _task_panels(record)
+    figure, panels = _task_panels(tasks_of(record), len(record["methods"]))
     for task, axes in panels.items():
         for i, method in enumerate(record["methods"]):
             points = curve_of(record, method, task)
@@ -99,7 +101,7 @@ def plot_cost(record: Mapping[str, Any], path: _Target = None) -> Figure:
     Returns:
         The figure, one panel per task.  Methods without AP or time are left out.
     """
-    figure, panels = _task_panels(record)
+    figure, panels = _task_panels(tasks_of(record), len(record["methods"]))
     for task, axes in panels.items():
         for i, method in enumerate(record["methods"]):
             minutes = minutes_of(record, method)
@@ -148,6 +150,68 @@ def plot_sizes(record: Mapping[str, Any], path: _Target = None) -> Figure:
     return _save(figure, path)
 
 
+def plot_tradeoff(
+    points: Mapping[str, Sequence[Point]],
+    teacher: Mapping[str, float],
+    budget: Optional[float] = None,
+    path: _Target = None,
+) -> Figure:
+    """Draw AP with its 95 % interval against latency, with the Pareto front and the budget.
+
+    Args:
+        points: task -> students with methods; a mark that is not filled has the latency of a model that
+            could not be exported.
+        teacher: task -> its AP, perhaps NaN.
+        budget: in milliseconds; None: no line.
+        path: the PNG file to write, its name or open in binary; None: none is written.
+
+    Returns:
+        The figure, one panel per task.
+    """
+    methods = list(dict.fromkeys(p.method for found in points.values() for p in found))
+    figure, panels = _task_panels(list(points), len(methods) + 3)
+    for task, axes in panels.items():
+        found = [p for p in points.get(task, ()) if is_known(p.mean) and is_known(p.milliseconds)]
+        for i, method in enumerate(methods):
+            _draw_points(axes, [p for p in found if p.method == method], method, *_look(i))
+        for student in dict.fromkeys(p.student for p in found):
+            top = max((p for p in found if p.student == student), key=lambda p: p.mean)
+            at = (top.milliseconds, top.mean)
+            axes.annotate(student, at, (6, 6), textcoords="offset points", fontsize=8)
+        best = front(found)
+        if best:
+            x, y = [p.milliseconds for p in best], [p.mean for p in best]
+            (ring,) = axes.plot(x, y, "o-", color=PALETTE[-1], linewidth=1, label="Pareto front")
+            ring.set(fillstyle="none", markersize=14, zorder=0)
+        if budget is not None:
+            axes.axvline(budget, color=PALETTE[5], linestyle=":", label=f"budget: {budget:g} ms")
+        if is_known(teacher.get(task)):
+            axes.axhline(teacher[task], color=_TEACHER, linestyle="--", label="teacher")
+        axes.margins(0.15)
+        axes.set_xlabel("milliseconds per image (median)")
+        axes.set_ylabel(f"{TASKS[task]} AP (mean, 95 % interval)")
+        axes.grid(alpha=0.3)
+        _legend(axes)
+    return _save(figure, path)
+
+
+def _draw_points(axes: Axes, found: List[Point], label: str, color: str, marker: str) -> None:
+    for exported in (True, False):
+        some = [p for p in found if p.exported == exported]
+        if some:
+            axes.errorbar(
+                [p.milliseconds for p in some],
+                [p.mean for p in some],
+                yerr=[p.half_width for p in some],
+                fmt=marker,
+                color=color,
+                markerfacecolor=color if exported else "none",
+                capsize=3,
+                markersize=7,
+                label=label if exported else f"{label} (eager)",
+            )
+
+
 def _method_panels(
     record: Mapping[str, Any], row_height: float = _ROW
 ) -> Tuple[Figure, Dict[str, Axes]]:
@@ -191,10 +255,9 @@ def _draw_references(axes: Axes, record: Mapping[str, Any], task: str) -> None:
     _legend(axes)
 
 
-def _task_panels(record: Mapping[str, Any]) -> Tuple[Figure, Dict[str, Axes]]:
-    """A panel per task, with room for a legend of all methods below."""
-    tasks = tasks_of(record) or ["bbox"]
-    rows = -(-len(record["methods"]) // _COLUMNS)
+def _task_panels(tasks: Sequence[str], entries: int) -> Tuple[Figure, Dict[str, Axes]]:
+    """A panel per task, with room for a legend of so many entries below."""
+    tasks, rows = tasks or ["bbox"], -(-entries // _COLUMNS)
     size = (6.5 * len(tasks), 4.6 + 0.25 * rows)
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     return figure, dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]))

@@ -8,14 +8,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import IO, Any, Callable, List, Mapping, Optional, Sequence
 
-from tabulate import tabulate
-
 from sharedkd.files import replace
 from sharedkd.lab.scores import (
     CONFIDENCE,
     MORE_METRICS,
     TASKS,
-    Difference,
     costs_of,
     difference,
     finished_arms,
@@ -32,6 +29,7 @@ from sharedkd.lab.scores import (
 )
 from sharedkd.lab.strict_json import strict_json
 
+from .cells import number, table, with_bounds, with_half_width
 from .plots import plot_ap, plot_cost, plot_curves, plot_sizes
 
 __all__ = ["notes", "report", "write"]
@@ -105,23 +103,23 @@ def _ap_table(record: Mapping[str, Any], task: str) -> str:
     rows = []
     for method in record["methods"]:
         scores = scores_of(record, method, task)
-        row = [method, _with_half_width(*interval(list(scores.values())))]
+        row = [method, with_half_width(*interval(list(scores.values())))]
         for metric in MORE_METRICS:
-            row.append(_number(mean_of(list(scores_of(record, method, task, metric).values()))))
+            row.append(number(mean_of(list(scores_of(record, method, task, metric).values()))))
         if method == record["baseline"]:
             row += ["-", "baseline", "-"]
             common = "-"
         else:
             gain = difference(record, method, record["baseline"], task)
-            row += [_with_bounds(gain), gain.verdict]
-            row.append(_number(gap_closed(record, method, task), ".0%"))
+            row += [with_bounds(gain), gain.verdict]
+            row.append(number(gap_closed(record, method, task), ".0%"))
             common = str(gain.seeds)
         row.append(_reached(reached(record, method, task)))
         rows.append(row + [f"{len(scores)} of {planned}", common])
     if is_known(score_of(record.get("teacher"), task)):
-        values = [_number(score_of(record["teacher"], task, m)) for m in ("AP", *MORE_METRICS)]
+        values = [number(score_of(record["teacher"], task, m)) for m in ("AP", *MORE_METRICS)]
         rows.append(["teacher", *values, *["-"] * 6])
-    return _table(rows, headers, left=("method", "verdict"))
+    return table(rows, headers, left=("method", "verdict"))
 
 
 def _reached(iterations: Sequence[Optional[int]]) -> str:
@@ -148,16 +146,16 @@ def _cost_table(record: Mapping[str, Any]) -> str:
             [
                 method,
                 _range(costs_of(record, method, "iterations")),
-                _number(seconds[0], ".3f"),
+                number(seconds[0], ".3f"),
                 f"{min(spread):.3f} to {max(spread):.3f}" if spread else "-",
-                _number(_ratio(*seconds)),
-                _number(minutes_of(record, method), ".1f"),
-                _number(memory[0], ",.0f"),
-                _number(_ratio(*memory)),
+                number(_ratio(*seconds)),
+                number(minutes_of(record, method), ".1f"),
+                number(memory[0], ",.0f"),
+                number(_ratio(*memory)),
                 _range(loss_parameters_of(record, method)),
             ]
         )
-    return _table(rows, headers, left=("method",))
+    return table(rows, headers, left=("method",))
 
 
 def _equal_time_notes(record: Mapping[str, Any]) -> List[str]:
@@ -172,7 +170,7 @@ def _equal_time_notes(record: Mapping[str, Any]) -> List[str]:
             for task in tasks_of(record):
                 gain = difference(record, timed, method, task)
                 notes.append(
-                    f"  In that time `{timed}` has {_with_bounds(gain)} {TASKS[task]} AP against it: "
+                    f"  In that time `{timed}` has {with_bounds(gain)} {TASKS[task]} AP against it: "
                     f"{gain.verdict}."
                 )
     return ["\n".join(notes)] if notes else []
@@ -271,30 +269,6 @@ def _text(value: Any) -> str:
 
 def _name(arm: Mapping[str, Any]) -> str:
     return f"`{arm['method']}` seed {arm['seed']}"
-
-
-def _table(rows: Sequence[Sequence[str]], headers: Sequence[str], left: Sequence[str] = ()) -> str:
-    # The cells are formatted already: tabulate must not parse them back into numbers.
-    return tabulate(
-        rows,
-        headers,
-        tablefmt="pipe",
-        disable_numparse=True,
-        colalign=["left" if header in left else "right" for header in headers],
-    )
-
-
-def _number(value: float, layout: str = ".2f") -> str:
-    return format(value, layout) if is_known(value) else "-"
-
-
-def _with_half_width(mean: float, half_width: float) -> str:
-    return _number(mean) + (f" ± {half_width:.2f}" if is_known(half_width) else "")
-
-
-def _with_bounds(gain: Difference) -> str:
-    bounds = f" [{gain.low:+.2f}, {gain.high:+.2f}]" if is_known(gain.half_width) else ""
-    return _number(gain.mean, "+.2f") + bounds
 
 
 def _range(values: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Optional
@@ -11,6 +12,7 @@ from markupsafe import Markup
 
 from sharedkd.files import replace
 from sharedkd.lab.compare.plots import PALETTE
+from sharedkd.lab.compare.student_summary import STUDENTS
 from sharedkd.lab.compare.summary import notes
 from sharedkd.lab.runs import short
 from sharedkd.lab.scores import (
@@ -69,10 +71,6 @@ def as_html(
     Raises:
         ConfigError: there is nothing to report in the folder.
     """
-    source = read_source(folder)
-    features, detections = features or folder / "features", detections or folder / "detections"
-    between, shots = documents.read_gallery(detections)
-    without = "side_by_side.jpg" if shots else ""  # the same pictures in one
     page = Environment(
         loader=PackageLoader(__package__),
         autoescape=True,
@@ -80,6 +78,16 @@ def as_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    if (folder / STUDENTS).is_file():
+        students = json.loads((folder / STUDENTS).read_text())["students"]
+        head, rest = documents.read_document(folder / "report.md") or ("", "")
+        return page.get_template("students.html").render(
+            title=f"Students: {folder.resolve().name}", head=head, rest=rest, students=students
+        )
+    source = read_source(folder)
+    features, detections = features or folder / "features", detections or folder / "detections"
+    between, shots = documents.read_gallery(detections)
+    without = "side_by_side.jpg" if shots else ""  # the same pictures in one
     page.filters.update(
         gained=summary.gained, number=summary.number, score=summary.score, short=short
     )

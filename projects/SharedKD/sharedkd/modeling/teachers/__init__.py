@@ -2,8 +2,17 @@
 
 from .average import StudentAverage
 from .base import Teacher
+from .foundation import FoundationTeacher
 from .frozen import FrozenTeacher
 from .mean import TeacherMean
 from .peer import Peer, StudentMaps
 
-__all__ = ["FrozenTeacher", "Peer", "StudentAverage", "StudentMaps", "Teacher", "TeacherMean"]
+__all__ = [
+    "FoundationTeacher",
+    "FrozenTeacher",
+    "Peer",
+    "StudentAverage",
+    "StudentMaps",
+    "Teacher",
+    "TeacherMean",
+]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sharedkd.losses.base import Maps
+from sharedkd.modeling.heads import Hidden
 from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.values import check_number
 
@@ -71,6 +72,9 @@ class StudentAverage(Teacher):
 
     def region_logits(self, maps: Maps, boxes: List[Any]) -> Tensor:
         return self._inner.region_logits(maps, boxes)
+
+    def finish_head(self, hidden: Hidden, left: int) -> Maps:
+        return self._inner.finish_head(hidden, left)
 
     def _version(self) -> int:
         """Changes with every step of an optimizer: PyTorch counts what is written to a tensor."""

@@ -8,6 +8,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from sharedkd.losses.base import Maps, Shapes
+from sharedkd.modeling.heads import Hidden
 
 __all__ = ["Teacher"]
 
@@ -80,6 +81,14 @@ class Teacher(ABC):
             NotImplementedError: it has no box head.
         """
         raise NotImplementedError(f"{type(self).__name__} has no box head")
+
+    def finish_head(self, hidden: Hidden, left: int) -> Maps:
+        """Run the rest of its dense head on maps of the student's, see :func:`~sharedkd.modeling.heads.finish_head`.
+
+        Raises:
+            NotImplementedError: it has no dense head.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no dense head")
 
     @property
     def detector(self) -> Optional[nn.Module]:

@@ -17,7 +17,7 @@ from sharedkd.losses.base import HEAD_TAPS, Maps, precise
 from sharedkd.modeling.backbones import compile_backbone
 from sharedkd.modeling.detectors import KEY, build_detector, read_config, zoo_weights
 from sharedkd.modeling.folding import fold_norms
-from sharedkd.modeling.heads import region_logits
+from sharedkd.modeling.heads import Hidden, finish_head, region_logits
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.preparation import (
     converted,
@@ -327,10 +327,13 @@ class FrozenTeacher(Teacher):
         """The student's records with the images as its own loader delivers them, on its device."""
         device, found = device_of(self.model), []
         for x in batched_inputs:
-            image = x["image"].to(device, non_blocking=True)  # the copy does not wait for the GPU
+            size = [round(side * self.scale) for side in x["image"].shape[-2:]]
+            image = x.get("larger_image", x["image"]) if self.scale != 1 else x["image"]
+            if [*image.shape[-2:]] != size:
+                image = x["image"]
+            image = image.to(device, non_blocking=True)  # the copy does not wait for the GPU
             image = converted(image, input_format, self.channels, self.input_format, KEY)
-            if self.scale != 1:
-                size = [round(side * self.scale) for side in image.shape[-2:]]
+            if [*image.shape[-2:]] != size:
                 image = F.interpolate(image[None].float(), size, mode="bilinear")[0]
             found.append({**x, "image": image})
         return found
@@ -366,6 +369,13 @@ class FrozenTeacher(Teacher):
             boxes = [Boxes(x.tensor * self.scale) for x in boxes]
         with self._arithmetic():
             return region_logits(self.model, pyramid, boxes)
+
+    def finish_head(self, hidden: Hidden, left: int) -> Maps:
+        """The student's gradient goes through it; its own parameters get none."""
+        hidden = {key: [precise(x) for x in levels] for key, levels in hidden.items()}
+        with self._arithmetic():
+            maps = finish_head(self.model, hidden, left)
+        return maps if self.scale == 1 else self._in_students_pixels(maps)
 
     @torch.no_grad()
     def predict(

@@ -1,0 +1,281 @@
+"""Compares students: the same teacher trains each with the same methods; AP against latency and size.
+
+An arm is one student with one method and one seed.  Each student has a comparison of methods of its own, in
+``output/<student>``, as :mod:`~sharedkd.lab.compare.comparison` makes it, so that its gains are paired by
+seed with its own plain student.
+"""
+
+import json
+import re
+import shlex
+import time
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from statistics import median
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from omegaconf import DictConfig
+
+from sharedkd.config import student_only
+from sharedkd.engine.hooks.record import hardware
+from sharedkd.errors import ConfigError
+from sharedkd.files import replace
+from sharedkd.lab.export import FORMATS, export_student
+from sharedkd.lab.export.deploy import WARM_UP, load_student
+from sharedkd.lab.export.images import fit, read_images
+from sharedkd.lab.runs import short, tool
+from sharedkd.lab.strict_json import strict_json
+from sharedkd.methods import PLAIN
+from sharedkd.modeling.detectors import config_path, load_file
+
+from .comparison import WRITER, Arm, Comparison
+from .student_summary import write_students
+from .tradeoff import EAGER
+
+__all__ = ["Student", "measure", "run_students"]
+
+ROUNDS = 20  # timed runs of a student
+#: What `width` multiplies of a classic yaml, below MODEL: the channels of FPN and heads.
+WIDTHS = (
+    "FPN.OUT_CHANNELS",
+    "ROI_BOX_HEAD.FC_DIM",
+    "ROI_BOX_HEAD.CONV_DIM",
+    "ROI_MASK_HEAD.CONV_DIM",
+)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A detector to train.
+
+    Args:
+        text: how it was named.
+        config: its config, a path or a name in the model zoo.
+        settings: ``key=value`` of it alone, as they were given.
+    """
+
+    text: str
+    config: str
+    settings: Tuple[str, ...]
+
+    @classmethod
+    def of(cls, text: str, config_file: Optional[str] = None) -> "Student":
+        """Read ``CONFIG``, ``CONFIG:key=value:...`` or, of ``config_file``, ``key=value:...``.
+
+        Raises:
+            ConfigError: it names no config.
+        """
+        first, *settings = re.split(r":(?=[^:=]+=)", text)
+        if "=" in first:
+            first, settings = config_file, [first, *settings]
+        if not first:
+            fix = "write CONFIG:key=value, or add --config-file"
+            raise ConfigError("--students", text, "names no config", fix)
+        return cls(text, first, tuple(settings))
+
+    @property
+    def name(self) -> str:
+        """The config's name and the settings without their groups, as a folder can have it."""
+        pairs = (setting.split("=", 1) for setting in self.settings)
+        parts = [f"{key.rpartition('.')[2]}-{Path(value).name}" for key, value in pairs]
+        return re.sub(r"[^\w.:+-]", "-", ":".join([Path(self.config).stem, *parts]))
+
+    @property
+    def overrides(self) -> List[str]:
+        """The settings, with those keys in place of ``depth`` and ``width`` that they stand for.
+
+        Raises:
+            ConfigError: they stand for nothing, because the config is no classic yaml.
+        """
+        return [x for setting in self.settings for x in self._expanded(setting)]
+
+    def _expanded(self, setting: str) -> List[str]:
+        key, _, value = setting.partition("=")
+        if key not in ("depth", "width"):
+            return [setting]
+        yaml = load_file(config_path(self.config) or self.config, "--students")
+        if not isinstance(yaml, CfgNode):
+            fix = f"write its own keys, {self.config}:KEY=VALUE:..., or a config of that student"
+            raise ConfigError("--students", self.text, f"{key} is for classic yamls", fix)
+        try:
+            if key == "depth":  # basic blocks have a quarter of a bottleneck's outputs
+                res2 = 64 if int(value) < 50 else 256
+                return [f"MODEL.RESNETS.DEPTH={value}", f"MODEL.RESNETS.RES2_OUT_CHANNELS={res2}"]
+            channels = {name: reduce(getattr, name.split("."), yaml.MODEL) for name in WIDTHS}
+            return [f"MODEL.{name}={round(n * float(value))}" for name, n in channels.items()]
+        except ValueError as e:
+            fix = "write depth=18, or width=0.5"
+            raise ConfigError("--students", self.text, f"{setting} is no number", fix) from e
+
+
+def run_students(
+    root: Path,
+    students: Sequence[Student],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    overrides: Sequence[str] = (),
+    shard: Tuple[int, int] = (0, 1),
+    jobs: int = 1,
+    latency_ms: Optional[float] = None,
+) -> Dict[str, Dict[str, Any]]:
+    """Train what is missing of each student, export and time it, and report after each.
+
+    Args:
+        root, methods, seeds, output, overrides, jobs: see :class:`~.comparison.Comparison`.
+        students: each has its own baseline, folder and report.
+        shard: see :meth:`~.comparison.Comparison.train`; latencies are measured only without shards, as
+            other runs would slow them down.
+        latency_ms: the budget, which is drawn and marked.
+
+    Returns:
+        name -> record, see :mod:`~sharedkd.lab.compare.tradeoff`.
+
+    Raises:
+        ConfigError: before any training: no teacher, two students of one name, a folder that holds
+            something else, or see :class:`~.comparison.Comparison`.
+    """
+    _check(students, output, overrides)
+    comparisons = {
+        student.name: Comparison(
+            root,
+            student.config,
+            methods,
+            seeds,
+            output / student.name,
+            [*overrides, *student.overrides],
+            jobs,
+        )
+        for student in students
+    }
+    for name, comparison in comparisons.items():
+        print(f"checks of {name}", flush=True)
+        comparison.prepare()
+    words = [
+        "--students",
+        ",".join(x.config + "".join(f":{s}" for s in x.settings) for x in students),
+    ]
+    words += ["--methods", ",".join(methods), "--seeds", ",".join(map(str, seeds))]
+    words += ["--output", short(output)]
+    words += ["--latency-ms", f"{latency_ms:g}"] if latency_ms is not None else []
+    words += ["--jobs", str(jobs)] if jobs > 1 else []
+    command = shlex.join([*tool("compare_methods.py", root), *words, *overrides])
+    records = {name: _record(comparison, timed=False) for name, comparison in comparisons.items()}
+    for number, (name, comparison) in enumerate(comparisons.items(), start=1):
+        print(f"student {number} of {len(comparisons)}: {name}", flush=True)
+        comparison.train(shard)
+        records[name] = _record(comparison, timed=shard[1] == 1)
+        write_students(records, output, command, latency_ms, WRITER)
+    return records
+
+
+def _check(students: Sequence[Student], output: Path, overrides: Sequence[str]) -> None:
+    if not any(text.startswith("distill.teacher=") for text in overrides):
+        names = ",".join(student.text for student in students)
+        raise ConfigError("--students", names, "have no teacher", "add --teacher")
+    if (output / "configs").is_dir():
+        problem = "holds a comparison of methods alone"
+        raise ConfigError("--output", short(output), problem, "choose another folder")
+    found: Dict[str, Student] = {}
+    for student in students:
+        other = found.setdefault(student.name, student)
+        if other is not student:
+            fix = "rename a file, or write the settings into one"
+            raise ConfigError("--students", student.text, f"has the name of {other.text}", fix)
+
+
+def _record(comparison: Comparison, timed: bool) -> Dict[str, Any]:
+    record = comparison.report()
+    comparison.write_events(record)
+    del record["configs"]  # they are in the student's own results.json
+    return {**record, "deployed": _deployed(comparison, timed)}
+
+
+def _deployed(comparison: Comparison, timed: bool) -> Optional[Dict[str, Any]]:
+    """What :func:`measure` says of the first seed's student, a distilled one if there is one."""
+    arms = [a for a in comparison.arms if a.seed == comparison.seeds[0] and a.run.finished]
+    for arm in sorted(arms, key=lambda arm: arm.method == PLAIN)[:1]:
+        try:
+            return measure(arm, timed)
+        except Exception as e:  # whatever it is, the other students go on
+            print(f"      no latency: {e}", flush=True)
+    return None
+
+
+def measure(arm: Arm, timed: bool = True) -> Optional[Dict[str, Any]]:
+    """Export the student of a finished arm and time it on one validation image, once for all.
+
+    The result lies in the run's folder, ``deployed.json``, and the file in ``deployed/``.
+
+    Args:
+        arm: finished.
+        timed: measure it now if it was not measured before.
+
+    Returns:
+        ``method``, ``seed``; ``format`` (one of FORMATS, or EAGER and ``why``), ``file``,
+        ``megabytes`` (of the file, or of the weights), ``milliseconds`` (``median``, ``low``,
+        ``high``), ``rounds``, ``image`` (height, width) and ``hardware`` with the number of threads.
+        None if nothing was measured.
+
+    Raises:
+        ConfigError: the checkpoint or the validation images cannot be read.
+    """
+    path = arm.run.folder / "deployed.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    if not timed:
+        return None
+    cfg = student_only(arm.run.cfg)
+    cfg.train.init_checkpoint = str(arm.run.weights)
+    found = _exported(cfg, arm.run.folder / "deployed")
+    found = {"method": arm.method, "seed": arm.seed, "rounds": ROUNDS, **found}
+    replace(str(path), lambda f: f.write(strict_json(found)), WRITER)
+    return found
+
+
+def _exported(cfg: DictConfig, folder: Path) -> Dict[str, Any]:
+    """Size and latency of the first format that takes the student; else of the eager model."""
+    why = ""
+    for name in ("torchscript", "onnx"):
+        if FORMATS[name].missing():
+            continue
+        try:
+            result = export_student(cfg, [name], str(folder), rounds=ROUNDS)
+        except ConfigError as e:  # no format would take it: it detects nothing, or no instances
+            why = e.problem
+            break
+        if name in result.files:
+            return {
+                "format": name,
+                "file": short(result.files[name]["path"]),
+                "megabytes": result.megabytes[name],
+                "milliseconds": result.milliseconds[name],
+                "image": result.about["image"],
+                "hardware": result.about["hardware"],
+            }
+        why = "; ".join(error.problem for error in result.refused)
+    return {"format": EAGER, "why": " ".join(why.split()), "file": None, **_eager(cfg)}
+
+
+@torch.no_grad()
+def _eager(cfg: DictConfig) -> Dict[str, Any]:
+    """The same of the eager student, which may detect nothing, or something else than instances."""
+    student, images = load_student(cfg), read_images(cfg)
+    divisor = getattr(getattr(student, "backbone", None), "size_divisibility", 0)
+    image = fit(images.tensors[0], images.common_size(max(divisor, 1)), images.fill)
+    spent = []
+    for _ in range(WARM_UP + ROUNDS):
+        start = time.perf_counter()
+        student([{"image": image}])
+        spent.append(1e3 * (time.perf_counter() - start))
+    spent = spent[WARM_UP:]
+    size = sum(x.numel() * x.element_size() for x in student.state_dict().values())
+    return {
+        "megabytes": size / 2**20,
+        "milliseconds": {"median": median(spent), "low": min(spent), "high": max(spent)},
+        "image": list(image.shape[-2:]),
+        "hardware": hardware(torch.device("cpu")),
+    }

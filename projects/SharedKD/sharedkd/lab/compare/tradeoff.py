@@ -1,0 +1,124 @@
+"""AP against latency over several students: points, their Pareto front, and what shows a capacity gap.
+
+``records`` holds one record per student, as :mod:`sharedkd.lab.scores` describes it, each with
+"deployed": what :func:`~sharedkd.lab.compare.students.measure` returns, or None.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Dict, Iterable, List, Mapping, Sequence
+
+from sharedkd.lab.scores import Difference, finished_arms, interval, is_known, mean_of, scores_of
+
+__all__ = ["EAGER", "Gap", "Point", "capacity_gaps", "front", "parameters_of", "points"]
+
+EAGER = "eager"  #: the format of a student that could not be exported
+Records = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One student with one method.
+
+    Args:
+        student, method: their names.
+        mean, half_width: of AP over seeds, see :func:`~sharedkd.lab.scores.interval`; NaN if not known.
+        milliseconds: its latency; NaN before it was measured.
+        exported: whether the latency is that of an exported file.
+    """
+
+    student: str
+    method: str
+    mean: float
+    half_width: float
+    milliseconds: float
+    exported: bool
+
+
+def points(records: Records, task: str) -> List[Point]:
+    """A point per student and method, in their order."""
+    found = []
+    for student, record in records.items():
+        deployed = record["deployed"] or {"format": EAGER, "milliseconds": {"median": math.nan}}
+        latency, exported = deployed["milliseconds"]["median"], deployed["format"] != EAGER
+        for method in record["methods"]:
+            scores = list(scores_of(record, method, task).values())
+            found.append(Point(student, method, *interval(scores), latency, exported))
+    return found
+
+
+def front(found: Iterable[Point]) -> List[Point]:
+    """The Pareto front, fastest first: the points that have a higher AP than all that are as fast."""
+    known = [p for p in found if is_known(p.mean) and is_known(p.milliseconds)]
+    best: List[Point] = []
+    for point in sorted(known, key=lambda p: (p.milliseconds, -p.mean)):
+        if not best or point.mean > best[-1].mean:
+            best.append(point)
+    return best
+
+
+def parameters_of(record: Mapping[str, Any]) -> float:
+    """The number of the student's parameters; NaN before an arm is finished."""
+    counts = [(arm.get("parameters") or {}).get("student") for arm in finished_arms(record)]
+    return max(filter(is_known, counts), default=math.nan)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A student that gains less by a method than a larger one.
+
+    Args:
+        method, student, larger: their names.
+        gains: of the two students, in this order, against their own plain students.
+        less: how much more the larger one gains, paired by seed; its interval excludes zero.
+    """
+
+    method: str
+    student: str
+    larger: str
+    gains: Sequence[Difference]
+    less: Difference
+
+
+def capacity_gaps(records: Records, task: str) -> List[Gap]:
+    """The students that gain less than a larger one does, though they have more left to gain.
+
+    A teacher that is too strong for a small student helps it less (Mirzadeh et al., AAAI 2020).  That a
+    gain falls the other way, from a small student to a large one near to its teacher, is no sign of it.
+    A gap is named, for each student the widest, where the 95 % interval of the difference of the gains
+    excludes zero, so never with one seed.
+    """
+    gaps = []
+    methods = [m for record in records.values() for m in record["methods"] if "@" not in m]
+    for method in dict.fromkeys(methods):
+        gains = {s: _gains(r, method, task) for s, r in records.items() if method != r["baseline"]}
+        for small in gains:
+            wider = [
+                Gap(method, small, large, (_over(gains[small]), _over(gains[large])), less)
+                for large in gains
+                if _is_larger(records[large], records[small], task)
+                for less in [_between(gains[large], gains[small])]
+                if less.verdict == "better"
+            ]
+            gaps += sorted(wider, key=lambda gap: gap.less.mean)[-1:]
+    return gaps
+
+
+def _gains(record: Mapping[str, Any], method: str, task: str) -> Dict[int, float]:
+    """Seed -> AP above that of the plain student."""
+    ours, plain = (scores_of(record, name, task) for name in (method, record["baseline"]))
+    return {seed: ours[seed] - plain[seed] for seed in ours if seed in plain}
+
+
+def _over(gains: Mapping[int, float]) -> Difference:
+    return Difference(*interval(list(gains.values())), seeds=len(gains))
+
+
+def _between(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+    return _over({seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs})
+
+
+def _is_larger(one: Mapping[str, Any], other: Mapping[str, Any], task: str) -> bool:
+    """Whether ``one`` has more parameters, and as a plain student no lower AP."""
+    plain = [mean_of(list(scores_of(x, x["baseline"], task).values())) for x in (one, other)]
+    return parameters_of(one) > parameters_of(other) and plain[0] >= plain[1]

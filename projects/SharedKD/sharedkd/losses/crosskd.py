@@ -1,0 +1,90 @@
+"""CrossKD: the student's head maps, finished by the teacher's head, should give the teacher's predictions."""
+
+from typing import Dict, FrozenSet, List, Optional
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sharedkd.errors import ConfigError
+from sharedkd.values import check_number
+
+from .base import Batch, DistillationLoss, Shapes, check_weights, precise
+from .dense import check_same_head, foreground, giou, number_of_foreground, on_images
+
+__all__ = ["CrossKD"]
+
+
+class CrossKD(DistillationLoss):
+    """Compares what the teacher's head makes of the student's maps with what it makes of its own.
+
+    CrossKD: Cross-Head Knowledge Distillation for Object Detection (CVPR 2024), from the paper alone.  The
+    maps of the student's head before its last ``left`` convolutions go through the teacher's last ``left``
+    and its prediction, which are frozen: z_C, b_C are these logits and boxes, z_T, b_T the teacher's own.
+    Over the anchors i and classes k of a level, with p = sigmoid(z)::
+
+        s8_score   = score   / F * sum over i and k of |p_T,ik - p_C,ik|^2 BCE(z_C,ik, p_T,ik)
+        s8_overlap = overlap / F * sum over foreground i of (1 - GIoU(b_C,i, b_T,i))
+
+    So the student's own predictions are not pulled from the ground truth towards the teacher.  The paper has
+    the quality focal loss on all positions, GIoU on the foreground for heads without distributions, four
+    convolutions a tower, and the cut after the third (``left=1``).  OUR reading: the foreground is that of
+    the student's own matching, F, at least 1, its anchors on all levels of the batch, and padding counts
+    nowhere; FCOS's centerness has no part.  Two-stage heads have no such towers and are refused.
+
+    Maps: the teacher's ``logits`` (N, A*K, H, W) and ``boxes`` (N, A*4, H, W).  No parameters.
+
+    Example::
+
+        model.stages.crosskd = L(Stage)(loss=L(CrossKD)(score=1.0, overlap=1.0), weight=1.0)
+
+    Args:
+        score, overlap: weights of the two terms, 0 or more.
+        left: of the head's convolutions before the prediction; 0: the prediction alone.
+        strides: see :class:`DistillationLoss`.
+
+    Raises:
+        ConfigError: a number out of its range.
+    """
+
+    needs = frozenset({"teacher", "labels", "crossed"})
+    guides = frozenset({"logits", "boxes"})
+
+    def __init__(
+        self, score: float, overlap: float, left: int = 1, strides: Optional[List[int]] = None
+    ):
+        super().__init__("fpn", strides)
+        check_weights(score=score, overlap=overlap)
+        check_number("left", left, least=0, whole=True)
+        self.score, self.overlap, self.left = score, overlap, left
+
+    @property
+    def taps(self) -> FrozenSet[str]:
+        return frozenset({"fpn", "logits", "boxes"})
+
+    def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
+        super().bind(student, teacher, key)
+        for tap in ("logits", "boxes"):
+            check_same_head(student, teacher, tap, self.strides, key, type(self).__name__)
+        ours, theirs = (sorted(x["logits"]) for x in (student, teacher))
+        if ours != theirs:
+            problem = f"the student's head has levels {ours}, the teacher's {theirs}"
+            fix = "use a teacher with the student's levels"
+            raise ConfigError(key, type(self).__name__, problem, fix)
+
+    def forward(self, batch: Batch) -> Dict[str, Tensor]:
+        crossed, terms, first = batch.crossed(self.left), {}, self.strides[0]
+        k = crossed["logits"][first].shape[1] // batch.labels[first].shape[1]
+        count = number_of_foreground(batch, k)
+        for stride in self.strides:
+            z_c, b_c = (precise(crossed[tap][stride]) for tap in ("logits", "boxes"))
+            p_t = precise(batch.teacher["logits"][stride]).detach().sigmoid()
+            b_t = precise(batch.teacher["boxes"][stride]).detach()
+            inside = on_images(batch, stride)
+            score = (p_t - z_c.sigmoid()).square()
+            score = score * F.binary_cross_entropy_with_logits(z_c, p_t, reduction="none")
+            score = score.unflatten(1, (-1, k)) * inside.unsqueeze(2)
+            chosen = foreground(batch, stride, k) & inside
+            overlap = (1 - giou(b_c, b_t)) * chosen
+            terms[f"s{stride}_score"] = self.score * score.sum() / count
+            terms[f"s{stride}_overlap"] = self.overlap * overlap.sum() / count
+        return terms

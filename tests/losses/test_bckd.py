@@ -1,0 +1,131 @@
+"""BCKD: binary scores and overlaps of boxes, anchor by anchor."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from detectron2.utils.events import EventStorage
+from losses.harness import ANCHORS, CLASSES, batch, bound, detector, leaves, matched, same, total
+
+from sharedkd import FrozenTeacher, SharedKD, Stage
+from sharedkd.losses import BCKD
+from sharedkd.losses.dense import giou
+
+SIZES = [(40, 90), (64, 96)]  # the first ends within the padding
+
+
+def given(**options):
+    student, teacher = (detector((8, 16), 3, seed=seed, **options) for seed in (0, 10))
+    return student, teacher, dict(sizes=SIZES, labels=matched(student)["labels"])
+
+
+def run(student, teacher, more, **options):
+    loss = bound(BCKD(**{"score": 0.7, "overlap": 1.3, **options}), student, teacher)
+    return loss(batch(student, teacher, **more))
+
+
+def overlap(a, b):
+    """The generalised IoU of two boxes."""
+    area = lambda x: max(x[2] - x[0], 0) * max(x[3] - x[1], 0)  # noqa: E731
+    both = area([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
+    either = area(a) + area(b) - both
+    around = area([min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])])
+    return both / either - (around - either) / around
+
+
+def by_hand(student, teacher, more):
+    labels, found = more["labels"], {}
+    foreground = sum(0 <= x < CLASSES for each in labels.values() for x in each.flatten().tolist())
+    for stride, each in labels.items():
+        score = boxes = 0.0
+        for n, a, y, x in np.ndindex(*each.shape):
+            height, width = SIZES[n]
+            if each[n, a, y, x] < 0 or y * stride >= height or x * stride >= width:
+                continue
+            gaps = []
+            for k in range(a * CLASSES, (a + 1) * CLASSES):
+                z, p = (m["logits"][stride][n, k, y, x].item() for m in (student, teacher))
+                q, p = 1 / (1 + math.exp(-z)), 1 / (1 + math.exp(-p))
+                gaps.append(abs(p - q))
+                score -= gaps[-1] * (p * math.log(q) + (1 - p) * math.log(1 - q))
+            corners = (
+                m["boxes"][stride][n, 4 * a : 4 * a + 4, y, x].tolist() for m in (student, teacher)
+            )
+            boxes += max(gaps) * (1 - overlap(*corners))
+        found[f"s{stride}_score"] = 0.7 * score / max(foreground, 1)
+        found[f"s{stride}_overlap"] = 1.3 * boxes / max(foreground, 1)
+    return found
+
+
+def test_value():
+    student, teacher, more = given()
+    same(run(student, teacher, more), by_hand(student, teacher, more))
+
+
+def test_a_level_without_foreground_counts():
+    student, teacher, more = given()
+    more["labels"] = {s: torch.full_like(x, CLASSES) for s, x in more["labels"].items()}
+    same(run(student, teacher, more), by_hand(student, teacher, more))
+
+
+def test_giou_by_hand():
+    boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4], [0, 0, 2, 2], [1, 1, 1, 1]])
+    others = torch.tensor([[0.0, 0, 4, 4], [2, 0, 6, 4], [2, 2, 4, 4], [1, 1, 1, 1]])
+    # the same: 1; a half of each: 8 / 24; corner to corner: 0 - 8 / 16; no area at all: finite
+    found = giou(boxes.view(1, 16, 1, 1), others.view(1, 16, 1, 1)).flatten()
+    assert found.tolist()[:3] == pytest.approx([1, 1 / 3, -0.5]) and torch.isfinite(found).all()
+
+
+def test_equal_heads_and_padding():
+    student, _, more = given()
+    terms = run(student, student, more)
+    same(terms, dict.fromkeys(terms, 0.0))
+    student, teacher, more = given()
+    before = total(run(student, teacher, more))
+    for levels in (student["logits"], student["boxes"]):
+        levels[8][0, :, 5:] = 3.0
+        levels[16][0, :, 3:] = 3.0
+    assert total(run(student, teacher, more)) == before
+
+
+def test_gradients():
+    """Of scores through the weights; of boxes not, as their weights are held."""
+    student, teacher, more = given(padded=(16, 24))
+    more["sizes"] = [(16, 24)] * 2
+
+    def value(z, b):
+        levels = {
+            **student,
+            "logits": {**student["logits"], 8: z},
+            "boxes": {**student["boxes"], 8: b},
+        }
+        return run(levels, teacher, more)
+
+    z, b = student["logits"][8], student["boxes"][8]
+    assert torch.autograd.gradcheck(
+        lambda x: total(value(x, b)) - value(x, b)["s8_overlap"], z.clone().requires_grad_()
+    )
+    assert torch.autograd.gradcheck(lambda x: total(value(z, x)), b.clone().requires_grad_())
+    found = leaves(student)
+    run(found, teacher, more, score=0.0)["s8_overlap"].backward()
+    assert found["logits"][8].grad is None or not found["logits"][8].grad.any()
+    assert found["boxes"][8].shape[1] == 4 * ANCHORS and found["boxes"][8].grad.any()
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_boxes_teach_the_layers_that_predict_them(kind):
+    teacher = FrozenTeacher(tiny.detector(kind, seed=1), weights="", input_format="RGB")
+    stages = {"bckd": Stage(BCKD(score=0.0, overlap=1.0))}
+    model = SharedKD(
+        student=tiny.detector(kind), teacher=teacher, stages=stages, input_format="RGB"
+    )
+    with EventStorage(0):
+        losses = model.train()(tiny.batch(), {"bckd": 1.0})
+    sum(x for k, x in losses.items() if k.endswith("_overlap")).backward()
+    assert model.student.head.bbox_pred.weight.grad.any()
+    assert (
+        model.student.head.cls_score.weight.grad is None
+        or not model.student.head.cls_score.weight.grad.any()
+    )
