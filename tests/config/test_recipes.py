@@ -45,6 +45,7 @@ PUBLISHED = {
     "gan_kd",
     "feature_fusion",
     "self_distillation",
+    "self_reflection",
     "shared_kd",
     "shared_kd_published",
 }
@@ -232,6 +233,7 @@ def block(reduction, c=256):
         ("reviewkd", "retinanet", 3_286_024),
         ("shared_kd", "faster_rcnn", 0),
         ("self_distillation", "fcos", 0),
+        ("self_reflection", "mask_rcnn", 0),
         ("gid", "retinanet", 0),
         # three 1x1, 3x3 on one channel, and two non-local blocks of four 1x1 with a norm
         ("fkd", "faster_rcnn", sum(3 * 65_792 + 10 + 2 * block(r) for r in (4, 4, 2, 2))),
@@ -305,6 +307,13 @@ def test_a_factor_multiplies_the_weights():
         "cross": pytest.approx(1.5),
     }
     assert with_method(pair_config(), "pkd").model.stages.pkd.weight == 10.0
+
+
+def test_peers_are_of_the_configs_own_method_alone():
+    cfg = pair_config()
+    cfg.model.peers = {"other": {"student": cfg.model.student}}
+    kept = {name: "peers" in with_method(cfg, name).model for name in ("config", "pkd", "none")}
+    assert kept == {"config": True, "pkd": False, "none": False}
 
 
 def test_a_method_sets_keys_of_its_own():

@@ -6,6 +6,7 @@ from .defaults import DATA_DEFAULTS, TRAIN_DEFAULTS
 from .load import load_config, student_only
 from .overrides import override
 from .pair import distill
+from .sequence import sequence
 from .shared_kd import ONE_STAGE_WEIGHT, published_stages, shared_kd_stages
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "load_config",
     "override",
     "published_stages",
+    "sequence",
     "shared_kd_stages",
     "student_only",
 ]

@@ -81,6 +81,8 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
         raise ConfigError("--config-file", "model", "is a plain detector", fix)
     elif names != OWN:
         cfg.model.stages = stages_of(names, family_of(cfg.model.student))
+    if names != OWN:  # peers are a part of the config's own method
+        cfg.model.pop("peers", None)
     for setting in settings:
         override(cfg, setting, "the config")
     return cfg

@@ -201,8 +201,13 @@ def _results(folder: Path) -> Dict[Tuple[str, str], float]:
 
 def _stages(parts: Parts) -> Iterator[ConfigError]:
     max_iter = parts.cfg.train.max_iter
-    for name, stage in parts.model.stages.items():
-        key, (start, end) = f"model.stages.{name}", stage.span(max_iter)
+    stages = {
+        f"{pair.key}.stages.{name}": stage
+        for pair in parts.model.pairs.values()
+        for name, stage in pair.stages.items()
+    }
+    for key, stage in stages.items():
+        start, end = stage.span(max_iter)
         ramp = stage.ramp * max_iter if isinstance(stage.ramp, float) else stage.ramp
         if start == end:
             problem = f"never begins within train.max_iter={max_iter}"

@@ -19,7 +19,7 @@ from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers import Teacher
 
 from .hooks.cost import in_words
-from .parts import Parts, images_per_step, losses_of
+from .parts import Parts, images_per_step, losses_of, pairs_of
 
 __all__ = ["Detector", "Level", "Measured", "Overview", "StageRow", "as_text", "describe"]
 
@@ -120,14 +120,18 @@ def describe(parts: Parts) -> Overview:
     )
     if parts.model is FAILED:
         return found
-    student, teachers = parts.student, dict(parts.teachers)
+    student, teachers = parts.student, getattr(parts.model, "sources", {})
     found.student = _detector(student, _student_weights(parts))
     described = {name: _teacher(teacher) for name, teacher in teachers.items()}
     found.teacher, found.teachers = described.pop(None, None), described
     stages = parts.model.stages if losses_of(parts.model) else {}
+    peers = [*pairs_of(parts.model).items()][1:]
     pyramid = getattr(parts.model, "pyramid", None)
     found.levels = _levels(student, pyramid, teachers, stages, parts.sample)
-    found.stages = [_stage(name, stage, cfg.train.max_iter) for name, stage in stages.items()]
+    every = {f"{owner}{name}": x for owner, pair in peers for name, x in pair.stages.items()}
+    found.stages = [
+        _stage(name, stage, cfg.train.max_iter) for name, stage in {**stages, **every}.items()
+    ]
     return found
 
 

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from sharedkd.engine.snapshot import without_trace
 from sharedkd.engine.trainer import SharedKDTrainer, Step
 from sharedkd.errors import ConfigError
-from sharedkd.modeling.stages import DISTILL
+from sharedkd.modeling.stages import DISTILL, own_losses
 
 __all__ = ["Watchdog", "gradient_norms"]
 
@@ -135,12 +135,12 @@ def gradient_norms(
     students = set(params)
     owned = [p for p in trainer.module.parameters() if p.requires_grad and p not in students]
     scale = trainer.scaler.get_scale()  # so that float16 gradients do not vanish
-    with without_trace(trainer.module, trainer.detector):
+    with without_trace(trainer.module):
         try:
             counted = trainer.repeat(Step(trainer.iter, trainer.stage_weights()), records)
         except FloatingPointError:
             return None
-        parts = {DETECTOR: sum(x for k, x in counted.items() if not k.startswith(DISTILL))}
+        parts = {DETECTOR: sum(own_losses(counted))}
         parts.update({k[len(DISTILL) :]: x for k, x in counted.items() if k.startswith(DISTILL)})
         norms: Dict[str, Optional[float]] = {}
         for name, loss in parts.items():

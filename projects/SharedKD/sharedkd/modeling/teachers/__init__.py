@@ -5,5 +5,14 @@ from .base import Teacher
 from .foundation import FoundationTeacher
 from .frozen import FrozenTeacher
 from .mean import TeacherMean
+from .peer import Peer, StudentMaps
 
-__all__ = ["FoundationTeacher", "FrozenTeacher", "StudentAverage", "Teacher", "TeacherMean"]
+__all__ = [
+    "FoundationTeacher",
+    "FrozenTeacher",
+    "Peer",
+    "StudentAverage",
+    "StudentMaps",
+    "Teacher",
+    "TeacherMean",
+]
