@@ -17,7 +17,7 @@ from detectron2.data.datasets.coco import load_coco_json
 
 from sharedkd.errors import ConfigError, ConfigErrors
 
-from .images import check_headers, match_files
+from .images import check_headers, is_thin, match_files
 from .notes import NO_CLASS, SAME_CLASSES, SAME_FILE, Notes, Repair
 from .repair import is_root, read_json, settle_annotations, settle_categories, settle_images
 
@@ -259,8 +259,8 @@ class _File:
         return warnings
 
     def _check_thin(self, image: Dict[str, Any]) -> None:
-        most, sides = self.reading.max_size, sorted((image["width"] or 1, image["height"] or 1))
-        if most and int(sides[0] * most / sides[1] + 0.5) < 1:
+        most = self.reading.max_size
+        if is_thin(image["width"] or 1, image["height"] or 1, most):
             self.notes.refuse(
                 f"image {image['file_name']!r} of {image['width']}x{image['height']} pixels has no side "
                 f"left once its longer one is {most} (data.max_size)",
