@@ -51,12 +51,13 @@ class Regions:
     Args:
         labels: (R,) int64, the class of each region's ground truth; K is background.
         student: (R, K + 1) class logits, attached to the student's graph.
-        teacher: (R, K + 1) class logits of the teacher's head for the same regions, on its own maps.
+        teacher: (R, K + 1) class logits of the teacher's head for the same regions, on its own maps;
+            None until it has run.
     """
 
     labels: Tensor
     student: Tensor
-    teacher: Tensor
+    teacher: Optional[Tensor] = None
 
 
 @dataclass

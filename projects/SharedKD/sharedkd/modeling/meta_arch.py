@@ -1,13 +1,14 @@
 """The meta-architecture: student and teacher side by side in training, the student alone in inference."""
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple, Union
 
 import torch
 from detectron2.config import CfgNode, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -50,6 +51,32 @@ def check_image_format(student: nn.Module, image_format: str) -> None:
             f"contradicts the student's input_format={expected}",
             "set both to the same order",
         )
+
+
+@dataclass
+class Seen:
+    """What one run of a student on a batch gave.
+
+    Args:
+        losses: the detector's own.
+        maps: its maps at the taps of the active stages.
+        inputs: the data loader's records.
+        labels: see :class:`Batch`.
+        boxes: per image the regions that it sampled; None when no active stage needs them.
+        regions: their labels and its logits of them.
+    """
+
+    losses: Dict[str, Tensor]
+    maps: Maps
+    inputs: List[Dict[str, Any]]
+    labels: Optional[Dict[int, Tensor]] = None
+    boxes: Optional[List[Boxes]] = None
+    regions: Optional[Regions] = None
+
+    def batch(self) -> Batch:
+        """What a loss may read of it; without a teacher."""
+        sizes = [tuple(x["image"].shape[-2:]) for x in self.inputs]
+        return Batch(self.maps, None, sizes, self.inputs, labels=self.labels)
 
 
 @META_ARCH_REGISTRY.register()
@@ -240,57 +267,87 @@ class SharedKD(nn.Module):
         if not active:
             return self._with_idle_parameters(self.student(batched_inputs))
 
-        by_source: Dict[Optional[str], List[str]] = {}  # source of maps -> the stages that read it
-        for name in active:
-            by_source.setdefault(self.stages[name].teacher, []).append(name)
+        self._check_inputs(active, batched_inputs)
         # Before the student: the teachers' temporaries are gone when its graph is built.
-        teacher_maps = self._teacher_maps(by_source, batched_inputs)
-        needs = frozenset().union(*(self.losses[name].needs for name in active))
-        if "boxes" in needs and not any("instances" in x for x in batched_inputs):
+        teacher_maps = self._teacher_maps(active, batched_inputs)
+        seen = self._run_student(active, batched_inputs)
+        return self._with_idle_parameters(
+            {**seen.losses, **self._terms(active, seen, teacher_maps)}
+        )
+
+    def _check_inputs(self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]) -> None:
+        """Check that records have what the active stages and the student read."""
+        labelled = ["instances" in x for x in batched_inputs]
+        if "boxes" in self._needs(active) and not any(labelled):
             self.check_record(batched_inputs[0])
-        if self._trains_on_boxes and any("instances" not in x for x in batched_inputs):
+        if self._trains_on_boxes and not all(labelled):
             fix = "leave it out, or give it no objects: then it is trained on as background"
             raise ConfigError("dataloader.train", "", "has an image without labels", fix)
+
+    def _run_student(self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]) -> Seen:
+        """Run the student, and take what the active stages read of it."""
+        needs = self._needs(active)
         regions = RegionTap(self.student) if "regions" in needs else None
         with self._tap.capture(self._taps(active)) as maps:
             with regions.capture() if regions else nullcontext() as sampled:
                 losses = self.student(batched_inputs)
-        batch = Batch(
-            student=maps,
-            teacher=None,
-            image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
-            inputs=batched_inputs,
-        )
+        seen = Seen(losses, maps, batched_inputs)
         if "labels" in needs:
-            batch.labels = anchor_labels(self.student, batched_inputs, maps["logits"])
-        batches = {source: replace(batch) for source in by_source}
-        for source, theirs in teacher_maps.items():
-            key = "model.teacher" if source is None else f"model.teachers.{source}"
-            ours, theirs = common_pixels(maps, theirs, key)
-            batches[source].student, batches[source].teacher = ours, theirs
-            if batch.labels is not None:
-                batches[source].labels = {
-                    stride: top_left(x, ours["logits"][stride].shape[-2:])
-                    for stride, x in batch.labels.items()
-                }
+            seen.labels = anchor_labels(self.student, batched_inputs, maps["logits"])
         if regions:
             truth = [x["instances"].to(self.device) for x in batched_inputs]
-            labels = regions.labels(sampled["boxes"], truth)
-            for source, names in by_source.items():
-                if any("regions" in self.losses[name].needs for name in names):
-                    logits = self.sources[source].region_logits(
-                        teacher_maps[source], sampled["boxes"]
-                    )
-                    batches[source].regions = Regions(labels, sampled["logits"], logits)
+            seen.boxes = sampled["boxes"]
+            seen.regions = Regions(regions.labels(seen.boxes, truth), sampled["logits"])
+        return seen
+
+    def _terms(
+        self,
+        active: Mapping[str, float],
+        seen: Seen,
+        teacher_maps: Mapping[Optional[str], Maps],
+    ) -> Dict[str, Tensor]:
+        """The terms of the active stages, times their weights.
+
+        Args:
+            active: stage -> weight, above zero.
+            seen: of this step's student.
+            teacher_maps: of :meth:`_teacher_maps`.
+        """
+        batches = {
+            source: self._batch(source, names, seen, teacher_maps.get(source))
+            for source, names in self._by_source(active).items()
+        }
+        found = {}
         with torch.autocast(self.device.type, enabled=False):
-            detector = sum(losses.values()) if self.auto_weights else None
+            detector = sum(seen.losses.values()) if self.auto_weights else None
             for name, weight in active.items():
                 terms = self.losses[name](batches[self.stages[name].teacher])
                 if name in self.auto_weights:
-                    terms = self.auto_weights[name](terms, detector, self._read(name, maps))
+                    terms = self.auto_weights[name](terms, detector, self._read(name, seen.maps))
                 for term, value in terms.items():
-                    losses[f"{DISTILL}{name}/{term}"] = weight * value
-        return self._with_idle_parameters(losses)
+                    found[f"{DISTILL}{name}/{term}"] = weight * value
+        return found
+
+    def _batch(
+        self, source: Optional[str], names: Iterable[str], seen: Seen, theirs: Optional[Maps]
+    ) -> Batch:
+        """What the stages ``names``, which learn from one source, read in this step.
+
+        Maps and labels are those of the pixels that student and source both show.
+        """
+        batch = seen.batch()
+        if theirs is not None:
+            key = "model.teacher" if source is None else f"model.teachers.{source}"
+            batch.student, batch.teacher = common_pixels(seen.maps, theirs, key)
+            if seen.labels is not None:
+                batch.labels = {
+                    stride: top_left(x, batch.student["logits"][stride].shape[-2:])
+                    for stride, x in seen.labels.items()
+                }
+        if "regions" in self._needs(names):
+            logits = self.sources[source].region_logits(theirs, seen.boxes)
+            batch.regions = replace(seen.regions, teacher=logits)
+        return batch
 
     def _weights_now(self) -> Dict[str, float]:
         """The stages' weights in the iteration of the EventStorage."""
@@ -311,11 +368,11 @@ class SharedKD(nn.Module):
         return {name: x.weight_at(iteration, self.max_iter) for name, x in self.stages.items()}
 
     def _teacher_maps(
-        self, by_source: Mapping[Optional[str], List[str]], batched_inputs: List[Dict[str, Any]]
+        self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]
     ) -> Dict[Optional[str], Maps]:
-        """The maps of each source that some of its stages read."""
+        """The maps of each source that some of the active stages read."""
         found = {}
-        for source, names in by_source.items():
+        for source, names in self._by_source(active).items():
             readers = self._readers(names)
             if readers:
                 found[source] = self.sources[source].features(
@@ -340,15 +397,24 @@ class SharedKD(nn.Module):
             losses[first] = losses[first] + 0.0 * sum(p.sum() for p in owned)
         return losses
 
+    def _by_source(self, names: Iterable[str]) -> Dict[Optional[str], List[str]]:
+        """The stages by the source of maps that they learn from."""
+        found: Dict[Optional[str], List[str]] = {}
+        for name in names:
+            found.setdefault(self.stages[name].teacher, []).append(name)
+        return found
+
+    def _needs(self, names: Iterable[str]) -> FrozenSet[str]:
+        return frozenset().union(*(self.losses[name].needs for name in names))
+
     def _readers(self, names: Iterable[str]) -> List[str]:
         """Those stages that read a teacher's maps."""
         return [name for name in names if "teacher" in self.stages[name].loss.needs]
 
     def _taps(self, names: Iterable[str]) -> FrozenSet[str]:
-        losses = [self.stages[name].loss for name in names]
-        taps = set().union(*(loss.taps for loss in losses))
-        needs = set().union(*(loss.needs for loss in losses))
-        return frozenset(taps).union(*(NEEDED_TAPS[need] for need in needs & NEEDED_TAPS.keys()))
+        needed = self._needs(names) & NEEDED_TAPS.keys()
+        taps = (self.losses[name].taps for name in names)
+        return frozenset().union(*taps, *(NEEDED_TAPS[need] for need in needed))
 
     @property
     def sources(self) -> Dict[Optional[str], Teacher]:
