@@ -13,16 +13,16 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError, Findings
-from sharedkd.losses.base import Batch, Maps, Regions
+from sharedkd.losses.base import HEAD_TAPS, UNLABELLED, Batch, Maps, Regions
 
-from .balance import AutoWeight
+from .balance import AutoWeight, held
 from .detectors import family
 from .heads import RegionTap, anchor_labels, check_labels, check_regions
 from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .recipes import stages_of
 from .stages import DISTILL, Stage, scale_relative
-from .taps import FeatureTap, common_pixels, top_left
+from .taps import FeatureTap, common_pixels, run_pyramid, top_left
 from .teachers import FrozenTeacher, Teacher
 
 __all__ = ["SharedKD", "check_image_format"]
@@ -247,7 +247,9 @@ class SharedKD(nn.Module):
         """Compute the losses of a training step, or in inference the student's detections.
 
         Args:
-            batched_inputs: Detectron2's records, as for the student.
+            batched_inputs: Detectron2's records, as for the student.  Those with ``unlabelled=True`` are
+                seen by losses of maps alone: each of these terms is the mean over all images, the
+                detector's losses are those of the others.  A batch norm sees the two parts one after the other.
             weights: stage name -> weight in this step, in training; a stage that is left out or
                 weighs zero is not computed.  None: by the stages' schedules and the iteration of
                 Detectron2's EventStorage; losses of relative stages are then scaled here.
@@ -258,6 +260,7 @@ class SharedKD(nn.Module):
         """
         if not self.training:
             return self.student(batched_inputs)
+        labelled = [x for x in batched_inputs if not x.get(UNLABELLED)]
         if weights is None:
             weights = self._weights_now()
             losses = SharedKD.forward(self, batched_inputs, weights)  # no hook runs twice
@@ -265,15 +268,28 @@ class SharedKD(nn.Module):
             return scale_relative(losses, values, self.stages, weights)
         active = {name: w for name, w in weights.items() if w}
         if not active:
-            return self._with_idle_parameters(self.student(batched_inputs))
+            return self._with_idle_parameters(self.student(labelled))
 
-        self._check_inputs(active, batched_inputs)
+        self._check_inputs(active, labelled)
+        others = [x for x in batched_inputs if x.get(UNLABELLED)]
+        also = {name: w for name, w in active.items() if others and self.sees_unlabelled(name)}
         # Before the student: the teachers' temporaries are gone when its graph is built.
-        teacher_maps = self._teacher_maps(active, batched_inputs)
-        seen = self._run_student(active, batched_inputs)
-        return self._with_idle_parameters(
-            {**seen.losses, **self._terms(active, seen, teacher_maps)}
-        )
+        teacher_maps = self._teacher_maps(active, labelled)
+        more_maps = self._teacher_maps(also, others)
+        seen = self._run_student(active, labelled)
+        terms = self._terms(active, seen, teacher_maps)
+        if also:
+            share = len(others) / len(batched_inputs)
+            with held(self.auto_weights):  # measured on the labelled part alone
+                more = self._terms(also, self._run_pyramid(also, others, seen.losses), more_maps)
+            terms.update({k: (1 - share) * terms[k] + share * x for k, x in more.items()})
+        return self._with_idle_parameters({**seen.losses, **terms})
+
+    def sees_unlabelled(self, name: str) -> bool:
+        """Whether a stage learns from images without labels, too: its loss reads maps alone."""
+        loss = self.stages[name].loss
+        heads = self.pyramid is not None and loss.taps & HEAD_TAPS  # these take a whole forward
+        return loss.needs <= {"teacher"} and not heads
 
     def _check_inputs(self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]) -> None:
         """Check that records have what the active stages and the student read."""
@@ -299,6 +315,24 @@ class SharedKD(nn.Module):
             seen.boxes = sampled["boxes"]
             seen.regions = Regions(regions.labels(seen.boxes, truth), sampled["logits"])
         return seen
+
+    def _run_pyramid(
+        self,
+        active: Iterable[str],
+        batched_inputs: List[Dict[str, Any]],
+        losses: Dict[str, Tensor],
+    ) -> Seen:
+        """Run the student on images without labels, up to the maps that the active stages read.
+
+        Args:
+            losses: of the student on the labelled images.
+        """
+        taps = self._taps(active)
+        with self._tap.capture(taps) as maps:
+            pyramid = run_pyramid(self.student, batched_inputs, self.pyramid, key="model.student")
+            if taps & HEAD_TAPS:
+                self._tap.head.run(pyramid)
+        return Seen(losses, maps, batched_inputs)
 
     def _terms(
         self,

@@ -41,7 +41,7 @@ class RunRecord(hooks.HookBase):
     """Writes run.json at the start of a run and again at its end.
 
     Keys: ``command``, ``config_file`` and ``overrides`` (with which it was started), ``repairs`` (of its
-    data, a line each), ``fast_dev_run``,
+    data, a line each), ``unlabelled_images`` (how many it learns from), ``fast_dev_run``,
     ``initial_weights`` (fingerprint of the student before its first step), ``parameters``
     (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
     ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on a CPU the resident memory of the
@@ -53,7 +53,7 @@ class RunRecord(hooks.HookBase):
         folder: the run's output folder.
         student: the detector that is trained.
         losses: the distillation losses; an empty module for a plain detector.
-        started: the first five keys.
+        started: the first six keys.
         results: a dict that holds the last evaluation's results when the run ends.
         resuming: keep the first entries of the run's own record.
     """
