@@ -108,6 +108,9 @@ def label_images(
         fix = "name the folder of its run, or register its data"
         raise ConfigError("--teacher", config, "the names of its classes are unknown", fix)
     ours = theirs if data_json is None else read_classes([data_json])
+    if not ours:
+        fix = "name a COCO json with categories"
+        raise ConfigError("--data-json", data_json, "cannot be read, or has no class", fix)
     _compare(config, theirs, ours, data_json, say)
     least = thresholds_of(threshold, ours)
     labelled = _labelled(data_json, data_images or images)
@@ -161,7 +164,7 @@ def _compare(
 ) -> None:
     """Say which classes only one side has; refuse a teacher that has none of the data's."""
     if not {*theirs} & {*ours}:
-        problem = f"has none of the data's classes: {_few(theirs)}, not {_few(ours) or 'any'}"
+        problem = f"has none of the data's classes: {_few(theirs)}, not {_few(ours)}"
         fix = "name the data's classes as the teacher does, or use another teacher"
         raise ConfigError("--teacher", config, problem, fix)
     dropped, missing = ([x for x in a if x not in b] for a, b in ((theirs, ours), (ours, theirs)))
