@@ -128,6 +128,8 @@ class Data:
     val_images: Any = None  # folder of those of val_json; it may be the same one
     # the data set's name in Detectron2's catalog: own_train, own_val
     name: str = limited("own", empty=False)
+    # how often an epoch holds each image of a json by tools/label_images.py, on average: 0.5 halves its weight
+    pseudo_weight: float = limited(1.0, above=0)
     # folder of images without labels, one or a list: losses of maps learn from them, the detector's own
     # losses do not; what train_json and val_json name is left out
     unlabelled_images: Any = None

@@ -65,6 +65,8 @@ def read_own_data(cfg: DictConfig, findings: Findings) -> Dict[str, List[CocoSum
     val = findings.step(_read, cfg, "val", findings, classes)
     if FAILED not in (train, val):
         _warn_of_overlap(train, val, findings)
+    if train is not FAILED:
+        findings.step(_weigh_pseudo, cfg, train)
     found = [x for x in (train, val) if x is not FAILED and x.categories]
     given = cfg.data.get("num_classes")
     if found and given not in (None, len(found[0].classes)):
@@ -135,12 +137,7 @@ def add_unlabelled(cfg: DictConfig, findings: Findings) -> None:
     if data.unlabelled_json is not None and len(folders) > 1:
         problem = f"goes with one folder, and {key} names {len(folders)}"
         raise ConfigError("data.unlabelled_json", data.unlabelled_json, problem, "name one folder")
-    if target_of(loader) not in (build_train_loader, build_loader):
-        problem, fix = (
-            "dataloader.train has no place for them",
-            "use Detectron2's loader or this package's",
-        )
-        raise ConfigError(key, data.unlabelled_images, problem, fix)
+    _check_loader(cfg, key, data.unlabelled_images)
     labelled, held_out = (_images(cfg, split) for split in ("train", "test"))
     reading = reading_of(cfg, "train", findings)
     records, warnings = read_unlabelled(
@@ -162,6 +159,27 @@ def _images(cfg: DictConfig, split: str) -> Set[str]:
             with suppress(OSError):  # a file that is not there is reported where data are checked
                 found |= {os.path.abspath(x["file_name"]) for x in DatasetCatalog.get(name)}
     return found
+
+
+def _weigh_pseudo(cfg: DictConfig, train: CocoData) -> None:
+    """Let the loader draw images with pseudo-labels as often as ``data.pseudo_weight`` says."""
+    weight, loader = cfg.data.pseudo_weight, cfg.dataloader.train
+    if weight == 1:
+        return
+    if not train.pseudo_files and not train.errors:
+        problem, fix = "no json of data.train_json is by tools/label_images.py", "leave it out"
+        raise ConfigError("data.pseudo_weight", weight, problem, fix)
+    _check_loader(cfg, "data.pseudo_weight", weight)
+    loader.pseudo_weight = "${data.pseudo_weight}"
+
+
+def _check_loader(cfg: DictConfig, key: str, value: Any) -> None:
+    """Check that the training loader is this package's, which alone reads ``key``."""
+    if target_of(cfg.dataloader.train) not in (build_train_loader, build_loader):
+        fix = (
+            "use Detectron2's loader, without options that this package's lacks, or this package's"
+        )
+        raise ConfigError(key, value, "is not read by this config's dataloader.train", fix)
 
 
 def _no_masks(summary: CocoSummary) -> ConfigError:

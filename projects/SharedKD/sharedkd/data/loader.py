@@ -29,6 +29,7 @@ from sharedkd.errors import ConfigError, Findings
 from sharedkd.losses.base import UNLABELLED
 from sharedkd.values import check_choice, check_number, check_switch
 
+from .coco import PSEUDO
 from .faults import POLICIES, BadImages, Loaded, WorkerDied, batches_of, load, worker_error
 
 __all__ = ["TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
@@ -56,6 +57,7 @@ def build_train_loader(
     on_bad_image: str = "error",
     max_bad_images: Union[int, float] = 0.01,
     repeat_threshold: float = 0.0,
+    pseudo_weight: float = 1.0,
     unlabelled: Sequence[Dict[str, Any]] = (),
     unlabelled_ratio: float = 1.0,
 ) -> "TrainLoader":
@@ -79,6 +81,8 @@ def build_train_loader(
         repeat_threshold: images of a class that less than this share of the images have are repeated,
             sqrt(threshold / share) times on average over epochs, as by Detectron2's
             ``RepeatFactorTrainingSampler``; 0: every epoch holds each image once.
+        pseudo_weight: how often an epoch holds each image with pseudo-labels on average.  0.5 halves their
+            weight in the losses, on average over epochs.
         unlabelled: dataset dicts without annotations.  Their samples come after the labelled ones of a
             batch, on top of ``total_batch_size``, and have ``unlabelled=True``.
         unlabelled_ratio: how many of them come for each labelled image of a batch.
@@ -95,6 +99,7 @@ def build_train_loader(
     findings.step(check_choice, f"{KEY}.on_bad_image", on_bad_image, POLICIES)
     findings.step(_check_limit, max_bad_images)
     findings.step(check_number, f"{KEY}.repeat_threshold", repeat_threshold, least=0, most=1)
+    findings.step(check_number, f"{KEY}.pseudo_weight", pseudo_weight, above=0)
     findings.step(check_number, f"{KEY}.unlabelled_ratio", unlabelled_ratio, above=0)
     findings.raise_errors()
     if len(dataset) == 0:
@@ -111,6 +116,9 @@ def build_train_loader(
     most = bad_images.most if bad_images.skips else 0
     samples = _SeededSamples(dataset, unlabelled, mapper, seed, [groups, others], most)
     repeats = _repeat_factors(dataset, repeat_threshold) if repeat_threshold else None
+    if pseudo_weight != 1:
+        weights = np.array([pseudo_weight if x.get(PSEUDO) else 1.0 for x in dataset])
+        repeats = weights if repeats is None else repeats * weights
     loader = TrainLoader(
         samples,
         groups,
@@ -409,7 +417,7 @@ def _orientations(dataset: Sequence[Dict[str, Any]]) -> List[int]:
 
 
 def _repeat_factors(dataset: Sequence[Dict[str, Any]], threshold: float) -> np.ndarray:
-    """How often an epoch holds each image on average: at least once."""
+    """How often an epoch holds each image on average by its rarest class: at least once."""
     if not all("annotations" in sample for sample in dataset):
         raise ConfigError(
             f"{KEY}.repeat_threshold",

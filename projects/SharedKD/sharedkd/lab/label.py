@@ -16,7 +16,7 @@ from sharedkd.config import load_config, student_only
 from sharedkd.config.build import construct
 from sharedkd.config.own_data import class_names
 from sharedkd.config.pair import Pairing
-from sharedkd.data.coco import read_classes
+from sharedkd.data.coco import PSEUDO, read_classes
 from sharedkd.data.unlabelled import read_unlabelled
 from sharedkd.errors import ConfigError
 from sharedkd.files import replace
@@ -148,7 +148,7 @@ def label_images(
     if not found.images:
         fix = "use a lower one, or a better teacher"
         raise ConfigError("--threshold", threshold, "no detection is as sure", fix)
-    about = {"description": "pseudo-labels", "teacher": config, "thresholds": least}
+    about = {PSEUDO: True, "teacher": config, "thresholds": least}
     categories = [{"id": i, "name": name} for name, i in ids.items()]
     document = {"info": about, **rows, "categories": categories}
     replace(output, lambda f: f.write(json.dumps(document).encode()))
