@@ -4,9 +4,12 @@ import itertools
 from collections import Counter
 
 import pytest
+import tiny
 from coco_files import NAME
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
 
+from sharedkd.config import load_config
 from sharedkd.data.coco import read_coco
 from sharedkd.data.loader import build_train_loader
 from sharedkd.errors import ConfigError
@@ -52,3 +55,21 @@ def test_a_weight_is_how_often_they_are_drawn():
     assert all(found[i] == pytest.approx(50 if i < 4 else 200, abs=20) for i in range(10))
     with pytest.raises(ConfigError, match="pseudo_weight=0: is too small"):
         drawn(0, 1)
+
+
+def test_the_key_needs_a_json_by_a_teacher_and_reaches_the_loader(own):
+    keys = [f"data.{split}_images={own.images}" for split in ("train", "val")]
+    keys += [f"data.val_json={own.write()}", f"data.name={NAME}", "data.pseudo_weight=0.5"]
+
+    def load(change):
+        path = own.write(change, "train.json")
+        config = str(tiny.ROOT / "configs/custom_coco_plain.py")
+        return load_config(config, [*keys, f"data.train_json={path}"])
+
+    loader = load(lambda data: data.update(info={"pseudo_labels": True})).dataloader.train
+    assert loader.pseudo_weight == 0.5
+    assert list(instantiate(loader).repeats) == [0.5] * 4
+    with pytest.raises(
+        ConfigError, match="data.pseudo_weight=0.5: no json of data.train_json is by"
+    ):
+        load(None)

@@ -19,7 +19,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 THEIRS, OURS = ["ring", "cell", "star"], ["star", "moon", "cell"]
 KEYS = ["data.classes=[ring,cell,star]", "data.num_classes=3", "data.test_short_edge=64"]
-KEYS += ["train.device=cpu", "model.roi_heads.box_predictor.test_score_thresh=0.0"]
+KEYS += [
+    "data.name=label_of_test",
+    "train.device=cpu",
+    "model.roi_heads.box_predictor.test_score_thresh=0.0",
+]
 
 
 @pytest.fixture(scope="module")
