@@ -12,9 +12,11 @@ from detectron2.utils import comm
 
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.config import shared_kd_stages
+from sharedkd.losses import IdenticalLayer
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.methods import known_methods
 from sharedkd.modeling.stages import Stage
+from sharedkd.modeling.teachers import Peer
 
 METHODS = known_methods()
 
@@ -45,13 +47,16 @@ def three_steps():
     del node.roi_heads, node.input_format
     stages = instantiate(shared_kd_stages())
     stages["scaled"] = Stage(Scaled(), start=1, end=2)  # off in the first and the last iteration
+    stages["mutual"] = Stage(IdenticalLayer(strides=[8, 16], normalize="instance"), teacher="other")
+    student = instantiate(node)
     model = SharedKD(
-        student=instantiate(node),
+        student=student,
         stages=stages,
+        peers={"other": Peer(instantiate(node), {"back": Stage(Scaled())})},
         input_format="RGB",
         teacher=FrozenTeacher(tiny.detector("faster_rcnn", seed=1), ""),
     )
-    for name, module in model.student.named_modules():
+    for name, module in model.named_modules():
         if name.endswith("norm"):
             module.weight.fill_(0.5)  # keeps a random network's maps of moderate size
     records = [tiny.record(seed=i, boxes=((8, 8, 40 + 4 * i, 40),)) for i in range(4)]
@@ -68,7 +73,9 @@ def three_steps():
         for name, (value, _) in trainer.storage.latest().items()
         if "time" not in name and not name.startswith("rpn/")
     }
-    return {**model.state_dict(), "scale": model.losses["scaled"].scale.detach()}, losses
+    peer = {f"peer/{name}": x for name, x in model.peers["other"].state_dict().items()}
+    scale = model.losses["scaled"].scale.detach()
+    return {**model.state_dict(), **peer, "scale": scale}, losses
 
 
 def every_method(family):

@@ -24,6 +24,7 @@ import prologue  # noqa: F401
 
 # isort: split
 import argparse
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def list_methods() -> None:
 
 
 def names(text: str):
-    return [name for name in text.split(",") if name]
+    return [name for name in re.split(r",(?![^\[]*\])", text) if name]  # not inside [neck,head]
 
 
 def seeds(text: str):

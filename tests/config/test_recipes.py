@@ -40,6 +40,7 @@ PUBLISHED = {
     "gan_kd",
     "feature_fusion",
     "self_distillation",
+    "self_reflection",
     "shared_kd",
     "shared_kd_published",
 }
@@ -220,6 +221,7 @@ def block(reduction, c=256):
         ("reviewkd", "retinanet", 3_286_024),
         ("shared_kd", "faster_rcnn", 0),
         ("self_distillation", "fcos", 0),
+        ("self_reflection", "mask_rcnn", 0),
         ("gid", "retinanet", 0),
         # three 1x1, 3x3 on one channel, and two non-local blocks of four 1x1 with a norm
         ("fkd", "faster_rcnn", sum(3 * 65_792 + 10 + 2 * block(r) for r in (4, 4, 2, 2))),
@@ -295,6 +297,13 @@ def test_a_factor_multiplies_the_weights():
     assert with_method(pair_config(), "pkd").model.stages.pkd.weight == 10.0
 
 
+def test_peers_are_of_the_configs_own_method_alone():
+    cfg = pair_config()
+    cfg.model.peers = {"other": {"student": cfg.model.student}}
+    kept = {name: "peers" in with_method(cfg, name).model for name in ("config", "pkd", "none")}
+    assert kept == {"config": True, "pkd": False, "none": False}
+
+
 def test_a_method_sets_keys_of_its_own():
     cfg = pair_config()
     name = "pkd:model.teacher.precision=bfloat16:2+cwd:model.stages.cwd.weight=3"
@@ -302,6 +311,9 @@ def test_a_method_sets_keys_of_its_own():
     assert changed.model.teacher.precision == "bfloat16"
     assert changed.model.stages.pkd.weight == 20.0 and changed.model.stages.cwd.weight == 3
     assert with_method(cfg, "none:optimizer.lr=7").optimizer.lr == 7
+    inherits = with_method(cfg, "none:train.inherit=[neck,head]")  # from the teacher, so it has one
+    assert inherits.train.inherit == ["neck", "head"]
+    assert inherits.model.teacher == cfg.model.teacher and [*inherits.model.stages] == ["_target_"]
     assert "precision" not in cfg.model.teacher and cfg.optimizer.lr != 7
 
 

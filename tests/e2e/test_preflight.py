@@ -1,6 +1,7 @@
 """Whatever is wrong is said before a run starts: each mistake in a line of its own, all of them at once."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -205,7 +206,6 @@ def test_the_size_of_a_checkpoint_is_known_before_it_is_written(train, good, tmp
 
 
 def test_a_disk_that_is_too_small(good, tmp_path, monkeypatch):
-    import shutil
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
@@ -278,6 +278,30 @@ def test_validation_on_the_training_data_is_warned_of(good, workspace, tmp_path)
     ]
     found = preflight(good["plain"], [f"train.output_dir={tmp_path}/run", *same], measure=False)
     assert found["ok"] and "data.val_json" in [w["key"] for w in found["warnings"]]
+
+
+def test_a_teacher_below_a_finished_plain_run_is_named(good, workspace, tmp_path):
+    """Of the same student, evaluated on the same data, beside this run."""
+    size = preflight(good["pair"], [f"train.output_dir={tmp_path}/run"], measure=False)
+    data = f"data: {{val_json: {workspace.shapes}/val.json}}"
+    weights = tmp_path / "teacher/model_final.pth"
+    for name, parameters, ap in (
+        ("teacher", 1, 30.0),
+        ("plain", size["student"]["parameters"], 31.5),
+        ("other", 2, 90.0),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(data)
+        record = {
+            "parameters": {"student": parameters, "losses": 0},
+            "results": {"bbox": {"AP": ap}},
+        }
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    shutil.copy(workspace.weights, weights)
+    overrides = [f"train.output_dir={tmp_path}/run", f"model.teacher.weights={weights}"]
+    found = preflight(good["pair"], overrides, measure=False)
+    (said,) = [x for x in found["warnings"] if x["key"] == "model.teacher.weights"]
+    assert "plain run plain beside this one: bbox 30.0, not 31.5" in said["problem"]
 
 
 def test_no_stride_in_common(good, tmp_path):

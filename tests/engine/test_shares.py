@@ -190,6 +190,30 @@ def test_no_warning(mine, shares, sharedkd_log, monkeypatch):
     assert not barks(sharedkd_log)
 
 
+def test_a_term_with_most_of_its_stage_is_named_once(mine, sharedkd_log, monkeypatch):
+    """Of 0.3, 0.1 and 0.1 the first is 60 %, of 0.2, 0.2 and 0.1 none is above half."""
+    dog = Watchdog(10)
+    dog.trainer, mine.step = mine, Step(0, {}, batches=[records()])
+    with EventStorage(0) as mine.storage:
+        for i, first in enumerate([0.2] * 3 + [0.3] * 8):
+            mine.iter = 10 * i + 9
+            found = {
+                "detector": 0.5,
+                "mine/s8": first,
+                "mine/s16": 0.5 - first - 0.1,
+                "mine/s32": 0.1,
+            }
+            monkeypatch.setattr(
+                "sharedkd.engine.hooks.shares.gradient_norms", lambda *_, x=found: x
+            )
+            dog.after_step()
+    (bark,) = barks(sharedkd_log)
+    assert "term s8 has 5" in bark  # a window of 0.2, 0.3 and 0.3: 53 %
+    assert bark.endswith(
+        "model.stages.mine.weight=auto model.stages.mine.balance=levels gives all its terms the same"
+    )
+
+
 @pytest.mark.parametrize(
     "kind, share", [("huge", 1), ("small", 0), ("zero", 0), ("constant", 0), ("own", None)]
 )

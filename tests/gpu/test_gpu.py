@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
-from sharedkd.modeling.shared_kd import shared_kd_stages
+from sharedkd.config import shared_kd_stages
 
 DEVICE = "cuda"
 HALVES = [torch.float16, torch.bfloat16]

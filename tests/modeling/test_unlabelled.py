@@ -8,6 +8,7 @@ from detectron2.utils.events import EventStorage
 from sharedkd import ConfigError, FrozenTeacher, IdenticalLayer, SharedKD, Stage
 from sharedkd.losses import CWD, FGD, Batch, CrossLayer
 from sharedkd.modeling import balance
+from sharedkd.modeling.teachers import Peer
 
 BOXES = ((8, 8, 40, 40), (20, 16, 60, 44))
 LABELLED = [tiny.record(48, 64, BOXES, seed=1), tiny.record(64, 60, (), seed=2)]
@@ -146,3 +147,29 @@ def test_a_record_without_labels_that_is_not_marked_is_refused():
     record = {k: x for k, x in OTHERS[0].items() if k != "unlabelled"}
     with pytest.raises(ConfigError, match="has an image without labels"):
         step(pair(one=Stage(IdenticalLayer())), LABELLED + [record])
+
+
+def test_peers_learn_from_each_others_maps_of_them():
+    """The mean of equal parts is each of them; other images change the terms of both students alone."""
+
+    def model():
+        peer = Peer(tiny.detector("retinanet", seed=1), {"back": Stage(IdenticalLayer())})
+        stages = {"mutual": Stage(IdenticalLayer(), teacher="b")}
+        return SharedKD(
+            student=tiny.detector("retinanet"), stages=stages, peers={"b": peer}, input_format="RGB"
+        )
+
+    again = [{**LABELLED[0], "unlabelled": True}]
+    del again[0]["instances"]
+    once, twice, other = (_of_peers(model(), LABELLED[:1] + x) for x in ([], again, OTHERS))
+    terms = [k for k in once if "distill/" in k and once[k] > 1e-3]
+    assert any(k.startswith("peer/b/") for k in terms) and any(k.startswith("dist") for k in terms)
+    for key, value in once.items():
+        torch.testing.assert_close(twice[key], value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(other[key], value) == (key not in terms), key
+
+
+def _of_peers(model, records):
+    torch.manual_seed(0)
+    with EventStorage(0):
+        return model(records, {"mutual": 1.0, "peer/b/back": 1.0})

@@ -343,6 +343,17 @@ def test_inherit_from_a_two_stage_teacher():
     assert all(k.startswith(("proposal_generator.", "roi_heads.box_")) for k in copied)
 
 
+def test_inherit_from_a_teacher_that_sees_larger_images():
+    """At twice the size, what is level 3 to the student is level 4 to the teacher."""
+    student, teacher = tiny.detector("retinanet"), tiny.detector("retinanet", seed=1)
+    source = snapshot(teacher)
+    copied = inherit(student, teacher, ["neck"], 2)
+    assert sorted(copied) == sorted(k for k in OUTPUTS if re.search("(output|lateral)[34]", k))
+    for level in (3, 4):
+        ours, theirs = (f"backbone.fpn_output{x}.weight" for x in (level, level + 1))
+        assert torch.equal(student.state_dict()[ours], source[theirs])
+
+
 def test_inherit_errors():
     student, teacher = tiny.detector("retinanet"), tiny.detector("faster_rcnn")
     fails(

@@ -25,7 +25,7 @@ from .structure import settle
 __all__ = ["Loaded", "load", "load_config", "student_only"]
 
 #: Overrides of what a pairing makes.
-PAIRS = re.compile(r"[+~]*model\.(student|teachers?|stages|input_format|pyramid|max_iter)\b")
+PAIRS = re.compile(r"[+~]*model\.(student|teachers?|stages|peers|input_format|pyramid|max_iter)\b")
 
 PATHS = (
     "train.output_dir",
@@ -178,9 +178,14 @@ def _settle(cfg: DictConfig, findings: Findings) -> None:
 
 def _expand_home(cfg: DictConfig) -> None:
     """Replace a leading ``~`` of paths."""
-    teachers = cfg.model.get("teachers")
-    names = teachers if isinstance(teachers, DictConfig) else ()
-    further = [f"model.teachers.{name}.{x}" for name in names for x in ("config", "weights")]
+    groups = {"teachers": ("config", "weights"), "peers": ("init_checkpoint",)}
+    further = [
+        f"model.{group}.{name}.{key}"
+        for group, keys in groups.items()
+        if isinstance(cfg.model.get(group), DictConfig)
+        for name in cfg.model[group]
+        for key in keys
+    ]
     for key in (*PATHS, *further):
         value = OmegaConf.select(cfg, key, throw_on_missing=False)
         if isinstance(value, str) and value.startswith("~"):

@@ -65,6 +65,12 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
     cfg = cfg.copy()
     parts = [part.split(":") for part in name.split("+")]
     names = "+".join(":".join(x for x in part if "=" not in x) for part in parts)
+    settings = [x for part in parts for x in part[1:] if "=" in x]
+    for setting in settings:
+        if setting.startswith(
+            "train.inherit="
+        ):  # it decides whether the plain student has a teacher
+            override(cfg, setting, "the config")
     if names == PLAIN:
         if OmegaConf.select(cfg, "train.inherit"):  # it starts from the teacher as the others do
             cfg.model.stages = L(stage_dict)()
@@ -75,6 +81,8 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
         raise ConfigError("--config-file", "model", "is a plain detector", fix)
     elif names != OWN:
         cfg.model.stages = stages_of(names, family_of(cfg.model.student))
-    for setting in (x for part in parts for x in part[1:] if "=" in x):
+    if names != OWN:  # peers are a part of the config's own method
+        cfg.model.pop("peers", None)
+    for setting in settings:
         override(cfg, setting, "the config")
     return cfg

@@ -9,10 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.meta_arch import SharedKD
-from sharedkd.modeling.shared_kd import shared_kd_stages
 from sharedkd.modeling.teachers import FrozenTeacher
 
 from .methods import OWN, with_method
+from .shared_kd import shared_kd_stages
 
 __all__ = ["IMAGE_FORMAT", "Pairing", "distill"]
 

@@ -1,16 +1,19 @@
 """Warnings about settings of a run that work but are probably a mistake."""
 
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from omegaconf import OmegaConf
 
 from sharedkd.errors import FAILED, ConfigError
-from sharedkd.modeling.detectors import num_classes
+from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.hardware import has_bfloat16
+from sharedkd.modeling.teachers import Teacher
 from sharedkd.weights.conventions import convention_of_model
 
 from .checks import key_of
+from .hooks.record import read_record
 from .parts import Parts, images_per_step, losses_of
 
 __all__ = ["advise"]
@@ -158,15 +161,56 @@ def _teachers(parts: Parts) -> Iterator[ConfigError]:
             value = getattr(teacher, "name", type(teacher).__name__)
             fix = "change nothing if only its feature maps are meant"
             yield ConfigError(f"{_key(name)}.config", value, problem, fix)
+        yield from _weaker(parts, name, teacher)
         if getattr(teacher, "weights", None) == "":
             fix = "set it to a trained detector's weights"
             yield ConfigError(f"{_key(name)}.weights", "''", "the teacher is not trained", fix)
 
 
+def _weaker(parts: Parts, name: Optional[str], teacher: Teacher) -> Iterator[ConfigError]:
+    """A teacher's run whose AP is below that of a plain student's finished run beside this one."""
+    weights = getattr(teacher, "weights", None)
+    if not weights:
+        return
+    theirs, size = Path(weights).absolute().parent, count_parameters(parts.student)
+    ap = _results(theirs)
+    for folder in sorted(Path(parts.cfg.train.output_dir).absolute().parent.glob("*/")):
+        plain = _record(folder).get("parameters") == {"student": size, "losses": 0}
+        higher = _results(folder) if plain and folder != theirs else {}
+        worse = sorted(x for x in ap.keys() & higher.keys() if ap[x] < higher[x])
+        if worse:
+            figures = ", ".join(f"{x[0]} {ap[x]:.1f}, not {higher[x]:.1f}" for x in worse)
+            problem = f"has less AP than the plain run {folder.name} beside this one: {figures}"
+            fix = "train the teacher longer or on larger images, or train without it"
+            yield ConfigError(f"{_key(name)}.weights", weights, problem, fix)
+
+
+def _record(folder: Path) -> Dict[str, Any]:
+    try:
+        return read_record(folder)
+    except ConfigError:  # another run's, damaged
+        return {}
+
+
+def _results(folder: Path) -> Dict[Tuple[str, str], float]:
+    """(task, validation data) -> AP of a finished run; empty if it is none."""
+    results, config = _record(folder).get("results"), folder / "config.yaml"
+    if not results or not config.exists():
+        return {}
+    cfg = OmegaConf.load(config)
+    data = OmegaConf.select(cfg, "data.val_json") or OmegaConf.select(cfg, "dataloader.test")
+    return {(task, str(data)): x["AP"] for task, x in results.items() if "AP" in x}
+
+
 def _stages(parts: Parts) -> Iterator[ConfigError]:
     max_iter = parts.cfg.train.max_iter
-    for name, stage in parts.model.stages.items():
-        key, (start, end) = f"model.stages.{name}", stage.span(max_iter)
+    stages = {
+        f"{pair.key}.stages.{name}": stage
+        for pair in parts.model.pairs.values()
+        for name, stage in pair.stages.items()
+    }
+    for key, stage in stages.items():
+        start, end = stage.span(max_iter)
         ramp = stage.ramp * max_iter if isinstance(stage.ramp, float) else stage.ramp
         if start == end:
             problem = f"never begins within train.max_iter={max_iter}"

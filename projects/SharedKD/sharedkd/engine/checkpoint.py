@@ -7,8 +7,9 @@ import os
 import re
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Union
+from typing import Any, Iterator, List, Mapping, Optional, Union
 
 import torch
 from detectron2.engine import hooks
@@ -17,6 +18,7 @@ from torch import nn
 
 from sharedkd.errors import RunError
 from sharedkd.files import replace
+from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.weights.loading import DataCheckpointer
 
 from .interrupt import Stopped, StopRequest, resume_command
@@ -41,7 +43,8 @@ class StudentCheckpointer(DataCheckpointer):
     """Saves checkpoints so that a run killed while saving leaves the previous one intact.
 
     The ``model`` entry of a file is the plain student's state, whatever model is saved (see
-    :meth:`SharedKD.state_dict`); trainer state and parameters owned by losses are other entries.
+    :meth:`SharedKD.state_dict`); trainer state, parameters owned by losses and peers are other entries.
+    Each peer is also saved alone, as ``peers/<its name>.pth``.
 
     Args:
         model: a detector or a :class:`~sharedkd.modeling.meta_arch.SharedKD`, which DDP may wrap.
@@ -49,6 +52,10 @@ class StudentCheckpointer(DataCheckpointer):
         save_to_disk: whether this process writes; None: only the main process does.
         checkpointables: entry -> the object whose state it is.
     """
+
+    @property
+    def peers(self) -> Mapping[str, nn.Module]:
+        return self.model.peers if isinstance(self.model, SharedKD) else {}
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name``.pth under a temporary name, read it again, rename it, then point to it.
@@ -62,6 +69,10 @@ class StudentCheckpointer(DataCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        for peer, pair in self.peers.items():  # before the file that they must not be older than
+            path = os.path.join(self.save_dir, "peers", f"{peer}.pth")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            replace(path, partial(torch.save, {"model": pair.state_dict()}), verify=check_complete)
         states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **kwargs}
         path = os.path.join(self.save_dir, f"{name}.pth")

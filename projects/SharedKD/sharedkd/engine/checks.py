@@ -110,13 +110,16 @@ def _registered(cfg: DictConfig, name: str, split: str, findings: Findings) -> L
     return data.files or [FAILED]
 
 
-def check_classes(cfg: DictConfig, student: nn.Module, summary: CocoSummary) -> None:
+def check_classes(
+    cfg: DictConfig, student: nn.Module, summary: CocoSummary, key: str = "model"
+) -> None:
     """Compare the student's number of classes with that of its data.
 
     Args:
         cfg: the run's config.
         student: the plain detector.
         summary: of the data set.
+        key: the student's place in the config.
 
     Raises:
         ConfigError: the two numbers differ.
@@ -124,7 +127,7 @@ def check_classes(cfg: DictConfig, student: nn.Module, summary: CocoSummary) -> 
     count = num_classes(student)
     if count not in (None, len(summary.classes)):
         raise ConfigError(
-            key_of(cfg.model, "num_classes") or "model",
+            key_of(OmegaConf.select(cfg, key), "num_classes", key) or key,
             count,
             f"is how many classes the student has; {summary.key}={summary.json_file} has "
             f"{len(summary.classes)}",
@@ -184,9 +187,9 @@ def names_of(config: str) -> Optional[List[str]]:
         return None
 
 
-def key_of(model: DictConfig, name: str) -> str:
+def key_of(model: DictConfig, name: str, key: str = "model") -> str:
     """The config key of ``name`` in the student or a part of it; "" if it is in none."""
-    student = "model" if model.get("student") is None else "model.student"
+    student = key if model.get("student") is None else f"{key}.student"
     waiting = [(student, model.get("student", model))]
     for key, node in waiting:
         if name in node:
@@ -221,8 +224,9 @@ def check_unlabelled(cfg: DictConfig, model: nn.Module) -> None:
     Raises:
         ConfigError: ``model`` is a plain detector, or no stage compares maps alone.
     """
-    stages = model.stages if isinstance(model, SharedKD) else {}
-    if not any(model.sees_unlabelled(name) for name in stages):
+    pairs = model.pairs if isinstance(model, SharedKD) else {}
+    stages = [f"{owner}{name}" for owner, pair in pairs.items() for name in pair.stages]
+    if not any(pair.sees_unlabelled(x) for pair in pairs.values() for x in pair.stages):
         found = OmegaConf.select(cfg, "data.unlabelled_images")
         key = "dataloader.train.unlabelled" if found is None else "data.unlabelled_images"
         if isinstance(model, SharedKD):

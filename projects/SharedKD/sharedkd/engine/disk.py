@@ -46,14 +46,16 @@ def check_folder(key: str, path: str) -> None:
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """The size of a checkpoint in bytes.
 
-    It holds the student of ``model``, the parameters of its losses, and the state that ``optimizer``
-    has after a step.
+    It holds the student of ``model`` and its peers, the parameters of their losses, and the state that
+    ``optimizer`` has after a step.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    losses = getattr(model, "losses", None)
-    owned = losses.state_dict().values() if isinstance(losses, nn.Module) else ()
-    state = _state_per_parameter(optimizer) * tensor_bytes(trained)
-    return tensor_bytes(model.state_dict().values()) + tensor_bytes(owned) + state
+    size = _state_per_parameter(optimizer) * tensor_bytes(trained)
+    for pair in getattr(model, "pairs", {"": model}).values():
+        losses = getattr(pair, "losses", None)
+        owned = losses.state_dict().values() if isinstance(losses, nn.Module) else ()
+        size += tensor_bytes(pair.state_dict().values()) + tensor_bytes(owned)
+    return size
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -20,7 +20,7 @@ from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers import Teacher
 
 from .hooks.cost import in_words
-from .parts import Parts, images_per_step, losses_of
+from .parts import Parts, images_per_step, losses_of, pairs_of
 
 __all__ = [
     "Detector",
@@ -140,20 +140,29 @@ def describe(parts: Parts) -> Overview:
     )
     if parts.model is FAILED:
         return found
-    student, teachers = parts.student, dict(parts.teachers)
+    student, teachers = parts.student, getattr(parts.model, "sources", {})
     found.student = _detector(student, _student_weights(parts))
     described = {name: _teacher(teacher) for name, teacher in teachers.items()}
     found.teacher, found.teachers = described.pop(None, None), described
     stages = parts.model.stages if losses_of(parts.model) else {}
+    peers = [*pairs_of(parts.model).items()][1:]
     pyramid = getattr(parts.model, "pyramid", None)
     found.levels = _levels(student, pyramid, teachers, stages, parts.sample)
     if isinstance(parts.loader, TrainLoader) and parts.loader.unlabelled:
         found.unlabelled = Unlabelled(
             images=parts.loader.unlabelled,
             images_per_step=parts.loader.unlabelled_batch_size * cfg.train.accumulate,
-            stages=[name for name in stages if parts.model.sees_unlabelled(name)],
+            stages=[
+                f"{owner}{name}"
+                for owner, pair in pairs_of(parts.model).items()
+                for name in pair.stages
+                if pair.sees_unlabelled(name)
+            ],
         )
-    found.stages = [_stage(name, stage, cfg.train.max_iter) for name, stage in stages.items()]
+    every = {f"{owner}{name}": x for owner, pair in peers for name, x in pair.stages.items()}
+    found.stages = [
+        _stage(name, stage, cfg.train.max_iter) for name, stage in {**stages, **every}.items()
+    ]
     return found
 
 

@@ -22,7 +22,7 @@ from sharedkd.modeling.hardware import trains_channels_last
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD, check_image_format
 from sharedkd.modeling.stages import Stage
-from sharedkd.modeling.teachers import Teacher
+from sharedkd.modeling.teachers import Peer, Teacher
 from sharedkd.values import check_number
 from sharedkd.weights.loading import Initial, inherit, initialise, load_trained
 
@@ -53,6 +53,7 @@ __all__ = [
     "images_per_step",
     "losses_of",
     "memory_layout",
+    "pairs_of",
     "rewire",
 ]
 
@@ -71,6 +72,7 @@ class Built:
         teachers: name -> source of maps; None is the name of ``model.teacher``.
         loaded: what its initial weights have done to the student; None: not loaded here.
         inherited: the student's tensors that are copies of the teacher's.
+        peers: the further students that train with it, by name.
     """
 
     model: nn.Module
@@ -78,6 +80,7 @@ class Built:
     teachers: Mapping[Optional[str], Teacher] = field(default_factory=dict)
     loaded: Optional[Initial] = None
     inherited: List[str] = field(default_factory=list)
+    peers: Mapping[str, Peer] = field(default_factory=dict)
 
 
 @dataclass
@@ -141,6 +144,8 @@ def assemble(
     )
     for summary in usable[:1]:
         step(check_classes, cfg, parts.student, summary)
+        for name, peer in parts.peers.items():
+            step(check_classes, cfg, peer.student, summary, f"model.peers.{name}")
         if parts.model is not FAILED:
             check_class_order(cfg, parts.model, summary.classes, eval_only, findings)
     if comm.is_main_process():
@@ -150,7 +155,8 @@ def assemble(
 
     parts.scheduler = step(construct, cfg.lr_multiplier, "lr_multiplier")
     step(check_scheduler, parts.scheduler)
-    parts.optimizer = step(_optimizer, cfg, parts.student if parts.model is FAILED else parts.model)
+    trained = parts.student if parts.model is FAILED else parts.model
+    parts.optimizer = step(_optimizer, cfg, trained, parts.peers)
     if FAILED not in (parts.model, folder):
         parts.disk = step(check_disk, cfg, parts.model, parts.optimizer) or None
     loader = cfg.dataloader.train if data.complete("train") else FAILED
@@ -158,7 +164,8 @@ def assemble(
     if isinstance(parts.loader, TrainLoader):
         parts.loader.pin_memory = torch.device(cfg.train.device).type != "cpu"
         sample = step(parts.loader.first_sample)
-        step(check_sample, parts.student, sample)
+        for student in (parts.student, *(peer.student for peer in parts.peers.values())):
+            step(check_sample, student, sample)
         if isinstance(parts.model, SharedKD) and sample is not FAILED:
             step(parts.model.check_record, sample)
         if parts.loader.unlabelled and parts.model is not FAILED:
@@ -211,6 +218,9 @@ def _build(
         built.loaded = step(initialise, student, cfg.train.init_checkpoint, *_source(cfg))
         if cfg.train.inherit:
             built.inherited = step(_inherit, cfg, student, built.teachers.get(None))
+        for name, x in built.peers.items():
+            key = f"model.peers.{name}.init_checkpoint"
+            step(initialise, x.student, x.init_checkpoint, key, x.trust_checkpoint, x.sha256)
     if model is not FAILED:
         logger.info(
             f"{count_parameters(student):,} parameters in the student, "
@@ -219,7 +229,8 @@ def _build(
     placed = step(_place, cfg, model)
     for name, teacher in built.teachers.items():
         step(_prepare, name, teacher, dtype, placed)
-    step(rewire, cfg, student)
+    for each in (student, *(peer.student for peer in built.peers.values())):
+        step(rewire, cfg, each)
     return built
 
 
@@ -239,12 +250,20 @@ def _construct(cfg: DictConfig, classes_known: bool, findings: Findings) -> Buil
         waits = "teacher" in needs and teachers.get(stage.teacher) is FAILED
         if not waits and (classes_known or "regions" not in needs):
             stages[name] = stage
-    pair = {k: node[k] for k in node if k not in ("student", "teacher", "teachers", "stages")}
+    peers = {
+        name: findings.step(construct, peer, f"model.peers.{name}")
+        for name, peer in _group(node, "peers", "dict(NAME=L(Peer)(...))", findings).items()
+    }
+    built = ("student", "teacher", "teachers", "stages", "peers")
+    pair = {k: node[k] for k in node if k not in built}
     further = {name: teacher for name, teacher in there.items() if name is not None}
     pair.update(student=student, teacher=there.get(None), stages=stages)
     pair.update({"teachers": further} if "teachers" in node else {})
-    model = findings.step(construct, FAILED if student is FAILED else pair, "model")
-    return Built(FAILED if len(findings.errors) > errors else model, student, there)
+    pair.update({"peers": peers} if peers else {})
+    broken = FAILED in (student, *peers.values())
+    model = findings.step(construct, FAILED if broken else pair, "model")
+    whole = len(findings.errors) == errors
+    return Built(model if whole else FAILED, student, there, peers=peers if whole else {})
 
 
 def _teachers(node: DictConfig, findings: Findings) -> Dict[Optional[str], Teacher]:
@@ -252,7 +271,9 @@ def _teachers(node: DictConfig, findings: Findings) -> Dict[Optional[str], Teach
     found = {}
     if node.get("teacher") is not None:
         found[None] = findings.step(construct, node.teacher, "model.teacher")
-    for name, teacher in _group(node, "teachers", "L(dict)(NAME=...)", findings).items():
+    for name, teacher in _group(
+        node, "teachers", "dict(NAME=L(FrozenTeacher)(...))", findings
+    ).items():
         found[name] = findings.step(_construct_named, teacher, name)
     return found
 
@@ -323,7 +344,7 @@ def _inherit(cfg: DictConfig, student: nn.Module, teacher: Any) -> List[str]:
             "there is no teacher",
             "set model.teacher or use train.inherit=[]",
         )
-    return inherit(student, teacher.model, cfg.train.inherit)
+    return inherit(student, teacher.model, cfg.train.inherit, teacher.scale)
 
 
 def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:
@@ -379,6 +400,11 @@ def losses_of(model: nn.Module) -> nn.Module:
     return model.losses if isinstance(model, SharedKD) else nn.ModuleDict()
 
 
+def pairs_of(model: nn.Module) -> Dict[str, nn.Module]:
+    """All students of ``model`` with their stages, see :attr:`SharedKD.pairs`; a plain detector is alone."""
+    return model.pairs if isinstance(model, SharedKD) else {"": model}
+
+
 def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
     """The autocast type of a training step by ``cfg.train``; None: no autocast.
 
@@ -393,7 +419,9 @@ def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
     return dtype
 
 
-def _optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(
+    cfg: DictConfig, model: nn.Module, peers: Mapping[str, Peer]
+) -> torch.optim.Optimizer:
     node, findings = cfg.optimizer, Findings()
     if not isinstance(node.get("params"), DictConfig):
         raise ConfigError(
@@ -406,9 +434,14 @@ def _optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
         if name in node:
             findings.step(check_number, f"optimizer.{name}", node[name], least=0)
     findings.raise_errors()
-    node.params.model = model
     try:
+        node.params.model = _trained(model) if peers else model
         optimizer = construct(node, "optimizer")
+        for name, peer in peers.items():
+            node.params.model = _trained(model.peers[name])
+            for group in construct(node.params, "optimizer.params"):
+                lr = group.get("lr", optimizer.defaults["lr"])
+                optimizer.add_param_group({**group, "lr": lr * peer.lr_factor})
     finally:
         del node.params.model  # so that the config can still be saved
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -416,3 +449,8 @@ def _optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
             "optimizer", type(optimizer).__name__, "is no optimizer", "use one of torch.optim"
         )
     return optimizer
+
+
+def _trained(pair: SharedKD) -> nn.Module:
+    """What one student of several trains: itself, and what its losses own."""
+    return nn.ModuleDict({"student": pair.student, "losses": pair.losses})

@@ -59,14 +59,17 @@ FREE = (
     "model.teacher.sha256",
     "model.teacher.trust_checkpoint",
     "model.teacher.compile",
+    "model.peer.init_checkpoint",
+    "model.peer.sha256",
+    "model.peer.trust_checkpoint",
     "train.output_dir",
     "train.force_resume",
     "OUTPUT_DIR",
     "MODEL.WEIGHTS",
     "MODEL.DEVICE",
 )
-#: The same holds for the named teachers.
-NAMED = re.compile(r"^model\.teachers\.[^.]+")
+#: The same holds for each of the named teachers and peers.
+NAMED = re.compile(r"^(model\.(?:teacher|peer))s\.[^.]+")
 
 
 def latest_checkpoint(folder: str) -> str:
@@ -155,7 +158,7 @@ def changes(folder: Union[str, Path], cfg: DictConfig) -> List[Change]:
         LazyConfig.save(cfg, path)  # which does not raise where it cannot
         now = _plain(path, folder, "the config to go on with, written as yaml,")
     found = _differences("", then, now)
-    return [change for change in found if not _below(NAMED.sub("model.teacher", change[0]), FREE)]
+    return [change for change in found if not _below(NAMED.sub(r"\1", change[0]), FREE)]
 
 
 def differences(then: str, now: str) -> List[Change]:

@@ -116,7 +116,7 @@ def _own(folder: str, resume: bool) -> Iterator[None]:
     """Lock the output folder, and remove unfinished files of a killed run."""
     with locked(folder):
         check_output(folder, resume)  # another run may have used it since the first check
-        for pattern in ("*.pth", "last_checkpoint", RECORD):
+        for pattern in ("*.pth", "peers/*.pth", "last_checkpoint", RECORD):
             remove_unfinished(folder, pattern)
         yield
 
@@ -171,14 +171,7 @@ def train(
         SaveError: the disk of the output folder is full or read-only.
     """
     model, module, folder = trainer.model, trainer.module, cfg.train.output_dir
-    extra = {}
-    if isinstance(module, SharedKD):
-        extra = {"distillation": module.losses}
-        if module.auto_weights:
-            extra["auto_weights"] = module.auto_weights
-        for name, source in module.sources.items():
-            if isinstance(source, StudentAverage):
-                extra[f"average_{name or 'teacher'}"] = source
+    extra = _beside(module) if isinstance(module, SharedKD) else {}
     checkpointer = StudentCheckpointer(model, folder, trainer=trainer, **extra)
     results: Dict[str, Any] = {}
     stop = StopRequest()
@@ -238,6 +231,20 @@ def train(
     if cfg.train.safetensors and comm.is_main_process():
         write_safetensors(module.state_dict(), os.path.join(folder, "model_final.safetensors"))
     return results
+
+
+def _beside(pair: SharedKD) -> Dict[str, Any]:
+    """What a checkpoint holds beside the student: entry -> the object whose state it is."""
+    found: Dict[str, Any] = {"distillation": pair.losses}
+    if pair.auto_weights:
+        found["auto_weights"] = pair.auto_weights
+    for name, source in pair.sources.items():
+        if isinstance(source, StudentAverage):
+            found[f"average_{name or 'teacher'}"] = source
+    for name, peer in pair.peers.items():
+        found[f"peer_{name}"] = peer
+        found.update({f"peer_{name}_{key}": x for key, x in _beside(peer).items()})
+    return found
 
 
 def _check_ends(trainer: SharedKDTrainer) -> None:

@@ -17,37 +17,36 @@ NORMALIZER = (
 
 
 class Snapshot:
-    """A copy of a model's running statistics: its buffers, and the running means of its losses.
+    """A copy of a model's running statistics: its buffers, and the running means of its detectors' losses.
 
     Args:
         model: the model that is trained.
-        detector: its detector, which may have a ``loss_normalizer``.
     """
 
-    def __init__(self, model: nn.Module, detector: nn.Module):
+    def __init__(self, model: nn.Module):
         self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        self._detector = detector
-        self._normalizer = getattr(detector, NORMALIZER, None)
+        self._normalizers = [(vars(x), vars(x).get(NORMALIZER)) for x in model.modules()]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the statistics."""
         for buffer, before in self._buffers:
             buffer.copy_(before)
-        if self._normalizer is not None:
-            setattr(self._detector, NORMALIZER, self._normalizer)
-        elif hasattr(self._detector, NORMALIZER):
-            delattr(self._detector, NORMALIZER)
+        for attributes, before in self._normalizers:
+            if before is not None:
+                attributes[NORMALIZER] = before
+            else:
+                attributes.pop(NORMALIZER, None)
 
 
 @contextmanager
-def without_trace(model: nn.Module, detector: nn.Module) -> Iterator[None]:
+def without_trace(model: nn.Module) -> Iterator[None]:
     """A context for a forward in training mode that changes no statistics, random state or log.
 
     Args:
-        model, detector: see :class:`Snapshot`.
+        model: see :class:`Snapshot`.
     """
-    snapshot = Snapshot(model, detector)
+    snapshot = Snapshot(model)
     states = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}
     try:

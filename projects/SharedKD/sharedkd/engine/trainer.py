@@ -19,7 +19,7 @@ from sharedkd.engine.hooks.outgrown import Outgrown
 from sharedkd.engine.hooks.step_log import StepLog
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.balance import held
-from sharedkd.modeling.stages import scale_relative, terms_of
+from sharedkd.modeling.stages import owner_of, scale_relative, terms_of, under
 
 __all__ = ["SharedKDTrainer", "Step", "check_amp"]
 
@@ -85,7 +85,7 @@ class SharedKDTrainer(SimpleTrainer):
             repeats the uninterrupted one, and a loss that draws random numbers does not change the
             detector's draws in later steps.  None: the generators are left alone.
         amp_dtype: ``torch.float16``, ``torch.bfloat16`` or None (no autocast).
-        clip_grad_norm: largest norm of the whole gradient; None: no clipping.
+        clip_grad_norm: largest norm of the whole gradient of a student; None: no clipping.
         accumulate: batches per optimizer step, each counting 1/accumulate.
         log_period: on a GPU, losses are read every ``log_period`` steps, in the last step and before a
             checkpoint, so that a step does not wait for the one before.  On a CPU, and if steps may
@@ -116,7 +116,10 @@ class SharedKDTrainer(SimpleTrainer):
     ):
         super().__init__(model, data_loader, optimizer)
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
-        self.stages = getattr(self.module, "stages", {})
+        #: All students with their stages; a plain detector is alone and has none.
+        self.pairs = getattr(self.module, "pairs", {"": self.module})
+        self.stages = self._of_pairs("stages")
+        self.auto_weights = self._of_pairs("auto_weights")
         self.schedule_length = max_iter
         self.seed = seed
         self.device = next(model.parameters()).device
@@ -131,14 +134,28 @@ class SharedKDTrainer(SimpleTrainer):
         self.log = StepLog(period, on_nonfinite, max_skipped_steps)
         self.outgrown = Outgrown()
         self.register_hooks([self.log, self.outgrown])
-        if amp_dtype is not None and isinstance(self.detector, DenseDetector):
-            # fvcore's box losses are not written for half precision.
-            self.detector.head.register_forward_hook(_to_float32)
+        for detector in self.detectors.values():
+            if amp_dtype is not None and isinstance(detector, DenseDetector):
+                # fvcore's box losses are not written for half precision.
+                detector.head.register_forward_hook(_to_float32)
 
     @property
     def detector(self) -> nn.Module:
         """The student, or the plain detector that is trained."""
-        return getattr(self.module, "student", self.module)
+        return self.detectors[""]
+
+    @property
+    def detectors(self) -> Dict[str, nn.Module]:
+        """The student and its peers, by what the names of their losses begin with."""
+        return {owner: getattr(pair, "student", pair) for owner, pair in self.pairs.items()}
+
+    def _of_pairs(self, group: str) -> Dict[str, Any]:
+        """A group by stages of all students together."""
+        return {
+            f"{owner}{name}": x
+            for owner, pair in self.pairs.items()
+            for name, x in getattr(pair, group, {}).items()
+        }
 
     def stage_weights(self) -> Dict[str, float]:
         """stage name -> weight in this iteration."""
@@ -190,9 +207,9 @@ class SharedKDTrainer(SimpleTrainer):
         ).backward()
         for name, value in {**values, **self._sums(values, step)}.items():
             step.metrics[name] = step.metrics.get(name, 0.0) + value / self.accumulate
-        for stage, auto in getattr(self.module, "auto_weights", {}).items():
+        for stage, auto in self.auto_weights.items():
             for term, factor in auto.factors.items() if step.weights[stage] else ():
-                step.metrics["/".join(filter(None, ("factor", stage, term)))] = factor
+                step.metrics["/".join(filter(None, (under("factor/", stage), term)))] = factor
 
     def _losses(
         self, model: nn.Module, batch: List[Dict[str, Any]], part: int, step: Step
@@ -219,7 +236,7 @@ class SharedKDTrainer(SimpleTrainer):
             the losses as they count in the total, name -> scalar attached to the graph.
         """
         batch = step.batches[part] if batch is None else batch
-        with held(getattr(self.module, "auto_weights", {})):
+        with held(self.auto_weights):
             losses = self._losses(self.module, batch, part, step)
         return self._weigh(losses, {k: x.detach().double() for k, x in losses.items()}, step)
 
@@ -235,13 +252,17 @@ class SharedKDTrainer(SimpleTrainer):
         return scale_relative(losses, values, self.stages, step.weights)
 
     def _sums(self, values: Mapping[str, Tensor], step: Step) -> Dict[str, Tensor]:
-        """``total_loss``, and ``loss_distill_<stage>`` of each stage that has terms."""
+        """``total_loss`` of each student, and ``loss_distill_<stage>`` of each stage that has terms."""
         weighed = self._weigh(values, values, step)
         terms = {name: terms_of(values, name) for name in self.stages}
         sums = {
-            f"loss_distill_{name}": sum(weighed[k] for k in x) for name, x in terms.items() if x
+            under("loss_distill_", name): sum(weighed[k] for k in x)
+            for name, x in terms.items()
+            if x
         }
-        return {**sums, "total_loss": sum(weighed.values())}
+        for owner in self.pairs:
+            sums[f"{owner}total_loss"] = sum(x for k, x in weighed.items() if owner_of(k) == owner)
+        return sums
 
     def _agree_on(self, failure: str) -> str:
         """The error of any rank's detector; of this rank's if steps do not wait for the device."""
@@ -260,16 +281,22 @@ class SharedKDTrainer(SimpleTrainer):
         return dict(zip(losses, vector.unbind()))
 
     def _finish_gradient(self, step: Step) -> None:
-        """Unscale, measure and clip the whole gradient."""
+        """Unscale, measure and clip the whole gradient, each student's by itself."""
         self.scaler.unscale_(self.optimizer)
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.clip_grad_norm is not None:
-            norm = nn.utils.clip_grad_norm_(params, self.clip_grad_norm)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        everything = [p for group in self.optimizer.param_groups for p in group["params"]]
+        peers = [{*pair.parameters()} for owner, pair in self.pairs.items() if owner]
+        norms = [self._clip([p for p in everything if p in peer]) for peer in peers]
+        norms.append(self._clip([p for p in everything if not any(p in peer for peer in peers)]))
+        norm = torch.stack(norms).norm() if peers else norms[0]
         step.metrics["grad_norm"] = norm
         if self.scaler.is_enabled():
             step.metrics["loss_scale"] = self.scaler.scale(torch.ones_like(norm))
+
+    def _clip(self, params: List[Tensor]) -> Tensor:
+        """The norm of a gradient, which is clipped if there is a limit."""
+        if self.clip_grad_norm is not None:
+            return nn.utils.clip_grad_norm_(params, self.clip_grad_norm)
+        return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
 
     def _reseed(self, part: int, iteration: int) -> None:
         if self.seed is None:
@@ -300,6 +327,11 @@ class SharedKDTrainer(SimpleTrainer):
         state["bad_images"] = dict(self.bad_images)
         # Dense detectors keep a running mean outside of their state dict.
         state["loss_normalizer"] = getattr(self.detector, "loss_normalizer", None)
+        state["loss_normalizers"] = {  # of the peers
+            owner: getattr(x, "loss_normalizer", None)
+            for owner, x in self.detectors.items()
+            if owner
+        }
         return state
 
     def _teacher_fingerprints(self) -> Dict[Optional[str], Optional[str]]:
@@ -344,8 +376,10 @@ class SharedKDTrainer(SimpleTrainer):
         if self.scaler.is_enabled() and state_dict["grad_scaler"]:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         self.bad_images.update(state_dict.get("bad_images", {}))
-        if state_dict["loss_normalizer"] is not None:
-            self.detector.loss_normalizer = state_dict["loss_normalizer"]
+        normalizers = {"": state_dict["loss_normalizer"], **state_dict.get("loss_normalizers", {})}
+        for owner, normalizer in normalizers.items():
+            if normalizer is not None:
+                self.detectors[owner].loss_normalizer = normalizer
 
 
 def _to_float32(module: nn.Module, args: Tuple[Any, ...], output: Any) -> Any:

@@ -15,7 +15,6 @@ from sharedkd.config import load_config, student_only
 from sharedkd.engine.parts import build
 from sharedkd.errors import ConfigError
 from sharedkd.lab.analysis.pictures import loss_curves, side_by_side
-from sharedkd.lab.progress import LiveLine
 from sharedkd.modeling.detectors import count_parameters
 
 from .report import write_report
@@ -57,11 +56,11 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
         if not arm.has_these_settings():
             _refuse(arm.folder, "holds a run with other settings")
     teacher, student = arms["teacher"], arms["sharedkd"]
-    if student.started and not (teacher.finished and _is_older(teacher, student)):
+    if student.started and not (teacher.finished and student.is_younger(teacher)):
         _refuse(student.folder, f"holds a student of another teacher than {short(teacher.weights)}")
     for number, (name, title) in enumerate(TITLES.items(), start=2):
         _announce(number, f"train and evaluate: {title}")
-        _train(arms[name], root)
+        arms[name].finish(root)
 
     _announce(5, "compare")
     models = {name: _model(arm) for name, arm in arms.items()}
@@ -131,19 +130,6 @@ def seconds_per_image(
     return {name: median(values[min(warm_up, len(inputs)) :]) for name, values in times.items()}
 
 
-def _train(run: Run, root: Path) -> None:
-    """Train a run that is not finished, with its progress on the console."""
-    if run.finished:
-        print(f"      finished before, kept: {short(run.weights)}")
-        return
-    print(f"      {shlex.join(run.command(root))}", flush=True)
-    start = time.perf_counter()
-    live = LiveLine()
-    iterations = run.cfg.train.max_iter
-    run.train(root, iterations, lambda now: live.update(f"      {now}", now.is_last))
-    live.keep(f"      trained and evaluated in {time.perf_counter() - start:.0f} s")
-
-
 def _model(run: Run) -> nn.Module:
     """The trained detector, alone and in evaluation mode."""
     cfg = student_only(run.cfg)
@@ -160,12 +146,6 @@ def _run(config: Path, root: Path, output: Path, overrides: Sequence[str]) -> Ru
         if config.stem == "sharedkd":
             extra.append(f"model.teacher.weights={output.resolve() / 'teacher/model_final.pth'}")
     return Run(config, [*extra, *overrides], folder)
-
-
-def _is_older(teacher: Run, student: Run) -> bool:
-    """Whether the student's checkpoint was written after the teacher's."""
-    latest = student.folder / "last_checkpoint"
-    return teacher.weights.stat().st_mtime < latest.stat().st_mtime
 
 
 def _refuse(folder: Path, reason: str) -> None:

@@ -17,8 +17,9 @@ from sharedkd.engine.advice import advise
 from sharedkd.engine.hooks.cost import STEPS
 from sharedkd.engine.hooks.record import peak_memory_mb
 from sharedkd.engine.overview import Measured, Overview, as_text, describe
-from sharedkd.engine.parts import Parts, assemble, losses_of
+from sharedkd.engine.parts import Parts, assemble, losses_of, pairs_of
 from sharedkd.engine.run import build_trainer
+from sharedkd.engine.snapshot import Snapshot
 from sharedkd.errors import FAILED, Findings, NonFiniteLossError, RunError, SharedKDError
 
 __all__ = ["Preflight", "preflight"]
@@ -141,10 +142,10 @@ def _time(cfg: DictConfig, step: Callable[[], None]) -> float:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """A context for training steps; after it, the model's state and all random states are restored."""
-    student = getattr(model, "student", model)
-    modules = (student, losses_of(model))
+    pairs = pairs_of(model).values()
+    modules = [*pairs, *(losses_of(pair) for pair in pairs)]
     states = [copy.deepcopy(m.state_dict()) for m in modules]
-    normalizer = getattr(student, "loss_normalizer", None)
+    snapshot = Snapshot(model)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         try:
@@ -152,8 +153,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         finally:
             for module, state in zip(modules, states):
                 module.load_state_dict(state)
-            if normalizer is not None:
-                student.loss_normalizer = normalizer
+            snapshot.restore()
             model.zero_grad()
 
 

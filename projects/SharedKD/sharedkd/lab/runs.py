@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sharedkd.engine.hooks.record import read_record
 from sharedkd.engine.lock import BusyError, check_free, locked
 from sharedkd.engine.resume import changes
 from sharedkd.errors import ConfigError
-from sharedkd.lab.progress import Progress, progress_in
+from sharedkd.lab.progress import LiveLine, Progress, progress_in
 
 __all__ = ["BusyError", "Run", "short", "tool"]
 
@@ -77,6 +78,29 @@ class Run:
             *(["--resume"] if self.started else []),
             *self.overrides,
         ]
+
+    def is_younger(self, teacher: "Run") -> bool:
+        """Whether its newest checkpoint was written after the last one of its teacher's run."""
+        latest = self.folder / "last_checkpoint"
+        return teacher.weights.stat().st_mtime < latest.stat().st_mtime
+
+    def finish(self, root: Path) -> None:
+        """Train it if it is not finished, with its progress on the console.
+
+        Args:
+            root: the repository.
+
+        Raises:
+            BusyError, ConfigError: see :meth:`train`.
+        """
+        if self.finished:
+            print(f"      finished before, kept: {short(self.weights)}")
+            return
+        print(f"      {shlex.join(self.command(root))}", flush=True)
+        start, live = time.perf_counter(), LiveLine()
+        iterations = self.cfg.train.max_iter
+        self.train(root, iterations, lambda now: live.update(f"      {now}", now.is_last))
+        live.keep(f"      trained and evaluated in {time.perf_counter() - start:.0f} s")
 
     def train(self, root: Path, iterations: int, say: Callable[[Progress], None]) -> None:
         """Start or resume the training command, and wait for it.

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple, Union
 
 import torch
@@ -21,9 +22,9 @@ from .heads import RegionTap, anchor_labels, check_labels, check_regions
 from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .recipes import stages_of
-from .stages import DISTILL, Stage, scale_relative
+from .stages import DISTILL, PEER, Stage, scale_relative
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
-from .teachers import FrozenTeacher, Teacher
+from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher
 
 __all__ = ["SharedKD", "check_image_format"]
 
@@ -94,11 +95,15 @@ class SharedKD(nn.Module):
         teachers: name -> a further source of maps, for the stages that name it.  A teacher runs once a
             step, and only if an active stage needs it.
         stages: name -> :class:`Stage`; those of weight zero are left out.
+        peers: name -> :class:`~sharedkd.modeling.teachers.peer.Peer`, a further student that trains in the
+            same step; a stage may name it as its teacher.  Inference and :meth:`state_dict` are the first
+            student's alone.
         input_format: channel order of the images that the data loader delivers.
         max_iter: the run's iterations, for stages whose times are fractions of it, under a trainer other
             than :class:`SharedKDTrainer`, which knows it.
         pyramid: the name of the student's module whose outputs are its pyramid, such as ``neck``; None:
             its ``backbone``.
+        key: its place in the config, for messages.
 
     Raises:
         ConfigError: no pyramid, see :class:`~sharedkd.modeling.taps.FeatureTap`; a stage that is no Stage, needs a teacher that is not there, finds no common
@@ -113,17 +118,22 @@ class SharedKD(nn.Module):
         teacher: Optional[Teacher] = None,
         teachers: Optional[Mapping[str, Teacher]] = None,
         stages: Optional[Mapping[str, Stage]] = None,
+        peers: Optional[Mapping[str, Peer]] = None,
         input_format: str = "BGR",
         max_iter: Optional[int] = None,
         pyramid: Optional[str] = None,
+        key: str = "model",
     ):
         super().__init__()
-        _check_parts(student, teacher, teachers or {})
+        self.key = key
+        _check_parts(key, student, teacher, teachers or {})
+        _check_peers(peers or {}, teachers or {})
         check_image_format(student, input_format)
-        self._tap = FeatureTap(student, pyramid)
+        self._tap = FeatureTap(student, pyramid, f"{key}.pyramid")
         self.student = student
         self.teacher = teacher
-        self.teachers: Dict[str, Teacher] = dict(teachers or {})
+        lent = {name: _maps_of(name, peer) for name, peer in (peers or {}).items()}
+        self.teachers: Dict[str, Teacher] = {**(teachers or {}), **lent}
         self.stages: Dict[str, Stage] = {}
         self.input_format = input_format
         self.max_iter = max_iter
@@ -138,11 +148,15 @@ class SharedKD(nn.Module):
             findings.step(self._check_channels, source)
         for name, stage in (stages or {}).items():
             findings.step(self._add, name, stage)
+        self.lends = StudentMaps(student, self._tap, pyramid)  # to its peers
+        self.peers = nn.ModuleDict()
+        for name, peer in (peers or {}).items():
+            findings.step(self._join, name, peer, lent)
         findings.raise_errors()
         idle = [name for name, x in (stages or {}).items() if x.weight and name not in self.stages]
         if idle and not self.stages:
             raise ConfigError(
-                "model.stages",
+                f"{key}.stages",
                 ", ".join(idle),
                 "none of them has anything to compare in this pair",
                 "use a loss that compares the maps of both detectors, such as that of pkd",
@@ -152,7 +166,7 @@ class SharedKD(nn.Module):
         self.auto_weights = nn.ModuleDict(
             {
                 name: AutoWeight(
-                    f"model.stages.{name}.weight", x.share, x.every, x.balance is not None
+                    f"{key}.stages.{name}.weight", x.share, x.every, x.balance is not None
                 )
                 for name, x in self.stages.items()
                 if x.auto
@@ -161,7 +175,7 @@ class SharedKD(nn.Module):
 
     def _add(self, name: str, stage: Stage) -> None:
         """Check a stage, and bind its loss to this pair."""
-        key = f"model.stages.{name}"
+        key = f"{self.key}.stages.{name}"
         if not isinstance(stage, Stage):
             raise ConfigError(key, stage, "is not a Stage", "use L(Stage)(loss=..., weight=...)")
         stage.check(key)
@@ -184,6 +198,29 @@ class SharedKD(nn.Module):
         if not stage.loss.idle:
             self.stages[name] = stage
 
+    def _join(self, name: str, peer: Peer, lent: Mapping[str, StudentMaps]) -> None:
+        """Add a peer, which learns from this student and from the maps that the other peers lend."""
+        for stage_name, stage in peer.stages.items():
+            if getattr(stage, "end", None) == "teacher":
+                key = f"model.peers.{name}.stages.{stage_name}.end"
+                raise ConfigError(key, "teacher", "a peer is not evaluated", "use a time or null")
+        pair = SharedKD(
+            student=peer.student,
+            teacher=self.lends,
+            teachers={other: maps for other, maps in lent.items() if other != name},
+            stages=peer.stages,
+            input_format=self.input_format,
+            pyramid=peer.pyramid,
+            key=f"model.peers.{name}",
+        )
+        pair.lends = lent[name]
+        self.peers[name] = pair
+
+    @property
+    def pairs(self) -> Dict[str, "SharedKD"]:
+        """All students with their stages, by what the names of their losses begin with; the first is ``""``."""
+        return {"": self, **{f"{PEER}{name}/": pair for name, pair in self.peers.items()}}
+
     def _check_channels(self, teacher: Teacher) -> None:
         """Check that a teacher can be shown the student's images."""
         if self.input_format == "L":
@@ -198,7 +235,7 @@ class SharedKD(nn.Module):
             ConfigError: it has not, see :meth:`DistillationLoss.check_record`.
         """
         for name, stage in self.stages.items():
-            stage.loss.check_record(record, f"model.stages.{name}.loss")
+            stage.loss.check_record(record, f"{self.key}.stages.{name}.loss")
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
@@ -251,12 +288,14 @@ class SharedKD(nn.Module):
                 seen by losses of maps alone: each of these terms is the mean over all images, the
                 detector's losses are those of the others.  A batch norm sees the two parts one after the other.
             weights: stage name -> weight in this step, in training; a stage that is left out or
-                weighs zero is not computed.  None: by the stages' schedules and the iteration of
-                Detectron2's EventStorage; losses of relative stages are then scaled here.
+                weighs zero is not computed.  A peer's stage is named ``peer/<peer>/<stage>``.  None: by
+                the stages' schedules and the iteration of Detectron2's EventStorage; losses of relative
+                stages are then scaled here.
 
         Returns:
             In training: the student's own losses, and ``distill/<stage>/<term>`` for each term of
-            each active stage, times its weight.  In inference: what the student returns.
+            each active stage, times its weight; the same of each peer under ``peer/<peer>/``.  In
+            inference: what the student returns.
         """
         if not self.training:
             return self.student(batched_inputs)
@@ -265,31 +304,38 @@ class SharedKD(nn.Module):
             weights = self._weights_now()
             losses = SharedKD.forward(self, batched_inputs, weights)  # no hook runs twice
             values = {name: x.detach() for name, x in losses.items()}
-            return scale_relative(losses, values, self.stages, weights)
-        active = {name: w for name, w in weights.items() if w}
-        if not active:
-            return self._with_idle_parameters(self.student(labelled))
-
-        self._check_inputs(active, labelled)
+            return scale_relative(losses, values, self._all_stages, weights)
+        pairs = self.pairs
+        active = {owner: pair._active(owner, weights) for owner, pair in pairs.items()}
+        for owner, pair in pairs.items():
+            pair._check_inputs(active[owner], labelled)
+        # Before the students: the teachers' temporaries are gone when their graphs are built.
+        maps = {owner: pair._teacher_maps(active[owner], labelled) for owner, pair in pairs.items()}
+        seen = self._run_students(active, labelled)
         others = [x for x in batched_inputs if x.get(UNLABELLED)]
-        also = {name: w for name, w in active.items() if others and self.sees_unlabelled(name)}
-        # Before the student: the teachers' temporaries are gone when its graph is built.
-        teacher_maps = self._teacher_maps(active, labelled)
-        more_maps = self._teacher_maps(also, others)
-        seen = self._run_student(active, labelled)
-        terms = self._terms(active, seen, teacher_maps)
-        if also:
-            share = len(others) / len(batched_inputs)
-            with held(self.auto_weights):  # measured on the labelled part alone
-                more = self._terms(also, self._run_pyramid(also, others, seen.losses), more_maps)
-            terms.update({k: (1 - share) * terms[k] + share * x for k, x in more.items()})
-        return self._with_idle_parameters({**seen.losses, **terms})
+        more = self._see_unlabelled(active, seen, others) if others else {}
+        share, losses = len(others) / len(batched_inputs), {}
+        for owner, pair in pairs.items():
+            terms = pair._terms(active[owner], seen[owner], maps[owner])
+            if more:
+                theirs = more[owner]()
+                terms.update({k: (1 - share) * terms[k] + share * x for k, x in theirs.items()})
+            own = pair._with_idle_parameters({**seen[owner].losses, **terms})
+            losses.update({f"{owner}{name}": x for name, x in own.items()})
+        return losses
+
+    def _active(self, owner: str, weights: Mapping[str, float]) -> Dict[str, float]:
+        """The stages with a weight in this step; ``weights`` has the names of all students' stages."""
+        found = {name: weights.get(f"{owner}{name}", 0.0) for name in self.stages}
+        return {name: weight for name, weight in found.items() if weight}
 
     def sees_unlabelled(self, name: str) -> bool:
         """Whether a stage learns from images without labels, too: its loss reads maps alone."""
-        loss = self.stages[name].loss
-        heads = self.pyramid is not None and loss.taps & HEAD_TAPS  # these take a whole forward
-        return loss.needs <= {"teacher"} and not heads
+        stage = self.stages[name]
+        source = self.sources.get(stage.teacher)
+        pyramids = [self.pyramid, source.pyramid if isinstance(source, StudentMaps) else None]
+        heads = any(pyramids) and stage.loss.taps & HEAD_TAPS  # these take a whole forward
+        return stage.loss.needs <= {"teacher"} and not heads
 
     def _check_inputs(self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]) -> None:
         """Check that records have what the active stages and the student read."""
@@ -300,14 +346,26 @@ class SharedKD(nn.Module):
             fix = "leave it out, or give it no objects: then it is trained on as background"
             raise ConfigError("dataloader.train", "", "has an image without labels", fix)
 
+    def _run_students(
+        self, active: Mapping[str, Mapping[str, float]], batched_inputs: List[Dict[str, Any]]
+    ) -> Dict[str, Seen]:
+        """Run each student, with the random draws that it would have alone."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        seen = {}
+        for owner, pair in reversed(self.pairs.items()):
+            with torch.random.fork_rng(devices) if owner else nullcontext():
+                seen[owner] = pair._run_student(active[owner], batched_inputs)
+        return seen
+
     def _run_student(self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]) -> Seen:
-        """Run the student, and take what the active stages read of it."""
-        needs = self._needs(active)
+        """Run the student, and take what the active stages and its peers read of it."""
+        needs, taps = self._needs(active), self._taps(active)
         regions = RegionTap(self.student) if "regions" in needs else None
-        with self._tap.capture(self._taps(active)) as maps:
+        with self._tap.capture(taps | self.lends.wanted) as maps:
             with regions.capture() if regions else nullcontext() as sampled:
                 losses = self.student(batched_inputs)
-        seen = Seen(losses, maps, batched_inputs)
+        self.lends.give(maps)
+        seen = Seen(losses, {tap: maps[tap] for tap in maps if tap in taps}, batched_inputs)
         if "labels" in needs:
             seen.labels = anchor_labels(self.student, batched_inputs, maps["logits"])
         if regions:
@@ -316,23 +374,61 @@ class SharedKD(nn.Module):
             seen.regions = Regions(regions.labels(seen.boxes, truth), sampled["logits"])
         return seen
 
+    def _see_unlabelled(
+        self,
+        active: Mapping[str, Mapping[str, float]],
+        seen: Mapping[str, Seen],
+        batched_inputs: List[Dict[str, Any]],
+    ) -> Dict[str, Callable[[], Dict[str, Tensor]]]:
+        """Run teachers and students on images without labels, up to the maps that stages read.
+
+        After the students' own forward, which gives peers the maps of the labelled images.
+
+        Returns:
+            for each student what computes the terms of those of its stages that see these images.
+        """
+        pairs = self.pairs
+        also = {
+            owner: {name: w for name, w in active[owner].items() if pair.sees_unlabelled(name)}
+            for owner, pair in pairs.items()
+        }
+        maps = {
+            owner: pair._teacher_maps(also[owner], batched_inputs) for owner, pair in pairs.items()
+        }
+        more = {
+            owner: pair._run_pyramid(also[owner], batched_inputs, seen[owner].losses)
+            for owner, pair in pairs.items()
+        }
+        return {
+            owner: partial(pair._held_terms, also[owner], more[owner], maps[owner])
+            for owner, pair in pairs.items()
+        }
+
+    def _held_terms(self, *args: Any) -> Dict[str, Tensor]:
+        """:meth:`_terms`, by automatic weights as the labelled images have set them."""
+        with held(self.auto_weights):
+            return self._terms(*args)
+
     def _run_pyramid(
         self,
         active: Iterable[str],
         batched_inputs: List[Dict[str, Any]],
         losses: Dict[str, Tensor],
     ) -> Seen:
-        """Run the student on images without labels, up to the maps that the active stages read.
+        """Run the student up to the maps that the active stages and its peers read; not at all without any.
 
         Args:
             losses: of the student on the labelled images.
         """
         taps = self._taps(active)
-        with self._tap.capture(taps) as maps:
-            pyramid = run_pyramid(self.student, batched_inputs, self.pyramid, key="model.student")
-            if taps & HEAD_TAPS:
-                self._tap.head.run(pyramid)
-        return Seen(losses, maps, batched_inputs)
+        wanted = taps | self.lends.wanted
+        with self._tap.capture(wanted) as maps:
+            if wanted:
+                found = run_pyramid(self.student, batched_inputs, self.pyramid, key="model.student")
+            if wanted & HEAD_TAPS:
+                self._tap.head.run(found)
+        self.lends.give(maps)
+        return Seen(losses, {tap: maps[tap] for tap in maps if tap in taps}, batched_inputs)
 
     def _terms(
         self,
@@ -371,7 +467,7 @@ class SharedKD(nn.Module):
         """
         batch = seen.batch()
         if theirs is not None:
-            key = "model.teacher" if source is None else f"model.teachers.{source}"
+            key = f"{self.key}.teacher" if source is None else f"{self.key}.teachers.{source}"
             batch.student, batch.teacher = common_pixels(seen.maps, theirs, key)
             if seen.labels is not None:
                 batch.labels = {
@@ -383,23 +479,20 @@ class SharedKD(nn.Module):
             batch.regions = replace(seen.regions, teacher=logits)
         return batch
 
+    @property
+    def _all_stages(self) -> Dict[str, Stage]:
+        """The stages of all students, by the names that weights have."""
+        return {
+            f"{owner}{k}": x for owner, pair in self.pairs.items() for k, x in pair.stages.items()
+        }
+
     def _weights_now(self) -> Dict[str, float]:
-        """The stages' weights in the iteration of the EventStorage."""
+        """The weights of all students' stages in the iteration of the EventStorage."""
         iteration = get_event_storage().iter
-        for name, stage in self.stages.items():
-            if stage.end == "teacher":
-                problem, fix = "is known to this package's trainer only", "use a time or null"
-                raise ConfigError(f"model.stages.{name}.end", "teacher", problem, fix)
-        if self.max_iter is None:
-            for name, stage in self.stages.items():
-                for time in ("start", "ramp", "end"):
-                    if isinstance(getattr(stage, time), float):
-                        key, value = f"model.stages.{name}.{time}", getattr(stage, time)
-                        problem = "is a fraction of the run, whose length is unknown"
-                        raise ConfigError(
-                            key, value, problem, "set model.max_iter to its iterations"
-                        )
-        return {name: x.weight_at(iteration, self.max_iter) for name, x in self.stages.items()}
+        for pair in self.pairs.values():
+            for name, stage in pair.stages.items():
+                _check_times(f"{pair.key}.stages.{name}", stage, self.max_iter)
+        return {k: x.weight_at(iteration, self.max_iter) for k, x in self._all_stages.items()}
 
     def _teacher_maps(
         self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]
@@ -439,7 +532,7 @@ class SharedKD(nn.Module):
         return found
 
     def _needs(self, names: Iterable[str]) -> FrozenSet[str]:
-        return frozenset().union(*(self.losses[name].needs for name in names))
+        return frozenset().union(*(self.stages[name].loss.needs for name in names))
 
     def _readers(self, names: Iterable[str]) -> List[str]:
         """Those stages that read a teacher's maps."""
@@ -447,7 +540,7 @@ class SharedKD(nn.Module):
 
     def _taps(self, names: Iterable[str]) -> FrozenSet[str]:
         needed = self._needs(names) & NEEDED_TAPS.keys()
-        taps = (self.losses[name].taps for name in names)
+        taps = (self.stages[name].loss.taps for name in names)
         return frozenset().union(*taps, *(NEEDED_TAPS[need] for need in needed))
 
     @property
@@ -480,17 +573,49 @@ class SharedKD(nn.Module):
         return self.student.load_state_dict(state_dict, *args, **kwargs)
 
 
-def _check_parts(student: nn.Module, teacher: Any, teachers: Mapping[str, Any]) -> None:
+def _check_times(key: str, stage: Stage, max_iter: Optional[int]) -> None:
+    """Refuse a time that only this package's trainer knows."""
+    if stage.end == "teacher":
+        problem, fix = "is known to this package's trainer only", "use a time or null"
+        raise ConfigError(f"{key}.end", "teacher", problem, fix)
+    for time in ("start", "ramp", "end") if max_iter is None else ():
+        value = getattr(stage, time)
+        if isinstance(value, float):
+            problem = "is a fraction of the run, whose length is unknown"
+            fix = "set model.max_iter to its iterations"
+            raise ConfigError(f"{key}.{time}", value, problem, fix)
+
+
+def _check_parts(key: str, student: nn.Module, teacher: Any, teachers: Mapping[str, Any]) -> None:
     """Refuse a pair as a student, and what is no source of maps as a teacher."""
     if isinstance(student, SharedKD):
         fix = "give the plain student, and further teachers by model.teachers"
-        raise ConfigError("model.student", "SharedKD", "is a pair itself", fix)
+        raise ConfigError(f"{key}.student", "SharedKD", "is a pair itself", fix)
     named = {f"model.teachers.{name}": x for name, x in teachers.items()}
-    for key, source in {"model.teacher": teacher, **named}.items():
+    for place, source in {"model.teacher": teacher, **named}.items():
         if source is not None and not isinstance(source, Teacher):
             fix = "use a FrozenTeacher; several are model.teachers={NAME: ...} and a stage's teacher=NAME"
             fix += ", or a TeacherMean"
-            raise ConfigError(key, type(source).__name__, "is no source of maps", fix)
+            raise ConfigError(place, type(source).__name__, "is no source of maps", fix)
+
+
+def _check_peers(peers: Mapping[str, Any], teachers: Mapping[str, Any]) -> None:
+    """Refuse what is no peer, and a name that is no word or means two sources."""
+    for name, peer in peers.items():
+        key = f"model.peers.{name}"
+        if not isinstance(peer, Peer):
+            fix = "use L(Peer)(student=..., stages=...)"
+            raise ConfigError(key, type(peer).__name__, "is no Peer", fix)
+        if name in teachers:
+            raise ConfigError(key, name, "is the name of a teacher, too", "give it another name")
+        if not str(name).isidentifier():
+            fix = "use letters, digits and underscores"
+            raise ConfigError(key, name, "is no name of a peer", fix)
+
+
+def _maps_of(name: str, peer: Peer) -> StudentMaps:
+    tap = FeatureTap(peer.student, peer.pyramid, f"model.peers.{name}.pyramid")
+    return StudentMaps(peer.student, tap, peer.pyramid)
 
 
 def _teacher_of(cfg: CfgNode) -> FrozenTeacher:

@@ -10,9 +10,20 @@ from sharedkd.errors import ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.values import check_choice, check_number, check_switch, check_text
 
-__all__ = ["DISTILL", "Stage", "scale_relative", "stage_dict", "terms_of"]
+__all__ = [
+    "DISTILL",
+    "PEER",
+    "Stage",
+    "own_losses",
+    "owner_of",
+    "scale_relative",
+    "stage_dict",
+    "terms_of",
+    "under",
+]
 
 DISTILL = "distill/"  #: what the names of distillation losses begin with
+PEER = "peer/"  #: what the names of a peer's losses and stages begin with: ``peer/<its name>/``
 
 
 @dataclass
@@ -151,9 +162,38 @@ class Stage:
         return self.full * min(1.0, (iteration - start + 1) / max(ramp, 1))
 
 
+def owner_of(name: str) -> str:
+    """What the names of all losses of one student begin with: ``peer/<its name>/``; of the first, nothing.
+
+    Args:
+        name: of one of its losses or stages.
+    """
+    return "/".join([*name.split("/", 2)[:2], ""]) if name.startswith(PEER) else ""
+
+
+def under(group: str, stage: str) -> str:
+    """The name of a stage in a group of logged values.
+
+    >>> under("distill/", "pkd"), under("distill/", "peer/other/pkd")
+    ('distill/pkd', 'peer/other/distill/pkd')
+    """
+    owner = owner_of(stage)
+    return f"{owner}{group}{stage[len(owner) :]}"
+
+
 def terms_of(losses: Iterable[str], stage: str) -> List[str]:
     """The names of a stage's terms among a step's losses."""
-    return [name for name in losses if name.startswith(f"{DISTILL}{stage}/")]
+    return [name for name in losses if name.startswith(f"{under(DISTILL, stage)}/")]
+
+
+def own_losses(losses: Mapping[str, Tensor], owner: str = "") -> List[Tensor]:
+    """The losses of a detector itself among a step's losses.
+
+    Args:
+        owner: see :func:`owner_of`.
+    """
+    distilled = f"{owner}{DISTILL}"
+    return [x for k, x in losses.items() if owner_of(k) == owner and not k.startswith(distilled)]
 
 
 def scale_relative(
@@ -170,10 +210,10 @@ def scale_relative(
         stages, weights: by the stages' names.
     """
     scaled = dict(losses)
-    detector = sum(v for k, v in values.items() if not k.startswith(DISTILL))
     for name, stage in stages.items():
         terms = terms_of(losses, name)
         if stage.relative and terms:
+            detector = sum(own_losses(values, owner_of(name)))
             raw = sum(values[k] for k in terms)
             scale = weights[name] * detector / raw
             scale = torch.where(raw > 0, scale, torch.ones_like(scale))

@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
+import math
 import os
+import re
 from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -239,6 +241,9 @@ def initialise(
     return Initial(len(model.state_dict().keys() - unfilled), checkpointer.convention)
 
 
+#: The convolutions of an FPN's level, by its number.
+_LEVEL = re.compile(r"(backbone\.fpn_(?:lateral|output))(\d+)")
+
 #: What can be inherited: part -> the beginnings of its parameters' names.
 PARTS: Dict[str, Sequence[str]] = {
     "neck": ("backbone.",),
@@ -246,12 +251,17 @@ PARTS: Dict[str, Sequence[str]] = {
 }
 
 
-def inherit(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> List[str]:
+def inherit(
+    student: nn.Module, teacher: nn.Module, parts: Sequence[str], scale: float = 1
+) -> List[str]:
     """Copy the teacher's neck and head into the student where names and shapes agree.
 
     Args:
         student, teacher: plain detectors.
         parts: any of ``neck`` (the FPN's own convolutions) and ``head``.
+        scale: the teacher sees the images enlarged so many times; 2: an object that the student finds on
+            its level 2 is one of the teacher's level 3, so that the student's ``fpn_output2`` is a copy
+            of ``fpn_output3``.
 
     Returns:
         the names of the tensors copied, which are also logged.
@@ -264,13 +274,15 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> Lis
         raise ConfigError("train.inherit", unknown, "no such part", f"use any of {list(PARTS)}")
     beginnings = tuple(b for part in parts for b in PARTS[part])
     source, target = teacher.state_dict(), student.state_dict()
+    names = {
+        name: _at_scale(name, scale)
+        for name in target
+        if name.startswith(beginnings) and not name.startswith("backbone.bottom_up.")
+    }
     copied = [
         name
-        for name, x in target.items()
-        if name.startswith(beginnings)
-        and not name.startswith("backbone.bottom_up.")
-        and name in source
-        and source[name].shape == x.shape
+        for name, theirs in names.items()
+        if theirs in source and source[theirs].shape == target[name].shape
     ]
     if parts and not copied:
         raise ConfigError(
@@ -281,6 +293,16 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> Lis
         )
     with torch.no_grad():
         for name in copied:
-            target[name].copy_(source[name])
+            target[name].copy_(source[names[name]])
     logger.info(f"The student inherits {len(copied)} tensors from the teacher: {', '.join(copied)}")
     return copied
+
+
+def _at_scale(name: str, scale: float) -> Optional[str]:
+    """The teacher's name of the student's tensor ``name``; None: it has no such tensor."""
+    if scale == 1 or not name.startswith("backbone."):
+        return name
+    level = _LEVEL.match(name)
+    if level is None:  # levels above the bottom-up network's are made of other levels
+        return None
+    return f"{level[1]}{int(level[2]) + round(math.log2(scale))}{name[level.end() :]}"

@@ -55,7 +55,7 @@ def culprits(trainer: Any, step: Any) -> List[str]:
     if bad:
         return bad
     maps: Dict[Tuple[str, str], Dict[int, None]] = defaultdict(dict)
-    with without_trace(trainer.module, trainer.detector):
+    with without_trace(trainer.module):
         for part, batch in enumerate(step.batches):
             with _looked_at(trainer, maps):
                 try:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from typing import Any, Deque, Dict, List, Optional, Tuple
+from typing import Any, Deque, Dict, List, Optional, Set, Tuple
 
 import torch
 from detectron2.engine import hooks
@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from sharedkd.engine.snapshot import without_trace
 from sharedkd.engine.trainer import SharedKDTrainer, Step
 from sharedkd.errors import ConfigError
-from sharedkd.modeling.stages import DISTILL
+from sharedkd.modeling.stages import DISTILL, own_losses
 
 __all__ = ["Watchdog", "gradient_norms"]
 
@@ -20,6 +20,7 @@ logger = logging.getLogger("detectron2.sharedkd")
 
 DETECTOR = "detector"
 DOMINANT = 0.9  # share of the gradient norm from which a term is reported
+UNBALANCED = 0.5  # share of its stage's terms from which a term is reported once
 WINDOW = 3  # measurements from which a report is made
 LEAST = 4  # measurements in a run, however short
 SHORTEST = 20  # iterations between them
@@ -33,7 +34,8 @@ class Watchdog(hooks.HookBase):
     the backbone, maps of the FPN and logits can be compared.  Shares are logged as
     ``watch/<stage>/<term>`` and ``watch/detector``.  A term whose share is above :data:`DOMINANT` on
     average, or zero throughout, over :data:`WINDOW` measurements in a row is reported; then its next
-    window begins.
+    window begins.  A term, which is one level of most losses, with more than :data:`UNBALANCED` of the
+    sum of its stage's norms over such a window is reported once.
 
     A measurement runs one more forward, of one image a process, and a backward for each term.  It
     leaves no trace in the training: no parameter, gradient, statistic or random draw changes.
@@ -54,6 +56,7 @@ class Watchdog(hooks.HookBase):
             )
         self.period = min(period, max(SHORTEST, max_iter // LEAST))
         self._windows: Dict[str, Deque[Tuple[int, float]]] = {}  # (iteration, share)
+        self._unbalanced: Set[str] = set()  # terms that were reported as such
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0:
@@ -76,8 +79,22 @@ class Watchdog(hooks.HookBase):
         self._windows = {k: self._windows.get(k, deque(maxlen=WINDOW)) for k in shares}
         for name, window in self._windows.items():
             window.append((trainer.iter, shares[name]))
-            if len(window) == WINDOW:
-                self._report(name, window)
+        full = {k: sum(x for _, x in w) for k, w in self._windows.items() if len(w) == WINDOW}
+        for name, share in full.items():
+            stage = sum(full[k] for k in full if k.split("/")[0] == name.split("/")[0])
+            if UNBALANCED * stage < share < stage and name not in self._unbalanced:
+                self._report_unbalanced(name, share / stage)
+            self._report(name, self._windows[name])
+
+    def _report_unbalanced(self, name: str, share: float) -> None:
+        self._unbalanced.add(name)
+        stage, term = name.split("/", 1)
+        key = f"model.stages.{stage}"
+        auto = "" if self.trainer.stages[stage].auto else f"{key}.weight=auto "
+        logger.warning(
+            f"Watchdog: term {term} has {100 * share:.0f} % of the gradient norms of stage {stage}; "
+            f"{auto}{key}.balance=levels gives all its terms the same"
+        )
 
     def _report(self, name: str, window: Deque[Tuple[int, float]]) -> None:
         (stage, term), shares = name.split("/", 1), [share for _, share in window]
@@ -118,12 +135,12 @@ def gradient_norms(
     students = set(params)
     owned = [p for p in trainer.module.parameters() if p.requires_grad and p not in students]
     scale = trainer.scaler.get_scale()  # so that float16 gradients do not vanish
-    with without_trace(trainer.module, trainer.detector):
+    with without_trace(trainer.module):
         try:
             counted = trainer.repeat(Step(trainer.iter, trainer.stage_weights()), records)
         except FloatingPointError:
             return None
-        parts = {DETECTOR: sum(x for k, x in counted.items() if not k.startswith(DISTILL))}
+        parts = {DETECTOR: sum(own_losses(counted))}
         parts.update({k[len(DISTILL) :]: x for k, x in counted.items() if k.startswith(DISTILL)})
         norms: Dict[str, Optional[float]] = {}
         for name, loss in parts.items():

@@ -12,7 +12,7 @@ from sharedkd.config.defaults import NONFINITE_POLICIES
 from sharedkd.engine.hooks.nonfinite import find_culprits
 from sharedkd.engine.snapshot import Snapshot
 from sharedkd.errors import ConfigError, NonFiniteLossError
-from sharedkd.modeling.stages import DISTILL
+from sharedkd.modeling.stages import DISTILL, owner_of, under
 
 __all__ = ["StepLog", "not_finite"]
 
@@ -57,7 +57,7 @@ class StepLog(hooks.HookBase):
 
     def before_step(self) -> None:
         if self.skipping:
-            self._before = Snapshot(self.trainer.module, self.trainer.detector)
+            self._before = Snapshot(self.trainer.module)
 
     def after_backward(self) -> None:
         """Record the step, and read the recorded steps if it is time.
@@ -125,7 +125,7 @@ class StepLog(hooks.HookBase):
         storage, now = self.trainer.storage, self.trainer.iter
         storage.iter = step.iteration
         for name, weight in step.weights.items():
-            prefix = f"{DISTILL}{name}/"
+            prefix = f"{under(DISTILL, name)}/"
             for key in [k for k in metrics if k.startswith(prefix)]:
                 metrics[key] /= weight
             storage.put_scalar(f"{prefix}weight", weight, smoothing_hint=False)
@@ -160,7 +160,7 @@ def not_finite(metrics: Mapping[str, float]) -> str:
     norm = broken.pop("grad_norm", None)
     if broken:
         sums = ("total_loss", "loss_distill_")
-        terms = {k: x for k, x in broken.items() if not k.startswith(sums)}
+        terms = {k: x for k, x in broken.items() if not k[len(owner_of(k)) :].startswith(sums)}
         return f"{', '.join(f'{k}={x}' for k, x in (terms or broken).items())} is not finite"
     # At a scale of 1 only the gradient itself can have overflowed.
     if norm is not None and not metrics.get("loss_scale", 1.0) > 1.0:
@@ -170,7 +170,8 @@ def not_finite(metrics: Mapping[str, float]) -> str:
 
 def _zero_if_not_finite(step: Any, optimizer: torch.optim.Optimizer) -> None:
     """Zero a gradient that is not finite; the device decides, without a copy to the CPU."""
-    bad = ~torch.isfinite(step.metrics["grad_norm"] + step.metrics["total_loss"])
+    totals = [x for k, x in step.metrics.items() if k == f"{owner_of(k)}total_loss"]
+    bad = ~torch.isfinite(step.metrics["grad_norm"] + sum(totals))
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:

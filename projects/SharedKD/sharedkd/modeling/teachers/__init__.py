@@ -4,5 +4,6 @@ from .average import StudentAverage
 from .base import Teacher
 from .frozen import FrozenTeacher
 from .mean import TeacherMean
+from .peer import Peer, StudentMaps
 
-__all__ = ["FrozenTeacher", "StudentAverage", "Teacher", "TeacherMean"]
+__all__ = ["FrozenTeacher", "Peer", "StudentAverage", "StudentMaps", "Teacher", "TeacherMean"]

@@ -4,8 +4,7 @@ from detectron2.config import LazyCall as L
 from omegaconf import DictConfig
 
 from sharedkd.losses import CrossLayer, IdenticalLayer
-
-from .stages import Stage, stage_dict
+from sharedkd.modeling.stages import Stage, stage_dict
 
 __all__ = ["ONE_STAGE_WEIGHT", "published_stages", "shared_kd_stages"]
 

@@ -1,0 +1,65 @@
+"""A chain of teacher assistants: each student is the teacher of the next one."""
+
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+from sharedkd.errors import ConfigError
+
+from .report import write_report
+from .runs import Run, short
+from .tables import results_table
+
+__all__ = ["run_chain"]
+
+
+def run_chain(
+    root: Path,
+    teacher: str,
+    weights: Optional[str],
+    students: Sequence[str],
+    output: Path,
+    overrides: Sequence[str] = (),
+) -> str:
+    """Train each student with the one before it as its teacher, and compare them.
+
+    Improved Knowledge Distillation via Teacher Assistant (AAAI 2020).  A link that is finished is kept,
+    one that was interrupted goes on.
+
+    Args:
+        root: the repository.
+        teacher, weights: of the first student, as the training command's flags take them.
+        students: their configs, from the largest to the smallest.
+        output: the folder of the links' runs, the table and the report.
+        overrides: ``key=value`` for the configs of all students.
+
+    Returns:
+        the table.
+
+    Raises:
+        ConfigError: a folder with a run of other settings or of an older teacher, or a run that failed.
+    """
+    before: Optional[Run] = None
+    rows: List[dict] = []
+    for number, config in enumerate(students, start=1):
+        folder = output.resolve() / f"{number}_{Path(config).stem}"
+        pairing = [f"distill.teacher={teacher}"]
+        pairing += [f"distill.weights={weights}"] if weights else []
+        link = Run(Path(config), [*pairing, *overrides, f"train.output_dir={folder}"], folder)
+        print(f"[{number}/{len(students)}] {short(teacher)} teaches {config}", flush=True)
+        if not link.has_these_settings():
+            _refuse(folder, "holds a run with other settings")
+        if before and link.started and not link.is_younger(before):
+            _refuse(folder, f"holds a student of another teacher than {short(before.weights)}")
+        link.finish(root)
+        size = link.record["parameters"]["student"]
+        rows.append({"name": f"{number}: {config}", "parameters": size, **link.record["results"]})
+        before, teacher, weights = link, str(folder), None
+    table = results_table(rows)
+    (output / "table.md").write_text(table + "\n")
+    print(f"\n{table}\n\n{short(write_report(output))}")
+    return table
+
+
+def _refuse(folder: Path, reason: str) -> None:
+    fix = "remove that folder, or name another with --output DIR"
+    raise ConfigError("--output", short(folder), reason, fix)
