@@ -79,7 +79,7 @@ def three_steps():
 
 
 def every_method(family):
-    """Two steps with all methods at once, where one process has no object at all."""
+    """Two steps with all methods at once, where one process has no object at all; one image has no labels."""
     torch.manual_seed(0)
     student = tiny.detector(family)
     model = SharedKD(
@@ -94,6 +94,7 @@ def every_method(family):
         teacher=FrozenTeacher(tiny.detector(family, seed=1), "", input_format="RGB"),
     ).train()
     mine = [tiny.record(32, 48, ((4, 4, 24, 24),) if comm.get_rank() == 0 else ())]
+    mine += [{"image": tiny.record(32, 40, seed=5)["image"], "unlabelled": True}]
     trainer = SharedKDTrainer(
         create_ddp_model(model, device_ids=None, broadcast_buffers=False),
         iter(lambda: mine, None),

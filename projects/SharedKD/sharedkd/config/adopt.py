@@ -65,7 +65,8 @@ def show_larger_images(cfg: DictConfig) -> None:
 def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Let a config train on own data, if the command line sets keys of ``data`` and the config has none.
 
-    Its data sets, its evaluator and its number of classes then are those of ``data``.
+    Its data sets, its evaluator and its number of classes then are those of ``data``; not if the keys are
+    those of images without labels alone.
 
     Args:
         cfg: changed in place.
@@ -86,10 +87,16 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
     if "data" in cfg:
         return
     cfg.data = OmegaConf.create(DATA_DEFAULTS)
+    own = any(not key.startswith("data.unlabelled_") for key in keys)
+    if is_classic(cfg):
+        cfg.data.update(masks="${MODEL.MASK_ON}", max_size="${INPUT.MAX_SIZE_TRAIN}")
+    else:
+        _read_as(cfg)
+    if not own:
+        return
     if is_classic(cfg):
         cfg.DATASETS.update(TRAIN=["${data.name}_train"], TEST=["${data.name}_val"])
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = "${data.num_classes}"
-        cfg.data.update(masks="${MODEL.MASK_ON}", max_size="${INPUT.MAX_SIZE_TRAIN}")
         return
     for split, name in (("train", "${data.name}_train"), ("test", "${data.name}_val")):
         loader = cfg.dataloader.get(split)
@@ -109,7 +116,11 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
             node.dataset_name = "${data.name}_val"
     for node in _with_classes(cfg.model):
         node.num_classes = "${data.num_classes}"
-    mapper = cfg.dataloader.train.mapper
+
+
+def _read_as(cfg: DictConfig) -> None:
+    """Set those keys of ``data`` that say how the config's own mapper reads images."""
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
     if "use_instance_mask" in mapper:
         cfg.data.masks = "${dataloader.train.mapper.use_instance_mask}"
     sizes = [x.max_size for x in mapper.get("augmentations", []) if "max_size" in x]

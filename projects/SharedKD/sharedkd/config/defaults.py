@@ -128,6 +128,16 @@ class Data:
     val_images: Any = None  # folder of those of val_json; it may be the same one
     # the data set's name in Detectron2's catalog: own_train, own_val
     name: str = limited("own", empty=False)
+    # how often an epoch holds each image of a json by tools/label_images.py, on average: 0.5 halves its weight
+    pseudo_weight: float = limited(1.0, above=0)
+    # folder of images without labels, one or a list: losses of maps learn from them, the detector's own
+    # losses do not; what train_json and val_json name is left out
+    unlabelled_images: Any = None
+    unlabelled_json: Optional[str] = (
+        None  # which of that folder: the images that this COCO json lists
+    )
+    # how many of them come for each labelled image of a batch, on top of total_batch_size
+    unlabelled_ratio: float = limited(1.0, above=0)
     num_classes: Optional[int] = limited(None, least=1)  # counted in the json
     classes: Optional[List[str]] = None  # their names, from the json
     masks: bool = False  # load instance masks

@@ -18,7 +18,7 @@ from .build import missing_keys, not_set, target_of
 from .classic import check_classic, expanded, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
 from .overrides import joined, override
-from .own_data import read_own_data
+from .own_data import add_unlabelled, has_own_data, read_own_data
 from .pair import IMAGE_FORMAT, Pairing
 from .structure import settle
 
@@ -32,7 +32,7 @@ PATHS = (
     "train.init_checkpoint",
     "model.teacher.config",
     "model.teacher.weights",
-    *(f"data.{split}_{what}" for split in ("train", "val") for what in ("json", "images")),
+    *(f"data.{x}_{what}" for x in ("train", "val", "unlabelled") for what in ("json", "images")),
 )
 
 
@@ -117,7 +117,8 @@ def load(
         if without_data:
             cfg.data.num_classes = cfg.data.num_classes or 80
         else:
-            data = read_own_data(cfg, findings)
+            data = read_own_data(cfg, findings) if has_own_data(cfg) else {}
+            findings.step(add_unlabelled, cfg, findings)
     if not (keep_teacher or cfg.train.inherit or cfg.train.eval_teacher):
         _drop_idle_teachers(cfg.model, findings)
     return Loaded(cfg, data)

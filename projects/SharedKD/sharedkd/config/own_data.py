@@ -1,19 +1,50 @@
 """The group `data`: own data in COCO format, read, repaired and registered."""
 
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from contextlib import suppress
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Union
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sharedkd.data.coco import CocoData, CocoSummary, Reading, read_classes, read_coco
 from sharedkd.data.images import ImageMapper
+from sharedkd.data.loader import build_train_loader
+from sharedkd.data.unlabelled import read_unlabelled, register_unlabelled
 from sharedkd.errors import FAILED, ConfigError, Findings
 
 from .build import target_of
+from .classic import build_loader
 
-__all__ = ["check_class_names", "class_names", "read_own_data", "reading_of"]
+__all__ = [
+    "add_unlabelled",
+    "check_class_names",
+    "class_names",
+    "has_own_data",
+    "read_own_data",
+    "reading_of",
+]
+
+
+def has_own_data(cfg: DictConfig) -> bool:
+    """Whether the labelled data are those of ``cfg.data``; if not, it is there for images without labels."""
+    data = cfg.data
+    named = {name for split in ("train", "test") for name in _names(cfg, split)}
+    ours = {f"{data.name}_train", f"{data.name}_val"}
+    return bool(data.train_json or data.val_json or not named or named & ours)
+
+
+def _names(cfg: DictConfig, split: str) -> List[str]:
+    """The names of the registered data sets of a loader, ``train`` or ``test``."""
+    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def read_own_data(cfg: DictConfig, findings: Findings) -> Dict[str, List[CocoSummary]]:
@@ -34,6 +65,8 @@ def read_own_data(cfg: DictConfig, findings: Findings) -> Dict[str, List[CocoSum
     val = findings.step(_read, cfg, "val", findings, classes)
     if FAILED not in (train, val):
         _warn_of_overlap(train, val, findings)
+    if train is not FAILED:
+        findings.step(_weigh_pseudo, cfg, train)
     found = [x for x in (train, val) if x is not FAILED and x.categories]
     given = cfg.data.get("num_classes")
     if found and given not in (None, len(found[0].classes)):
@@ -76,6 +109,77 @@ def _read(
     if not found.errors:
         found.register(f"{data.name}_{split}")
     return found
+
+
+def add_unlabelled(cfg: DictConfig, findings: Findings) -> None:
+    """Read and register the images of ``data.unlabelled_images``, if it is set, and let the loader add them.
+
+    Args:
+        cfg: the whole config, whose labelled data are registered.
+        findings: receives warnings of what was left out.
+
+    Raises:
+        ConfigError: see :func:`~sharedkd.data.unlabelled.read_unlabelled`; or a loader that has no place
+            for them.
+    """
+    data, key, loader = cfg.data, "data.unlabelled_images", cfg.dataloader.train
+    name = f"{data.name}_unlabelled"
+    if OmegaConf.select(loader, "unlabelled.names") == name:  # of a run's saved config
+        del loader["unlabelled"], loader["unlabelled_ratio"]
+    if data.unlabelled_images is None:
+        if data.unlabelled_json is not None:
+            fix = f"add {key}=FOLDER"
+            raise ConfigError("data.unlabelled_json", data.unlabelled_json, "has no folder", fix)
+        return
+    folders = _paths(cfg, key, findings)
+    if not folders:
+        return
+    if data.unlabelled_json is not None and len(folders) > 1:
+        problem = f"goes with one folder, and {key} names {len(folders)}"
+        raise ConfigError("data.unlabelled_json", data.unlabelled_json, problem, "name one folder")
+    _check_loader(cfg, key, data.unlabelled_images)
+    labelled, held_out = (_images(cfg, split) for split in ("train", "test"))
+    reading = reading_of(cfg, "train", findings)
+    records, warnings = read_unlabelled(
+        folders, data.unlabelled_json, labelled, held_out, key, "data.unlabelled_json", reading
+    )
+    findings.warnings += warnings
+    register_unlabelled(name, records)
+    loader.unlabelled = L(get_detection_dataset_dicts)(
+        names="${data.name}_unlabelled", filter_empty=False
+    )
+    loader.unlabelled_ratio = "${data.unlabelled_ratio}"
+
+
+def _images(cfg: DictConfig, split: str) -> Set[str]:
+    """Absolute names of the images of the registered data sets of a loader."""
+    found: Set[str] = set()
+    for name in _names(cfg, split):
+        if name in DatasetCatalog:
+            with suppress(OSError):  # a file that is not there is reported where data are checked
+                found |= {os.path.abspath(x["file_name"]) for x in DatasetCatalog.get(name)}
+    return found
+
+
+def _weigh_pseudo(cfg: DictConfig, train: CocoData) -> None:
+    """Let the loader draw images with pseudo-labels as often as ``data.pseudo_weight`` says."""
+    weight, loader = cfg.data.pseudo_weight, cfg.dataloader.train
+    if weight == 1:
+        return
+    if not train.pseudo_files and not train.errors:
+        problem, fix = "no json of data.train_json is by tools/label_images.py", "leave it out"
+        raise ConfigError("data.pseudo_weight", weight, problem, fix)
+    _check_loader(cfg, "data.pseudo_weight", weight)
+    loader.pseudo_weight = "${data.pseudo_weight}"
+
+
+def _check_loader(cfg: DictConfig, key: str, value: Any) -> None:
+    """Check that the training loader is this package's, which alone reads ``key``."""
+    if target_of(cfg.dataloader.train) not in (build_train_loader, build_loader):
+        fix = (
+            "use Detectron2's loader, without options that this package's lacks, or this package's"
+        )
+        raise ConfigError(key, value, "is not read by this config's dataloader.train", fix)
 
 
 def _no_masks(summary: CocoSummary) -> ConfigError:

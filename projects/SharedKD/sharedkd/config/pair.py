@@ -78,7 +78,7 @@ class Pairing:
         if self.teacher is None and self.weights is not None and own is not None:
             own.weights = self.weights
             return with_method(cfg, method or OWN)
-        teacher, weights = self._teacher()
+        teacher, weights = self.source()
         if "student" not in cfg.model:
             cfg.model = distill(cfg.model, teacher, weights)
             if OmegaConf.select(cfg, IMAGE_FORMAT) is None:  # a mapper that does not say it
@@ -88,7 +88,7 @@ class Pairing:
             cfg.model.teacher = _teacher_node(teacher, weights)
         return with_method(cfg, method or OWN)
 
-    def _teacher(self) -> Tuple[Optional[str], Optional[str]]:
+    def source(self) -> Tuple[Optional[str], Optional[str]]:
         """The config and the weights of the teacher."""
         if self.teacher is None:
             if self.weights is not None:

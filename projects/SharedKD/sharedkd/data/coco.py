@@ -10,18 +10,19 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 
 from sharedkd.errors import ConfigError, ConfigErrors
 
-from .images import check_headers, match_files
+from .images import check_headers, is_thin, match_files
 from .notes import NO_CLASS, SAME_CLASSES, SAME_FILE, Notes, Repair
 from .repair import is_root, read_json, settle_annotations, settle_categories, settle_images
 
 __all__ = [
+    "PSEUDO",
     "CocoData",
     "CocoSummary",
     "Reading",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _MANY_CROWDS, _MANY_EMPTY = 0.1, 0.5  # shares of objects and of images that are warned of
+PSEUDO = "pseudo_labels"  #: true in `info` of a json by a teacher, and in the dataset dicts of its images
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class CocoData:
         json_file, image_root: the file, and the folder that its file names are relative to.
         document: what Detectron2 is to read in place of the file; None: the file is clean.
         image_files: absolute names of the images.
+        pseudo_files: those of them whose labels are a teacher's.
     """
 
     files: List[CocoSummary] = field(default_factory=list)
@@ -116,6 +119,7 @@ class CocoData:
     image_root: str = ""
     document: Optional[Dict[str, Any]] = field(default=None, repr=False)
     image_files: List[str] = field(default_factory=list, repr=False)
+    pseudo_files: Set[str] = field(default_factory=set, repr=False)
 
     @property
     def classes(self) -> List[str]:
@@ -158,8 +162,20 @@ class CocoData:
         for catalog in (DatasetCatalog, MetadataCatalog):
             if name in catalog:
                 catalog.remove(name)
-        DatasetCatalog.register(name, partial(load_coco_json, json_file, self.image_root, name))
+        load = partial(load_coco_json, json_file, self.image_root, name)
+        if self.pseudo_files:
+            load = partial(_marked, load, self.pseudo_files)
+        DatasetCatalog.register(name, load)
         MetadataCatalog.get(name).set(**metadata)
+
+
+def _marked(load: Callable[[], List[Dict[str, Any]]], files: Set[str]) -> List[Dict[str, Any]]:
+    """Dataset dicts, those of ``files`` with :data:`PSEUDO`."""
+    records = load()
+    for x in records:
+        if os.path.abspath(x["file_name"]) in files:
+            x[PSEUDO] = True
+    return records
 
 
 @lru_cache(maxsize=None)
@@ -201,6 +217,8 @@ def read_coco(
         data.warnings += f.settle(data.categories, by_file)
     _drop_copies(readable)
     data.image_files = list(by_file)
+    pseudo = {id(image) for f in readable if f.is_pseudo for image in f.images}
+    data.pseudo_files = {path for path, image in by_file.items() if id(image) in pseudo}
     data.files = [f.summary(train, data.categories) for f in readable]
     data.refuse([error for f in files for error in f.notes.errors])
     for f in files:
@@ -229,6 +247,11 @@ class _File:
             self._images = settle_images(self.document, self.notes)
             self.categories = settle_categories(self.document, self.notes)
             self.images = self.document["images"]
+
+    @property
+    def is_pseudo(self) -> bool:
+        info = self.document.get("info")
+        return isinstance(info, dict) and info.get(PSEUDO) is True
 
     def settle(
         self, classes: Mapping[int, str], by_file: Dict[str, Dict[str, Any]]
@@ -259,8 +282,8 @@ class _File:
         return warnings
 
     def _check_thin(self, image: Dict[str, Any]) -> None:
-        most, sides = self.reading.max_size, sorted((image["width"] or 1, image["height"] or 1))
-        if most and int(sides[0] * most / sides[1] + 0.5) < 1:
+        most = self.reading.max_size
+        if is_thin(image["width"] or 1, image["height"] or 1, most):
             self.notes.refuse(
                 f"image {image['file_name']!r} of {image['width']}x{image['height']} pixels has no side "
                 f"left once its longer one is {most} (data.max_size)",

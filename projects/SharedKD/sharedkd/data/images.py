@@ -20,7 +20,17 @@ from PIL import Image, ImageOps
 from .masks import shown
 from .notes import FILE_NAMES, SIZES, Notes
 
-__all__ = ["ImageMapper", "check_headers", "enlarged", "match_files", "read_image", "upright_size"]
+__all__ = [
+    "ImageMapper",
+    "check_depth",
+    "check_headers",
+    "enlarged",
+    "is_thin",
+    "match_files",
+    "read_image",
+    "unreadable",
+    "upright_size",
+]
 
 # Image headers that are read: enough to catch a wrong folder or a resized set within seconds.
 _MOST_HEADERS = 1000
@@ -58,7 +68,7 @@ def read_image(
     """
     with PathManager.open(file_name, "rb") as f:
         image = Image.open(f)
-        problem = _unreadable(image)
+        problem = unreadable(image)
         if problem:
             raise ValueError(problem)
         image = ImageOps.exif_transpose(image)
@@ -71,7 +81,8 @@ def _is_deep(mode: str) -> bool:
     return mode[0] in "IF"
 
 
-def _unreadable(image: Image.Image) -> str:
+def unreadable(image: Image.Image) -> str:
+    """Why an opened image cannot be used; empty if it can be."""
     pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     return f"is a TIFF of {pages} pages: save the one that is meant as a file of its own" * (
         pages > 1
@@ -154,6 +165,12 @@ def enlarged(transforms: T.Transform, scale: float) -> Optional[T.TransformList]
             return None
         found.append(x)
     return T.TransformList(found) if resized else None
+
+
+def is_thin(width: int, height: int, max_size: Optional[int]) -> bool:
+    """Whether no side is left of an image whose longer one becomes ``max_size``, if that is known."""
+    sides = sorted((width, height))
+    return bool(max_size) and int(sides[0] * max_size / sides[1] + 0.5) < 1
 
 
 # --- files ------------------------------------------------------------------------------------------
@@ -289,7 +306,7 @@ def check_headers(
         try:
             with Image.open(os.path.join(root, name)) as picture:
                 (stored, upright, is_turned), mode = _sizes(picture), picture.mode
-                problem = _unreadable(picture)
+                problem = unreadable(picture)
         except Exception as e:  # Pillow's decoders raise what they please
             problem, fix = f"cannot be read as an image ({e})", "repair or replace the image"
         else:
@@ -309,8 +326,7 @@ def check_headers(
             f"{shown(turned[0])}), and their size does not show whether the boxes are, too",
             "if boxes lie beside their objects, remove the orientation (exiftool -Orientation= FOLDER)",
         )
-    if deep and scales is not None:
-        yield from _judge_depth(deep, root, images_key, notes, image_range, scales)
+    yield from check_depth(deep, root, images_key, notes, image_range, scales)
 
 
 def _wrong_size(
@@ -359,14 +375,25 @@ def upright_size(picture: Image.Image) -> Tuple[int, int]:
     return _sizes(picture)[1]
 
 
-def _judge_depth(
+def check_depth(
     deep: List[Tuple[Dict[str, Any], str]],
     root: str,
     images_key: str,
     notes: Notes,
     image_range: Optional[Sequence[float]],
-    scales: bool,
+    scales: Optional[bool],
 ) -> Iterator[Tuple[str, str]]:
+    """Check that images of more than 8 bits can be scaled to 8.
+
+    Args:
+        deep: each with its mode.
+        scales: see :func:`check_headers`.
+
+    Yields:
+        as :func:`check_headers`.
+    """
+    if not deep or scales is None:
+        return
     refuse = partial(notes.refuse, key=images_key, value=root)
     if not scales:
         name, mode = deep[0][0]["file_name"], deep[0][1]

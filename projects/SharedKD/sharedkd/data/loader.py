@@ -5,6 +5,9 @@ are cut from the stream before anything is loaded, and a sample's random draws a
 position in it.  Neither the number of workers, nor the number of processes, nor an interruption can
 therefore change which images form batch ``b`` or how they are augmented: a resumed run sees what it
 would have seen.  What takes the place of an image that cannot be read is drawn from the position, too.
+
+Images without labels have a stream of their own.  Each batch ends with some of them, beside the same
+labelled images as without them.
 """
 
 import contextlib
@@ -23,8 +26,10 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from sharedkd.errors import ConfigError, Findings
+from sharedkd.losses.base import UNLABELLED
 from sharedkd.values import check_choice, check_number, check_switch
 
+from .coco import PSEUDO
 from .faults import POLICIES, BadImages, Loaded, WorkerDied, batches_of, load, worker_error
 
 __all__ = ["TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
@@ -37,6 +42,7 @@ TRIES = 8  # images that may be broken before the loader itself is to blame
 # Keys that keep the uses of one seed apart: the order of the images, their augmentation, and what
 # takes the place of a bad image.
 _ORDER, _AUGMENTATION, _REPLACEMENT = 0, 1, 2
+_OTHERS = 3  # is added to them for images without labels
 _MOST_DEATHS = 5  # of loading processes that are replaced
 
 
@@ -51,6 +57,9 @@ def build_train_loader(
     on_bad_image: str = "error",
     max_bad_images: Union[int, float] = 0.01,
     repeat_threshold: float = 0.0,
+    pseudo_weight: float = 1.0,
+    unlabelled: Sequence[Dict[str, Any]] = (),
+    unlabelled_ratio: float = 1.0,
 ) -> "TrainLoader":
     """Build the reproducible counterpart of Detectron2's training loader.
 
@@ -72,19 +81,26 @@ def build_train_loader(
         repeat_threshold: images of a class that less than this share of the images have are repeated,
             sqrt(threshold / share) times on average over epochs, as by Detectron2's
             ``RepeatFactorTrainingSampler``; 0: every epoch holds each image once.
+        pseudo_weight: how often an epoch holds each image with pseudo-labels on average.  0.5 halves their
+            weight in the losses, on average over epochs.
+        unlabelled: dataset dicts without annotations.  Their samples come after the labelled ones of a
+            batch, on top of ``total_batch_size``, and have ``unlabelled=True``.
+        unlabelled_ratio: how many of them come for each labelled image of a batch.
 
     Raises:
         ConfigError: the dataset is empty, the seed or the number of workers is negative, or the batch
-            size is not a positive multiple of the number of processes.
+            size, or the unlabelled part of it, is not a positive multiple of the number of processes.
     """
     findings = Findings()
     findings.step(check_number, f"{KEY}.num_workers", num_workers, least=0, whole=True)
     findings.step(check_switch, f"{KEY}.aspect_ratio_grouping", aspect_ratio_grouping)
     findings.step(check_number, f"{KEY}.seed", seed, least=0, whole=True)
-    findings.step(_check_batch_size, total_batch_size)
+    findings.step(check_number, f"{KEY}.total_batch_size", total_batch_size, least=1, whole=True)
     findings.step(check_choice, f"{KEY}.on_bad_image", on_bad_image, POLICIES)
     findings.step(_check_limit, max_bad_images)
     findings.step(check_number, f"{KEY}.repeat_threshold", repeat_threshold, least=0, most=1)
+    findings.step(check_number, f"{KEY}.pseudo_weight", pseudo_weight, above=0)
+    findings.step(check_number, f"{KEY}.unlabelled_ratio", unlabelled_ratio, above=0)
     findings.raise_errors()
     if len(dataset) == 0:
         raise ConfigError(
@@ -93,12 +109,29 @@ def build_train_loader(
             "there is no image to train on",
             "check the dataset's names, its annotation file and filter_empty",
         )
-    groups = _orientations(dataset) if aspect_ratio_grouping else [0] * len(dataset)
-    bad_images = BadImages(KEY, on_bad_image, max_bad_images, len(dataset))
+    groups, others = (
+        _orientations(x) if aspect_ratio_grouping else [0] * len(x) for x in (dataset, unlabelled)
+    )
+    bad_images = BadImages(KEY, on_bad_image, max_bad_images, len(dataset) + len(unlabelled))
     most = bad_images.most if bad_images.skips else 0
-    samples = _SeededSamples(dataset, mapper, seed, groups, most)
+    samples = _SeededSamples(dataset, unlabelled, mapper, seed, [groups, others], most)
     repeats = _repeat_factors(dataset, repeat_threshold) if repeat_threshold else None
-    return TrainLoader(samples, groups, total_batch_size, num_workers, seed, bad_images, repeats)
+    if pseudo_weight != 1:
+        weights = np.array([pseudo_weight if x.get(PSEUDO) else 1.0 for x in dataset])
+        repeats = weights if repeats is None else repeats * weights
+    loader = TrainLoader(
+        samples,
+        groups,
+        total_batch_size,
+        num_workers,
+        seed,
+        bad_images,
+        repeats,
+        others,
+        unlabelled_ratio,
+    )
+    loader.check_batch_size()
+    return loader
 
 
 def build_test_loader(
@@ -163,6 +196,8 @@ class TrainLoader:
         seed: of the order of the images.
         bad_images: decides what becomes of images that cannot be loaded.
         repeats: how often an epoch holds each image on average; None: once.
+        others: the group of each image without labels; their indices in ``samples`` follow.
+        unlabelled_ratio: how many of them a batch has for each labelled image.
 
     Attributes:
         first_batch: the index of the batch that an iteration starts with, 0 unless set.  It is read
@@ -182,6 +217,8 @@ class TrainLoader:
         seed: int,
         bad_images: BadImages,
         repeats: Optional[np.ndarray] = None,
+        others: Sequence[int] = (),
+        unlabelled_ratio: float = 1.0,
     ):
         self.first_batch = 0
         self.pin_memory = False
@@ -192,6 +229,18 @@ class TrainLoader:
         self._samples = samples
         self._groups = groups
         self.repeats = repeats
+        self._others = others
+        self.unlabelled_ratio = unlabelled_ratio
+
+    @property
+    def unlabelled(self) -> int:
+        """How many images without labels there are."""
+        return len(self._others)
+
+    @property
+    def unlabelled_batch_size(self) -> int:
+        """How many of them a batch has over all processes, on top of ``total_batch_size``."""
+        return round(self.unlabelled_ratio * self.total_batch_size) if self._others else 0
 
     @property
     def mapper(self) -> Callable[[Dict[str, Any]], Any]:
@@ -200,17 +249,23 @@ class TrainLoader:
 
     @property
     def dataset(self) -> Sequence[Dict[str, Any]]:
-        """The dataset dicts."""
+        """The dataset dicts, at the end those of images without labels."""
         return self._samples.dicts
 
     def first_sample(self) -> Dict[str, Any]:
         """A sample as training will get it, of the first images that can be loaded.
 
         Raises:
-            ConfigError: none of them can be.
+            ConfigError: none of them can be, or none of those without labels.
         """
+        labelled = len(self._groups)
+        if self._others:
+            self._first(range(labelled, labelled + self.unlabelled))
+        return self._first(range(labelled))
+
+    def _first(self, indices: range) -> Dict[str, Any]:
         faults = []
-        for position, index in enumerate(range(min(TRIES, len(self._groups)))):
+        for position, index in enumerate(indices[:TRIES]):
             loaded = self._samples[index, position]
             if loaded.sample is not None:
                 return loaded.sample
@@ -226,10 +281,10 @@ class TrainLoader:
         """Yield this process's batches from ``first_batch`` on.
 
         Raises:
-            ConfigError: the batch size is not a multiple of the number of processes.
+            ConfigError: a batch size is not a multiple of the number of processes.
             DataError: a sample cannot be loaded, too many were passed over, or a process died.
         """
-        _check_batch_size(self.total_batch_size)
+        self.check_batch_size()
         start, deaths = self.first_batch, 0
         while True:
             try:
@@ -262,42 +317,73 @@ class TrainLoader:
 
     def _keys(self, start: int) -> Iterator[List[Tuple[int, int]]]:
         """This process's part of the batches, from ``start`` on."""
-        rank, processes = comm.get_rank(), comm.get_world_size()
-        batches = _batches(self._groups, self.total_batch_size, self.seed, self.repeats)
-        return (batch[rank::processes] for batch in itertools.islice(batches, start, None))
+        rank, processes, first = comm.get_rank(), comm.get_world_size(), len(self._groups)
+        labelled = _batches(self._groups, self.total_batch_size, self.seed, self.repeats)
+        others: Iterator[List[Tuple[int, int]]] = itertools.repeat([])
+        if self._others:
+            others = _batches(self._others, self.unlabelled_batch_size, self.seed, use=_OTHERS)
+        for batch, more in itertools.islice(zip(labelled, others), start, None):
+            mine = [(first + index, position) for index, position in more[rank::processes]]
+            yield batch[rank::processes] + mine
+
+    def check_batch_size(self) -> None:
+        """Raises:
+        ConfigError: a batch, or its part without labels, cannot be shared out among the processes.
+        """
+        batch, processes = self.total_batch_size, comm.get_world_size()
+        if batch % processes:
+            raise ConfigError(
+                f"{KEY}.total_batch_size",
+                batch,
+                f"it cannot be split evenly over {processes} process(es)",
+                f"set it to a positive multiple of {processes}",
+            )
+        count = self.unlabelled_batch_size
+        if self._others and (count < 1 or count % processes):
+            raise ConfigError(
+                f"{KEY}.unlabelled_ratio",
+                self.unlabelled_ratio,
+                f"is {count} images without labels beside {batch} labelled ones: that cannot be split "
+                f"evenly over {processes} process(es)",
+                f"use {processes / batch:g} or a multiple of it",
+            )
 
 
 class _SeededSamples(Dataset):
     """Samples by (index in the dataset, position in the stream), which seeds the augmentation.
 
     Args:
-        groups: of each dataset dict; an image is replaced by one of its group.
+        unlabelled: dataset dicts of images without labels, whose indices come after those of ``dataset``.
+        groups: of each dataset dict of the two; an image is replaced by one of its group.
         most: how many bad images one position may pass over.
     """
 
     def __init__(
         self,
         dataset: Sequence[Dict[str, Any]],
+        unlabelled: Sequence[Dict[str, Any]],
         mapper: Callable,
         seed: int,
-        groups: Sequence[int],
+        groups: Sequence[Sequence[int]],
         most: int,
     ):
         # One serialised buffer instead of many small objects: workers share it with their parent.
-        self.dicts = DatasetFromList(list(dataset), copy=False, serialize=True)
+        self.dicts = DatasetFromList([*dataset, *unlabelled], copy=False, serialize=True)
         self.mapper = PicklableWrapper(mapper)
         self._seed = seed
-        self._groups = np.array(groups, dtype=np.int8)
+        self._labelled = len(dataset)
+        # Those of images without labels are below 0.
+        self._groups = np.array([*groups[0], *(-1 - x for x in groups[1])], dtype=np.int8)
         self._most = most
 
     def __getitem__(self, key: Tuple[int, int]) -> Loaded:
         index, position = key
-        faults = []
+        alone, faults = index >= self._labelled, []
         for candidate in self._candidates(index, position):
-            with _seeded(self._seed, position):
+            with _seeded(self._seed, position, _OTHERS * alone):
                 sample, fault = load(self.mapper, self.dicts[candidate])
             if fault is None:
-                return Loaded(sample, faults)
+                return Loaded({**sample, UNLABELLED: True} if alone else sample, faults)
             faults.append(fault)
             if not fault.in_image or len(faults) > self._most:
                 break
@@ -306,7 +392,8 @@ class _SeededSamples(Dataset):
     def _candidates(self, index: int, position: int) -> Iterator[int]:
         """The image itself, then the others of its group in an order of this position alone."""
         yield index
-        order = np.random.SeedSequence(self._seed, spawn_key=(_REPLACEMENT, position))
+        use = _REPLACEMENT + _OTHERS * (index >= self._labelled)
+        order = np.random.SeedSequence(self._seed, spawn_key=(use, position))
         others = np.flatnonzero(self._groups == self._groups[index])
         for other in np.random.default_rng(order).permutation(others).tolist():
             if other != index:
@@ -315,18 +402,6 @@ class _SeededSamples(Dataset):
     def name(self, index: int) -> str:
         """The image's file, for messages."""
         return self.dicts[index].get("file_name", f"number {index} of the dataset")
-
-
-def _check_batch_size(total_batch_size: int) -> None:
-    key, processes = f"{KEY}.total_batch_size", comm.get_world_size()
-    check_number(key, total_batch_size, least=1, whole=True)
-    if total_batch_size % processes:
-        raise ConfigError(
-            key,
-            total_batch_size,
-            f"it cannot be split evenly over {processes} process(es)",
-            f"set it to a positive multiple of {processes}",
-        )
 
 
 def _check_limit(most: Union[int, float]) -> None:
@@ -342,7 +417,7 @@ def _orientations(dataset: Sequence[Dict[str, Any]]) -> List[int]:
 
 
 def _repeat_factors(dataset: Sequence[Dict[str, Any]], threshold: float) -> np.ndarray:
-    """How often an epoch holds each image on average: at least once."""
+    """How often an epoch holds each image on average by its rarest class: at least once."""
     if not all("annotations" in sample for sample in dataset):
         raise ConfigError(
             f"{KEY}.repeat_threshold",
@@ -354,13 +429,15 @@ def _repeat_factors(dataset: Sequence[Dict[str, Any]], threshold: float) -> np.n
     return factors(dataset, threshold).numpy()
 
 
-def _indices(size: int, seed: int, repeats: Optional[np.ndarray] = None) -> Iterator[int]:
+def _indices(
+    size: int, seed: int, repeats: Optional[np.ndarray] = None, use: int = 0
+) -> Iterator[int]:
     """The stream: every epoch holds each of ``range(size)`` once, or as often as ``repeats`` says.
 
     A fraction is drawn anew in each epoch: 1.25 is twice in one of four.
     """
     for epoch in itertools.count():
-        draw = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch)))
+        draw = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_ORDER + use, epoch)))
         if repeats is None:
             yield from draw.permutation(size).tolist()
         else:
@@ -369,11 +446,15 @@ def _indices(size: int, seed: int, repeats: Optional[np.ndarray] = None) -> Iter
 
 
 def _batches(
-    groups: Sequence[int], size: int, seed: int, repeats: Optional[np.ndarray] = None
+    groups: Sequence[int],
+    size: int,
+    seed: int,
+    repeats: Optional[np.ndarray] = None,
+    use: int = 0,
 ) -> Iterator[List[Tuple[int, int]]]:
     """Lists of ``size`` (index, position) pairs of one group, in the order they fill up."""
     waiting = defaultdict(list)
-    for position, index in enumerate(_indices(len(groups), seed, repeats)):
+    for position, index in enumerate(_indices(len(groups), seed, repeats, use)):
         batch = waiting[groups[index]]
         batch.append((index, position))
         if len(batch) == size:
@@ -382,10 +463,11 @@ def _batches(
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, position: int) -> Iterator[None]:
+def _seeded(seed: int, position: int, use: int = 0) -> Iterator[None]:
     """Seed the global CPU generators for one sample, and put them back as they were."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(seed, spawn_key=(_AUGMENTATION, position)).generate_state(3)
+    key = (_AUGMENTATION + use, position)
+    words = np.random.SeedSequence(seed, spawn_key=key).generate_state(3)
     try:
         random.seed(int(words[0]))
         np.random.seed(int(words[1]))

@@ -17,6 +17,7 @@ from sharedkd.data.coco import CocoSummary, read_registered
 from sharedkd.errors import FAILED, ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.modeling.detectors import num_classes, read_config
+from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.values import check_number
 
 from .checkpoint import has_run
@@ -32,6 +33,7 @@ __all__ = [
     "check_output",
     "check_sample",
     "check_scheduler",
+    "check_unlabelled",
     "names_of",
     "key_of",
 ]
@@ -214,6 +216,28 @@ def check_sample(student: nn.Module, sample: Mapping[str, Any]) -> None:
             "the student has a mask head, which cannot be trained without masks",
             "use data.masks=True and data with segmentations, or a student without masks",
         )
+
+
+def check_unlabelled(cfg: DictConfig, model: nn.Module) -> None:
+    """Check that something learns from images without labels.
+
+    Raises:
+        ConfigError: ``model`` is a plain detector, or no stage compares maps alone.
+    """
+    pairs = model.pairs if isinstance(model, SharedKD) else {}
+    stages = [f"{owner}{name}" for owner, pair in pairs.items() for name in pair.stages]
+    if not any(pair.sees_unlabelled(x) for pair in pairs.values() for x in pair.stages):
+        found = OmegaConf.select(cfg, "data.unlabelled_images")
+        key = "dataloader.train.unlabelled" if found is None else "data.unlabelled_images"
+        if isinstance(model, SharedKD):
+            problem = f"no stage learns from them: {', '.join(stages) or 'there is none'}"
+            fix = "use a method that compares maps alone, such as shared_kd or pkd, or leave it out"
+        else:
+            problem, fix = (
+                "nothing learns from them without distillation",
+                "add --teacher, or leave it out",
+            )
+        raise ConfigError(key, found, problem, fix)
 
 
 def check_evaluation(cfg: DictConfig, data: DataSets, findings: Findings) -> None:

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from torch import nn
 
 from sharedkd.data.coco import CocoSummary
+from sharedkd.data.loader import TrainLoader
 from sharedkd.errors import FAILED
 from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.preparation import size_divisibility
@@ -21,7 +22,16 @@ from sharedkd.modeling.teachers import Teacher
 from .hooks.cost import in_words
 from .parts import Parts, images_per_step, losses_of, pairs_of
 
-__all__ = ["Detector", "Level", "Measured", "Overview", "StageRow", "as_text", "describe"]
+__all__ = [
+    "Detector",
+    "Level",
+    "Measured",
+    "Overview",
+    "StageRow",
+    "Unlabelled",
+    "as_text",
+    "describe",
+]
 
 
 @dataclass
@@ -67,6 +77,15 @@ class StageRow:
 
 
 @dataclass
+class Unlabelled:
+    """The images without labels."""
+
+    images: int
+    images_per_step: int  # of all processes, on top of the others
+    stages: List[str]  # that learn from them
+
+
+@dataclass
 class Measured:
     """Measured time and memory of training steps, without evaluations."""
 
@@ -86,6 +105,7 @@ class Overview:
     image_size: Optional[Tuple[int, int]]  # (height, width) of the first image for the student
     processes: int
     data: Dict[str, Dict[str, Any]]  # train and test -> counts
+    unlabelled: Optional[Unlabelled] = None
     disk: Optional[Mapping[str, float]] = None  # see check_disk
     student: Optional[Detector] = None
     teacher: Optional[Detector] = None
@@ -96,7 +116,7 @@ class Overview:
 
     def as_dict(self) -> Dict[str, Any]:
         """As nested dicts for JSON, without unknown values."""
-        unknown = ("disk", "student", "teacher", "measured")
+        unknown = ("disk", "student", "teacher", "measured", "unlabelled")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in unknown}
 
 
@@ -128,6 +148,17 @@ def describe(parts: Parts) -> Overview:
     peers = [*pairs_of(parts.model).items()][1:]
     pyramid = getattr(parts.model, "pyramid", None)
     found.levels = _levels(student, pyramid, teachers, stages, parts.sample)
+    if isinstance(parts.loader, TrainLoader) and parts.loader.unlabelled:
+        found.unlabelled = Unlabelled(
+            images=parts.loader.unlabelled,
+            images_per_step=parts.loader.unlabelled_batch_size * cfg.train.accumulate,
+            stages=[
+                f"{owner}{name}"
+                for owner, pair in pairs_of(parts.model).items()
+                for name in pair.stages
+                if pair.sees_unlabelled(name)
+            ],
+        )
     every = {f"{owner}{name}": x for owner, pair in peers for name, x in pair.stages.items()}
     found.stages = [
         _stage(name, stage, cfg.train.max_iter) for name, stage in {**stages, **every}.items()
@@ -335,6 +366,12 @@ def _costs(found: Overview) -> List[str]:
         lines.append(
             f"length: {found.max_iter} iterations of {found.images_per_step} images, "
             f"{epochs:.3g} epochs; the first image is {'x'.join(map(str, found.image_size or '?'))}"
+        )
+    if found.unlabelled:
+        x = found.unlabelled
+        lines.append(
+            f"images without labels: {x.images}, {x.images_per_step} more in each iteration, "
+            f"{found.max_iter * x.images_per_step / x.images:.3g} epochs; for the stages {', '.join(x.stages)}"
         )
     disk = found.disk
     if disk:

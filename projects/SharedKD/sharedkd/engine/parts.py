@@ -37,6 +37,7 @@ from .checks import (
     check_output,
     check_sample,
     check_scheduler,
+    check_unlabelled,
 )
 from .disk import check_disk
 from .lock import check_free
@@ -167,6 +168,8 @@ def assemble(
             step(check_sample, student, sample)
         if isinstance(parts.model, SharedKD) and sample is not FAILED:
             step(parts.model.check_record, sample)
+        if parts.loader.unlabelled and parts.model is not FAILED:
+            step(check_unlabelled, cfg, parts.model)
         parts.sample = sample or None
     return parts
 

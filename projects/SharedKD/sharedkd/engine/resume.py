@@ -42,6 +42,8 @@ FIXED = (
     "train.accumulate",
     "dataloader.train.total_batch_size",
     "dataloader.train.repeat_threshold",
+    "dataloader.train.pseudo_weight",
+    "dataloader.train.unlabelled_ratio",  # not set without such images
     # of a classic yaml:
     "MODEL",
     "INPUT",

@@ -99,7 +99,12 @@ def run(args: Namespace) -> Dict[str, Any]:
             return evaluate(cfg, model)
         if comm.is_main_process():
             _say(parts, findings)
-        started = {**origin(args, cfg), "repairs": parts.data.repairs}
+        unlabelled = getattr(parts.loader, "unlabelled", 0)
+        started = {
+            **origin(args, cfg),
+            "repairs": parts.data.repairs,
+            "unlabelled_images": unlabelled,
+        }
         return train(cfg, trainer, checkpoint, started)
 
 

@@ -17,6 +17,7 @@ from sharedkd.values import check_choice, check_number
 __all__ = [
     "HEAD_TAPS",
     "TAPS",
+    "UNLABELLED",
     "Shapes",
     "Maps",
     "Regions",
@@ -36,6 +37,8 @@ logger = logging.getLogger("detectron2.sharedkd")
 #: ``anchors`` (N, A*4, H, W) themselves, the same for all images, both XYXY in pixels.
 TAPS = ("fpn", "backbone", "logits", "deltas", "boxes", "anchors")
 HEAD_TAPS = frozenset(TAPS[2:])
+
+UNLABELLED = "unlabelled"  #: the key that is true in records of images without labels
 
 Shapes = Dict[str, Dict[int, int]]  #: tap -> stride -> channels
 Maps = Dict[str, Dict[int, Tensor]]  #: tap -> stride -> map (N, C, H, W)

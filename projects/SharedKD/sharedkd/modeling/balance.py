@@ -131,13 +131,14 @@ class AutoWeight(nn.Module):
 @contextmanager
 def held(weights: Mapping[str, AutoWeight]) -> Iterator[None]:
     """A context in which factors stay as they are, for a forward that is no step of the training."""
-    for each in weights.values():
+    before = {each: each.held for each in weights.values()}
+    for each in before:
         each.held = True
     try:
         yield
     finally:
-        for each in weights.values():
-            each.held = False
+        for each, was in before.items():
+            each.held = was
 
 
 def _depends(loss: Tensor, maps: Sequence[Tensor]) -> bool:

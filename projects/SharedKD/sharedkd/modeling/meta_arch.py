@@ -14,9 +14,9 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError, Findings
-from sharedkd.losses.base import Batch, Maps, Regions
+from sharedkd.losses.base import HEAD_TAPS, UNLABELLED, Batch, Maps, Regions
 
-from .balance import AutoWeight
+from .balance import AutoWeight, held
 from .detectors import family
 from .heads import (
     HeadTap,
@@ -31,7 +31,7 @@ from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .recipes import stages_of
 from .stages import DISTILL, PEER, Stage, scale_relative
-from .taps import FeatureTap, common_pixels, top_left
+from .taps import FeatureTap, common_pixels, run_pyramid, top_left
 from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher
 
 __all__ = ["SharedKD", "check_image_format"]
@@ -301,7 +301,9 @@ class SharedKD(nn.Module):
         """Compute the losses of a training step, or in inference the student's detections.
 
         Args:
-            batched_inputs: Detectron2's records, as for the student.
+            batched_inputs: Detectron2's records, as for the student.  Those with ``unlabelled=True`` are
+                seen by losses of maps alone: each of these terms is the mean over all images, the
+                detector's losses are those of the others.  A batch norm sees the two parts one after the other.
             weights: stage name -> weight in this step, in training; a stage that is left out or
                 weighs zero is not computed.  A peer's stage is named ``peer/<peer>/<stage>``.  None: by
                 the stages' schedules and the iteration of Detectron2's EventStorage; losses of relative
@@ -314,6 +316,7 @@ class SharedKD(nn.Module):
         """
         if not self.training:
             return self.student(batched_inputs)
+        labelled = [x for x in batched_inputs if not x.get(UNLABELLED)]
         if weights is None:
             weights = self._weights_now()
             losses = SharedKD.forward(self, batched_inputs, weights)  # no hook runs twice
@@ -322,16 +325,18 @@ class SharedKD(nn.Module):
         pairs = self.pairs
         active = {owner: pair._active(owner, weights) for owner, pair in pairs.items()}
         for owner, pair in pairs.items():
-            pair._check_inputs(active[owner], batched_inputs)
+            pair._check_inputs(active[owner], labelled)
         # Before the students: the teachers' temporaries are gone when their graphs are built.
-        maps = {
-            owner: pair._teacher_maps(active[owner], batched_inputs)
-            for owner, pair in pairs.items()
-        }
-        seen = self._run_students(active, batched_inputs)
-        losses = {}
+        maps = {owner: pair._teacher_maps(active[owner], labelled) for owner, pair in pairs.items()}
+        seen = self._run_students(active, labelled)
+        others = [x for x in batched_inputs if x.get(UNLABELLED)]
+        more = self._see_unlabelled(active, seen, others) if others else {}
+        share, losses = len(others) / len(batched_inputs), {}
         for owner, pair in pairs.items():
             terms = pair._terms(active[owner], seen[owner], maps[owner])
+            if more:
+                theirs = more[owner]()
+                terms.update({k: (1 - share) * terms[k] + share * x for k, x in theirs.items()})
             own = pair._with_idle_parameters({**seen[owner].losses, **terms})
             losses.update({f"{owner}{name}": x for name, x in own.items()})
         return losses
@@ -340,6 +345,14 @@ class SharedKD(nn.Module):
         """The stages with a weight in this step; ``weights`` has the names of all students' stages."""
         found = {name: weights.get(f"{owner}{name}", 0.0) for name in self.stages}
         return {name: weight for name, weight in found.items() if weight}
+
+    def sees_unlabelled(self, name: str) -> bool:
+        """Whether a stage learns from images without labels, too: its loss reads maps alone."""
+        stage = self.stages[name]
+        source = self.sources.get(stage.teacher)
+        pyramids = [self.pyramid, source.pyramid if isinstance(source, StudentMaps) else None]
+        heads = any(pyramids) and stage.loss.taps & HEAD_TAPS  # these take a whole forward
+        return stage.loss.needs <= {"teacher"} and not heads
 
     def _check_inputs(self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]) -> None:
         """Check that records have what the active stages and the student read."""
@@ -382,6 +395,62 @@ class SharedKD(nn.Module):
             seen.boxes = sampled["boxes"]
             seen.regions = Regions(regions.labels(seen.boxes, truth), sampled["logits"])
         return seen
+
+    def _see_unlabelled(
+        self,
+        active: Mapping[str, Mapping[str, float]],
+        seen: Mapping[str, Seen],
+        batched_inputs: List[Dict[str, Any]],
+    ) -> Dict[str, Callable[[], Dict[str, Tensor]]]:
+        """Run teachers and students on images without labels, up to the maps that stages read.
+
+        After the students' own forward, which gives peers the maps of the labelled images.
+
+        Returns:
+            for each student what computes the terms of those of its stages that see these images.
+        """
+        pairs = self.pairs
+        also = {
+            owner: {name: w for name, w in active[owner].items() if pair.sees_unlabelled(name)}
+            for owner, pair in pairs.items()
+        }
+        maps = {
+            owner: pair._teacher_maps(also[owner], batched_inputs) for owner, pair in pairs.items()
+        }
+        more = {
+            owner: pair._run_pyramid(also[owner], batched_inputs, seen[owner].losses)
+            for owner, pair in pairs.items()
+        }
+        return {
+            owner: partial(pair._held_terms, also[owner], more[owner], maps[owner])
+            for owner, pair in pairs.items()
+        }
+
+    def _held_terms(self, *args: Any) -> Dict[str, Tensor]:
+        """:meth:`_terms`, by automatic weights as the labelled images have set them."""
+        with held(self.auto_weights):
+            return self._terms(*args)
+
+    def _run_pyramid(
+        self,
+        active: Iterable[str],
+        batched_inputs: List[Dict[str, Any]],
+        losses: Dict[str, Tensor],
+    ) -> Seen:
+        """Run the student up to the maps that the active stages and its peers read; not at all without any.
+
+        Args:
+            losses: of the student on the labelled images.
+        """
+        taps = self._taps(active)
+        wanted = taps | self.lends.wanted
+        with self._tap.capture(wanted) as maps:
+            if wanted:
+                found = run_pyramid(self.student, batched_inputs, self.pyramid, key="model.student")
+            if wanted & HEAD_TAPS:
+                self._tap.head.run(found)
+        self.lends.give(maps)
+        return Seen(losses, {tap: maps[tap] for tap in maps if tap in taps}, batched_inputs)
 
     def _terms(
         self,

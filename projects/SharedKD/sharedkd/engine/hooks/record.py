@@ -43,7 +43,8 @@ class RunRecord(hooks.HookBase):
     """Writes run.json at the start of a run and again at its end.
 
     Keys: ``validation`` (the data that it is evaluated on), ``command``, ``config_file`` and ``overrides``
-    (with which it was started), ``repairs`` (of its data, a line each), ``fast_dev_run``,
+    (with which it was started), ``repairs`` (of its data, a line each), ``unlabelled_images`` (how many it
+    learns from), ``fast_dev_run``,
     ``initial_weights`` (fingerprint of the student before its first step), ``parameters``
     (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
     ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on a CPU the resident memory of the

@@ -1,0 +1,203 @@
+"""Pseudo-labels: a teacher's detections on images without labels, as a COCO json to train on."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+import pycocotools.mask as mask_util
+import torch
+from detectron2.config import instantiate
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+
+from sharedkd.config import load_config, student_only
+from sharedkd.config.build import construct
+from sharedkd.config.own_data import class_names
+from sharedkd.config.pair import Pairing
+from sharedkd.data.coco import PSEUDO, read_classes
+from sharedkd.data.unlabelled import read_unlabelled
+from sharedkd.errors import ConfigError
+from sharedkd.files import replace
+from sharedkd.modeling.detectors import zoo_weights
+from sharedkd.values import check_number
+from sharedkd.weights.loading import load_trained
+
+__all__ = ["Labels", "label_images", "thresholds_of"]
+
+_EVERY = 500  # images from one line of progress to the next
+
+
+@dataclass
+class Labels:
+    """What was written.
+
+    Args:
+        images: those with an object.
+        empty: images without one, which are left out: whether they show one is not known.
+        objects: class name -> how many.
+    """
+
+    images: int = 0
+    empty: int = 0
+    objects: Counter = field(default_factory=Counter)
+
+
+def thresholds_of(text: str, classes: Sequence[str], default: float = 0.5) -> Dict[str, float]:
+    """The least score of each class, from ``0.6``, ``cat=0.7,dog=0.4`` or ``0.6,cat=0.7``.
+
+    Raises:
+        ConfigError: no such class, or no number of 0 to 1.
+    """
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.rpartition("=")
+        try:
+            score = float(value)
+        except ValueError:
+            score = float("nan")
+        check_number("--threshold", score, least=0, most=1)
+        if not equals:
+            default = score
+        elif name in classes:
+            found[name] = score
+        else:
+            fix = f"use {', '.join(classes[:10])}"
+            raise ConfigError("--threshold", part, "there is no such class", fix)
+    return {name: found.get(name, default) for name in classes}
+
+
+@torch.no_grad()
+def label_images(
+    teacher: Pairing,
+    images: str,
+    output: str,
+    threshold: str = "0.5",
+    data_json: Optional[str] = None,
+    data_images: Optional[str] = None,
+    listed: Optional[str] = None,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> Labels:
+    """Write a COCO json of a teacher's detections.
+
+    It runs on images as in its own evaluation.  Each object has its ``score``, and a mask if the teacher
+    predicts masks.
+
+    Args:
+        teacher: its name and weights.
+        images: their folder, to which the json's file names are relative.
+        output: the json.
+        threshold: see :func:`thresholds_of`.
+        data_json: the labels to train on beside them: classes are matched by name with its own, and its images
+            are left out.  None: the teacher's classes.
+        data_images: the folder of its images; None: ``images``.
+        listed: a COCO json: label only the images that it lists.
+        overrides: ``key=value`` for the teacher's config.
+        say: receives a line for what is left out, and for progress.
+
+    Raises:
+        ConfigError: a teacher that cannot be loaded, whose class names are unknown, or that has none of the
+            data's classes; or see :func:`~sharedkd.data.unlabelled.read_unlabelled`.
+    """
+    config, weights = teacher.source()
+    cfg = load_config(config, overrides, without_data=True)
+    theirs = class_names(cfg)
+    if not theirs:
+        fix = "name the folder of its run, or register its data"
+        raise ConfigError("--teacher", config, "the names of its classes are unknown", fix)
+    ours = theirs if data_json is None else read_classes([data_json])
+    if not ours:
+        fix = "name a COCO json with categories"
+        raise ConfigError("--data-json", data_json, "cannot be read, or has no class", fix)
+    _compare(config, theirs, ours, data_json, say)
+    least = thresholds_of(threshold, ours)
+    labelled = _labelled(data_json, data_images or images)
+    records, warnings = read_unlabelled([images], listed, labelled, (), "--images", "--list")
+    for warning in warnings:
+        say(str(warning))
+
+    model = construct(student_only(cfg).model, "model")
+    trust = cfg.train.trust_checkpoint
+    load_trained(model, weights or zoo_weights(config) or "", "--teacher-weights", trust)
+    model.to(cfg.train.device).eval()
+    mapper = instantiate(cfg.dataloader.test.mapper)
+
+    ids, found = {name: i + 1 for i, name in enumerate(ours)}, Labels()
+    rows: Dict[str, List[Dict[str, Any]]] = {"images": [], "annotations": []}
+    for i, record in enumerate(records):
+        if i and i % _EVERY == 0:
+            say(f"{i} of {len(records)} images")
+        instances = model([mapper(dict(record))])[0]["instances"].to("cpu")
+        objects = [
+            x
+            for x in map(partial(_object, theirs, ids), instances_to_coco_json(instances, i + 1))
+            if x is not None and x["score"] >= least[ours[x["category_id"] - 1]]
+        ]
+        if not objects:
+            found.empty += 1
+            continue
+        found.images += 1
+        found.objects.update(ours[x["category_id"] - 1] for x in objects)
+        name = os.path.relpath(record["file_name"], images)
+        size = {k: record[k] for k in ("height", "width")}
+        rows["images"].append({"id": i + 1, "file_name": name, **size})
+        for x in objects:
+            rows["annotations"].append({"id": len(rows["annotations"]) + 1, **x})
+    if not found.images:
+        fix = "use a lower one, or a better teacher"
+        raise ConfigError("--threshold", threshold, "no detection is as sure", fix)
+    about = {PSEUDO: True, "teacher": config, "thresholds": least}
+    categories = [{"id": i, "name": name} for name, i in ids.items()]
+    document = {"info": about, **rows, "categories": categories}
+    replace(output, lambda f: f.write(json.dumps(document).encode()))
+    return found
+
+
+def _compare(
+    config: str,
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    data_json: Optional[str],
+    say: Callable[[str], None],
+) -> None:
+    """Say which classes only one side has; refuse a teacher that has none of the data's."""
+    if not {*theirs} & {*ours}:
+        problem = f"has none of the data's classes: {_few(theirs)}, not {_few(ours)}"
+        fix = "name the data's classes as the teacher does, or use another teacher"
+        raise ConfigError("--teacher", config, problem, fix)
+    dropped, missing = ([x for x in a if x not in b] for a, b in ((theirs, ours), (ours, theirs)))
+    if dropped:
+        say(f"classes of the teacher that the data have not, left out: {', '.join(dropped)}")
+    if missing:
+        say(f"classes of {data_json} that the teacher does not know: {', '.join(missing)}")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+
+
+def _labelled(data_json: Optional[str], folder: str) -> List[str]:
+    """The absolute names of a json's images, which :func:`read_classes` has read before."""
+    if data_json is None:
+        return []
+    with open(data_json, "rb") as f:
+        rows = json.loads(f.read())["images"]
+    return [os.path.abspath(os.path.join(folder, str(x.get("file_name")))) for x in rows]
+
+
+def _object(
+    theirs: Sequence[str], ids: Mapping[str, int], found: Dict[str, Any]
+) -> Optional[Dict[str, Any]]:
+    """An annotation of a detection; None if it is of no class of the data, or shows nothing."""
+    category = ids.get(theirs[found["category_id"]])
+    box = [round(x, 2) for x in found["bbox"]]
+    area = box[2] * box[3]
+    if "segmentation" in found:
+        area = float(mask_util.area(found["segmentation"]))
+    if category is None or not area > 0 or min(box[2:]) <= 0:
+        return None
+    row = {"image_id": found["image_id"], "category_id": category, "iscrowd": 0, "bbox": box}
+    mask = {k: found[k] for k in ("segmentation",) if k in found}
+    return {**row, "area": area, "score": found["score"], **mask}

@@ -1,0 +1,78 @@
+#!/usr/bin/env python
+"""Label images by a teacher: write its sure detections as a COCO json to train on.
+
+    tools/label_images.py --teacher output/teacher --images more --output pseudo.json \\
+        --data-json train.json --data-images train --threshold 0.6,cell=0.8
+
+Then train with data.train_json=[train.json,pseudo.json] data.train_images=[train,more].  Classes are
+matched by name with those of --data-json, whose images are left out; so is an image without a sure
+detection.  It is done once, before the training; each object keeps its score.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import prologue  # noqa: F401
+
+# isort: split
+import argparse
+
+from sharedkd.config.pair import Pairing
+from sharedkd.errors import SharedKDError
+from sharedkd.lab.label import label_images
+
+
+def main():
+    form = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument(
+        "--teacher",
+        required=True,
+        metavar="NAME|PATH",
+        help="a name in Detectron2's model zoo, a config, or the folder of a run",
+    )
+    parser.add_argument(
+        "--teacher-weights", metavar="FILE|URL", help="default: the zoo's, the run's"
+    )
+    parser.add_argument("--images", required=True, metavar="FOLDER", help="what to label")
+    parser.add_argument("--list", metavar="FILE", help="a COCO json: only the images it lists")
+    parser.add_argument("--output", required=True, metavar="FILE")
+    parser.add_argument(
+        "--threshold",
+        default="0.5",
+        metavar="X|NAME=X",
+        help="least score; by class: 0.5,cell=0.8 (default: 0.5)",
+    )
+    parser.add_argument("--data-json", metavar="FILE", help="labels of people, with the classes")
+    parser.add_argument(
+        "--data-images", metavar="FOLDER", help="of --data-json (default: --images)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the teacher's config")
+    args = parser.parse_intermixed_args()
+    try:
+        found = label_images(
+            Pairing(args.teacher, args.teacher_weights),
+            args.images,
+            args.output,
+            args.threshold,
+            args.data_json,
+            args.data_images,
+            args.list,
+            args.overrides,
+        )
+    except SharedKDError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    counts = ", ".join(f"{name} {count}" for name, count in found.objects.most_common())
+    print(f"{args.output}: {found.images} images, {found.objects.total()} objects ({counts})")
+    if found.empty:
+        print(f"{found.empty} images without a sure detection are left out")
+    if args.data_json:
+        folders = f"[{args.data_images or args.images},{args.images}]"
+        print(f"data.train_json=[{args.data_json},{args.output}] data.train_images={folders}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
