@@ -244,7 +244,8 @@ def test_ap_per_class_and_size_is_that_of_detectron2(runs, tmp_path):
         label = label if draw.random() < 0.8 else (label + 1) % len(truth.classes)
         found[note["image_id"]].append(([x, y, x + w, y + h], label, draw.uniform(0.1, 1)))
     oracle = Oracle(found)
-    results = detect(Detector(Source("oracle", None, None), dict, oracle), records, truth)
+    detector = Detector(Source("oracle", None, None), dict, oracle)
+    results = detect([detector], records, truth)[0]["oracle"]
     ours = average_precision(truth, results, "bbox")
 
     evaluator = COCOEvaluator(name, tasks=("bbox",), distributed=False)

@@ -19,8 +19,8 @@ from sharedkd import ConfigError
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.run import run
 from sharedkd.lab.analysis.pair import Pair
-from sharedkd.lab.analysis.pictures import read_curves
 from sharedkd.lab.compare.comparison import Comparison, run_comparison
+from sharedkd.lab.metrics import read_curves
 
 ROOT = tiny.ROOT
 CONFIG = str(ROOT / "configs/custom_coco.py")

@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import torch
 from omegaconf import OmegaConf
 
+from sharedkd.config.plain import read_plain
 from sharedkd.errors import FAILED, ConfigError
 from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.hardware import has_bfloat16
@@ -194,11 +195,10 @@ def _record(folder: Path) -> Dict[str, Any]:
 
 def _results(folder: Path) -> Dict[Tuple[str, str], float]:
     """(task, validation data) -> AP of a finished run; empty if it is none."""
-    results, config = _record(folder).get("results"), folder / "config.yaml"
-    if not results or not config.exists():
+    results, cfg = _record(folder).get("results"), read_plain(folder / "config.yaml")
+    if not results or not cfg:
         return {}
-    cfg = OmegaConf.load(config)
-    data = OmegaConf.select(cfg, "data.val_json") or OmegaConf.select(cfg, "dataloader.test")
+    data = (cfg.get("data") or {}).get("val_json") or (cfg.get("dataloader") or {}).get("test")
     return {(task, str(data)): x["AP"] for task, x in results.items() if "AP" in x}
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "mean_of",
     "measured",
     "minutes_of",
+    "paired",
     "reached",
     "read_comparison",
     "score_of",
@@ -101,6 +102,29 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[f
         return mean, math.nan
     quantile = t.ppf((1 + confidence) / 2, df=len(values) - 1)
     return mean, float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def paired(
+    ours: Sequence[float], theirs: Sequence[float], words: Tuple[str, str] = ("worse", "better")
+) -> Dict[str, Any]:
+    """The mean of ``ours - theirs`` with its 95 % t interval and a verdict.
+
+    Args:
+        ours, theirs: values of the same images, or minibatches, in the same order; a NaN is left out.
+        words: for a mean below and above zero.
+
+    Returns:
+        "mean", "low", "high", "count", and "verdict": one of ``words`` only where the interval excludes
+        zero.
+    """
+    values = np.subtract(ours, theirs)
+    values = values[~np.isnan(values)]
+    mean, half_width = interval(values)
+    low, high = mean - half_width, mean + half_width
+    verdict = words[0] if high < 0 else words[1] if low > 0 else "no difference shown"
+    if len(values) < 2:
+        verdict = "too few for an interval"
+    return {"mean": mean, "low": low, "high": high, "count": len(values), "verdict": verdict}
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sharedkd.engine.resume import differences
 from sharedkd.engine.run import evaluate_teacher
 from sharedkd.errors import ConfigError
 from sharedkd.files import replace
-from sharedkd.lab.analysis.pictures import read_curves
+from sharedkd.lab.metrics import read_curves
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.lab.scores import TASKS, folder_name, is_known

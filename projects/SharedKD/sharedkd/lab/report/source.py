@@ -10,7 +10,7 @@ import numpy as np
 from sharedkd.config.plain import read_plain
 from sharedkd.engine.hooks.record import read_record
 from sharedkd.errors import ConfigError
-from sharedkd.lab.analysis.pictures import read_metrics
+from sharedkd.lab.metrics import read_metrics
 from sharedkd.lab.scores import TASKS, folder_name, read_comparison
 from sharedkd.modeling.stages import Stage
 
@@ -25,7 +25,7 @@ class RunData:
         method, seed: which arm it is.
         folder: its output folder.
         record: its run.json; empty if there is none.
-        curves: its metrics.json, see :func:`~.pictures.read_curves`; empty if there is none.
+        curves: its metrics.json, see :func:`~sharedkd.lab.metrics.read_curves`; empty if there is none.
         config: its config.yaml as plain values, references unresolved; None if there is none.
         problems: what could not be read, a sentence each.
     """
