@@ -25,7 +25,7 @@ import torch
 from sharedkd.config import load_config
 from sharedkd.errors import SharedKDError
 from sharedkd.files import replace
-from sharedkd.lab.benchmark import Benchmark, efficiency, growth, measure
+from sharedkd.lab.benchmark import Benchmark, measure
 from sharedkd.lab.performance import table
 from sharedkd.methods import with_method
 
@@ -67,14 +67,6 @@ if __name__ == "__main__":
         metavar="key=value",
         help="a distillation step with this override, too (may be given several times)",
     )
-    parser.add_argument(
-        "--growth",
-        action="store_true",
-        help="with batch size, image size and number of levels, too",
-    )
-    parser.add_argument(
-        "--processes", type=int, default=0, metavar="N", help="efficiency of N processes, too"
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -87,10 +79,6 @@ if __name__ == "__main__":
     try:
         bench = benchmark(args)
         result = {"command": sys.argv, **measure(bench, args.rounds, args.starts)}
-        if args.growth:
-            result["growth"] = growth(bench, args.rounds)
-        if args.processes:
-            result["efficiency"] = efficiency(bench, args.processes, args.rounds)
     except SharedKDError as e:
         sys.exit(f"error: {e}")
     if args.json:

@@ -6,8 +6,6 @@ of them down alike, and ratios are taken within a round.  Weights are random: ti
 
 import itertools
 import multiprocessing as mp
-import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +14,6 @@ from types import MappingProxyType
 from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -28,17 +25,16 @@ from sharedkd.engine.hooks.record import hardware, peak_memory_mb, versions
 from sharedkd.engine.parts import amp_dtype, memory_layout, rewire
 from sharedkd.engine.trainer import SharedKDTrainer
 from sharedkd.errors import ConfigError
+from sharedkd.lab.timing import spread, take_turns
 from sharedkd.losses.base import Batch
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD
-from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 
-__all__ = ["Benchmark", "efficiency", "growth", "measure"]
+__all__ = ["Benchmark", "measure", "ratio"]
 
 OBJECTS = 8  # per image, of random places and sizes
 WARM_UP = 2  # rounds that are not counted
-FOREVER = 10**9
 NOTHING: Mapping[str, DictConfig] = MappingProxyType({})
 PLAIN = ("student", "teacher_eager", "student_sharedkd", "teacher")
 
@@ -168,7 +164,7 @@ class Benchmark:
             create_ddp_model(model, **self.cfg.train.ddp, **on_gpu),
             itertools.repeat(self.records),
             self._optimizer(model),
-            max_iter=FOREVER,
+            max_iter=10**9,
             amp_dtype=self.dtype,
             clip_grad_norm=self.cfg.train.clip_grad_norm,
         )
@@ -228,39 +224,22 @@ class Benchmark:
     # --- measuring --------------------------------------------------------------------------------
 
     def times(self, names: Sequence[str], rounds: int) -> Dict[str, List[float]]:
-        """Seconds of the arms ``names``, one per round; each round starts with another arm."""
-        seconds: Dict[str, List[float]] = {name: [] for name in names}
-        arms = {name: self.arm(name) for name in names}
-        for turn in range(-WARM_UP, rounds):
-            first = turn % len(names)
-            for name in [*names[first:], *names[:first]]:
-                start = self._now()
-                arms[name]()
-                if turn >= 0:
-                    seconds[name].append(self._now() - start)
-        return seconds
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        """Seconds of the arms ``names``, one per round."""
+        return take_turns({name: self.arm(name) for name in names}, rounds, WARM_UP)
 
     def peak_mb(self, name: str, starts: int = 1) -> float:
         """Peak memory of a step in MB, the median over ``starts`` new processes."""
         cfg = {**self.methods, **self.variants}.get(name, self.cfg)
         work = torch.get_num_threads(), name if name in PLAIN else "distill", cfg, *self.size
-        return median(_in_processes(1, _peak, *work)[0] for _ in range(starts))
+        spawn = mp.get_context("spawn")
+        peaks = []
+        for _ in range(starts):
+            with ProcessPoolExecutor(1, spawn) as pool:
+                peaks.append(pool.submit(_peak, *work).result())
+        return median(peaks)
 
 
-def _in_processes(count: int, function: Callable[..., Any], *work: Any) -> List[Any]:
-    """What ``function`` returns in new processes; each gets its rank and ``work``."""
-    with ProcessPoolExecutor(count, mp.get_context("spawn")) as pool:
-        return [x.result() for x in [pool.submit(function, rank, *work) for rank in range(count)]]
-
-
-def _peak(
-    rank: int, threads: int, arm: str, cfg: DictConfig, image_size: int, batch_size: int
-) -> float:
+def _peak(threads: int, arm: str, cfg: DictConfig, image_size: int, batch_size: int) -> float:
     torch.set_num_threads(threads)
     run = Benchmark(cfg, image_size, batch_size).arm(arm)
     run()
@@ -272,12 +251,7 @@ def ratio(seconds: Seconds, over: str, *under: str, minus: str = "") -> Dict[str
     """Median, least and greatest (over - minus) / sum(under), each ratio within a round."""
     less = seconds[minus] if minus else itertools.repeat(0.0)
     sums = map(sum, zip(*(seconds[name] for name in under)))
-    return _spread([(a - b) / c for a, b, c in zip(seconds[over], less, sums)])
-
-
-def _spread(each: Sequence[float]) -> Dict[str, float]:
-    found = {"median": median(each), "low": min(each), "high": max(each)}
-    return {name: round(x, 5) for name, x in found.items()}
+    return spread([(a - b) / c for a, b, c in zip(seconds[over], less, sums)])
 
 
 def measure(bench: Benchmark, rounds: int, starts: int = 3) -> Dict[str, Any]:
@@ -315,66 +289,9 @@ def measure(bench: Benchmark, rounds: int, starts: int = 3) -> Dict[str, Any]:
         "precision": str(bench.dtype or torch.float32)[6:],
         "teacher_precision": str(bench.teacher.dtype)[6:],
         "ratios": ratios,
-        "seconds": {name: _spread(each) for name, each in seconds.items()},
+        "seconds": {name: spread(each) for name, each in seconds.items()},
         "memory_mb": {name: round(bench.peak_mb(name, starts)) for name in steps},
     }
-
-
-def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
-    """Measure ``overhead`` with twice the images, twice the pixels, and with fewer levels.
-
-    Returns:
-        for each case ``image_size``, ``batch_size``, ``levels`` and ``overhead``.
-    """
-    size, count = bench.size
-    levels = sorted(pyramid_shapes(bench.student)["fpn"])
-    cases = [(size, count, levels), (size, 2 * count, levels)]
-    cases += [(32 * round(size * 2**0.5 / 32), count, levels)]
-    cases += [(size, count, levels[:some]) for some in range(2, len(levels))]
-    found = []
-    for size, count, strides in cases:
-        cfg = bench.cfg.copy()
-        for stage in cfg.model.stages.values():
-            if strides != levels and isinstance(stage, DictConfig) and "strides" in stage.loss:
-                stage.loss.strides = strides
-        arms = "distill", "student", "teacher_eager"
-        overhead = ratio(Benchmark(cfg, size, count).times(arms, rounds), *arms)["median"]
-        case = dict(image_size=size, batch_size=count, levels=len(strides), overhead=overhead)
-        found.append(case)
-    return found
-
-
-def efficiency(bench: Benchmark, processes: int, rounds: int) -> Dict[str, float]:
-    """Time of a step in one process over that in several with as many images each, by median.
-
-    CPU processes over gloo, with one thread each.  1: sharing gradients costs nothing.
-
-    Returns:
-        arm (student_sharedkd, distill) -> ratio.
-    """
-    seconds = []
-    for world in (1, processes):
-        with tempfile.TemporaryDirectory() as folder:
-            work = world, f"file://{folder}/store", rounds, bench.cfg, *bench.size
-            seconds.append(_in_processes(world, _in_group, *work)[0])
-    return {name: seconds[0][name] / seconds[1][name] for name in seconds[0]}
-
-
-def _in_group(
-    rank: int,
-    world: int,
-    store: str,
-    rounds: int,
-    cfg: DictConfig,
-    image_size: int,
-    batch_size: int,
-) -> Dict[str, float]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store, world_size=world, rank=rank)
-    arms = "student_sharedkd", "distill"
-    seconds = Benchmark(cfg, image_size, batch_size).times(arms, rounds)
-    dist.destroy_process_group()
-    return {name: median(each) for name, each in seconds.items()}
 
 
 def _one_step(trainer: SimpleTrainer, iteration: int) -> None:

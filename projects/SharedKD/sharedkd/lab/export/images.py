@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sharedkd.config.build import construct
 from sharedkd.errors import ConfigError
+from sharedkd.lab.analysis.models import validation_records
 
 __all__ = ["Images", "fit", "read_images"]
 
@@ -68,7 +69,7 @@ def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
 
     Args:
         cfg: with a plain detector as its model.
-        files: image files; none: some of ``dataloader.test.dataset``, of different sizes if it can be.
+        files: image files; none: some of ``dataloader.test.dataset``, evenly spread over it.
 
     Raises:
         ConfigError: no mapper, no images, or one that cannot be read.
@@ -78,7 +79,7 @@ def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
     if node is None:
         raise ConfigError(key, None, "is not set, and says how images are resized", "set it")
     mapper = construct(node, key)
-    records = [{"file_name": f} for f in files] or _validation_records(cfg)
+    records = [{"file_name": f} for f in files] or validation_records(cfg, MOST)
     tensors = []
     for record in records:
         try:
@@ -98,16 +99,6 @@ def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
     mean = next((x for x in (OmegaConf.select(cfg, key) for key in keys) if x), (0, 0, 0))
     names = [record["file_name"] for record in records]
     return Images(names, tensors, about, [round(x) for x in mean])
-
-
-def _validation_records(cfg: DictConfig) -> List[Dict[str, Any]]:
-    key = "dataloader.test.dataset"
-    records = construct(OmegaConf.select(cfg, key), key)
-    if not records:
-        raise ConfigError(key, None, "is empty", "name images with --images FILE ...")
-    by_size = {(x.get("height"), x.get("width")): x for x in reversed(records)}
-    chosen = list(by_size.values())[::-1][:MOST]
-    return chosen + [x for x in records if x not in chosen][: MOST - len(chosen)]
 
 
 def _resize(steps: Sequence[Any]) -> Optional[Dict[str, int]]:
