@@ -201,12 +201,6 @@ def test_sources_of_a_comparison(tmp_path):
             sources(tmp_path, None, *options)
 
 
-def test_a_damaged_comparison_has_no_sources(tmp_path):
-    (tmp_path / "results.json").write_text('{"arms": [')
-    with pytest.raises(ConfigError, match=r"DIR=.*results\.json: cannot be read"):
-        sources(tmp_path, None, [], None)
-
-
 def test_visualize_refuses_what_it_cannot_show(runs, tmp_path):
     def refused(*options):
         return tiny.run_tool("visualize_pair.py", "--output", tmp_path, *options)

@@ -44,7 +44,7 @@ def test_ratios_are_taken_within_a_round():
 def test_the_plain_student_is_detectron2s(bench, monkeypatch):
     trainers = []
     monkeypatch.setattr(benchmark, "_one_step", lambda trainer, _: trainers.append(trainer))
-    bench.arm("student")()
+    bench.student()()
     (trainer,) = trainers
     assert type(trainer) is SimpleTrainer
     assert all(p.is_contiguous() for p in trainer.model.parameters())
@@ -55,7 +55,7 @@ def test_the_eager_teacher_is_not_the_prepared_one(bench):
         modules = teacher.model.backbone.modules()
         return sum(isinstance(x, torch.nn.BatchNorm2d) for x in modules)
 
-    assert norms(bench._new_teacher()) > 50 and norms(bench.teacher) == 0
+    assert norms(bench._new_teacher()) > 50 and norms(bench.prepared) == 0
 
 
 def test_a_step_runs_every_loss_of_a_stage_that_starts_late_and_leaves_the_student():
@@ -63,19 +63,19 @@ def test_a_step_runs_every_loss_of_a_stage_that_starts_late_and_leaves_the_stude
     for stage in ("identical", "cross"):
         cfg.model.stages[stage].start = 0.5
     bench = Benchmark(cfg, image_size=64, batch_size=1)
-    pair = bench._pair("distill")
-    before = [p.clone() for p in bench.student.parameters()]
+    pair = bench.pair
+    before = [p.clone() for p in pair.student.parameters()]
     calls = []
     for name, loss in pair.losses.items():
         loss.register_forward_hook(lambda *_, name=name: calls.append(name))
-    bench._step(pair)()
+    bench.distill()()
     assert calls == ["identical", "cross"]
-    assert all(map(torch.equal, bench.student.parameters(), before))
+    assert all(map(torch.equal, pair.student.parameters(), before))
 
 
 def test_the_arm_of_the_losses_computes_them_alone(bench):
-    arm, seen = bench.arm("losses/distill"), []
-    hook = bench.student.register_forward_hook(lambda *_: seen.append("student"))
+    arm, seen = bench.losses(), []
+    hook = bench.pair.student.register_forward_hook(lambda *_: seen.append("student"))
     with torch.profiler.profile() as found:
         arm()
     hook.remove()
@@ -104,8 +104,8 @@ def test_command_line(tmp_path):
     found = json.loads((tmp_path / "deeper/out.json").read_text())
     seconds = {name: x["median"] for name, x in found["seconds"].items()}
     assert list(seconds) == [
-        *("student", "teacher_eager", "student_sharedkd", "teacher", "distill", "fgd"),
-        *("losses/distill", "losses/fgd", variant),
+        *("student", "teacher_eager", "student_sharedkd", "teacher", "distill", "losses/distill"),
+        *("fgd", "losses/fgd", variant, f"losses/{variant}"),
     ]
     plain = seconds["student"] + seconds["teacher_eager"]
     assert found["overhead"] == pytest.approx(seconds["distill"] / plain, rel=1e-3)

@@ -1,11 +1,12 @@
 """Reads the curves of a run: Detectron2's metrics.json."""
 
 import json
+import math
 from typing import Dict, Mapping, Optional, Tuple
 
 import numpy as np
 
-__all__ = ["detector_loss", "read_curves", "read_metrics"]
+__all__ = ["detector_loss", "read_curves", "read_metrics", "seconds_per_step"]
 
 
 def read_curves(path: str) -> Dict[str, np.ndarray]:
@@ -50,6 +51,13 @@ def _row(line: str) -> Optional[Dict[str, float]]:
     if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
         return None
     return row if all(isinstance(x, (int, float, type(None))) for x in row.values()) else None
+
+
+def seconds_per_step(curves: Mapping[str, np.ndarray]) -> float:
+    """The median of a run's step times; NaN before its first logged step."""
+    times = curves.get("time", np.array([]))
+    times = times[~np.isnan(times)]
+    return float(np.median(times)) if len(times) else math.nan
 
 
 def detector_loss(curves: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -19,7 +19,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from scipy.stats import t
@@ -105,7 +105,9 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[f
 
 
 def paired(
-    ours: Sequence[float], theirs: Sequence[float], words: Tuple[str, str] = ("worse", "better")
+    ours: Union[Sequence[float], np.ndarray],
+    theirs: Union[Sequence[float], np.ndarray],
+    words: Tuple[str, str] = ("worse", "better"),
 ) -> Dict[str, Any]:
     """The mean of ``ours - theirs`` with its 95 % t interval and a verdict.
 

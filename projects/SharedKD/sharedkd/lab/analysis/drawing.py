@@ -56,20 +56,14 @@ def draw_gallery(
     folder: Path,
     image_range: Optional[Sequence[float]] = None,
 ) -> List[Dict[str, str]]:
-    """Write a JPEG per image and model, and side_by_side.jpg with all of them.
+    """Write a JPEG per image and model into ``folder``, and side_by_side.jpg with all of them.
 
-    Args:
-        truth: with the objects of the images.
-        records: the images, of the dataset.
-        found: model -> its detections.
-        matches: model -> image id -> their match; detections that are not in it are not drawn.
-        task: "bbox" draws boxes, "segm" masks, too.
-        captions: one per image.
-        folder: created if it does not exist.
-        image_range: see :func:`~sharedkd.data.images.read_image`.
+    Drawn are the detections of ``matches`` (model -> image id -> match), which may be fewer than those
+    ``found``; for the ``task`` "segm" with their masks.  ``image_range`` is that of
+    :func:`~sharedkd.data.images.read_image`.
 
     Returns:
-        per image, ground truth or model -> path of the picture below ``folder``.
+        per record, ground truth or model -> path of the picture below ``folder``.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows, files, present = [], [], set()

@@ -52,7 +52,7 @@ def export_student(
         cfg: of :func:`~sharedkd.config.load.load_config`; of a pair, the student is exported.
         formats: names in :data:`FORMATS`.
         files: images; none: some of the config's validation set.
-        size: (H, W) of the timed image; None: that of the largest of the images.
+        size: (H, W) of the timed image; None: the largest of the images is timed.
         rounds: timed runs of each arm; 0: none.
 
     Returns:
@@ -75,7 +75,7 @@ def export_student(
     checked = [*images.tensors, *images.corner_cases(example)]
     eager = [detect(student, image) for image in checked]
     about = _describe(cfg, student, images)
-    models = {"student": {"megabytes": _megabytes(student)}}
+    models: Dict[str, Dict[str, Any]] = {"student": {"megabytes": _megabytes(student)}}
     os.makedirs(output, exist_ok=True)
     runners: Dict[str, Callable[[Tensor], Any]] = {"student": partial(detect, student)}
     result: Dict[str, Any] = {"models": models, "refused": []}
@@ -86,8 +86,8 @@ def export_student(
             )
         except NotExportable as e:
             result["refused"].append(str(ConfigError("--format", name, str(e), e.fix)))
-    size = size or images.common_size(max(student.backbone.size_divisibility, 1))
-    image = fit(example, size, images.fill)
+    largest = max(images.tensors, key=torch.numel)
+    image = fit(example, size, images.fill) if size else largest
     if rounds:
         try:
             teacher = _teacher(cfg)

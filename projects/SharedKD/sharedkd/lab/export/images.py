@@ -2,8 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from math import ceil
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.data import transforms as T
@@ -38,11 +37,6 @@ class Images:
     about: Dict[str, Any]
     fill: List[int]
 
-    def common_size(self, multiple: int) -> Tuple[int, int]:
-        """(H, W) that no image exceeds, both a multiple of ``multiple``."""
-        height, width = (max(x.shape[i] for x in self.tensors) for i in (1, 2))
-        return ceil(height / multiple) * multiple, ceil(width / multiple) * multiple
-
     def corner_cases(self, image: Tensor) -> List[Tensor]:
         """A crop of ``image``, for another size, and an image without objects."""
         _, height, width = image.shape
@@ -51,13 +45,7 @@ class Images:
 
 
 def fit(image: Tensor, size: Sequence[int], fill: Sequence[int]) -> Tensor:
-    """Crop or pad an image at the right and at the bottom.
-
-    Args:
-        image: (3, H, W)
-        size: (H', W') of the result.
-        fill: value of new pixels, per channel.
-    """
+    """Crop or pad ``image`` (3, H, W) to ``size`` at the right and at the bottom, with ``fill`` per channel."""
     height, width = size
     image = image[:, :height, :width]
     padding = (0, width - image.shape[2], 0, height - image.shape[1])
@@ -65,11 +53,9 @@ def fit(image: Tensor, size: Sequence[int], fill: Sequence[int]) -> Tensor:
 
 
 def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
-    """Read images through ``dataloader.test.mapper``.
+    """Read images through ``dataloader.test.mapper`` of ``cfg``, whose model is a plain detector.
 
-    Args:
-        cfg: with a plain detector as its model.
-        files: image files; none: some of ``dataloader.test.dataset``, evenly spread over it.
+    Without ``files`` they are some of ``dataloader.test.dataset``, evenly spread over it.
 
     Raises:
         ConfigError: no mapper, no images, or one that cannot be read.

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -22,6 +23,7 @@ from sharedkd.lab.scores import (
     measured,
     score_of,
 )
+from sharedkd.lab.tables import number
 
 from . import documents, settings, summary, training
 from .figures import DASHES
@@ -81,7 +83,7 @@ def as_html(
         lstrip_blocks=True,
     )
     page.filters.update(
-        gained=summary.gained, number=summary.number, score=summary.score, short=short
+        gained=summary.gained, number=partial(number, unknown="–"), score=summary.score, short=short
     )
     script = page.get_template("script.js").render()
     return page.get_template("report.html").render(
