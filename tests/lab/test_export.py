@@ -16,7 +16,7 @@ from PIL import Image
 from sharedkd.config import load_config
 from sharedkd.errors import ConfigError
 from sharedkd.lab.analysis.models import trained_student
-from sharedkd.lab.export import FORMATS, NotExportable, compare, export_student, formats, table
+from sharedkd.lab.export import FORMATS, Agreement, NotExportable, export_student, formats, table
 from sharedkd.lab.export.formats import detect, outputs_of
 from sharedkd.lab.export.images import fit, read_images
 
@@ -69,7 +69,7 @@ def test_exported_file_agrees_with_eager_on_every_size(family, name, detectors, 
     for image in (example, other, without):
         eager = detect(model, image)
         assert (len(eager[0]) == 0) == (image is without)
-        found = compare(names, eager, run(image), image.shape[-2:])
+        found = Agreement().add(names, eager, run(image), image.shape[-2:])
         assert found.unmatched == 0 and found.empty == (image is without), found
 
 
@@ -122,15 +122,16 @@ A, B = (0, 0, 10, 10, 0, 0.9), (50, 50, 60, 60, 1, 0.8)
         ([], 2),
     ],
 )
-def test_compare(exported, unmatched):
-    found = compare(NAMES, boxes(A, B), boxes(*exported), (100, 80))
+def test_agreement(exported, unmatched):
+    found = Agreement().add(NAMES, boxes(A, B), boxes(*exported), (100, 80))
     assert (found.unmatched, found.detections, found.empty) == (unmatched, 2, 0)
     assert found.holds == (unmatched == 0)
 
 
-def test_compare_adds_up():
+def test_agreement_adds_up():
     moved = boxes((0.004, 0, 10, 10, 0, 0.9), B)
-    total = compare(NAMES, boxes(A, B), moved, (100, 80)) + compare(NAMES, boxes(), boxes(), (9, 9))
+    total = Agreement().add(NAMES, boxes(A, B), moved, (100, 80))
+    total.add(NAMES, boxes(), boxes(), (9, 9))
     assert (total.images, total.empty, total.detections) == (2, 1, 2)
     assert total.largest["boxes"] == pytest.approx(0.004)
 
@@ -198,7 +199,7 @@ def test_documented_example_runs_alone_and_finds_what_detectron2_finds(name, run
     assert len(done.stdout.splitlines()) == len(truth)
     ours = np.load(path + ".npz")
     theirs = truth.pred_boxes.tensor, truth.pred_classes, truth.scores
-    agreement = compare(NAMES, theirs, [torch.tensor(ours[x]) for x in NAMES], (120, 150))
+    agreement = Agreement().add(NAMES, theirs, [torch.tensor(ours[x]) for x in NAMES], (120, 150))
     assert agreement.unmatched == 0  # equal scores may have changed places
     covered, ours = truth.pred_masks.numpy().sum(0), ours["bitmaps"].sum(0)
     assert covered.sum() > 1000 and abs(covered - ours).sum() < 0.01 * covered.sum()

@@ -248,8 +248,8 @@ def test_settings_that_differ(compared, monkeypatch):
     path.write_text(json.dumps(record))
     # What both have is told setting by setting, and a path as seen from here.
     assert settings.differences(read_source(compared))["sure"] == [
-        ("optimizer.lr", "0.1", "0.2"),
         ("model.student.path", "–", "x.pth"),
+        ("optimizer.lr", "0.1", "0.2"),
     ]
 
 

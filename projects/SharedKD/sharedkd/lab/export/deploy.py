@@ -25,7 +25,7 @@ from sharedkd.modeling.detectors import num_classes
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 from sharedkd.weights.loading import fingerprint
 
-from .agreement import TOLERANCES, UNMATCHED, Agreement, compare
+from .agreement import TOLERANCES, UNMATCHED, Agreement
 from .formats import FORMATS, UNSUPPORTED, NotExportable, Runner, detect, outputs_of
 from .images import Images, fit, read_images
 
@@ -208,7 +208,7 @@ def _agreement(
     eager: Sequence[Sequence[Tensor]],
 ) -> Agreement:
     """Compare the file with the ``eager`` student on every image, whatever its size."""
-    total = Agreement(0, 0, 0, 0, {name: 0.0 for name in names if name != "classes"})
+    total = Agreement()
     for image, expected in zip(images, eager):
         size = image.shape[-2:]
         try:
@@ -217,7 +217,7 @@ def _agreement(
             reason = str(e).strip().splitlines()[-1:] or [type(e).__name__]
             shape = "x".join(map(str, size))
             raise NotExportable(f"the file fails on an image of {shape}: {reason[0]}") from e
-        total = total + compare(names, expected, exported, size)
+        total.add(names, expected, exported, size)
     return total
 
 

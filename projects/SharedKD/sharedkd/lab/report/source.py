@@ -74,10 +74,10 @@ class RunData:
         found = {}
         nodes = _inner(self.config["model"], "stages") if is_distilled(self.config) else {}
         for name, node in nodes.items():
+            if not isinstance(node, Mapping):  # the dict's own _target_
+                continue
             keys = ("weight", "start", "ramp", "end", "relative")
-            times = (
-                {k: node[k] for k in keys if k in node} if isinstance(node, Mapping) else {"": ""}
-            )
+            times = {key: node[key] for key in keys if key in node}
             # A reference to another key is text here.
             if all(isinstance(x, (int, float, type(None))) for x in times.values()):
                 found[str(name)] = Stage(None, **times)  # type: ignore[arg-type]
