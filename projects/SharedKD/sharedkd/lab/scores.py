@@ -17,7 +17,7 @@ A value that is NaN or None counts as one that is not there.
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -184,24 +184,23 @@ class Row:
 
     Args:
         method: its name.
-        scores: seed to AP.
         mean, half_width: of AP over seeds, see :func:`interval`.
         metrics: AP50, AP75, APs, APm and APl to their means.
+        scores: seed to AP.
         gain: against the baseline; None for the baseline itself.
-        iterations, seconds_per_step, minutes, peak_memory_mb, loss_parameters: means over seeds.
+        seconds_per_step, minutes, peak_memory_mb, loss_parameters: means over seeds.
     """
 
     method: str
-    scores: Mapping[int, float]
     mean: float
-    half_width: float
     metrics: Mapping[str, float]
-    gain: Optional[Difference]
-    iterations: float
-    seconds_per_step: float
-    minutes: float
-    peak_memory_mb: float
-    loss_parameters: float
+    half_width: float = math.nan
+    scores: Mapping[int, float] = field(default_factory=dict)
+    gain: Optional[Difference] = None
+    seconds_per_step: float = math.nan
+    minutes: float = math.nan
+    peak_memory_mb: float = math.nan
+    loss_parameters: float = math.nan
 
 
 def measured(record: Mapping[str, Any]) -> Dict[str, List[Row]]:
@@ -214,12 +213,11 @@ def _row(record: Mapping[str, Any], method: str, task: str) -> Row:
     mean, half_width = interval(list(scores.values()))
     return Row(
         method,
-        scores,
         mean,
-        half_width,
         {m: mean_of(list(scores_of(record, method, task, m).values())) for m in MORE_METRICS},
+        half_width,
+        scores,
         None if method == baseline else difference(record, method, baseline, task),
-        mean_of(costs_of(record, method, "iterations")),
         mean_of(costs_of(record, method, "seconds_per_step")),
         minutes_of(record, method),
         mean_of(costs_of(record, method, "peak_memory_mb")),

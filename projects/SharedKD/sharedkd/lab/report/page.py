@@ -119,6 +119,7 @@ def as_html(
 def _teacher(source: Source, task: str) -> Optional[Row]:
     """The teacher as a row of the results; None if its AP is not known."""
     ap, *more = (score_of(source.record.get("teacher"), task, m) for m in ("AP", *MORE_METRICS))
-    nan, metrics = math.nan, dict(zip(MORE_METRICS, more))
-    row = Row("teacher", {}, ap, nan, metrics, Difference(nan, nan, 0), nan, nan, nan, nan, nan)
-    return row if is_known(ap) else None
+    if not is_known(ap):
+        return None
+    nothing = Difference(math.nan, math.nan, 0)
+    return Row("teacher", ap, dict(zip(MORE_METRICS, more)), gain=nothing)
