@@ -120,8 +120,8 @@ def test_classes_in_another_order_are_refused_where_scores_are_read(workspace, t
         run(args)
     opts = [*args.opts, f"train.output_dir={tmp_path}/run"]
     found = preflight(str(tiny.ROOT / "configs/custom_coco_mask_plain.py"), opts, measure=False)
-    (warning,) = [w for w in found.warnings if w.key == "train.init_checkpoint"]
-    assert not found.errors and "in another order" in warning.problem
+    (warning,) = [w for w in found["warnings"] if w["key"] == "train.init_checkpoint"]
+    assert found["ok"] and "in another order" in warning["problem"]
 
 
 CAFFE2 = {
@@ -154,20 +154,20 @@ def test_a_backbone_of_another_convention_is_named_with_the_keys_to_set(workspac
         opts += [f"train.output_dir={tmp_path}/run", *(workspace.pair if depth == 18 else ())]
         config = "configs/custom_coco.py" if depth == 18 else "configs/custom_coco_teacher.py"
         found = preflight(str(tiny.ROOT / config), opts, measure=False)
-        assert not found.errors
-        return [w for w in found.warnings if w.key == "train.init_checkpoint"]
+        assert found["ok"]
+        return [w for w in found["warnings"] if w["key"] == "train.init_checkpoint"]
 
     def keys(warning):
-        return warning.fix.removeprefix("set ").partition(", or use")[0].split()
+        return warning["fix"].removeprefix("set ").partition(", or use")[0].split()
 
     assert not said(50, "torchvision")
     (warning,) = said(50, "Caffe2")
     has = "Caffe2's convention (BGR images, the stride in the 1x1 convolution, pixel_std [1,1,1])"
-    assert has in warning.problem
+    assert has in warning["problem"]
     settings = keys(warning)
     assert len(settings) == 5 and not said(50, "Caffe2", *settings)
     (warning,) = said(50, "torchvision", *settings)
-    assert "torchvision's convention (RGB images, the stride in the 3x3" in warning.problem
+    assert "torchvision's convention (RGB images, the stride in the 3x3" in warning["problem"]
     pair = [x.replace("model.", "model.student.") for x in settings if "stride" not in x]
     (warning,) = said(18, "torchvision", *pair)
     back = keys(warning)
