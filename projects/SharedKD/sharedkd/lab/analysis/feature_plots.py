@@ -48,8 +48,8 @@ def draw_heat_maps(record: Mapping[str, Any], tap: str) -> Figure:
         low, high = (f(np.concatenate([x.ravel() for x in means])) for f in (np.nanmin, np.nanmax))
         for axes, (title, _, kind), matrix, mean in zip(row, shown, matrices, means):
             picture = axes.imshow(mean, cmap="cividis", vmin=low, vmax=high)
-            for (i, j), value in np.ndenumerate(mean):
-                sd = np.array(matrix["sd"], float)[i, j]
+            for i, j in zip(*np.nonzero(np.isfinite(mean))):
+                value, sd = mean[i, j], np.array(matrix["sd"], float)[i, j]
                 text = f"{value:.2f}" + (f"\n±{sd:.2f}" if np.isfinite(sd) else "")
                 color = "white" if value < (low + high) / 2 else "black"
                 axes.text(j, i, text, ha="center", va="center", color=color, fontsize=7)
