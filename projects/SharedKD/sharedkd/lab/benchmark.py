@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, Callable, Dict, Mapping, Sequence
 
 import torch
-from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from omegaconf import DictConfig
@@ -22,6 +22,7 @@ from torch import nn
 from sharedkd.config.build import construct
 from sharedkd.engine.hooks.record import hardware, peak_memory_mb, versions
 from sharedkd.engine.parts import amp_dtype, memory_layout, rewire
+from sharedkd.engine.run import ddp
 from sharedkd.engine.trainer import SharedKDTrainer
 from sharedkd.errors import ConfigError
 from sharedkd.lab.timing import spread, take_turns
@@ -178,9 +179,8 @@ class Benchmark:
         return optimizer
 
     def _step(self, model: nn.Module) -> Arm:
-        on_gpu = {} if self.device.type == "cuda" else {"device_ids": None}
         trainer = SharedKDTrainer(
-            create_ddp_model(model, **self.cfg.train.ddp, **on_gpu),
+            ddp(self.cfg, model),
             itertools.repeat(self.records),
             self._optimizer(model),
             max_iter=10**9,

@@ -6,15 +6,15 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
-from detectron2.data import MetadataCatalog
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from sharedkd.config import student_only
 from sharedkd.config.build import construct
+from sharedkd.config.own_data import class_names
 from sharedkd.engine.hooks.record import hardware, versions
 from sharedkd.errors import ConfigError, ConfigErrors
 from sharedkd.files import replace
@@ -223,6 +223,7 @@ def _agreement(
 
 def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, Any]:
     """The description that a program without this package needs to run the file."""
+    names, count = class_names(cfg) or [], num_classes(student) or 0
     return {
         "inputs": {"image": {"shape": [3, "H", "W"], "dtype": "uint8", **images.about}},
         "in_graph": {
@@ -232,7 +233,7 @@ def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, 
         },
         "outputs": outputs_of(student),
         "order": "descending score",
-        "classes": _class_names(cfg, num_classes(student)),
+        "classes": names if len(names) == count else list(map(str, range(count))),
         "device": "cpu",
         "checkpoint": {
             "file": os.path.basename(cfg.train.init_checkpoint),
@@ -240,15 +241,6 @@ def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, 
         },
         "versions": versions(),
     }
-
-
-def _class_names(cfg: DictConfig, count: Optional[int]) -> List[str]:
-    names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
-    name = names if isinstance(names, str) else (list(names) if names else [""])[0]
-    classes = MetadataCatalog.get(name).get("thing_classes", None) if name else None
-    if classes and len(classes) == count:
-        return list(classes)
-    return [str(i) for i in range(count or 0)]
 
 
 def _teacher(cfg: DictConfig) -> FrozenTeacher:
