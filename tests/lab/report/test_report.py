@@ -202,6 +202,9 @@ def test_stages_are_told_with_their_schedule(compared):
     assert plots[1].names == ["s8", "s16"]  # sorted by number
     stage = read_source(compared).runs_of("wide")[0].stages["identical"]
     assert training.schedule(stage, 200)[1] == (50, 69, 150)
+    (known,) = read_source(compared).runs_of("wide")[:1]
+    known.config["model"]["stages"]["identical"].update(weight="auto", end="teacher")
+    assert training.schedule(known.stages["identical"], 200)[1] == (50, 69, 200)
     for run in compared.glob("wide/seed*/config.yaml"):
         run.unlink()
     plots = training.terms(read_source(compared))["wide"]

@@ -78,8 +78,9 @@ class RunData:
                 continue
             keys = ("weight", "start", "ramp", "end", "relative")
             times = {key: node[key] for key in keys if key in node}
-            # A reference to another key is text here.
-            if all(isinstance(x, (int, float, type(None))) for x in times.values()):
+            # Other text is a reference to another key.
+            words = {("weight", "auto"), ("end", "teacher")}
+            if all(not isinstance(x, str) or (k, x) in words for k, x in times.items()):
                 found[str(name)] = Stage(None, **times)  # type: ignore[arg-type]
         return found
 
