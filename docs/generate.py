@@ -192,6 +192,7 @@ def measured() -> Dict[Tuple[str, str], str]:
     """(page, name of its markers) -> the table between them, from the records of docs/results."""
     records = {name: _record(name) for name in PAIRS}
     found = {("MODEL_ZOO.md", name): _zoo(record) for name, record in records.items()}
+    found["docs/results.md", "cards"] = _over_training(_record("cards"))
     found["docs/results.md", "precision"] = _precision([_record(name) for name in PRECISION])
     return found
 
@@ -225,6 +226,21 @@ def _precision(records: Sequence[Mapping[str, Any]]) -> str:
         f"{task} AP, {x}" for task in ("box", "mask") for x in ("float32", "bfloat16", "difference")
     ]
     return _table(" | ".join(["machine", "seeds", *titles]), rows)
+
+
+def _over_training(record: Mapping[str, Any]) -> str:
+    """Box AP of every finished arm at each evaluation, and the time of a step."""
+    arms = [arm for arm in record["arms"] if arm["status"] == "finished"]
+    titles = ["method", *(f"after {i}" for i, _ in arms[0]["curve"]["bbox"]), "s / step"]
+    rows = [
+        (
+            f"`{arm['method']}`",
+            *(f"{ap:.1f}" for _, ap in arm["curve"]["bbox"]),
+            f"{arm['seconds_per_step']:.2f}",
+        )
+        for arm in arms
+    ]
+    return _table(" | ".join(titles), rows)
 
 
 def _zoo(record: Mapping[str, Any]) -> str:
