@@ -50,16 +50,18 @@ def show_larger_images(cfg: DictConfig) -> None:
     """Let the loaders also deliver the images as a teacher with a ``scale`` sees them.
 
     With a mapper of one's own, or teachers of several scales, the teacher enlarges the student's images.
+    Without such a teacher they do not, whatever a run's saved config says.
     """
-    teachers = [cfg.model.get("teacher"), *(cfg.model.get("teachers") or {}).values()]
+    further = cfg.model.get("teachers")
+    teachers = [cfg.model.get("teacher")]
+    teachers += further.values() if isinstance(further, DictConfig) else ()
     scales = {x.get("scale", 1) for x in teachers if isinstance(x, DictConfig)} - {1}
-    if len(scales) != 1:
-        return
+    larger = scales.pop() if len(scales) == 1 else 1
     for split in ("train", "test"):
         mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
         if isinstance(mapper, DictConfig) and target_of(mapper) in (DatasetMapper, ImageMapper):
-            mapper._target_ = ImageMapper
-            mapper.larger = scales.copy().pop()
+            if mapper.get("larger", 1) != larger:
+                mapper._target_, mapper.larger = ImageMapper, larger
 
 
 def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:

@@ -161,8 +161,10 @@ def enlarged(transforms: T.Transform, scale: float) -> Optional[T.TransformList]
             x, resized = T.ResizeTransform(*sides, x.interp), True
         elif isinstance(x, T.CropTransform) and resized:
             x = T.CropTransform(*(round(n * scale) for n in (x.x0, x.y0, x.w, x.h)))
-        elif resized and not isinstance(x, _OF_ANY_SIZE):
-            return None
+        elif resized and not (
+            isinstance(x, _OF_ANY_SIZE) and np.ndim(getattr(x, "src_image", 0)) < 2
+        ):
+            return None  # or blends the image with another, of its own size
         found.append(x)
     return T.TransformList(found) if resized else None
 

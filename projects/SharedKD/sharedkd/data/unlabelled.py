@@ -14,7 +14,7 @@ from .images import check_depth, is_thin, match_files, unreadable, upright_size
 from .notes import Notes
 from .repair import settle_images
 
-__all__ = ["read_unlabelled", "register_unlabelled"]
+__all__ = ["images_of", "read_unlabelled", "register_unlabelled"]
 
 Record = Dict[str, Any]  #: a dataset dict of Detectron2
 
@@ -47,7 +47,7 @@ def read_unlabelled(
     """
     notes = Notes(key, ", ".join(folders), reading.repair)
     if json_file is not None:
-        found = _listed(json_file, folders[0], Notes(json_key, json_file, reading.repair), key)
+        found = images_of(json_file, folders[0], Notes(json_key, json_file, reading.repair), key)
     else:
         found = sorted({path for folder in folders for path in _below(folder, key)})
     left_out: Dict[str, List[str]] = {}
@@ -105,8 +105,18 @@ def _below(folder: str, key: str) -> Iterator[str]:
                 yield os.path.join(place, name)
 
 
-def _listed(json_file: str, folder: str, notes: Notes, key: str) -> List[str]:
-    """The absolute names of the files of a json's images."""
+def images_of(json_file: str, folder: str, notes: Notes, key: str) -> List[str]:
+    """The absolute names of the files that the images of a json in COCO format mean, in order.
+
+    Args:
+        json_file: its annotations are not read.
+        folder: of the images.
+        notes: with the key of the json, for messages.
+        key: of the folder.
+
+    Raises:
+        ConfigError: no such file, no images in it, or one that is not in the folder.
+    """
     try:
         with open(json_file, encoding="utf-8") as f:
             document = json.load(f)

@@ -175,7 +175,8 @@ def _weaker(parts: Parts, name: Optional[str], teacher: Teacher) -> Iterator[Con
     theirs, size = Path(weights).absolute().parent, count_parameters(parts.student)
     ap = _results(theirs)
     for folder in sorted(Path(parts.cfg.train.output_dir).absolute().parent.glob("*/")):
-        plain = _record(folder).get("parameters") == {"student": size, "losses": 0}
+        record = _record(folder)
+        plain = record.get("stages") == [] and record["parameters"]["student"] == size
         higher = _results(folder) if plain and folder != theirs else {}
         worse = sorted(x for x in ap.keys() & higher.keys() if ap[x] < higher[x])
         if worse:

@@ -22,7 +22,7 @@ from sharedkd.modeling.hardware import trains_channels_last
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD, check_image_format
 from sharedkd.modeling.stages import Stage
-from sharedkd.modeling.teachers import Peer, Teacher
+from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher
 from sharedkd.values import check_number
 from sharedkd.weights.loading import Initial, inherit, initialise, load_trained
 
@@ -166,8 +166,9 @@ def assemble(
         sample = step(parts.loader.first_sample)
         for student in (parts.student, *(peer.student for peer in parts.peers.values())):
             step(check_sample, student, sample)
-        if isinstance(parts.model, SharedKD) and sample is not FAILED:
-            step(parts.model.check_record, sample)
+        if isinstance(parts.model, SharedKD):
+            for pair in parts.model.pairs.values():
+                step(pair.check_record, sample)
         if parts.loader.unlabelled and parts.model is not FAILED:
             step(check_unlabelled, cfg, parts.model)
         parts.sample = sample or None
@@ -337,13 +338,11 @@ def _source(cfg: DictConfig) -> Tuple[str, bool, str]:
 
 
 def _inherit(cfg: DictConfig, student: nn.Module, teacher: Any) -> List[str]:
-    if teacher is None:
-        raise ConfigError(
-            "train.inherit",
-            list(cfg.train.inherit),
-            "there is no teacher",
-            "set model.teacher or use train.inherit=[]",
-        )
+    if not isinstance(teacher, FrozenTeacher):
+        kind = type(teacher).__name__
+        problem = "there is no teacher" if teacher is None else f"a {kind} is no trained detector"
+        fix = "set model.teacher or use train.inherit=[]"
+        raise ConfigError("train.inherit", list(cfg.train.inherit), problem, fix)
     return inherit(student, teacher.model, cfg.train.inherit, teacher.scale)
 
 

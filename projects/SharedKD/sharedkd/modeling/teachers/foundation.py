@@ -33,7 +33,7 @@ class FoundationTeacher(Teacher):
 
     Args:
         model: the network, or a LazyConfig node of it; it takes (N, C, H, W) and returns a map
-            (N, C, h, w), or tokens (N, L, C) whose last are those of the patches, row by row.
+            (N, C, h, w) or (N, h, w, C), or tokens (N, L, C) whose last are those of the patches, row by row.
         weights: ``.pth``, ``.pkl`` or ``.safetensors``; an empty string: those that ``model`` was built with.
         patch: the side of a patch in pixels; of a network that returns a map, what sides have to be
             multiples of.
@@ -133,9 +133,14 @@ class FoundationTeacher(Teacher):
     def _map(self, images: Tensor) -> Tensor:
         """The network's map (N, C, h, w) of images that are a whole number of patches."""
         found = run_until(self.model, self._source, images)
-        rows, columns = (side // self.patch for side in images.shape[-2:])
+        height, width = images.shape[-2:]
+        rows, columns = height // self.patch, width // self.patch
         if isinstance(found, Tensor) and found.dim() == 4:
-            return found
+            _, a, b, c = (
+                found.shape
+            )  # the sides are to each other as the image's; a Swin's come first
+            last = a * width == b * height and b * width != c * height
+            return found.permute(0, 3, 1, 2) if last else found
         if isinstance(found, Tensor) and found.dim() == 3 and found.shape[1] >= rows * columns:
             return found[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
         returned = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
