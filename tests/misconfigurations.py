@@ -418,14 +418,6 @@ PAIR = {
     ),
     "option of the teacher": (["model.teacher.speed=9"], "model.teacher", ["speed"]),
     "part to inherit": (["train.inherit=[tail]"], "train.inherit", ["tail", "neck"]),
-    "to inherit from the student's average": (
-        [
-            "train.inherit=[neck]",
-            "model.teacher={_target_:sharedkd.modeling.teachers.StudentAverage}",
-        ],
-        "train.inherit",
-        ["a StudentAverage is no trained detector"],
-    ),
     "teachers as a list": (["model.teachers=[a]"], "model.teachers", ["is no group of nodes"]),
     "no teacher for a stage": (["model.teacher=null"], f"{SAME}.loss", ["needs a teacher"]),
     "no such teacher for a stage": (
