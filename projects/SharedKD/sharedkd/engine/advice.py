@@ -6,15 +6,16 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import torch
 from omegaconf import OmegaConf
 
-from sharedkd.errors import FAILED, ConfigError
+from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.hardware import has_bfloat16
+from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.teachers import Teacher
 from sharedkd.weights.conventions import convention_of_model
 
 from .checks import key_of
 from .hooks.record import read_record
-from .parts import Parts, images_per_step, losses_of
+from .parts import Parts, images_per_step
 
 __all__ = ["advise"]
 
@@ -32,7 +33,7 @@ def advise(parts: Parts) -> List[ConfigError]:
     """
     checks = (_weights, _evaluation, _checkpoints, _disk, _precision, _optimizer, _data)
     found = [warning for check in checks for warning in check(parts)]
-    if parts.model is not FAILED and losses_of(parts.model):
+    if isinstance(parts.model, SharedKD):
         found += [*_teachers(parts), *_stages(parts)]
     return found
 

@@ -224,20 +224,18 @@ def check_unlabelled(cfg: DictConfig, model: nn.Module) -> None:
     Raises:
         ConfigError: ``model`` is a plain detector, or no stage compares maps alone.
     """
-    pairs = model.pairs if isinstance(model, SharedKD) else {}
-    stages = [f"{owner}{name}" for owner, pair in pairs.items() for name in pair.stages]
-    if not any(pair.sees_unlabelled(x) for pair in pairs.values() for x in pair.stages):
-        found = OmegaConf.select(cfg, "data.unlabelled_images")
-        key = "dataloader.train.unlabelled" if found is None else "data.unlabelled_images"
-        if isinstance(model, SharedKD):
-            problem = f"no stage learns from them: {', '.join(stages) or 'there is none'}"
-            fix = "use a method that compares maps alone, such as shared_kd or pkd, or leave it out"
-        else:
-            problem, fix = (
-                "nothing learns from them without distillation",
-                "add --teacher, or leave it out",
-            )
-        raise ConfigError(key, found, problem, fix)
+    if isinstance(model, SharedKD):
+        if model.unlabelled_stages:
+            return
+        names = ", ".join(model.all_stages) or "there is none"
+        problem = f"no stage learns from them: {names}"
+        fix = "use a method that compares maps alone, such as shared_kd or pkd, or leave it out"
+    else:
+        problem = "nothing learns from them without distillation"
+        fix = "add --teacher, or leave it out"
+    found = OmegaConf.select(cfg, "data.unlabelled_images")
+    key = "dataloader.train.unlabelled" if found is None else "data.unlabelled_images"
+    raise ConfigError(key, found, problem, fix)
 
 
 def check_evaluation(cfg: DictConfig, data: DataSets, findings: Findings) -> None:

@@ -20,7 +20,7 @@ from sharedkd.modeling.backbones import compile_backbone, recompute_blocks
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import trains_channels_last
 from sharedkd.modeling.layout import keep_keypoints_contiguous
-from sharedkd.modeling.meta_arch import SharedKD, check_image_format
+from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher
 from sharedkd.values import check_number
@@ -51,9 +51,7 @@ __all__ = [
     "assemble",
     "build",
     "images_per_step",
-    "losses_of",
     "memory_layout",
-    "pairs_of",
     "rewire",
 ]
 
@@ -389,19 +387,6 @@ def images_per_step(cfg: DictConfig) -> Optional[int]:
     """Images per step of all processes together; None: the loader does not say."""
     batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
     return batch * cfg.train.accumulate if isinstance(batch, int) else None
-
-
-def losses_of(model: nn.Module) -> nn.Module:
-    """The distillation losses of ``model``.
-
-    Empty for a plain detector, whose `losses` may be a method.
-    """
-    return model.losses if isinstance(model, SharedKD) else nn.ModuleDict()
-
-
-def pairs_of(model: nn.Module) -> Dict[str, nn.Module]:
-    """All students of ``model`` with their stages, see :attr:`SharedKD.pairs`; a plain detector is alone."""
-    return model.pairs if isinstance(model, SharedKD) else {"": model}
 
 
 def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:

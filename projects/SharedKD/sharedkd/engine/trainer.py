@@ -19,6 +19,7 @@ from sharedkd.engine.hooks.outgrown import Outgrown
 from sharedkd.engine.hooks.step_log import StepLog
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.balance import held
+from sharedkd.modeling.meta_arch import pairs_of
 from sharedkd.modeling.stages import owner_of, scale_relative, terms_of, under
 
 __all__ = ["SharedKDTrainer", "Step", "check_amp"]
@@ -117,7 +118,7 @@ class SharedKDTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
         #: All students with their stages; a plain detector is alone and has none.
-        self.pairs = getattr(self.module, "pairs", {"": self.module})
+        self.pairs = pairs_of(self.module)
         self.stages = self._of_pairs("stages")
         self.auto_weights = self._of_pairs("auto_weights")
         self.schedule_length = max_iter

@@ -34,7 +34,7 @@ from .stages import DISTILL, PEER, Stage, scale_relative
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
 from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher
 
-__all__ = ["SharedKD", "check_image_format"]
+__all__ = ["SharedKD", "check_image_format", "losses_of", "pairs_of"]
 
 #: What a loss needs -> the taps that this takes.
 NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
@@ -321,7 +321,7 @@ class SharedKD(nn.Module):
             weights = self._weights_now()
             losses = SharedKD.forward(self, batched_inputs, weights)  # no hook runs twice
             values = {name: x.detach() for name, x in losses.items()}
-            return scale_relative(losses, values, self._all_stages, weights)
+            return scale_relative(losses, values, self.all_stages, weights)
         pairs = self.pairs
         active = {owner: pair._active(owner, weights) for owner, pair in pairs.items()}
         for owner, pair in pairs.items():
@@ -353,6 +353,16 @@ class SharedKD(nn.Module):
         pyramids = [self.pyramid, source.pyramid if isinstance(source, StudentMaps) else None]
         heads = any(pyramids) and stage.loss.taps & HEAD_TAPS  # these take a whole forward
         return stage.loss.needs <= {"teacher"} and not heads
+
+    @property
+    def unlabelled_stages(self) -> List[str]:
+        """The stages of all students that learn from images without labels, too."""
+        return [
+            f"{owner}{name}"
+            for owner, pair in self.pairs.items()
+            for name in pair.stages
+            if pair.sees_unlabelled(name)
+        ]
 
     def _check_inputs(self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]) -> None:
         """Check that records have what the active stages and the student read."""
@@ -514,7 +524,7 @@ class SharedKD(nn.Module):
         }
 
     @property
-    def _all_stages(self) -> Dict[str, Stage]:
+    def all_stages(self) -> Dict[str, Stage]:
         """The stages of all students, by the names that weights have."""
         return {
             f"{owner}{k}": x for owner, pair in self.pairs.items() for k, x in pair.stages.items()
@@ -526,7 +536,7 @@ class SharedKD(nn.Module):
         for pair in self.pairs.values():
             for name, stage in pair.stages.items():
                 _check_times(f"{pair.key}.stages.{name}", stage, self.max_iter)
-        return {k: x.weight_at(iteration, self.max_iter) for k, x in self._all_stages.items()}
+        return {k: x.weight_at(iteration, self.max_iter) for k, x in self.all_stages.items()}
 
     def _teacher_maps(
         self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]
@@ -605,6 +615,19 @@ class SharedKD(nn.Module):
             the missing and the unexpected keys.
         """
         return self.student.load_state_dict(state_dict, *args, **kwargs)
+
+
+def losses_of(model: nn.Module) -> nn.Module:
+    """The distillation losses of ``model``.
+
+    Empty for a plain detector, whose `losses` may be a method.
+    """
+    return model.losses if isinstance(model, SharedKD) else nn.ModuleDict()
+
+
+def pairs_of(model: nn.Module) -> Dict[str, nn.Module]:
+    """All students of ``model`` with their stages, see :attr:`SharedKD.pairs`; a plain detector is alone."""
+    return model.pairs if isinstance(model, SharedKD) else {"": model}
 
 
 def _check_times(key: str, stage: Stage, max_iter: Optional[int]) -> None:
