@@ -18,6 +18,7 @@ from sharedkd.errors import FAILED, ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.modeling.detectors import num_classes, read_config
 from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.teachers import teacher_key
 from sharedkd.values import check_number
 
 from .checkpoint import has_run
@@ -168,7 +169,7 @@ def check_class_order(
     for name, teacher in getattr(model, "sources", {}).items():
         path = getattr(teacher, "name", None)
         if name in readers and path and num_classes(model.student) == num_classes(teacher.detector):
-            key = "model.teacher.config" if name is None else f"model.teachers.{name}.config"
+            key = f"{teacher_key(name)}.config"
             names = names_of(path)
             findings.step(check_class_names, key, path, names or classes, classes)
 

@@ -22,7 +22,7 @@ from sharedkd.modeling.hardware import trains_channels_last
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of
 from sharedkd.modeling.stages import Stage
-from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher
+from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher, teacher_key
 from sharedkd.values import check_number
 from sharedkd.weights.loading import Initial, inherit, initialise, load_trained
 
@@ -267,19 +267,14 @@ def _construct(cfg: DictConfig, classes_known: bool, findings: Findings) -> Buil
 
 def _teachers(node: DictConfig, findings: Findings) -> Dict[Optional[str], Teacher]:
     """The teachers of a pair by name, None for ``model.teacher``."""
-    found = {}
-    if node.get("teacher") is not None:
-        found[None] = findings.step(construct, node.teacher, "model.teacher")
-    for name, teacher in _group(
-        node, "teachers", "dict(NAME=L(FrozenTeacher)(...))", findings
-    ).items():
-        found[name] = findings.step(_construct_named, teacher, name)
-    return found
+    nodes = {} if node.get("teacher") is None else {None: node.teacher}
+    nodes.update(_group(node, "teachers", "dict(NAME=L(FrozenTeacher)(...))", findings))
+    return {name: findings.step(_teacher, name, x) for name, x in nodes.items()}
 
 
-def _construct_named(teacher: DictConfig, name: str) -> Teacher:
+def _teacher(name: Optional[str], node: DictConfig) -> Teacher:
     with _called(name):
-        return construct(teacher, f"model.teachers.{name}")
+        return construct(node, teacher_key(name))
 
 
 def _stages(node: DictConfig, findings: Findings) -> Dict[str, Any]:
@@ -307,13 +302,11 @@ def _called(name: Optional[str]) -> Iterator[None]:
     """Replace the key `model.teacher` in a teacher's errors by that of the teacher ``name``."""
 
     def here(text: str) -> str:
-        return re.sub(r"\bmodel\.teacher(?=\.|$)", f"model.teachers.{name}", text)
+        return re.sub(r"\bmodel\.teacher(?=\.|$)", teacher_key(name), text)
 
     try:
         yield
     except SharedKDError as e:
-        if name is None:
-            raise
         raise ConfigErrors(
             type(x)(here(x.key), x.value, here(x.problem), here(x.fix)) for x in e.errors
         ) from e

@@ -21,6 +21,7 @@ from sharedkd.errors import ConfigError
 from sharedkd.modeling.balance import held
 from sharedkd.modeling.meta_arch import pairs_of
 from sharedkd.modeling.stages import owner_of, scale_relative, terms_of, under
+from sharedkd.modeling.teachers import teacher_key
 
 __all__ = ["SharedKDTrainer", "Step", "check_amp"]
 
@@ -360,7 +361,7 @@ class SharedKDTrainer(SimpleTrainer):
             before, after = then.get(name), now.get(name)
             if before != after:
                 raise ConfigError(
-                    "model.teacher.weights" if name is None else f"model.teachers.{name}.weights",
+                    f"{teacher_key(name)}.weights",
                     after,
                     f"is not the teacher of the run to resume ({before})",
                     "resume with the same teacher, or start anew in another train.output_dir",

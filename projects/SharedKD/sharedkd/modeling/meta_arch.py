@@ -32,7 +32,7 @@ from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .recipes import stages_of
 from .stages import DISTILL, PEER, Stage, scale_relative
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
-from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher
+from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher, teacher_key
 
 __all__ = ["SharedKD", "check_image_format", "losses_of", "pairs_of"]
 
@@ -329,16 +329,15 @@ class SharedKD(nn.Module):
         # Before the students: the teachers' temporaries are gone when their graphs are built.
         maps = {owner: pair._teacher_maps(active[owner], labelled) for owner, pair in pairs.items()}
         seen = self._run_students(active, labelled)
+        terms = {o: pair._terms(active[o], seen[o], maps[o]) for o, pair in pairs.items()}
         others = [x for x in batched_inputs if x.get(UNLABELLED)]
         more = self._see_unlabelled(active, seen, others) if others else {}
         share, losses = len(others) / len(batched_inputs), {}
         for owner, pair in pairs.items():
-            terms = pair._terms(active[owner], seen[owner], maps[owner])
-            if more:
-                theirs = more[owner]()
-                terms.update({k: (1 - share) * terms[k] + share * x for k, x in theirs.items()})
-            own = pair._with_idle_parameters({**seen[owner].losses, **terms})
-            losses.update({f"{owner}{name}": x for name, x in own.items()})
+            own, theirs = terms[owner], more.get(owner, {})
+            own.update({k: (1 - share) * own[k] + share * x for k, x in theirs.items()})
+            found = pair._with_idle_parameters({**seen[owner].losses, **own})
+            losses.update({f"{owner}{name}": x for name, x in found.items()})
         return losses
 
     def _active(self, owner: str, weights: Mapping[str, float]) -> Dict[str, float]:
@@ -411,35 +410,30 @@ class SharedKD(nn.Module):
         active: Mapping[str, Mapping[str, float]],
         seen: Mapping[str, Seen],
         batched_inputs: List[Dict[str, Any]],
-    ) -> Dict[str, Callable[[], Dict[str, Tensor]]]:
+    ) -> Dict[str, Dict[str, Tensor]]:
         """Run teachers and students on images without labels, up to the maps that stages read.
 
-        After the students' own forward, which gives peers the maps of the labelled images.
+        After the students' own forward, which gives peers the maps of the labelled images, and their
+        terms, which set the automatic weights.
 
         Returns:
-            for each student what computes the terms of those of its stages that see these images.
+            the terms of each student's stages that see these images.
         """
         pairs = self.pairs
         also = {
             owner: {name: w for name, w in active[owner].items() if pair.sees_unlabelled(name)}
             for owner, pair in pairs.items()
         }
-        maps = {
-            owner: pair._teacher_maps(also[owner], batched_inputs) for owner, pair in pairs.items()
-        }
+        maps = {o: pair._teacher_maps(also[o], batched_inputs) for o, pair in pairs.items()}
         more = {
-            owner: pair._run_pyramid(also[owner], batched_inputs, seen[owner].losses)
-            for owner, pair in pairs.items()
+            o: pair._run_pyramid(also[o], batched_inputs, seen[o].losses)
+            for o, pair in pairs.items()
         }
-        return {
-            owner: partial(pair._held_terms, also[owner], more[owner], maps[owner])
-            for owner, pair in pairs.items()
-        }
-
-    def _held_terms(self, *args: Any) -> Dict[str, Tensor]:
-        """:meth:`_terms`, by automatic weights as the labelled images have set them."""
-        with held(self.auto_weights):
-            return self._terms(*args)
+        terms = {}
+        for owner, pair in pairs.items():
+            with held(pair.auto_weights):
+                terms[owner] = pair._terms(also[owner], more[owner], maps[owner])
+        return terms
 
     def _run_pyramid(
         self,
@@ -499,7 +493,7 @@ class SharedKD(nn.Module):
         """
         batch = seen.batch()
         if theirs is not None:
-            key = f"{self.key}.teacher" if source is None else f"{self.key}.teachers.{source}"
+            key = teacher_key(source, self.key)
             batch.student, batch.teacher = common_pixels(seen.maps, theirs, key)
             if seen.labels is not None:
                 batch.labels = {
@@ -544,7 +538,7 @@ class SharedKD(nn.Module):
         """The maps of each source that some of the active stages read."""
         found = {}
         for source, names in self._by_source(active).items():
-            readers = self._readers(names)
+            readers = [x for x in names if "teacher" in self.stages[x].loss.needs]
             if readers:
                 found[source] = self.sources[source].features(
                     batched_inputs,
@@ -577,10 +571,6 @@ class SharedKD(nn.Module):
 
     def _needs(self, names: Iterable[str]) -> FrozenSet[str]:
         return frozenset().union(*(self.stages[name].loss.needs for name in names))
-
-    def _readers(self, names: Iterable[str]) -> List[str]:
-        """Those stages that read a teacher's maps."""
-        return [name for name in names if "teacher" in self.stages[name].loss.needs]
 
     def _taps(self, names: Iterable[str]) -> FrozenSet[str]:
         needed = self._needs(names) & NEEDED_TAPS.keys()
@@ -648,12 +638,11 @@ def _check_parts(key: str, student: nn.Module, teacher: Any, teachers: Mapping[s
     if isinstance(student, SharedKD):
         fix = "give the plain student, and further teachers by model.teachers"
         raise ConfigError(f"{key}.student", "SharedKD", "is a pair itself", fix)
-    named = {f"model.teachers.{name}": x for name, x in teachers.items()}
-    for place, source in {"model.teacher": teacher, **named}.items():
+    for name, source in {None: teacher, **teachers}.items():
         if source is not None and not isinstance(source, Teacher):
             fix = "use a FrozenTeacher; several are model.teachers={NAME: ...} and a stage's teacher=NAME"
             fix += ", or a TeacherMean"
-            raise ConfigError(place, type(source).__name__, "is no source of maps", fix)
+            raise ConfigError(teacher_key(name), type(source).__name__, "is no source of maps", fix)
 
 
 def _check_peers(peers: Mapping[str, Any], teachers: Mapping[str, Any]) -> None:
