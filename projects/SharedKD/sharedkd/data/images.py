@@ -25,6 +25,7 @@ __all__ = [
     "check_depth",
     "check_headers",
     "enlarged",
+    "is_deep",
     "is_thin",
     "match_files",
     "read_image",
@@ -72,12 +73,13 @@ def read_image(
         if problem:
             raise ValueError(problem)
         image = ImageOps.exif_transpose(image)
-        if _is_deep(image.mode):
+        if is_deep(image.mode):
             image = Image.fromarray(_to_8_bits(*_values(image), image_range))
         return utils.convert_PIL_to_numpy(image, image_format)
 
 
-def _is_deep(mode: str) -> bool:
+def is_deep(mode: str) -> bool:
+    """Whether an image of a mode of Pillow has more than 8 bits."""
     return mode[0] in "IF"
 
 
@@ -313,7 +315,7 @@ def check_headers(
             problem, fix = f"cannot be read as an image ({e})", "repair or replace the image"
         else:
             fix = f"correct {notes.json_file} too"
-            if _is_deep(mode):
+            if is_deep(mode):
                 deep.append((image, mode))
             if is_turned and stored == upright:
                 turned.append(name)

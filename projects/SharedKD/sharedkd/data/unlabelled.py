@@ -10,7 +10,7 @@ from PIL import Image
 from sharedkd.errors import ConfigError
 
 from .coco import Reading
-from .images import check_depth, is_thin, match_files, unreadable, upright_size
+from .images import check_depth, is_deep, is_thin, match_files, unreadable, upright_size
 from .notes import Notes
 from .repair import settle_images
 
@@ -63,7 +63,7 @@ def read_unlabelled(
             left_out.setdefault("cannot be used", []).append(f"{path}: {problem}")
             continue
         records.append({**record, "image_id": len(records)})
-        if mode[0] in "IF":
+        if is_deep(mode):
             deep.append((record, mode))
     said = [*check_depth(deep, "", key, notes, reading.image_range, reading.scales)]
     broken = left_out.get("cannot be used", [])

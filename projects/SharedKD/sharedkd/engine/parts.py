@@ -242,7 +242,6 @@ def _construct(cfg: DictConfig, classes_known: bool, findings: Findings) -> Buil
     errors = len(findings.errors)
     student = findings.step(construct, node.student, "model.student")
     teachers = _teachers(node, findings)
-    there = {name: teacher for name, teacher in teachers.items() if teacher is not FAILED}
     stages = {}
     for name, stage in _stages(node, findings).items():
         needs = getattr(stage.loss, "needs", ()) if isinstance(stage, Stage) else ()
@@ -255,14 +254,14 @@ def _construct(cfg: DictConfig, classes_known: bool, findings: Findings) -> Buil
     }
     built = ("student", "teacher", "teachers", "stages", "peers")
     pair = {k: node[k] for k in node if k not in built}
-    further = {name: teacher for name, teacher in there.items() if name is not None}
-    pair.update(student=student, teacher=there.get(None), stages=stages)
+    further = {name: x for name, x in teachers.items() if name is not None and x is not FAILED}
+    pair.update(student=student, teacher=teachers.get(None) or None, stages=stages)
     pair.update({"teachers": further} if "teachers" in node else {})
     pair.update({"peers": peers} if peers else {})
     broken = FAILED in (student, *peers.values())
     model = findings.step(construct, FAILED if broken else pair, "model")
     whole = len(findings.errors) == errors
-    return Built(model if whole else FAILED, student, there, peers=peers if whole else {})
+    return Built(model if whole else FAILED, student, teachers, peers=peers if whole else {})
 
 
 def _teachers(node: DictConfig, findings: Findings) -> Dict[Optional[str], Teacher]:

@@ -14,7 +14,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from sharedkd.config import load_config, student_only
 from sharedkd.config.build import construct
-from sharedkd.config.own_data import class_names, reading_of
+from sharedkd.config.own_data import class_names, reading_of, some_of
 from sharedkd.config.pair import Pairing
 from sharedkd.data.coco import PSEUDO, read_classes
 from sharedkd.data.notes import Notes
@@ -173,7 +173,7 @@ def _compare(
 ) -> None:
     """Say which classes only one side has; refuse a teacher that has none of the data's."""
     if not {*theirs} & {*ours}:
-        problem = f"has none of the data's classes: {_few(theirs)}, not {_few(ours)}"
+        problem = f"has none of the data's classes: {some_of(theirs)}, not {some_of(ours)}"
         fix = "name the data's classes as the teacher does, or use another teacher"
         raise ConfigError("--teacher", config, problem, fix)
     dropped, missing = ([x for x in a if x not in b] for a, b in ((theirs, ours), (ours, theirs)))
@@ -181,10 +181,6 @@ def _compare(
         say(f"classes of the teacher that the data have not, left out: {', '.join(dropped)}")
     if missing:
         say(f"classes of {data_json} that the teacher does not know: {', '.join(missing)}")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + ", ..." * (len(names) > 10)
 
 
 def _object(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sharedkd.errors import ConfigError
 from sharedkd.losses.base import Maps, precise
 from sharedkd.modeling.detectors import KEY
-from sharedkd.modeling.preparation import converted, device_of
+from sharedkd.modeling.preparation import converted, device_of, padded
 from sharedkd.modeling.taps import pyramid_shapes, run_until
 from sharedkd.values import check_number
 from sharedkd.weights.conventions import RGB_MEAN, RGB_STD
@@ -118,17 +118,10 @@ class FoundationTeacher(Teacher):
 
     def _images(self, inputs: List[Dict[str, Any]], given: str, divisor: int) -> Tensor:
         """The normalised images on the student's canvas, zeros beside them."""
-        device, images = device_of(self.model), []
-        for x in inputs:
-            image = x["image"].to(device, non_blocking=True)
-            image = converted(image, given, len(self.mean), self.input_format, KEY)
-            images.append((image.float() - self.mean) / self.std)
-        height, width = (
-            -(-max(x.shape[axis] for x in images) // divisor) * divisor for axis in (1, 2)
-        )
-        return torch.stack(
-            [F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images]
-        )
+        device = device_of(self.model)
+        images = [x["image"].to(device, non_blocking=True) for x in inputs]
+        images = [converted(x, given, len(self.mean), self.input_format, KEY) for x in images]
+        return padded([(x.float() - self.mean) / self.std for x in images], divisor)
 
     def _map(self, images: Tensor) -> Tensor:
         """The network's map (N, C, h, w) of images that are a whole number of patches."""
