@@ -31,8 +31,8 @@ def test_a_stage_learns_from_the_teacher_that_it_names(train, second, tmp_path):
     assert "large's" in log.partition("student's channels")[2].splitlines()[0]
 
     state = torch.load(output / "model_final.pth", weights_only=False)["trainer"]
-    assert set(state["teachers"]) == {"large"}
-    assert state["teachers"]["large"] not in (None, state["teacher"])
+    assert set(state["teachers"]) == {None, "large"}
+    assert state["teachers"]["large"] not in (None, state["teachers"][None])
 
     # Under another name of its file it is the same teacher; with other weights it is not.
     (tmp_path / "2.pth").rename(tmp_path / "moved.pth")

@@ -17,7 +17,7 @@ from sharedkd.data.coco import CocoSummary, read_registered
 from sharedkd.errors import FAILED, ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.modeling.detectors import num_classes, read_config
-from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.meta_arch import SharedKD, of_students
 from sharedkd.modeling.teachers import teacher_key
 from sharedkd.values import check_number
 
@@ -228,7 +228,7 @@ def check_unlabelled(cfg: DictConfig, model: nn.Module) -> None:
     if isinstance(model, SharedKD):
         if model.unlabelled_stages:
             return
-        names = ", ".join(model.all_stages) or "there is none"
+        names = ", ".join(of_students(model, "stages")) or "there is none"
         problem = f"no stage learns from them: {names}"
         fix = "use a method that compares maps alone, such as shared_kd or pkd, or leave it out"
     else:

@@ -14,7 +14,7 @@ from sharedkd.data.coco import CocoSummary
 from sharedkd.data.loader import TrainLoader
 from sharedkd.errors import FAILED
 from sharedkd.modeling.detectors import count_parameters, num_classes
-from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.meta_arch import SharedKD, of_students
 from sharedkd.modeling.preparation import size_divisibility
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.taps import pyramid_shapes
@@ -80,8 +80,8 @@ def describe(parts: Parts) -> Dict[str, Any]:
             "images_per_step": parts.loader.unlabelled_batch_size * cfg.train.accumulate,
             "stages": parts.model.unlabelled_stages if distils else [],
         }
-    every = parts.model.all_stages if distils else {}
-    found["stages"] = [_stage(name, x, cfg.train.max_iter) for name, x in every.items()]
+    every = of_students(parts.model, "stages").items()
+    found["stages"] = [_stage(name, x, cfg.train.max_iter) for name, x in every]
     return found
 
 

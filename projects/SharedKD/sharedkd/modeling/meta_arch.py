@@ -34,7 +34,7 @@ from .stages import DISTILL, PEER, Stage, scale_relative
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
 from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher, teacher_key
 
-__all__ = ["SharedKD", "check_image_format", "losses_of", "pairs_of"]
+__all__ = ["SharedKD", "check_image_format", "losses_of", "of_students", "pairs_of"]
 
 #: What a loss needs -> the taps that this takes.
 NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
@@ -321,7 +321,7 @@ class SharedKD(nn.Module):
             weights = self._weights_now()
             losses = SharedKD.forward(self, batched_inputs, weights)  # no hook runs twice
             values = {name: x.detach() for name, x in losses.items()}
-            return scale_relative(losses, values, self.all_stages, weights)
+            return scale_relative(losses, values, of_students(self, "stages"), weights)
         pairs = self.pairs
         active = {owner: pair._active(owner, weights) for owner, pair in pairs.items()}
         for owner, pair in pairs.items():
@@ -517,20 +517,14 @@ class SharedKD(nn.Module):
             for tap, levels in found.items()
         }
 
-    @property
-    def all_stages(self) -> Dict[str, Stage]:
-        """The stages of all students, by the names that weights have."""
-        return {
-            f"{owner}{k}": x for owner, pair in self.pairs.items() for k, x in pair.stages.items()
-        }
-
     def _weights_now(self) -> Dict[str, float]:
         """The weights of all students' stages in the iteration of the EventStorage."""
         iteration = get_event_storage().iter
         for pair in self.pairs.values():
             for name, stage in pair.stages.items():
                 _check_times(f"{pair.key}.stages.{name}", stage, self.max_iter)
-        return {k: x.weight_at(iteration, self.max_iter) for k, x in self.all_stages.items()}
+        stages = of_students(self, "stages")
+        return {name: x.weight_at(iteration, self.max_iter) for name, x in stages.items()}
 
     def _teacher_maps(
         self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]
@@ -618,6 +612,18 @@ def losses_of(model: nn.Module) -> nn.Module:
 def pairs_of(model: nn.Module) -> Dict[str, nn.Module]:
     """All students of ``model`` with their stages, see :attr:`SharedKD.pairs`; a plain detector is alone."""
     return model.pairs if isinstance(model, SharedKD) else {"": model}
+
+
+def of_students(model: nn.Module, group: str) -> Dict[str, Any]:
+    """What all students of ``model`` have for their stages, by the names that weights have.
+
+    Args:
+        group: ``stages``, ``losses`` or ``auto_weights``; a plain detector has none.
+    """
+    pairs = model.pairs if isinstance(model, SharedKD) else {}
+    return {
+        f"{o}{name}": x for o, pair in pairs.items() for name, x in getattr(pair, group).items()
+    }
 
 
 def _check_times(key: str, stage: Stage, max_iter: Optional[int]) -> None:
