@@ -5,10 +5,13 @@ import re
 import pytest
 import tiny
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 
 from sharedkd.config import load_config
+from sharedkd.config.adopt import show_larger_images
+from sharedkd.modeling.teachers import FrozenTeacher, TeacherMean
 
 CONFIGS = sorted(
     str(p.relative_to(tiny.ROOT / "configs"))
@@ -145,6 +148,10 @@ def test_a_teacher_that_no_stage_needs_is_not_built(tmp_path):
     LazyConfig.save(load_config(path, scaled), str(saved))
     again = load_config(str(saved), ["model.teacher.scale=1"])
     assert again.dataloader.train.mapper.larger == 1
+    several = [L(FrozenTeacher)(config="a.yaml", scale=2), L(FrozenTeacher)(config="b.yaml")]
+    again.model.teacher = L(TeacherMean)(teachers=several)
+    show_larger_images(again)
+    assert again.dataloader.train.mapper.larger == 2
 
 
 def test_fast_dev_run_takes_small_batches():
