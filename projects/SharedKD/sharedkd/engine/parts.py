@@ -266,7 +266,9 @@ def _construct(cfg: DictConfig, classes_known: bool, findings: Findings) -> Buil
 
 def _teachers(node: DictConfig, findings: Findings) -> Dict[Optional[str], Teacher]:
     """The teachers of a pair by name, None for ``model.teacher``."""
-    nodes = {} if node.get("teacher") is None else {None: node.teacher}
+    nodes: Dict[Optional[str], Any] = {}
+    if node.get("teacher") is not None:
+        nodes[None] = node.teacher
     nodes.update(_group(node, "teachers", "dict(NAME=L(FrozenTeacher)(...))", findings))
     return {name: findings.step(_teacher, name, x) for name, x in nodes.items()}
 
