@@ -5,10 +5,13 @@ import re
 import pytest
 import tiny
 import torch
-from detectron2.config import instantiate
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 
 from sharedkd.config import load_config
+from sharedkd.config.adopt import show_larger_images
+from sharedkd.modeling.teachers import FrozenTeacher, TeacherMean
 
 CONFIGS = sorted(
     str(p.relative_to(tiny.ROOT / "configs"))
@@ -127,13 +130,28 @@ def test_published_weights_of_the_ablations():
         assert [k for k in stages if k != "_target_"] == [left]
 
 
-def test_a_teacher_that_no_stage_needs_is_not_built():
+def test_a_teacher_that_no_stage_needs_is_not_built(tmp_path):
     path = str(tiny.ROOT / "configs/faster_rcnn_sharedkd.py")
     assert load_config(path).model.teacher is not None
     idle = ["model.stages.identical.weight=0"]
     assert load_config(path, idle).model.teacher is None
     for wanted in ("train.eval_teacher=True", "train.inherit=[neck]"):
         assert load_config(path, [*idle, wanted]).model.teacher is not None
+    # Only a teacher that runs is shown larger images, and of a saved config that says so, too.
+    scaled = ["+model.teacher.scale=2"]
+    saved = tmp_path / "saved.yaml"
+    for cfg, larger in (
+        (load_config(path, scaled), 2),
+        (load_config(path, [*scaled, *idle]), 1),
+    ):
+        assert cfg.dataloader.train.mapper.get("larger", 1) == larger
+    LazyConfig.save(load_config(path, scaled), str(saved))
+    again = load_config(str(saved), ["model.teacher.scale=1"])
+    assert again.dataloader.train.mapper.larger == 1
+    several = [L(FrozenTeacher)(config="a.yaml", scale=2), L(FrozenTeacher)(config="b.yaml")]
+    again.model.teacher = L(TeacherMean)(teachers=several)
+    show_larger_images(again)
+    assert again.dataloader.train.mapper.larger == 2
 
 
 def test_fast_dev_run_takes_small_batches():

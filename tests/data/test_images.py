@@ -135,10 +135,10 @@ def test_the_larger_image_is_the_same_view_of_the_files_own_pixels(tmp_path):
     found = record["larger_image"].permute(1, 2, 0).numpy()[:, ::-1]
     windows = np.lib.stride_tricks.sliding_window_view(pixels, (48, 64, 3)).reshape(-1, 48, 64, 3)
     assert (windows == found).all((1, 2, 3)).sum() == 1
-    rotated = [size, T.RandomRotation([30.0, 30.0])]  # not at another size
-    assert "larger_image" not in ImageMapper(larger=2, **{**options, "augmentations": rotated})(
-        {"file_name": str(path)}
-    )
+    # Not at another size: a rotation, and a mixture with the grey image.
+    for after in (T.RandomRotation([30.0, 30.0]), T.RandomSaturation(0.5, 0.5)):
+        mapper = ImageMapper(larger=2, **{**options, "augmentations": [size, after]})
+        assert "larger_image" not in mapper({"file_name": str(path)})
 
 
 def read(own, change=None, **reading):

@@ -281,17 +281,20 @@ def test_validation_on_the_training_data_is_warned_of(good, workspace, tmp_path)
 
 
 def test_a_teacher_below_a_finished_plain_run_is_named(good, workspace, tmp_path):
-    """Of the same student, evaluated on the same data, beside this run."""
+    """Of the same student, evaluated on the same data, beside this run; a distilled one may be better."""
     size = preflight(good["pair"], [f"train.output_dir={tmp_path}/run"], measure=False)
     weights = tmp_path / "teacher/model_final.pth"
-    for name, parameters, ap in (
-        ("teacher", 1, 30.0),
-        ("plain", size["student"]["parameters"], 31.5),
-        ("other", 2, 90.0),
+    ours = size["student"]["parameters"]
+    for name, parameters, stages, ap in (
+        ("teacher", 1, [], 30.0),
+        ("plain", ours, [], 31.5),
+        ("distilled", ours, ["pkd"], 33.0),
+        ("other", 2, [], 90.0),
     ):
         (tmp_path / name).mkdir()
         record = {
             "parameters": {"student": parameters, "losses": 0},
+            "stages": stages,
             "results": {"bbox": {"AP": ap}},
             "validation": "val.json",
         }

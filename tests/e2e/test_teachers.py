@@ -31,8 +31,8 @@ def test_a_stage_learns_from_the_teacher_that_it_names(train, second, tmp_path):
     assert "large's" in log.partition("student's channels")[2].splitlines()[0]
 
     state = torch.load(output / "model_final.pth", weights_only=False)["trainer"]
-    assert set(state["teachers"]) == {"large"}
-    assert state["teachers"]["large"] not in (None, state["teacher"])
+    assert set(state["teachers"]) == {None, "large"}
+    assert state["teachers"]["large"] not in (None, state["teachers"][None])
 
     # Under another name of its file it is the same teacher; with other weights it is not.
     (tmp_path / "2.pth").rename(tmp_path / "moved.pth")
@@ -106,5 +106,9 @@ def test_a_vit_without_a_detector_teaches_by_a_config(train, tmp_path):
     assert {"distill/cosine/s8", "distill/cosine/s16", "distill/cosine/s32"} <= set(lines[0])
     saved = torch.load(output / "model_final.pth", weights_only=True)["model"]
     assert not any("vit" in name or "encoder" in name or "adapters" in name for name in saved)
+    with pytest.raises(
+        ConfigError, match="^train.inherit=.*: a FoundationTeacher is no trained det"
+    ):
+        train(str(config), "train.inherit=[neck]", output=tmp_path / "teacher_none")
     again = shutil.copy(output / "config.yaml", tmp_path / "saved_teacher.yaml")
     train(str(again), "train.max_iter=3", output=output, flags=("--resume",))

@@ -54,3 +54,7 @@ def test_a_run_with_images_without_labels(workspace, train, tmp_path):
     ):
         with pytest.raises(ConfigError, match=f"^data.unlabelled_images=.*: {problem}"):
             train(config, *keys, *filter(None, [method]), output=tmp_path / "refused")
+    plain = str(tiny.ROOT / "configs/custom_coco_plain.py")
+    every = [*workspace.data, *keys, f"train.output_dir={tmp_path / 'none'}"]
+    (error,) = preflight(plain, every, measure=False)["errors"]
+    assert error["key"] == "data.unlabelled_images"

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.engine.defaults import create_ddp_model
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -23,6 +25,7 @@ from sharedkd import (
     SharedKDTrainer,
     Stage,
 )
+from sharedkd.engine.hooks.nonfinite import find_culprits
 
 MARK = 255  # the first pixel of a batch in which something breaks
 NAN, INF = math.nan, math.inf
@@ -375,3 +378,12 @@ def test_all_ranks_decide_alike(tmp_path):
                 assert (total, last) == (0, 1)
             else:
                 assert (error, total, last) == ("", 1, 2)
+
+
+def test_students_with_norms_over_ranks_are_not_run_again(monkeypatch):
+    """The other ranks would have to run with them; a peer is a student, too."""
+    peer = nn.ModuleDict({"norm": nn.SyncBatchNorm(1)})
+    module = nn.ModuleDict({"student": nn.Identity(), "peer": peer})
+    trainer = SimpleNamespace(module=module, detector=module["student"])
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    assert find_culprits(trainer, None, together=True) == []

@@ -256,7 +256,7 @@ def test_state_holds_what_resuming_needs():
     trainer = trainer_of(model, lr=1e-3)
     one_step(trainer)
     state = trainer.state_dict()
-    assert state["loss_normalizer"] == model.student.loss_normalizer != 100
+    assert state["loss_normalizers"][""] == model.student.loss_normalizer != 100
     other = trainer_of(pair({"identical": Stage(IdenticalLayer(), weight=1.0)}), lr=1e-3)
     other.load_state_dict(state)
     assert other.detector.loss_normalizer == model.student.loss_normalizer

@@ -108,6 +108,25 @@ def test_the_json_has_the_sure_detections_of_common_classes(place, capsys):
     assert sum(x.objects for x in data.files) == 1 + len(written["annotations"])
 
 
+def test_a_labelled_image_is_left_out_under_any_name_of_its_file(place, tmp_path):
+    """As training matches the names; else it would be trained on with labels of both kinds."""
+    root, _ = place
+    labels = json.loads((root / "labels.json").read_text())
+    labels["images"][0]["file_name"] = r"C:\me\more\0.png"
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    config = str(tiny.ROOT / "configs/custom_coco_mask_plain.py")
+    label_images(
+        Pairing(config, str(root / "teacher.pth")),
+        str(root / "more"),
+        str(tmp_path / "out.json"),
+        "0",
+        str(tmp_path / "labels.json"),
+        overrides=KEYS,
+    )
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert "0.png" not in [x["file_name"] for x in written["images"]]
+
+
 def test_what_cannot_be_labelled_is_refused(place, tmp_path):
     root, _ = place
     teacher = Pairing(

@@ -90,6 +90,22 @@ def test_a_torchvision_vit_teaches_a_detector(kind):
     assert teacher.fingerprint == before
 
 
+class Ending(Patches):
+    """The same as a map whose channels come last, as a Swin's."""
+
+    def forward(self, images):
+        return F.avg_pool2d(images * self.scale, self.patch).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("size", [None, 64])
+def test_channels_may_come_last(size):
+    maps = [
+        FoundationTeacher(network, "", size=size, **GREY).features([ramp(64, 96)], TAPS, "RGB", 32)
+        for network in (Ending(), Patches())
+    ]
+    assert all(torch.equal(maps[0]["fpn"][s], x) for s, x in maps[1]["fpn"].items())
+
+
 def test_weights_are_loaded_completely(tmp_path):
     trained, path = Patches(), str(tmp_path / "vit.pth")
     trained.scale.data.fill_(3.0)

@@ -1,6 +1,6 @@
 """Configs written for plain Detectron2: reproducible loaders for them, and own data by ``data.*``."""
 
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 from detectron2.data import (
     DatasetMapper,
@@ -50,16 +50,30 @@ def show_larger_images(cfg: DictConfig) -> None:
     """Let the loaders also deliver the images as a teacher with a ``scale`` sees them.
 
     With a mapper of one's own, or teachers of several scales, the teacher enlarges the student's images.
+    Without such a teacher they do not, whatever a run's saved config says.
     """
-    teachers = [cfg.model.get("teacher"), *(cfg.model.get("teachers") or {}).values()]
-    scales = {x.get("scale", 1) for x in teachers if isinstance(x, DictConfig)} - {1}
-    if len(scales) != 1:
+    scales = {*_scales(cfg.model.get("teacher")), *_scales(cfg.model.get("teachers"))} - {1}
+    if len(scales) > 1:
         return
+    larger = scales.pop() if scales else 1
     for split in ("train", "test"):
         mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
         if isinstance(mapper, DictConfig) and target_of(mapper) in (DatasetMapper, ImageMapper):
-            mapper._target_ = ImageMapper
-            mapper.larger = scales.copy().pop()
+            if mapper.get("larger", 1) != larger:
+                mapper._target_, mapper.larger = ImageMapper, larger
+
+
+def _scales(node: Any) -> Iterator[float]:
+    """The scales of a teacher, of those that a :class:`TeacherMean` has, or of a group of teachers."""
+    if isinstance(node, ListConfig):
+        children = list(node)
+    elif isinstance(node, DictConfig) and "_target_" in node:
+        yield node.get("scale", 1)
+        children = [node.get("teachers")]
+    else:
+        children = list(node.values()) if isinstance(node, DictConfig) else []
+    for child in children:
+        yield from _scales(child)
 
 
 def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:

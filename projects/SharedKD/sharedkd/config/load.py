@@ -106,10 +106,12 @@ def load(
         check_classic(cfg)
     _refuse_gone(cfg, findings)
     _settle(cfg, findings)
-    show_larger_images(cfg)
     _expand_home(cfg)
     if cfg.train.fast_dev_run:
         _shorten(cfg)
+    if not (keep_teacher or cfg.train.inherit or cfg.train.eval_teacher):
+        _drop_idle_teachers(cfg.model, findings)
+    show_larger_images(cfg)
     if cfg.model.get("student") is not None and OmegaConf.select(cfg, IMAGE_FORMAT) is not None:
         cfg.model.setdefault("input_format", f"${{{IMAGE_FORMAT}}}")
     data = {}
@@ -119,8 +121,6 @@ def load(
         else:
             data = read_own_data(cfg, findings) if has_own_data(cfg) else {}
             findings.step(add_unlabelled, cfg, findings)
-    if not (keep_teacher or cfg.train.inherit or cfg.train.eval_teacher):
-        _drop_idle_teachers(cfg.model, findings)
     return Loaded(cfg, data)
 
 

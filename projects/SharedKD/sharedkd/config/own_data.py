@@ -28,6 +28,7 @@ __all__ = [
     "check_class_names",
     "class_names",
     "has_own_data",
+    "some_of",
     "read_own_data",
     "reading_of",
 ]
@@ -281,10 +282,11 @@ def check_class_names(key: str, value: str, theirs: Sequence[str], ours: Sequenc
     raise ConfigError(
         key,
         value,
-        f"was trained for the classes {_listed(theirs)}, the data have {_listed(ours)}: {how}",
+        f"was trained for the classes {some_of(theirs)}, the data have {some_of(ours)}: {how}",
         "give the categories of the json the ids that they had there, or use another model",
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """Names for a message, the first ten of them."""
     return ", ".join(names[:10]) + ", ..." * (len(names) > 10)

@@ -25,6 +25,7 @@ __all__ = [
     "check_depth",
     "check_headers",
     "enlarged",
+    "is_deep",
     "is_thin",
     "match_files",
     "read_image",
@@ -72,12 +73,13 @@ def read_image(
         if problem:
             raise ValueError(problem)
         image = ImageOps.exif_transpose(image)
-        if _is_deep(image.mode):
+        if is_deep(image.mode):
             image = Image.fromarray(_to_8_bits(*_values(image), image_range))
         return utils.convert_PIL_to_numpy(image, image_format)
 
 
-def _is_deep(mode: str) -> bool:
+def is_deep(mode: str) -> bool:
+    """Whether an image of a mode of Pillow has more than 8 bits."""
     return mode[0] in "IF"
 
 
@@ -161,8 +163,10 @@ def enlarged(transforms: T.Transform, scale: float) -> Optional[T.TransformList]
             x, resized = T.ResizeTransform(*sides, x.interp), True
         elif isinstance(x, T.CropTransform) and resized:
             x = T.CropTransform(*(round(n * scale) for n in (x.x0, x.y0, x.w, x.h)))
-        elif resized and not isinstance(x, _OF_ANY_SIZE):
-            return None
+        elif resized and not (
+            isinstance(x, _OF_ANY_SIZE) and np.ndim(getattr(x, "src_image", 0)) < 2
+        ):
+            return None  # or blends the image with another, of its own size
         found.append(x)
     return T.TransformList(found) if resized else None
 
@@ -311,7 +315,7 @@ def check_headers(
             problem, fix = f"cannot be read as an image ({e})", "repair or replace the image"
         else:
             fix = f"correct {notes.json_file} too"
-            if _is_deep(mode):
+            if is_deep(mode):
                 deep.append((image, mode))
             if is_turned and stored == upright:
                 turned.append(name)

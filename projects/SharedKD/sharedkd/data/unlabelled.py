@@ -10,11 +10,11 @@ from PIL import Image
 from sharedkd.errors import ConfigError
 
 from .coco import Reading
-from .images import check_depth, is_thin, match_files, unreadable, upright_size
+from .images import check_depth, is_deep, is_thin, match_files, unreadable, upright_size
 from .notes import Notes
 from .repair import settle_images
 
-__all__ = ["read_unlabelled", "register_unlabelled"]
+__all__ = ["images_of", "read_unlabelled", "register_unlabelled"]
 
 Record = Dict[str, Any]  #: a dataset dict of Detectron2
 
@@ -47,7 +47,7 @@ def read_unlabelled(
     """
     notes = Notes(key, ", ".join(folders), reading.repair)
     if json_file is not None:
-        found = _listed(json_file, folders[0], Notes(json_key, json_file, reading.repair), key)
+        found = images_of(json_file, folders[0], Notes(json_key, json_file, reading.repair), key)
     else:
         found = sorted({path for folder in folders for path in _below(folder, key)})
     left_out: Dict[str, List[str]] = {}
@@ -63,7 +63,7 @@ def read_unlabelled(
             left_out.setdefault("cannot be used", []).append(f"{path}: {problem}")
             continue
         records.append({**record, "image_id": len(records)})
-        if mode[0] in "IF":
+        if is_deep(mode):
             deep.append((record, mode))
     said = [*check_depth(deep, "", key, notes, reading.image_range, reading.scales)]
     broken = left_out.get("cannot be used", [])
@@ -105,8 +105,18 @@ def _below(folder: str, key: str) -> Iterator[str]:
                 yield os.path.join(place, name)
 
 
-def _listed(json_file: str, folder: str, notes: Notes, key: str) -> List[str]:
-    """The absolute names of the files of a json's images."""
+def images_of(json_file: str, folder: str, notes: Notes, key: str) -> List[str]:
+    """The absolute names of the files that the images of a json in COCO format mean, in order.
+
+    Args:
+        json_file: its annotations are not read.
+        folder: of the images.
+        notes: with the key of the json, for messages.
+        key: of the folder.
+
+    Raises:
+        ConfigError: no such file, no images in it, or one that is not in the folder.
+    """
     try:
         with open(json_file, encoding="utf-8") as f:
             document = json.load(f)

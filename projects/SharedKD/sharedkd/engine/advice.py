@@ -6,15 +6,16 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import torch
 from omegaconf import OmegaConf
 
-from sharedkd.errors import FAILED, ConfigError
+from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.hardware import has_bfloat16
-from sharedkd.modeling.teachers import Teacher
+from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.teachers import Teacher, teacher_key
 from sharedkd.weights.conventions import convention_of_model
 
 from .checks import key_of
 from .hooks.record import read_record
-from .parts import Parts, images_per_step, losses_of
+from .parts import Parts, images_per_step
 
 __all__ = ["advise"]
 
@@ -32,7 +33,7 @@ def advise(parts: Parts) -> List[ConfigError]:
     """
     checks = (_weights, _evaluation, _checkpoints, _disk, _precision, _optimizer, _data)
     found = [warning for check in checks for warning in check(parts)]
-    if parts.model is not FAILED and losses_of(parts.model):
+    if isinstance(parts.model, SharedKD):
         found += [*_teachers(parts), *_stages(parts)]
     return found
 
@@ -123,7 +124,7 @@ def _precision(parts: Parts) -> Iterator[ConfigError]:
         yield ConfigError("train.amp.enabled", True, problem, "use train.amp.enabled=False")
     for name, teacher in parts.teachers.items():
         if getattr(teacher, "precision", None) == "bfloat16":
-            key = f"{_key(name)}.precision"
+            key = f"{teacher_key(name)}.precision"
             yield ConfigError(key, "bfloat16", problem, f"use {key}=float32")
 
 
@@ -160,11 +161,13 @@ def _teachers(parts: Parts) -> Iterator[ConfigError]:
             problem += "the teacher's head is unused"
             value = getattr(teacher, "name", type(teacher).__name__)
             fix = "change nothing if only its feature maps are meant"
-            yield ConfigError(f"{_key(name)}.config", value, problem, fix)
+            yield ConfigError(f"{teacher_key(name)}.config", value, problem, fix)
         yield from _weaker(parts, name, teacher)
         if getattr(teacher, "weights", None) == "":
             fix = "set it to a trained detector's weights"
-            yield ConfigError(f"{_key(name)}.weights", "''", "the teacher is not trained", fix)
+            yield ConfigError(
+                f"{teacher_key(name)}.weights", "''", "the teacher is not trained", fix
+            )
 
 
 def _weaker(parts: Parts, name: Optional[str], teacher: Teacher) -> Iterator[ConfigError]:
@@ -175,14 +178,15 @@ def _weaker(parts: Parts, name: Optional[str], teacher: Teacher) -> Iterator[Con
     theirs, size = Path(weights).absolute().parent, count_parameters(parts.student)
     ap = _results(theirs)
     for folder in sorted(Path(parts.cfg.train.output_dir).absolute().parent.glob("*/")):
-        plain = _record(folder).get("parameters") == {"student": size, "losses": 0}
+        record = _record(folder)
+        plain = record.get("stages") == [] and record["parameters"]["student"] == size
         higher = _results(folder) if plain and folder != theirs else {}
         worse = sorted(x for x in ap.keys() & higher.keys() if ap[x] < higher[x])
         if worse:
             figures = ", ".join(f"{x[0]} {ap[x]:.1f}, not {higher[x]:.1f}" for x in worse)
             problem = f"has less AP than the plain run {folder.name} beside this one: {figures}"
             fix = "train the teacher longer or on larger images, or train without it"
-            yield ConfigError(f"{_key(name)}.weights", weights, problem, fix)
+            yield ConfigError(f"{teacher_key(name)}.weights", weights, problem, fix)
 
 
 def _record(folder: Path) -> Dict[str, Any]:
@@ -216,8 +220,3 @@ def _stages(parts: Parts) -> Iterator[ConfigError]:
         elif ramp > end - start:
             problem = f"does not reach its full weight: it is on for {end - start} iterations"
             yield ConfigError(f"{key}.ramp", stage.ramp, problem, "use a shorter ramp")
-
-
-def _key(name: Optional[str]) -> str:
-    """The config key of a teacher."""
-    return "model.teacher" if name is None else f"model.teachers.{name}"

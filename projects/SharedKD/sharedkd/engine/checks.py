@@ -17,7 +17,8 @@ from sharedkd.data.coco import CocoSummary, read_registered
 from sharedkd.errors import FAILED, ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.modeling.detectors import num_classes, read_config
-from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.meta_arch import SharedKD, of_students
+from sharedkd.modeling.teachers import teacher_key
 from sharedkd.values import check_number
 
 from .checkpoint import has_run
@@ -168,7 +169,7 @@ def check_class_order(
     for name, teacher in getattr(model, "sources", {}).items():
         path = getattr(teacher, "name", None)
         if name in readers and path and num_classes(model.student) == num_classes(teacher.detector):
-            key = "model.teacher.config" if name is None else f"model.teachers.{name}.config"
+            key = f"{teacher_key(name)}.config"
             names = names_of(path)
             findings.step(check_class_names, key, path, names or classes, classes)
 
@@ -224,20 +225,18 @@ def check_unlabelled(cfg: DictConfig, model: nn.Module) -> None:
     Raises:
         ConfigError: ``model`` is a plain detector, or no stage compares maps alone.
     """
-    pairs = model.pairs if isinstance(model, SharedKD) else {}
-    stages = [f"{owner}{name}" for owner, pair in pairs.items() for name in pair.stages]
-    if not any(pair.sees_unlabelled(x) for pair in pairs.values() for x in pair.stages):
-        found = OmegaConf.select(cfg, "data.unlabelled_images")
-        key = "dataloader.train.unlabelled" if found is None else "data.unlabelled_images"
-        if isinstance(model, SharedKD):
-            problem = f"no stage learns from them: {', '.join(stages) or 'there is none'}"
-            fix = "use a method that compares maps alone, such as shared_kd or pkd, or leave it out"
-        else:
-            problem, fix = (
-                "nothing learns from them without distillation",
-                "add --teacher, or leave it out",
-            )
-        raise ConfigError(key, found, problem, fix)
+    if isinstance(model, SharedKD):
+        if model.unlabelled_stages:
+            return
+        names = ", ".join(of_students(model, "stages")) or "there is none"
+        problem = f"no stage learns from them: {names}"
+        fix = "use a method that compares maps alone, such as shared_kd or pkd, or leave it out"
+    else:
+        problem = "nothing learns from them without distillation"
+        fix = "add --teacher, or leave it out"
+    found = OmegaConf.select(cfg, "data.unlabelled_images")
+    key = "dataloader.train.unlabelled" if found is None else "data.unlabelled_images"
+    raise ConfigError(key, found, problem, fix)
 
 
 def check_evaluation(cfg: DictConfig, data: DataSets, findings: Findings) -> None:

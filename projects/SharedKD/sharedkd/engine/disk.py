@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError
+from sharedkd.modeling.meta_arch import losses_of, pairs_of
 
 __all__ = ["check_disk", "check_folder", "checkpoint_bytes", "existing_folder", "tensor_bytes"]
 
@@ -51,10 +52,9 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     size = _state_per_parameter(optimizer) * tensor_bytes(trained)
-    for pair in getattr(model, "pairs", {"": model}).values():
-        losses = getattr(pair, "losses", None)
-        owned = losses.state_dict().values() if isinstance(losses, nn.Module) else ()
-        size += tensor_bytes(pair.state_dict().values()) + tensor_bytes(owned)
+    for pair in pairs_of(model).values():
+        for module in (pair, losses_of(pair)):
+            size += tensor_bytes(module.state_dict().values())
     return size
 
 

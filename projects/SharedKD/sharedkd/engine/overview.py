@@ -14,13 +14,14 @@ from sharedkd.data.coco import CocoSummary
 from sharedkd.data.loader import TrainLoader
 from sharedkd.errors import FAILED
 from sharedkd.modeling.detectors import count_parameters, num_classes
+from sharedkd.modeling.meta_arch import SharedKD, of_students
 from sharedkd.modeling.preparation import size_divisibility
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers import Teacher
 
 from .hooks.cost import in_words
-from .parts import Parts, images_per_step, losses_of, pairs_of
+from .parts import Parts, images_per_step
 
 __all__ = ["as_text", "describe"]
 
@@ -67,8 +68,8 @@ def describe(parts: Parts) -> Dict[str, Any]:
     described = {name: _teacher(teacher) for name, teacher in teachers.items()}
     if None in described:
         found["teacher"] = described.pop(None)
-    stages = parts.model.stages if losses_of(parts.model) else {}
-    peers = [*pairs_of(parts.model).items()][1:]
+    distils = isinstance(parts.model, SharedKD)
+    stages = parts.model.stages if distils else {}
     pyramid = getattr(parts.model, "pyramid", None)
     found["student"] = _detector(student, _student_weights(parts))
     found["teachers"] = described
@@ -77,17 +78,10 @@ def describe(parts: Parts) -> Dict[str, Any]:
         found["unlabelled"] = {
             "images": parts.loader.unlabelled,
             "images_per_step": parts.loader.unlabelled_batch_size * cfg.train.accumulate,
-            "stages": [
-                f"{owner}{name}"
-                for owner, pair in pairs_of(parts.model).items()
-                for name in pair.stages
-                if pair.sees_unlabelled(name)
-            ],
+            "stages": parts.model.unlabelled_stages if distils else [],
         }
-    every = {f"{owner}{name}": x for owner, pair in peers for name, x in pair.stages.items()}
-    found["stages"] = [
-        _stage(name, stage, cfg.train.max_iter) for name, stage in {**stages, **every}.items()
-    ]
+    every = of_students(parts.model, "stages").items()
+    found["stages"] = [_stage(name, x, cfg.train.max_iter) for name, x in every]
     return found
 
 

@@ -20,9 +20,9 @@ from sharedkd.modeling.backbones import compile_backbone, recompute_blocks
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import trains_channels_last
 from sharedkd.modeling.layout import keep_keypoints_contiguous
-from sharedkd.modeling.meta_arch import SharedKD, check_image_format
+from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of
 from sharedkd.modeling.stages import Stage
-from sharedkd.modeling.teachers import Peer, Teacher
+from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher, teacher_key
 from sharedkd.values import check_number
 from sharedkd.weights.loading import Initial, inherit, initialise, load_trained
 
@@ -51,9 +51,7 @@ __all__ = [
     "assemble",
     "build",
     "images_per_step",
-    "losses_of",
     "memory_layout",
-    "pairs_of",
     "rewire",
 ]
 
@@ -166,8 +164,9 @@ def assemble(
         sample = step(parts.loader.first_sample)
         for student in (parts.student, *(peer.student for peer in parts.peers.values())):
             step(check_sample, student, sample)
-        if isinstance(parts.model, SharedKD) and sample is not FAILED:
-            step(parts.model.check_record, sample)
+        if isinstance(parts.model, SharedKD):
+            for pair in parts.model.pairs.values():
+                step(pair.check_record, sample)
         if parts.loader.unlabelled and parts.model is not FAILED:
             step(check_unlabelled, cfg, parts.model)
         parts.sample = sample or None
@@ -243,7 +242,6 @@ def _construct(cfg: DictConfig, classes_known: bool, findings: Findings) -> Buil
     errors = len(findings.errors)
     student = findings.step(construct, node.student, "model.student")
     teachers = _teachers(node, findings)
-    there = {name: teacher for name, teacher in teachers.items() if teacher is not FAILED}
     stages = {}
     for name, stage in _stages(node, findings).items():
         needs = getattr(stage.loss, "needs", ()) if isinstance(stage, Stage) else ()
@@ -256,31 +254,28 @@ def _construct(cfg: DictConfig, classes_known: bool, findings: Findings) -> Buil
     }
     built = ("student", "teacher", "teachers", "stages", "peers")
     pair = {k: node[k] for k in node if k not in built}
-    further = {name: teacher for name, teacher in there.items() if name is not None}
-    pair.update(student=student, teacher=there.get(None), stages=stages)
+    further = {name: x for name, x in teachers.items() if name is not None and x is not FAILED}
+    pair.update(student=student, teacher=teachers.get(None) or None, stages=stages)
     pair.update({"teachers": further} if "teachers" in node else {})
     pair.update({"peers": peers} if peers else {})
     broken = FAILED in (student, *peers.values())
     model = findings.step(construct, FAILED if broken else pair, "model")
     whole = len(findings.errors) == errors
-    return Built(model if whole else FAILED, student, there, peers=peers if whole else {})
+    return Built(model if whole else FAILED, student, teachers, peers=peers if whole else {})
 
 
 def _teachers(node: DictConfig, findings: Findings) -> Dict[Optional[str], Teacher]:
     """The teachers of a pair by name, None for ``model.teacher``."""
-    found = {}
+    nodes: Dict[Optional[str], Any] = {}
     if node.get("teacher") is not None:
-        found[None] = findings.step(construct, node.teacher, "model.teacher")
-    for name, teacher in _group(
-        node, "teachers", "dict(NAME=L(FrozenTeacher)(...))", findings
-    ).items():
-        found[name] = findings.step(_construct_named, teacher, name)
-    return found
+        nodes[None] = node.teacher
+    nodes.update(_group(node, "teachers", "dict(NAME=L(FrozenTeacher)(...))", findings))
+    return {name: findings.step(_teacher, name, x) for name, x in nodes.items()}
 
 
-def _construct_named(teacher: DictConfig, name: str) -> Teacher:
+def _teacher(name: Optional[str], node: DictConfig) -> Teacher:
     with _called(name):
-        return construct(teacher, f"model.teachers.{name}")
+        return construct(node, teacher_key(name))
 
 
 def _stages(node: DictConfig, findings: Findings) -> Dict[str, Any]:
@@ -308,13 +303,11 @@ def _called(name: Optional[str]) -> Iterator[None]:
     """Replace the key `model.teacher` in a teacher's errors by that of the teacher ``name``."""
 
     def here(text: str) -> str:
-        return re.sub(r"\bmodel\.teacher(?=\.|$)", f"model.teachers.{name}", text)
+        return re.sub(r"\bmodel\.teacher(?=\.|$)", teacher_key(name), text)
 
     try:
         yield
     except SharedKDError as e:
-        if name is None:
-            raise
         raise ConfigErrors(
             type(x)(here(x.key), x.value, here(x.problem), here(x.fix)) for x in e.errors
         ) from e
@@ -337,13 +330,11 @@ def _source(cfg: DictConfig) -> Tuple[str, bool, str]:
 
 
 def _inherit(cfg: DictConfig, student: nn.Module, teacher: Any) -> List[str]:
-    if teacher is None:
-        raise ConfigError(
-            "train.inherit",
-            list(cfg.train.inherit),
-            "there is no teacher",
-            "set model.teacher or use train.inherit=[]",
-        )
+    if not isinstance(teacher, FrozenTeacher):
+        kind = type(teacher).__name__
+        problem = "there is no teacher" if teacher is None else f"a {kind} is no trained detector"
+        fix = "set model.teacher or use train.inherit=[]"
+        raise ConfigError("train.inherit", list(cfg.train.inherit), problem, fix)
     return inherit(student, teacher.model, cfg.train.inherit, teacher.scale)
 
 
@@ -390,19 +381,6 @@ def images_per_step(cfg: DictConfig) -> Optional[int]:
     """Images per step of all processes together; None: the loader does not say."""
     batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
     return batch * cfg.train.accumulate if isinstance(batch, int) else None
-
-
-def losses_of(model: nn.Module) -> nn.Module:
-    """The distillation losses of ``model``.
-
-    Empty for a plain detector, whose `losses` may be a method.
-    """
-    return model.losses if isinstance(model, SharedKD) else nn.ModuleDict()
-
-
-def pairs_of(model: nn.Module) -> Dict[str, nn.Module]:
-    """All students of ``model`` with their stages, see :attr:`SharedKD.pairs`; a plain detector is alone."""
-    return model.pairs if isinstance(model, SharedKD) else {"": model}
 
 
 def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:

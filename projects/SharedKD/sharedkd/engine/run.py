@@ -25,7 +25,7 @@ from sharedkd.config.own_data import class_names
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.files import remove_unfinished, replace
 from sharedkd.modeling.detectors import config_path, num_classes
-from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.meta_arch import SharedKD, losses_of
 from sharedkd.modeling.teachers import FrozenTeacher, StudentAverage
 from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
@@ -41,7 +41,7 @@ from .hooks.writers import build_writers
 from .interrupt import StopRequest
 from .lock import locked
 from .overview import as_text, describe
-from .parts import Parts, amp_dtype, assemble, losses_of
+from .parts import Parts, amp_dtype, assemble
 from .resume import FinishStep, config_kept, latest_checkpoint
 from .trainer import SharedKDTrainer
 

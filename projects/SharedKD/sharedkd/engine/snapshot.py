@@ -9,11 +9,10 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-__all__ = ["Snapshot", "without_trace"]
+__all__ = ["NORMALIZER", "Snapshot", "without_trace"]
 
-NORMALIZER = (
-    "loss_normalizer"  # a running mean that dense detectors keep outside of their state dict
-)
+#: A running mean that dense detectors keep outside of their state dict.
+NORMALIZER = "loss_normalizer"
 
 
 class Snapshot:

@@ -17,9 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharedkd.engine.hooks.outgrown import Outgrown
 from sharedkd.engine.hooks.step_log import StepLog
+from sharedkd.engine.snapshot import NORMALIZER
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.balance import held
+from sharedkd.modeling.meta_arch import of_students, pairs_of
 from sharedkd.modeling.stages import owner_of, scale_relative, terms_of, under
+from sharedkd.modeling.teachers import teacher_key
 
 __all__ = ["SharedKDTrainer", "Step", "check_amp"]
 
@@ -117,9 +120,9 @@ class SharedKDTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
         #: All students with their stages; a plain detector is alone and has none.
-        self.pairs = getattr(self.module, "pairs", {"": self.module})
-        self.stages = self._of_pairs("stages")
-        self.auto_weights = self._of_pairs("auto_weights")
+        self.pairs = pairs_of(self.module)
+        self.stages = of_students(self.module, "stages")
+        self.auto_weights = of_students(self.module, "auto_weights")
         self.schedule_length = max_iter
         self.seed = seed
         self.device = next(model.parameters()).device
@@ -148,14 +151,6 @@ class SharedKDTrainer(SimpleTrainer):
     def detectors(self) -> Dict[str, nn.Module]:
         """The student and its peers, by what the names of their losses begin with."""
         return {owner: getattr(pair, "student", pair) for owner, pair in self.pairs.items()}
-
-    def _of_pairs(self, group: str) -> Dict[str, Any]:
-        """A group by stages of all students together."""
-        return {
-            f"{owner}{name}": x
-            for owner, pair in self.pairs.items()
-            for name, x in getattr(pair, group, {}).items()
-        }
 
     def stage_weights(self) -> Dict[str, float]:
         """stage name -> weight in this iteration."""
@@ -320,17 +315,11 @@ class SharedKDTrainer(SimpleTrainer):
             NonFiniteLossError: a step whose losses were not read yet is not finite.
         """
         state = super().state_dict()
-        fingerprints = self._teacher_fingerprints()
-        state["teacher"] = fingerprints.pop(None, None)
-        state["teachers"] = fingerprints  # of the named ones
+        state["teachers"] = self._teacher_fingerprints()
         state["grad_scaler"] = self.scaler.state_dict()
         state["bad_images"] = dict(self.bad_images)
-        # Dense detectors keep a running mean outside of their state dict.
-        state["loss_normalizer"] = getattr(self.detector, "loss_normalizer", None)
-        state["loss_normalizers"] = {  # of the peers
-            owner: getattr(x, "loss_normalizer", None)
-            for owner, x in self.detectors.items()
-            if owner
+        state["loss_normalizers"] = {
+            owner: getattr(x, NORMALIZER, None) for owner, x in self.detectors.items()
         }
         return state
 
@@ -353,13 +342,14 @@ class SharedKDTrainer(SimpleTrainer):
         Raises:
             ConfigError: its run learned from another teacher.
         """
-        then = {None: state_dict["teacher"], **state_dict.get("teachers", {})}
+        # Earlier versions kept the first teacher and student apart from the others.
+        then = {None: state_dict.get("teacher"), **state_dict.get("teachers", {})}
         now = self._teacher_fingerprints()
         for name in dict.fromkeys([*then, *now]):
             before, after = then.get(name), now.get(name)
             if before != after:
                 raise ConfigError(
-                    "model.teacher.weights" if name is None else f"model.teachers.{name}.weights",
+                    f"{teacher_key(name)}.weights",
                     after,
                     f"is not the teacher of the run to resume ({before})",
                     "resume with the same teacher, or start anew in another train.output_dir",
@@ -376,10 +366,10 @@ class SharedKDTrainer(SimpleTrainer):
         if self.scaler.is_enabled() and state_dict["grad_scaler"]:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         self.bad_images.update(state_dict.get("bad_images", {}))
-        normalizers = {"": state_dict["loss_normalizer"], **state_dict.get("loss_normalizers", {})}
+        normalizers = {"": state_dict.get(NORMALIZER), **state_dict.get("loss_normalizers", {})}
         for owner, normalizer in normalizers.items():
             if normalizer is not None:
-                self.detectors[owner].loss_normalizer = normalizer
+                setattr(self.detectors[owner], NORMALIZER, normalizer)
 
 
 def _to_float32(module: nn.Module, args: Tuple[Any, ...], output: Any) -> Any:

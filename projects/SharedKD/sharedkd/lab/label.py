@@ -14,11 +14,12 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from sharedkd.config import load_config, student_only
 from sharedkd.config.build import construct
-from sharedkd.config.own_data import class_names
+from sharedkd.config.own_data import class_names, reading_of, some_of
 from sharedkd.config.pair import Pairing
 from sharedkd.data.coco import PSEUDO, read_classes
-from sharedkd.data.unlabelled import read_unlabelled
-from sharedkd.errors import ConfigError
+from sharedkd.data.notes import Notes
+from sharedkd.data.unlabelled import images_of, read_unlabelled
+from sharedkd.errors import ConfigError, Findings
 from sharedkd.files import replace
 from sharedkd.modeling.detectors import zoo_weights
 from sharedkd.values import check_number
@@ -113,8 +114,16 @@ def label_images(
         raise ConfigError("--data-json", data_json, "cannot be read, or has no class", fix)
     _compare(config, theirs, ours, data_json, say)
     least = thresholds_of(threshold, ours)
-    labelled = _labelled(data_json, data_images or images)
-    records, warnings = read_unlabelled([images], listed, labelled, (), "--images", "--list")
+    labelled: List[str] = []
+    if data_json is not None:
+        notes = Notes("--data-json", data_json)
+        labelled = images_of(data_json, data_images or images, notes, "--data-images")
+    findings = Findings()
+    reading = reading_of(cfg, "val", findings)
+    findings.raise_errors()
+    records, warnings = read_unlabelled(
+        [images], listed, {*labelled}, (), "--images", "--list", reading
+    )
     for warning in warnings:
         say(str(warning))
 
@@ -164,7 +173,7 @@ def _compare(
 ) -> None:
     """Say which classes only one side has; refuse a teacher that has none of the data's."""
     if not {*theirs} & {*ours}:
-        problem = f"has none of the data's classes: {_few(theirs)}, not {_few(ours)}"
+        problem = f"has none of the data's classes: {some_of(theirs)}, not {some_of(ours)}"
         fix = "name the data's classes as the teacher does, or use another teacher"
         raise ConfigError("--teacher", config, problem, fix)
     dropped, missing = ([x for x in a if x not in b] for a, b in ((theirs, ours), (ours, theirs)))
@@ -172,19 +181,6 @@ def _compare(
         say(f"classes of the teacher that the data have not, left out: {', '.join(dropped)}")
     if missing:
         say(f"classes of {data_json} that the teacher does not know: {', '.join(missing)}")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + ", ..." * (len(names) > 10)
-
-
-def _labelled(data_json: Optional[str], folder: str) -> List[str]:
-    """The absolute names of a json's images, which :func:`read_classes` has read before."""
-    if data_json is None:
-        return []
-    with open(data_json, "rb") as f:
-        rows = json.loads(f.read())["images"]
-    return [os.path.abspath(os.path.join(folder, str(x.get("file_name")))) for x in rows]
 
 
 def _object(

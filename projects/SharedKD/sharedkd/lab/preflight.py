@@ -16,10 +16,11 @@ from sharedkd.engine import overview
 from sharedkd.engine.advice import advise
 from sharedkd.engine.hooks.cost import STEPS
 from sharedkd.engine.hooks.record import peak_memory_mb
-from sharedkd.engine.parts import Parts, assemble, losses_of, pairs_of
+from sharedkd.engine.parts import Parts, assemble
 from sharedkd.engine.run import build_trainer
 from sharedkd.engine.snapshot import Snapshot
 from sharedkd.errors import FAILED, Findings, NonFiniteLossError, RunError, SharedKDError
+from sharedkd.modeling.meta_arch import losses_of, pairs_of
 
 __all__ = ["as_text", "preflight"]
 

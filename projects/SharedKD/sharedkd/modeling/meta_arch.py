@@ -32,9 +32,9 @@ from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .recipes import stages_of
 from .stages import DISTILL, PEER, Stage, scale_relative
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
-from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher
+from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher, teacher_key
 
-__all__ = ["SharedKD", "check_image_format"]
+__all__ = ["SharedKD", "check_image_format", "losses_of", "of_students", "pairs_of"]
 
 #: What a loss needs -> the taps that this takes.
 NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
@@ -321,7 +321,7 @@ class SharedKD(nn.Module):
             weights = self._weights_now()
             losses = SharedKD.forward(self, batched_inputs, weights)  # no hook runs twice
             values = {name: x.detach() for name, x in losses.items()}
-            return scale_relative(losses, values, self._all_stages, weights)
+            return scale_relative(losses, values, of_students(self, "stages"), weights)
         pairs = self.pairs
         active = {owner: pair._active(owner, weights) for owner, pair in pairs.items()}
         for owner, pair in pairs.items():
@@ -329,16 +329,15 @@ class SharedKD(nn.Module):
         # Before the students: the teachers' temporaries are gone when their graphs are built.
         maps = {owner: pair._teacher_maps(active[owner], labelled) for owner, pair in pairs.items()}
         seen = self._run_students(active, labelled)
+        terms = {o: pair._terms(active[o], seen[o], maps[o]) for o, pair in pairs.items()}
         others = [x for x in batched_inputs if x.get(UNLABELLED)]
         more = self._see_unlabelled(active, seen, others) if others else {}
         share, losses = len(others) / len(batched_inputs), {}
         for owner, pair in pairs.items():
-            terms = pair._terms(active[owner], seen[owner], maps[owner])
-            if more:
-                theirs = more[owner]()
-                terms.update({k: (1 - share) * terms[k] + share * x for k, x in theirs.items()})
-            own = pair._with_idle_parameters({**seen[owner].losses, **terms})
-            losses.update({f"{owner}{name}": x for name, x in own.items()})
+            own, theirs = terms[owner], more.get(owner, {})
+            own.update({k: (1 - share) * own[k] + share * x for k, x in theirs.items()})
+            found = pair._with_idle_parameters({**seen[owner].losses, **own})
+            losses.update({f"{owner}{name}": x for name, x in found.items()})
         return losses
 
     def _active(self, owner: str, weights: Mapping[str, float]) -> Dict[str, float]:
@@ -353,6 +352,16 @@ class SharedKD(nn.Module):
         pyramids = [self.pyramid, source.pyramid if isinstance(source, StudentMaps) else None]
         heads = any(pyramids) and stage.loss.taps & HEAD_TAPS  # these take a whole forward
         return stage.loss.needs <= {"teacher"} and not heads
+
+    @property
+    def unlabelled_stages(self) -> List[str]:
+        """The stages of all students that learn from images without labels, too."""
+        return [
+            f"{owner}{name}"
+            for owner, pair in self.pairs.items()
+            for name in pair.stages
+            if pair.sees_unlabelled(name)
+        ]
 
     def _check_inputs(self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]) -> None:
         """Check that records have what the active stages and the student read."""
@@ -401,35 +410,30 @@ class SharedKD(nn.Module):
         active: Mapping[str, Mapping[str, float]],
         seen: Mapping[str, Seen],
         batched_inputs: List[Dict[str, Any]],
-    ) -> Dict[str, Callable[[], Dict[str, Tensor]]]:
+    ) -> Dict[str, Dict[str, Tensor]]:
         """Run teachers and students on images without labels, up to the maps that stages read.
 
-        After the students' own forward, which gives peers the maps of the labelled images.
+        After the students' own forward, which gives peers the maps of the labelled images, and their
+        terms, which set the automatic weights.
 
         Returns:
-            for each student what computes the terms of those of its stages that see these images.
+            the terms of each student's stages that see these images.
         """
         pairs = self.pairs
         also = {
             owner: {name: w for name, w in active[owner].items() if pair.sees_unlabelled(name)}
             for owner, pair in pairs.items()
         }
-        maps = {
-            owner: pair._teacher_maps(also[owner], batched_inputs) for owner, pair in pairs.items()
-        }
+        maps = {o: pair._teacher_maps(also[o], batched_inputs) for o, pair in pairs.items()}
         more = {
-            owner: pair._run_pyramid(also[owner], batched_inputs, seen[owner].losses)
-            for owner, pair in pairs.items()
+            o: pair._run_pyramid(also[o], batched_inputs, seen[o].losses)
+            for o, pair in pairs.items()
         }
-        return {
-            owner: partial(pair._held_terms, also[owner], more[owner], maps[owner])
-            for owner, pair in pairs.items()
-        }
-
-    def _held_terms(self, *args: Any) -> Dict[str, Tensor]:
-        """:meth:`_terms`, by automatic weights as the labelled images have set them."""
-        with held(self.auto_weights):
-            return self._terms(*args)
+        terms = {}
+        for owner, pair in pairs.items():
+            with held(pair.auto_weights):
+                terms[owner] = pair._terms(also[owner], more[owner], maps[owner])
+        return terms
 
     def _run_pyramid(
         self,
@@ -489,7 +493,7 @@ class SharedKD(nn.Module):
         """
         batch = seen.batch()
         if theirs is not None:
-            key = f"{self.key}.teacher" if source is None else f"{self.key}.teachers.{source}"
+            key = teacher_key(source, self.key)
             batch.student, batch.teacher = common_pixels(seen.maps, theirs, key)
             if seen.labels is not None:
                 batch.labels = {
@@ -513,20 +517,14 @@ class SharedKD(nn.Module):
             for tap, levels in found.items()
         }
 
-    @property
-    def _all_stages(self) -> Dict[str, Stage]:
-        """The stages of all students, by the names that weights have."""
-        return {
-            f"{owner}{k}": x for owner, pair in self.pairs.items() for k, x in pair.stages.items()
-        }
-
     def _weights_now(self) -> Dict[str, float]:
         """The weights of all students' stages in the iteration of the EventStorage."""
         iteration = get_event_storage().iter
         for pair in self.pairs.values():
             for name, stage in pair.stages.items():
                 _check_times(f"{pair.key}.stages.{name}", stage, self.max_iter)
-        return {k: x.weight_at(iteration, self.max_iter) for k, x in self._all_stages.items()}
+        stages = of_students(self, "stages")
+        return {name: x.weight_at(iteration, self.max_iter) for name, x in stages.items()}
 
     def _teacher_maps(
         self, active: Iterable[str], batched_inputs: List[Dict[str, Any]]
@@ -534,7 +532,7 @@ class SharedKD(nn.Module):
         """The maps of each source that some of the active stages read."""
         found = {}
         for source, names in self._by_source(active).items():
-            readers = self._readers(names)
+            readers = [x for x in names if "teacher" in self.stages[x].loss.needs]
             if readers:
                 found[source] = self.sources[source].features(
                     batched_inputs,
@@ -567,10 +565,6 @@ class SharedKD(nn.Module):
 
     def _needs(self, names: Iterable[str]) -> FrozenSet[str]:
         return frozenset().union(*(self.stages[name].loss.needs for name in names))
-
-    def _readers(self, names: Iterable[str]) -> List[str]:
-        """Those stages that read a teacher's maps."""
-        return [name for name in names if "teacher" in self.stages[name].loss.needs]
 
     def _taps(self, names: Iterable[str]) -> FrozenSet[str]:
         needed = self._needs(names) & NEEDED_TAPS.keys()
@@ -607,6 +601,31 @@ class SharedKD(nn.Module):
         return self.student.load_state_dict(state_dict, *args, **kwargs)
 
 
+def losses_of(model: nn.Module) -> nn.Module:
+    """The distillation losses of ``model``.
+
+    Empty for a plain detector, whose `losses` may be a method.
+    """
+    return model.losses if isinstance(model, SharedKD) else nn.ModuleDict()
+
+
+def pairs_of(model: nn.Module) -> Dict[str, nn.Module]:
+    """All students of ``model`` with their stages, see :attr:`SharedKD.pairs`; a plain detector is alone."""
+    return model.pairs if isinstance(model, SharedKD) else {"": model}
+
+
+def of_students(model: nn.Module, group: str) -> Dict[str, Any]:
+    """What all students of ``model`` have for their stages, by the names that weights have.
+
+    Args:
+        group: ``stages``, ``losses`` or ``auto_weights``; a plain detector has none.
+    """
+    pairs = model.pairs if isinstance(model, SharedKD) else {}
+    return {
+        f"{o}{name}": x for o, pair in pairs.items() for name, x in getattr(pair, group).items()
+    }
+
+
 def _check_times(key: str, stage: Stage, max_iter: Optional[int]) -> None:
     """Refuse a time that only this package's trainer knows."""
     if stage.end == "teacher":
@@ -625,12 +644,11 @@ def _check_parts(key: str, student: nn.Module, teacher: Any, teachers: Mapping[s
     if isinstance(student, SharedKD):
         fix = "give the plain student, and further teachers by model.teachers"
         raise ConfigError(f"{key}.student", "SharedKD", "is a pair itself", fix)
-    named = {f"model.teachers.{name}": x for name, x in teachers.items()}
-    for place, source in {"model.teacher": teacher, **named}.items():
+    for name, source in {None: teacher, **teachers}.items():
         if source is not None and not isinstance(source, Teacher):
             fix = "use a FrozenTeacher; several are model.teachers={NAME: ...} and a stage's teacher=NAME"
             fix += ", or a TeacherMean"
-            raise ConfigError(place, type(source).__name__, "is no source of maps", fix)
+            raise ConfigError(teacher_key(name), type(source).__name__, "is no source of maps", fix)
 
 
 def _check_peers(peers: Mapping[str, Any], teachers: Mapping[str, Any]) -> None:

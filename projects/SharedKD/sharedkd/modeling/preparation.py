@@ -157,6 +157,16 @@ def _by_attributes(
     images = [_normalised(detector, x["image"].to(device_of(detector)), key) for x in inputs]
     square, multiple = _padding(detector)
     multiple = max(multiple or divisor, 1)
+    return padded(images, multiple, square)
+
+
+def padded(images: Sequence[Tensor], multiple: int = 1, square: int = 0) -> Tensor:
+    """A batch of images (C, H, W) with zeros at their right and bottom, (N, C, H, W).
+
+    Args:
+        multiple: of what the sides are multiples.
+        square: their side, whatever the images'; 0: the smallest that holds all of them.
+    """
     height, width = (
         square or -(-max(x.shape[axis] for x in images) // multiple) * multiple for axis in (-2, -1)
     )

@@ -22,11 +22,11 @@ def find_culprits(trainer: Any, step: Any, together: bool) -> List[str]:
         together: all ranks call this for the same step; False: only this rank does.
 
     Returns:
-        as :func:`culprits`; nothing for a student with SyncBatchNorm on several ranks.
+        as :func:`culprits`; nothing for students with SyncBatchNorm on several ranks.
     """
     if comm.get_world_size() == 1:
         return culprits(trainer, step)
-    if any("SyncBatchNorm" in type(m).__name__ for m in trainer.detector.modules()):
+    if any("SyncBatchNorm" in type(m).__name__ for m in trainer.module.modules()):
         return []  # its forward waits for the other ranks, which may have broken elsewhere
     found = culprits(trainer, step)
     if not together:

@@ -45,8 +45,8 @@ class RunRecord(hooks.HookBase):
     Keys: ``validation`` (the data that it is evaluated on), ``command``, ``config_file`` and ``overrides``
     (with which it was started), ``repairs`` (of its data, a line each), ``unlabelled_images`` (how many it
     learns from), ``fast_dev_run``,
-    ``initial_weights`` (fingerprint of the student before its first step), ``parameters``
-    (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
+    ``initial_weights`` (fingerprint of the student before its first step), ``stages``
+    (their names; none: a plain run), ``parameters`` (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
     ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on a CPU the resident memory of the
     training process), ``skipped`` (numbers of ``steps`` and ``images`` that were left out, see
     ``train.on_nonfinite`` and ``on_bad_image``; of images, the main process's), ``outgrown`` (teacher ->
@@ -87,6 +87,7 @@ class RunRecord(hooks.HookBase):
         self.memory: Optional[float] = None
 
     def before_train(self) -> None:
+        self.record["stages"] = [*self.trainer.stages]
         self._write()
 
     def after_step(self) -> None:

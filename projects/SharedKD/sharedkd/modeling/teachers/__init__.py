@@ -1,7 +1,7 @@
 """Teachers: sources of the feature maps that stages learn from."""
 
 from .average import StudentAverage
-from .base import Teacher
+from .base import Teacher, teacher_key
 from .foundation import FoundationTeacher
 from .frozen import FrozenTeacher
 from .mean import TeacherMean
@@ -15,4 +15,5 @@ __all__ = [
     "StudentMaps",
     "Teacher",
     "TeacherMean",
+    "teacher_key",
 ]

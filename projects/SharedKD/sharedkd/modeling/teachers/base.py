@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sharedkd.losses.base import Maps, Shapes
 from sharedkd.modeling.heads import Hidden
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "teacher_key"]
 
 
 class Teacher(ABC):
@@ -113,3 +113,8 @@ class Teacher(ABC):
 
     def apply_to_tensors(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply ``fn`` to its tensors, when the model that holds it moves to a device or type."""
+
+
+def teacher_key(name: Optional[str], model: str = "model") -> str:
+    """The config key of a teacher of ``model`` by its name; None: ``model.teacher``."""
+    return f"{model}.teacher" if name is None else f"{model}.teachers.{name}"

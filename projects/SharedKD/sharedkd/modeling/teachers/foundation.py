@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sharedkd.errors import ConfigError
 from sharedkd.losses.base import Maps, precise
 from sharedkd.modeling.detectors import KEY
-from sharedkd.modeling.preparation import converted, device_of
+from sharedkd.modeling.preparation import converted, device_of, padded
 from sharedkd.modeling.taps import pyramid_shapes, run_until
 from sharedkd.values import check_number
 from sharedkd.weights.conventions import RGB_MEAN, RGB_STD
@@ -33,7 +33,7 @@ class FoundationTeacher(Teacher):
 
     Args:
         model: the network, or a LazyConfig node of it; it takes (N, C, H, W) and returns a map
-            (N, C, h, w), or tokens (N, L, C) whose last are those of the patches, row by row.
+            (N, C, h, w) or (N, h, w, C), or tokens (N, L, C) whose last are those of the patches, row by row.
         weights: ``.pth``, ``.pkl`` or ``.safetensors``; an empty string: those that ``model`` was built with.
         patch: the side of a patch in pixels; of a network that returns a map, what sides have to be
             multiples of.
@@ -118,24 +118,22 @@ class FoundationTeacher(Teacher):
 
     def _images(self, inputs: List[Dict[str, Any]], given: str, divisor: int) -> Tensor:
         """The normalised images on the student's canvas, zeros beside them."""
-        device, images = device_of(self.model), []
-        for x in inputs:
-            image = x["image"].to(device, non_blocking=True)
-            image = converted(image, given, len(self.mean), self.input_format, KEY)
-            images.append((image.float() - self.mean) / self.std)
-        height, width = (
-            -(-max(x.shape[axis] for x in images) // divisor) * divisor for axis in (1, 2)
-        )
-        return torch.stack(
-            [F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images]
-        )
+        device = device_of(self.model)
+        images = [x["image"].to(device, non_blocking=True) for x in inputs]
+        images = [converted(x, given, len(self.mean), self.input_format, KEY) for x in images]
+        return padded([(x.float() - self.mean) / self.std for x in images], divisor)
 
     def _map(self, images: Tensor) -> Tensor:
         """The network's map (N, C, h, w) of images that are a whole number of patches."""
         found = run_until(self.model, self._source, images)
-        rows, columns = (side // self.patch for side in images.shape[-2:])
+        height, width = images.shape[-2:]
+        rows, columns = height // self.patch, width // self.patch
         if isinstance(found, Tensor) and found.dim() == 4:
-            return found
+            _, a, b, c = (
+                found.shape
+            )  # the sides are to each other as the image's; a Swin's come first
+            last = a * width == b * height and b * width != c * height
+            return found.permute(0, 3, 1, 2) if last else found
         if isinstance(found, Tensor) and found.dim() == 3 and found.shape[1] >= rows * columns:
             return found[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
         returned = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -307,7 +307,7 @@ class FrozenTeacher(Teacher):
                 for stride, x in levels.items():
                     if x.is_contiguous(memory_format=torch.channels_last):  # a convolution's
                         levels[stride] = x.contiguous(memory_format=self._gives)
-        return maps if self.scale == 1 else self._in_students_pixels(maps)
+        return self._in_students_pixels(maps)
 
     def _run(
         self, inputs: List[Dict[str, Any]], taps: FrozenSet[str], size_divisibility: int = 0
@@ -328,7 +328,7 @@ class FrozenTeacher(Teacher):
         device, found = device_of(self.model), []
         for x in batched_inputs:
             size = [round(side * self.scale) for side in x["image"].shape[-2:]]
-            image = x.get("larger_image", x["image"]) if self.scale != 1 else x["image"]
+            image = x.get("larger_image", x["image"])  # which may be for a teacher of another scale
             if [*image.shape[-2:]] != size:
                 image = x["image"]
             image = image.to(device, non_blocking=True)  # the copy does not wait for the GPU
@@ -340,6 +340,8 @@ class FrozenTeacher(Teacher):
 
     def _in_students_pixels(self, maps: Maps) -> Maps:
         """Its maps by the strides that they have on the student's images; boxes in their pixels."""
+        if self.scale == 1:
+            return maps
         return {
             tap: {
                 self._stride(stride): x / self.scale if tap in ("boxes", "anchors") else x
@@ -375,7 +377,7 @@ class FrozenTeacher(Teacher):
         hidden = {key: [precise(x) for x in levels] for key, levels in hidden.items()}
         with self._arithmetic():
             maps = finish_head(self.model, hidden, left)
-        return maps if self.scale == 1 else self._in_students_pixels(maps)
+        return self._in_students_pixels(maps)
 
     @torch.no_grad()
     def predict(
