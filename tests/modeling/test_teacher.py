@@ -193,6 +193,8 @@ def test_pkl_of_the_zoo(small, tmp_path):
 def test_empty_weights_leave_the_model_as_built(sharedkd_log):
     teacher = FrozenTeacher(tiny.detector("retinanet", seed=5), "")
     assert same_tensors(teacher.model, tiny.detector("retinanet", seed=5))
+    assert not sharedkd_log.text  # a model that somebody has built may be trained
+    FrozenTeacher(tiny.node("retinanet"), "")
     assert "model.teacher.weights is empty" in sharedkd_log.text
 
 

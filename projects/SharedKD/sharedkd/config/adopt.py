@@ -21,6 +21,8 @@ from .plain import leaves
 
 __all__ = ["adopt_loaders", "show_larger_images", "use_own_data"]
 
+# Nodes of a model whose `num_classes` are not those of the data's objects.
+_OF_OTHERS = ("backbone", "sem_seg_head", "teacher", "teachers")
 # Of `data`, what only the configs of configs/custom_coco*.py read.
 _SIZES = ("short_edge", "test_short_edge", "max_size", "num_classes", "masks")
 
@@ -145,7 +147,7 @@ def _with_classes(node: DictConfig) -> Iterator[DictConfig]:
     """The nodes of a model that say how many things it tells apart, and do not refer to another one."""
     for key in [*node]:
         child = node._get_node(key)
-        if isinstance(child, DictConfig) and key not in ("backbone", "sem_seg_head"):
+        if isinstance(child, DictConfig) and key not in _OF_OTHERS:
             # A mask head of one class has the same for all, such as tiny_mask_rcnn's.
             if not (key == "mask_head" and child.get("num_classes") == 1):
                 yield from _with_classes(child)

@@ -50,12 +50,14 @@ def read_unlabelled(
         found = images_of(json_file, folders[0], Notes(json_key, json_file, reading.repair), key)
     else:
         found = sorted({path for folder in folders for path in _below(folder, key)})
+    labelled, held_out = ({os.path.realpath(x) for x in some} for some in (labelled, held_out))
     left_out: Dict[str, List[str]] = {}
     records: List[Record] = []
     deep: List[Tuple[Record, str]] = []
     for path in found:
-        if path in labelled or path in held_out:
-            reason = "are trained on with their labels" if path in labelled else "are evaluated on"
+        place = os.path.realpath(path)
+        if place in labelled or place in held_out:
+            reason = "are trained on with their labels" if place in labelled else "are evaluated on"
             left_out.setdefault(reason, []).append(path)
             continue
         record, mode, problem = _record(path, reading.max_size)

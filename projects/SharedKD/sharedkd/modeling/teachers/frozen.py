@@ -122,7 +122,7 @@ class FrozenTeacher(Teacher):
         self.input_format = stated or self._assumed_format()
         if weights:
             load_trained(self.model, weights, f"{KEY}.weights", trust_checkpoint, sha256)
-        else:
+        elif not isinstance(config, nn.Module):  # which may be trained already
             logger.warning(f"{KEY}.weights is empty: the teacher {self.name} is not trained")
         self.tensors = len(self.model.state_dict())  # before any norm is folded
         self.model.requires_grad_(False).eval()
