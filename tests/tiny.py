@@ -1,5 +1,7 @@
 """Real detectors and records small enough for a CPU test."""
 
+import copy
+import functools
 import importlib.util
 import runpy
 import sys
@@ -36,8 +38,16 @@ def node(family, depth=18, num_classes=CLASSES):
 
 def detector(family, depth=18, num_classes=CLASSES, seed=0):
     """A small detector with random weights that depend on the seed alone."""
+    model, draws = _built(family, depth, num_classes, seed)
+    torch.set_rng_state(draws)
+    return copy.deepcopy(model)
+
+
+@functools.lru_cache(maxsize=4)
+def _built(family, depth, num_classes, seed):
+    """Drawing millions of weights takes longer than copying them."""
     torch.manual_seed(seed)
-    return instantiate(node(family, depth, num_classes))
+    return instantiate(node(family, depth, num_classes)), torch.get_rng_state()
 
 
 def record(height=64, width=96, boxes=((8, 8, 40, 40), (30, 20, 80, 60)), seed=0):

@@ -11,6 +11,7 @@ import pytest
 import ranks
 import tiny
 import torch
+from two import in_two
 
 from sharedkd import ConfigError
 from sharedkd.engine.run import run
@@ -29,11 +30,7 @@ def torchrun(config, *opts, flags=()):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches CPU processes")
 def test_two_processes_equal_one(tmp_path):
     """The same global batch; and every method trains where a process has no object."""
-    env = {**ENVIRONMENT, "PYTHONPATH": f"{tiny.ROOT}/tests:{os.environ.get('PYTHONPATH', '')}"}
-    command = [*TORCHRUN, str(tiny.ROOT / "tests/ranks.py"), str(tmp_path / "two.pt")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    state, losses, size = torch.load(tmp_path / "two.pt", weights_only=True)
+    state, losses, size = in_two(ranks.train, tmp_path)[0]
     expected_state, expected_losses = ranks.three_steps()
     assert size == 2
     assert not torch.equal(state["scale"], torch.ones_like(state["scale"]))

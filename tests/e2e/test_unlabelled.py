@@ -19,6 +19,7 @@ def test_a_run_with_images_without_labels(workspace, train, tmp_path):
     keys = [
         f"data.unlabelled_images=[{more}/train,{workspace.shapes}/train]",
         "data.unlabelled_ratio=0.5",
+        "dataloader.train.total_batch_size=4",
         *("train.checkpointer.period=2", "dataloader.evaluator=null"),
     ]
     whole, _ = train("custom_coco.py", *keys, "train.max_iter=4")
