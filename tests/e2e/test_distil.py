@@ -45,7 +45,7 @@ def test_the_commands_of_the_page(workspace, tmp_path, monkeypatch):
     block = re.search(r"```bash\n(.*?)```", page, re.S)[1].replace("\\\n", " ")
     distilled, plain, report = map(shlex.split, block.strip().splitlines())
     small = [f"{key}={value}" for key, value in SMALL.items()]
-    small += [*workspace.data[:4], "train.fast_dev_run=True"]
+    small += [*workspace.data[:4], "SOLVER.MAX_ITER=3"]
     teacher = [*workspace.pair[0].split("=")[1:], "--teacher-weights", str(workspace.weights)]
     at = distilled.index("--teacher") + 1
     distilled[at : at + 1] = teacher
@@ -71,8 +71,7 @@ def test_the_commands_of_the_page(workspace, tmp_path, monkeypatch):
 
     # It can be resumed with other keys that do not decide what is trained, and evaluated.
     keys = ["TEST.EVAL_PERIOD=5", "DATALOADER.NUM_WORKERS=0", f"OUTPUT_DIR={again}"]
-    longer = ["train.fast_dev_run=False", "SOLVER.MAX_ITER=21"]
-    run(arguments(config, *keys, *longer, flags=["--resume"]))
+    run(arguments(config, *keys, "SOLVER.MAX_ITER=4", flags=["--resume"]))
     weights = f"MODEL.WEIGHTS={again}/model_final.pth"
     assert "bbox" in run(arguments(config, weights, *keys, flags=["--eval-only"]))
 
