@@ -1,8 +1,10 @@
 """Real detectors and records small enough for a CPU test."""
 
+import contextlib
 import copy
 import functools
 import importlib.util
+import io
 import runpy
 import sys
 from pathlib import Path
@@ -96,9 +98,13 @@ def command(config, *opts, flags=()):
 
 
 def train_here(self, root, iterations, say):
-    """Stands for sharedkd.lab.runs.Run.train: trains in this process, as starting another takes seconds."""
+    """Stands for sharedkd.lab.runs.Run.train: trains in this process, as starting another takes seconds.
+
+    As there, what the run prints does not reach the console.
+    """
     flags = ["--resume"] if self.started else []
-    run(arguments(self.config, *self.overrides, flags=flags))
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(arguments(self.config, *self.overrides, flags=flags))
 
 
 def run_tool(name, *arguments):
