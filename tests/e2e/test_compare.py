@@ -253,6 +253,14 @@ def tool(output, overrides, methods, *flags, config=CONFIG):
 
 
 @pytest.mark.nightly
+def test_jobs_are_processes(overrides, tmp_path):
+    command = tool(tmp_path, overrides, ["none", "pkd"], "--jobs", "2")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[1/1] ") == done.stdout.count("finished before, kept") == 2
+
+
+@pytest.mark.nightly
 def test_shards_share_the_work(overrides, tmp_path):
     methods = ["none", "frs", "none@frs"]
     shards = [
@@ -448,7 +456,7 @@ def test_a_student_that_detects_nothing_has_the_latency_of_the_eager_model(works
 
 @pytest.mark.nightly
 def test_students_from_end_to_end(shared, tmp_path):
-    students, flags = f"{PLAIN},{DENSE}", ["--methods", "none,pkd", "--seeds", "0", "--jobs", "2"]
+    students, flags = f"{PLAIN},{DENSE}", ["--methods", "none,pkd", "--seeds", "0"]
     teacher, checkpoint = (text.partition("=")[2] for text in shared if text.startswith("distill."))
     command = [
         sys.executable,
