@@ -103,8 +103,9 @@ def parts(key):
         return {".".join(key.split(".")[:3])}
     if key == "model.roi_heads.num_classes":  # is compared with the data
         return {"model", "data"}
-    if key.startswith("data"):  # dataloader, too
-        return {"data"}
+    for part in ("data", "lr_multiplier", "train.amp"):  # dataloader, too
+        if key.startswith(part):
+            return {part}
     return {"model"} if key.startswith(BUILDING) else {key}
 
 

@@ -25,22 +25,25 @@ import torch
 from sharedkd.config import load_config
 from sharedkd.errors import SharedKDError
 from sharedkd.files import replace
-from sharedkd.lab.benchmark import Benchmark, efficiency, growth, measure
+from sharedkd.lab.benchmark import Benchmark, measure
 from sharedkd.lab.performance import table
 from sharedkd.methods import with_method
 
 logging.getLogger("detectron2.sharedkd").setLevel(logging.ERROR)  # teachers are not trained here
 
 
-def benchmark(args) -> Benchmark:
-    def load(*overrides):
-        overrides = [*args.overrides, f"train.device={args.device}", *overrides]
-        return load_config(args.config_file, overrides, keep_teacher=True, without_data=True)
+def benchmark(args):
+    """What is measured of the pair, of its other methods and of its variants."""
 
-    cfg = load()
-    methods = {name: with_method(cfg, name) for name in args.methods}
-    variants = {override: load(override) for override in args.variant}
-    return Benchmark(cfg, args.image_size, args.batch_size, methods, variants)
+    def bench(*overrides, method=None):
+        overrides = [*args.overrides, f"train.device={args.device}", *overrides]
+        cfg = load_config(args.config_file, overrides, keep_teacher=True, without_data=True)
+        cfg = with_method(cfg, method) if method else cfg
+        return Benchmark(cfg, args.image_size, args.batch_size)
+
+    methods = {name: bench(method=name) for name in args.methods}
+    variants = {override: bench(override) for override in args.variant}
+    return measure(bench(), methods, variants, args.rounds, args.starts)
 
 
 if __name__ == "__main__":
@@ -67,14 +70,6 @@ if __name__ == "__main__":
         metavar="key=value",
         help="a distillation step with this override, too (may be given several times)",
     )
-    parser.add_argument(
-        "--growth",
-        action="store_true",
-        help="with batch size, image size and number of levels, too",
-    )
-    parser.add_argument(
-        "--processes", type=int, default=0, metavar="N", help="efficiency of N processes, too"
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -85,12 +80,7 @@ if __name__ == "__main__":
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
     try:
-        bench = benchmark(args)
-        result = {"command": sys.argv, **measure(bench, args.rounds, args.starts)}
-        if args.growth:
-            result["growth"] = growth(bench, args.rounds)
-        if args.processes:
-            result["efficiency"] = efficiency(bench, args.processes, args.rounds)
+        result = {"command": sys.argv, **benchmark(args)}
     except SharedKDError as e:
         sys.exit(f"error: {e}")
     if args.json:

@@ -6,7 +6,7 @@
     tools/export_student.py --config-file configs/custom_coco.py --weights model_final.pth \\
         --images street.jpg --format onnx --output output/deployed data.num_classes=3
 
-Formats: torchscript (traced), script (scripted), onnx. Beside each file lies a .json with classes,
+Formats: torchscript and onnx. Beside each file lies a .json with classes,
 input, resizing and outputs. docs/deployment.md has an example.
 
 The weights are --weights, else train.init_checkpoint of this command, else, with the config.yaml of a
@@ -32,8 +32,7 @@ from sharedkd.config import load_config
 from sharedkd.engine.checkpoint import has_run
 from sharedkd.errors import SharedKDError
 from sharedkd.files import replace
-from sharedkd.lab.export import FORMATS, export_student
-from sharedkd.lab.export.table import table
+from sharedkd.lab.export import FORMATS, export_student, table
 
 
 def names(text: str):
@@ -97,9 +96,9 @@ if __name__ == "__main__":
         sys.exit(f"error: {e}")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        found = {"command": sys.argv, **result.as_json()}
+        found = {"command": sys.argv, **result}
         replace(args.json, lambda f: f.write(json.dumps(found, indent=1).encode()))
     print(table(result))
-    for error in result.refused:
+    for error in result["refused"]:
         print(f"error: {error}", file=sys.stderr)
-    sys.exit(1 if result.refused else 0)
+    sys.exit(bool(result["refused"]))

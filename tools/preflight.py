@@ -19,7 +19,7 @@ import json
 from arguments import add_config_arguments, overrides_of
 
 from sharedkd.files import replace
-from sharedkd.lab.preflight import preflight
+from sharedkd.lab.preflight import as_text, preflight
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -40,8 +40,8 @@ if __name__ == "__main__":
         args.resume,
         measure=not args.no_steps,
     )
-    text = json.dumps(found.as_dict(), indent=1)
+    text = json.dumps(found, indent=1)
     if args.json and args.json != "-":
         replace(args.json, lambda f: f.write(text.encode()))
-    print(text if args.json == "-" else found.as_text())
-    sys.exit(bool(found.errors))
+    print(text if args.json == "-" else as_text(found))
+    sys.exit(not found["ok"])

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from sharedkd.errors import SharedKDError
 from sharedkd.lab.analysis.models import sources
-from sharedkd.lab.analysis.visualize import visualize
+from sharedkd.lab.analysis.visualize import table, visualize
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -50,17 +50,16 @@ if __name__ == "__main__":
         parser.error(f"several folders: {' '.join(folders)}")
     folder = Path(folders[0]) if folders else None
     try:
-        print(
-            visualize(
-                sources(folder, args.config_file, args.models, args.seed),
-                args.output,
-                [x for x in args.given if "=" in x],
-                args.images,
-                args.pictures,
-                args.score_threshold,
-                args.between,
-                command=shlex.join(["tools/visualize_pair.py", *sys.argv[1:]]),
-            )
+        found = visualize(
+            sources(folder, args.config_file, args.models, args.seed),
+            args.output,
+            [x for x in args.given if "=" in x],
+            args.images,
+            args.pictures,
+            args.score_threshold,
+            args.between,
+            command=shlex.join(["tools/visualize_pair.py", *sys.argv[1:]]),
         )
     except SharedKDError as e:
         sys.exit(f"error: {e}")
+    print(table(found), found["sentence"], args.output / "detections.md", sep="\n\n")

@@ -128,7 +128,7 @@ def test_the_demo_and_preflight_run_none_either(tmp_path):
         run_demo(tiny.ROOT, tmp_path / "demo", [code])
     code = "lr_multiplier.x={_target_: sharedkd.lab.compare.comparison.subprocess.Popen, args: [touch, CANARY]}"
     found = preflight(CONFIG, [code], measure=False)
-    assert "names code" in str(found.errors[0])
+    assert "names code" in found["errors"][0]["message"]
 
 
 def test_a_class_that_there_is_not_is_said_later():

@@ -22,7 +22,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     client.execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("teacher" in str(x.get("data", {}).get("text/markdown")) for x in shown)
-    for name in ("losses.png", "detections.png", "sharedkd/model_final.pth", "report.html"):
+    for name in ("detections/detections.md", "sharedkd/model_final.pth", "report.html"):
         assert (tmp_path / "tutorial" / name).stat().st_size > 0
     student = json.loads((tmp_path / "tutorial/sharedkd/run.json").read_text())
     assert student["iterations"] == 4

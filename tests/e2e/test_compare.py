@@ -23,10 +23,10 @@ from sharedkd import ConfigError
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.run import run
 from sharedkd.lab.analysis.pair import Pair
-from sharedkd.lab.analysis.pictures import read_curves
 from sharedkd.lab.compare import comparison
 from sharedkd.lab.compare.comparison import Arm, Comparison, run_comparison
 from sharedkd.lab.compare.students import Student, measure, run_students
+from sharedkd.lab.metrics import read_curves
 from sharedkd.lab.runs import Run
 
 ROOT = tiny.ROOT

@@ -20,7 +20,7 @@ MISSING = "/no/such/file"
 def preflight(config, overrides, **options):
     """What tools/preflight.py --json writes, and as ``text`` what it prints."""
     found = lab.preflight(config, overrides, **options)
-    return {**found.as_dict(), "text": found.as_text()}
+    return {**found, "text": lab.as_text(found)}
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 
 from sharedkd import ConfigError
 from sharedkd.data.shapes import make_shapes
-from sharedkd.lab.preflight import preflight
+from sharedkd.lab.preflight import as_text, preflight
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -28,7 +28,7 @@ def test_a_run_with_images_without_labels(workspace, train, tmp_path):
     assert json.loads((whole / "run.json").read_text())["unlabelled_images"] == 5
     every = [*workspace.data, *workspace.pair, *keys, f"train.output_dir={tmp_path / 'none'}"]
     found = preflight(str(tiny.ROOT / "configs/custom_coco.py"), every, measure=False)
-    assert found.as_dict()["unlabelled"]["images"] == 5 and said in found.as_text()
+    assert found["unlabelled"]["images"] == 5 and said in as_text(found)
 
     half = tmp_path / "half"
     shutil.copytree(whole, half)

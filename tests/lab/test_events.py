@@ -9,7 +9,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from sharedkd.errors import ConfigError
 from sharedkd.lab.compare.events import write_events
 from sharedkd.lab.scores import read_comparison
 
@@ -61,14 +60,3 @@ def test_pictures(written):
     assert (image.width, image.height) == (8, 4)
     pixels = np.asarray(Image.open(BytesIO(image.encoded_image_string)))
     assert pixels[0, 0].tolist() == [0, 128, 255]
-
-
-def test_a_run_is_no_comparison(tmp_path):
-    with pytest.raises(ConfigError, match="holds no comparison"):
-        read_comparison(folders.run(tmp_path / "run"), "--tensorboard")
-
-
-def test_a_damaged_comparison(tmp_path):
-    (tmp_path / "results.json").write_text('{"arms": [')
-    with pytest.raises(ConfigError, match=r"results\.json: cannot be read: .*compare once more"):
-        read_comparison(tmp_path, "--tensorboard")

@@ -10,22 +10,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from detectron2.config import instantiate
 from PIL import Image
 
 from sharedkd.config import load_config
 from sharedkd.errors import ConfigError
-from sharedkd.lab.export import FORMATS, NotExportable, compare, deploy, export_student, formats
+from sharedkd.lab.analysis.models import trained_student
+from sharedkd.lab.export import FORMATS, Agreement, NotExportable, export_student, formats, table
 from sharedkd.lab.export.formats import detect, outputs_of
 from sharedkd.lab.export.images import fit, read_images
-from sharedkd.lab.export.table import table
 
-REFUSED = {
-    ("cascade_mask_rcnn", "torchscript"): "use onnx",
-    ("cascade_mask_rcnn", "script"): "use onnx",
-    ("fcos", "script"): "use torchscript or onnx",
-}
-FAST = [("mask_rcnn", "torchscript"), ("mask_rcnn", "onnx"), ("retinanet", "script")]
-SLOW = [(f, x) for f in tiny.FAMILIES for x in FORMATS if (f, x) not in {*REFUSED, *FAST}]
+FAST = [("mask_rcnn", "torchscript"), ("mask_rcnn", "onnx")]
+NEVER = ("cascade_mask_rcnn", "torchscript")
+SLOW = [(f, x) for f in tiny.FAMILIES for x in FORMATS if (f, x) not in {NEVER, *FAST}]
 
 
 def noise(height, width, seed=0):
@@ -72,16 +69,16 @@ def test_exported_file_agrees_with_eager_on_every_size(family, name, detectors, 
     for image in (example, other, without):
         eager = detect(model, image)
         assert (len(eager[0]) == 0) == (image is without)
-        found = compare(names, eager, run(image), image.shape[-2:])
+        found = Agreement().add(names, eager, run(image), image.shape[-2:])
         assert found.unmatched == 0 and found.empty == (image is without), found
 
 
-@pytest.mark.parametrize("family, name", REFUSED)
-def test_what_a_format_does_not_take_is_refused_with_what_to_use(family, name, detectors, tmp_path):
+def test_what_a_format_does_not_take_is_refused_with_what_to_use(detectors, tmp_path):
+    family, name = NEVER
     model, example, *_ = detectors(family)
-    with pytest.raises(NotExportable, match="Detectron2's (CascadeROIHeads|FCOS) ") as e:
+    with pytest.raises(NotExportable, match="Could not export Python function") as e:
         FORMATS[name].convert(model, example, str(tmp_path / "file"))
-    assert e.value.fix == REFUSED[family, name] and "\n" not in str(e.value)
+    assert e.value.fix == "use onnx" and "\n" not in str(e.value)
     assert e.value.__cause__ is not None  # it was tried
 
 
@@ -125,15 +122,16 @@ A, B = (0, 0, 10, 10, 0, 0.9), (50, 50, 60, 60, 1, 0.8)
         ([], 2),
     ],
 )
-def test_compare(exported, unmatched):
-    found = compare(NAMES, boxes(A, B), boxes(*exported), (100, 80))
+def test_agreement(exported, unmatched):
+    found = Agreement().add(NAMES, boxes(A, B), boxes(*exported), (100, 80))
     assert (found.unmatched, found.detections, found.empty) == (unmatched, 2, 0)
     assert found.holds == (unmatched == 0)
 
 
-def test_compare_adds_up():
+def test_agreement_adds_up():
     moved = boxes((0.004, 0, 10, 10, 0, 0.9), B)
-    total = compare(NAMES, boxes(A, B), moved, (100, 80)) + compare(NAMES, boxes(), boxes(), (9, 9))
+    total = Agreement().add(NAMES, boxes(A, B), moved, (100, 80))
+    total.add(NAMES, boxes(), boxes(), (9, 9))
     assert (total.images, total.empty, total.detections) == (2, 1, 2)
     assert total.largest["boxes"] == pytest.approx(0.004)
 
@@ -146,7 +144,7 @@ def run(tmp_path_factory):
     Image.fromarray(noise(120, 150).permute(1, 2, 0).numpy()).save(picture)
     torch.manual_seed(0)
     cfg = config()
-    model = deploy.construct(deploy.student_only(cfg).model, "model")
+    model = instantiate(cfg.model)
     torch.save({"model": model.state_dict()}, folder / "model.pth")
     cfg.train.init_checkpoint = str(folder / "model.pth")
     return cfg, str(picture)
@@ -192,16 +190,16 @@ def test_documented_example_runs_alone_and_finds_what_detectron2_finds(name, run
     assert tuple(image.shape) == (3, 64, 80)
     with torch.no_grad():
         inputs = [{"image": image, "height": 120, "width": 150}]
-        truth = deploy.load_student(cfg)(inputs)[0]["instances"]
+        truth = trained_student(cfg, cfg.train.init_checkpoint, "")(inputs)[0]["instances"]
     assert len(truth) > 10
     example = (tiny.ROOT / "docs/deployment.md").read_text().split("```python\n")[1].split("```")[0]
-    path = exported(name).files[name]["path"]
+    path = exported(name)["models"][name]["path"]
     command = [sys.executable, "-W", "ignore", "-c", ALONE, path, picture]
     done = subprocess.run(command, input=example, text=True, stdout=subprocess.PIPE, check=True)
     assert len(done.stdout.splitlines()) == len(truth)
     ours = np.load(path + ".npz")
     theirs = truth.pred_boxes.tensor, truth.pred_classes, truth.scores
-    agreement = compare(NAMES, theirs, [torch.tensor(ours[x]) for x in NAMES], (120, 150))
+    agreement = Agreement().add(NAMES, theirs, [torch.tensor(ours[x]) for x in NAMES], (120, 150))
     assert agreement.unmatched == 0  # equal scores may have changed places
     covered, ours = truth.pred_masks.numpy().sum(0), ours["bitmaps"].sum(0)
     assert covered.sum() > 1000 and abs(covered - ours).sum() < 0.01 * covered.sum()
@@ -209,10 +207,15 @@ def test_documented_example_runs_alone_and_finds_what_detectron2_finds(name, run
 
 def test_of_a_pair_the_student_is_exported_with_what_its_use_needs(exported):
     result = exported("onnx")
-    assert not result.refused and set(result.milliseconds) == {"student", "onnx"}
-    assert result.about["image"] == [32, 64]
-    assert "absent.pth: no such file" in result.about["no_teacher"]
-    path = Path(result.files["onnx"]["path"])
+    assert result["refused"] == [] and result["models"].keys() == {"student", "onnx"}
+    assert all(x["milliseconds"]["low"] > 0 for x in result["models"].values())
+    assert result["image"] == [32, 64]
+    assert "absent.pth: no such file" in result["no_teacher"]
+    said = table(result)
+    onnx = result["models"]["onnx"]
+    assert "detections without a partner" in said and f"0 of {onnx['detections']}" in said
+    assert f"Checked on 3 images, {onnx['empty']} of them without detections." in said
+    path = Path(result["models"]["onnx"]["path"])
     assert path.name == "student.onnx" and not list(path.parent.glob(".*"))  # nothing unfinished
     about = json.loads(Path(f"{path}.json").read_text())
     image = about["inputs"]["image"]
@@ -223,16 +226,16 @@ def test_of_a_pair_the_student_is_exported_with_what_its_use_needs(exported):
     assert about["agreement"]["images"] == 3 and about["agreement"]["unmatched"] == 0
 
 
-def spoilt(model, image, path):
+def spoilt(traceable, image, outputs, path):
     """Exports a detector that differs from the student."""
-    weight = model.roi_heads.box_predictor.bbox_pred.weight
+    weight = traceable.model.roi_heads.box_predictor.bbox_pred.weight
     before = weight.clone()
     weight.mul_(2)
-    formats._trace(model, image, path)
+    formats._trace(traceable, image, outputs, path)
     weight.copy_(before)
 
 
-def broken(model, image, path):
+def broken(traceable, image, outputs, path):
     with open(path, "w") as f:
         f.write("half a file")
     raise RuntimeError("first line\nand a long\ntraceback")
@@ -240,13 +243,13 @@ def broken(model, image, path):
 
 @pytest.mark.parametrize(
     "write, message",
-    [(spoilt, "detections differ"), (broken, "RuntimeError: first line; leave it")],
+    [(spoilt, "detections differ"), (broken, "RuntimeError: first line; use onnx")],
 )
 def test_a_file_that_fails_never_appears(write, message, run, tmp_path, monkeypatch):
     monkeypatch.setitem(FORMATS, "torchscript", replace(FORMATS["torchscript"], write=write))
     (tmp_path / "student.torchscript.pt").write_text("of before")
     result = export_student(run[0], ["torchscript"], str(tmp_path), [run[1]], rounds=0)
-    (error,) = map(str, result.refused)
+    (error,) = result["refused"]
     assert message in error and "\n" not in error
     assert [x.name for x in tmp_path.iterdir()] == ["student.torchscript.pt"]
     assert (tmp_path / "student.torchscript.pt").read_text() == "of before"
@@ -271,14 +274,3 @@ def test_mistakes_are_found_before_anything_is_written(run, tmp_path, monkeypatc
     fails("detects nothing", cfg=silent)
     monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
     fails("onnx and onnxruntime is not installed; pip install onnx onnxruntime", formats=["onnx"])
-
-
-def test_the_table_says_what_has_no_partner():
-    found = dict(path="s.onnx", detections=582, images=6, empty=1, unmatched=2, largest={})
-    about = {"image": (1, 2), "hardware": ""}
-    result = SimpleNamespace(
-        files={"onnx": found}, megabytes={"onnx": 1}, milliseconds={}, about=about
-    )
-    said = table(result)
-    assert "detections without a partner" in said and "2 of 582" in said
-    assert "Checked on 6 images, 1 of them without detections." in said

@@ -1,7 +1,5 @@
 import math
 
-import pytest
-
 from sharedkd.lab.tables import results_table
 
 METRICS = {"AP": 31.234, "AP50": 50.0, "AP75": 33.5, "APs": math.nan, "APm": 12.25, "APl": 40.0}
@@ -41,8 +39,3 @@ def test_mask_columns_appear_once_a_row_has_them():
     assert [row["model"] for row in table] == [row["name"] for row in rows]
     assert [row["mask AP"] for row in table] == ["28.00", "-", "-"]
     assert {row["parameters"] for row in table} == {"-"}
-
-
-def test_a_row_needs_a_name():
-    with pytest.raises(KeyError, match="name"):
-        results_table([{"bbox": METRICS}])

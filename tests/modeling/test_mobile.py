@@ -6,7 +6,7 @@ import torch
 import torchvision
 from detectron2.config import instantiate
 
-from sharedkd.lab.export import compare
+from sharedkd.lab.export import Agreement
 from sharedkd.lab.export.formats import FORMATS, detect, outputs_of
 from sharedkd.modeling.torchvision_backbone import TorchvisionBackbone
 from sharedkd.weights import download
@@ -77,4 +77,5 @@ def test_onnx_agrees_with_the_student(student, tmp_path):
     for image in images:
         eager = detect(student, image)
         assert len(eager[0])
-        assert compare(outputs_of(student), eager, run(image), image.shape[-2:]).unmatched == 0
+        found = Agreement().add(outputs_of(student), eager, run(image), image.shape[-2:])
+        assert found.unmatched == 0

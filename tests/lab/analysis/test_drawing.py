@@ -10,7 +10,6 @@ from sharedkd.lab.analysis.drawing import (
     DrawnObject,
     class_color,
     draw_objects,
-    picture_grid,
 )
 from sharedkd.lab.analysis.mistakes import KINDS
 
@@ -102,14 +101,3 @@ def test_bars_tell_costs_below_a_point():
     assert costs == ["0.4"] * len(KINDS) + ["-"] * len(KINDS)
     assert numbers == ["3"] * 2 * (1 + len(KINDS))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "ours"]
-
-
-def test_grid(tmp_path):
-    rows = [[GREY, GREY // 2], [GREY // 4, GREY]]
-    path = tmp_path / "grid.jpg"
-    figure = picture_grid(rows, ["a", "b"], str(path), ["first", "second"], [("cat", 0)])
-    assert path.read_bytes()[:2] == b"\xff\xd8"
-    assert [axes.get_title() for axes in figure.axes[:2]] == ["a", "b"]
-    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["first", "second"]
-    assert figure.axes[2].images[0].get_array()[0, 0, 0] == 32
-    assert figure.legends[0].get_texts()[0].get_text() == "cat"

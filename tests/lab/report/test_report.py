@@ -26,6 +26,7 @@ from sharedkd.lab.report.page import as_html
 from sharedkd.lab.report.source import read_source
 from sharedkd.lab.report.summary import commands, summary, warnings
 from sharedkd.lab.runs import short
+from sharedkd.lab.scores import read_comparison
 
 # Paired differences 1, 2, 3: t(2) = 4.3027, 4.3027 / sqrt(3) = 2.4841; and 0.9, 1.0, 1.1.
 SCORES = {"none": [30.0, 31.0, 35.0], "wide": [31.0, 33.0, 38.0], "sure": [30.9, 32.0, 36.1]}
@@ -201,6 +202,9 @@ def test_stages_are_told_with_their_schedule(compared):
     assert plots[1].names == ["s8", "s16"]  # sorted by number
     stage = read_source(compared).runs_of("wide")[0].stages["identical"]
     assert training.schedule(stage, 200)[1] == (50, 69, 150)
+    (known,) = read_source(compared).runs_of("wide")[:1]
+    known.config["model"]["stages"]["identical"].update(weight="auto", end="teacher")
+    assert training.schedule(known.stages["identical"], 200)[1] == (50, 69, 200)
     for run in compared.glob("wide/seed*/config.yaml"):
         run.unlink()
     plots = training.terms(read_source(compared))["wide"]
@@ -247,8 +251,8 @@ def test_settings_that_differ(compared, monkeypatch):
     path.write_text(json.dumps(record))
     # What both have is told setting by setting, and a path as seen from here.
     assert settings.differences(read_source(compared))["sure"] == [
-        ("optimizer.lr", "0.1", "0.2"),
         ("model.student.path", "–", "x.pth"),
+        ("optimizer.lr", "0.1", "0.2"),
     ]
 
 
@@ -365,14 +369,18 @@ def test_what_is_not_measured_comes_with_its_command(tmp_path):
     record = json.loads((folder / "run.json").read_text())
     record.update(command="train.py x.py", config_file="x.py", overrides=["train.seed=7", "a=b c"])
     (folder / "run.json").write_text(json.dumps(record))
-    config = f"--config-file x.py --output {here}/features train.seed=7 'a=b c'"
+    config, output = "--config-file x.py train.seed=7 'a=b c'", f"--output {here}/features"
     page = Page(as_html(folder))
-    assert f"{config} train.output_dir={here}" in page.text("next")
+    assert f"{config} train.output_dir={here} {output}" in page.text("next")
     assert "train.py x.py" in page.text("origin") and "A CPU" in page.text("origin")
     (folder / "config.yaml").write_text(yaml.safe_dump(folders.config(output_dir=str(folder))))
     folders.detections(folder / "detections")
     found = " ".join(commands(read_source(folder), *where).values())
-    assert config in found and "output_dir" not in found and "visualize_pair" not in found
+    assert (
+        f"{config} {output}" in found
+        and "output_dir" not in found
+        and "visualize_pair" not in found
+    )
 
 
 def test_what_other_tools_wrote_is_in_the_page_but_nothing_from_outside_of_their_folder(
@@ -447,6 +455,8 @@ def test_folders_that_hold_nothing(tmp_path):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ConfigError, match=rf"results\.json: {match}"):
             write_report(tmp_path)
+    with pytest.raises(ConfigError, match="holds no comparison"):
+        read_comparison(tmp_path / "nothing", "--tensorboard")
 
 
 def test_a_comparison_ends_with_its_tables_and_where_the_report_is(compared, monkeypatch, capsys):

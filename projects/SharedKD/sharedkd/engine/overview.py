@@ -1,8 +1,8 @@
 """A description of a run before it starts, in numbers and as text."""
 
 import re
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from dataclasses import fields
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.roi_heads import CascadeROIHeads
@@ -22,167 +22,93 @@ from sharedkd.modeling.teachers import Teacher
 from .hooks.cost import in_words
 from .parts import Parts, images_per_step, losses_of, pairs_of
 
-__all__ = [
-    "Detector",
-    "Level",
-    "Measured",
-    "Overview",
-    "StageRow",
-    "Unlabelled",
-    "as_text",
-    "describe",
-]
+__all__ = ["as_text", "describe"]
 
 
-@dataclass
-class Detector:
-    """A detector in words and numbers."""
-
-    family: str  # such as "Mask R-CNN"
-    backbone: str
-    parameters: int
-    classes: Optional[int]  # None: it does not say
-    masks: bool  # whether it predicts them
-    weights: str  # where they come from
-    name: str = ""  # a teacher's config
-
-
-@dataclass
-class Level:
-    """The maps of one tap and stride; None: there are none, or it is unknown."""
-
-    tap: str
-    stride: int
-    student_channels: Optional[int]
-    teacher_channels: Optional[int]
-    teachers: Dict[str, Optional[int]]  # the channels of the further teachers
-    map_size: Optional[Tuple[int, int]]  # (height, width), of the first image
-    aligned: Dict[str, str]  # stage -> how it makes the maps comparable
-
-
-@dataclass
-class StageRow:
-    """A stage, with its schedule in iterations."""
-
-    stage: str
-    loss: str
-    teacher: Optional[str]  # the name of its source of maps
-    taps: List[str]
-    strides: List[int]
-    weight: str  # number, or auto with its share
-    start: int  # the first iteration that uses it
-    ramp: int
-    end: int  # the first one that no longer does; 0: none uses it
-    parameters: int
-
-
-@dataclass
-class Unlabelled:
-    """The images without labels."""
-
-    images: int
-    images_per_step: int  # of all processes, on top of the others
-    stages: List[str]  # that learn from them
-
-
-@dataclass
-class Measured:
-    """Measured time and memory of training steps, without evaluations."""
-
-    seconds_per_step: float
-    total_seconds: float
-    peak_memory_mb: float  # of this process or its GPU
-
-
-@dataclass
-class Overview:
-    """The description of a run; None: it has none of it, or it could not be built."""
-
-    output_dir: str
-    device: str
-    max_iter: int
-    images_per_step: Optional[int]  # of all processes
-    image_size: Optional[Tuple[int, int]]  # (height, width) of the first image for the student
-    processes: int
-    data: Dict[str, Dict[str, Any]]  # train and test -> counts
-    unlabelled: Optional[Unlabelled] = None
-    disk: Optional[Mapping[str, float]] = None  # see check_disk
-    student: Optional[Detector] = None
-    teacher: Optional[Detector] = None
-    teachers: Dict[str, Detector] = field(default_factory=dict)  # the further ones
-    levels: List[Level] = field(default_factory=list)
-    stages: List[StageRow] = field(default_factory=list)
-    measured: Optional[Measured] = None
-
-    def as_dict(self) -> Dict[str, Any]:
-        """As nested dicts for JSON, without unknown values."""
-        unknown = ("disk", "student", "teacher", "measured", "unlabelled")
-        return {k: v for k, v in asdict(self).items() if v is not None or k not in unknown}
-
-
-def describe(parts: Parts) -> Overview:
+def describe(parts: Parts) -> Dict[str, Any]:
     """Describe a run.
 
     Args:
         parts: the result of :func:`~sharedkd.engine.parts.assemble`.
+
+    Returns:
+        For JSON, without what is unknown: ``output_dir``, ``device``, ``max_iter``, ``images_per_step``
+        (of all processes), ``image_size`` (height and width of the student's first image), ``processes``,
+        ``data`` (train and test -> counts) and ``disk`` (see :func:`~.checks.check_disk`); of a model that
+        could be built also
+
+        * ``student``, ``teacher`` and, by name, the further ``teachers``: architecture (``family``),
+          ``backbone``, ``parameters``, ``classes``, ``masks`` (whether it predicts them), ``weights``
+          (where they come from) and ``name`` (a teacher's config);
+        * ``levels``, one for each tap and stride: channels of all these, ``map_size`` (of the first
+          image), and ``aligned``: stage -> how it makes the maps comparable;
+        * ``stages``, with their schedules in iterations; ``end`` is the first one that no longer uses
+          the stage, 0 if none does.
     """
     cfg = parts.cfg
-    readable = {split: [x for x in getattr(parts.data, split) if x] for split in ("train", "test")}
-    found = Overview(
-        output_dir=cfg.train.output_dir,
-        device=cfg.train.device,
-        max_iter=cfg.train.max_iter,
-        images_per_step=images_per_step(cfg),
-        image_size=tuple(parts.sample["image"].shape[-2:]) if parts.sample else None,
-        processes=comm.get_world_size(),
-        data={split: _numbers(summaries) for split, summaries in readable.items() if summaries},
-        disk=parts.disk,
-    )
+    data = {split: [x for x in getattr(parts.data, split) if x] for split in ("train", "test")}
+    found = {
+        "output_dir": cfg.train.output_dir,
+        "device": cfg.train.device,
+        "max_iter": cfg.train.max_iter,
+        "images_per_step": images_per_step(cfg),
+        "image_size": tuple(parts.sample["image"].shape[-2:]) if parts.sample else None,
+        "processes": comm.get_world_size(),
+        "data": {split: _numbers(summaries) for split, summaries in data.items() if summaries},
+        "teachers": {},
+        "levels": [],
+        "stages": [],
+    }
+    if parts.disk is not None:
+        found["disk"] = parts.disk
     if parts.model is FAILED:
         return found
-    student, teachers = parts.student, getattr(parts.model, "sources", {})
-    found.student = _detector(student, _student_weights(parts))
+    student, teachers = parts.student, dict(getattr(parts.model, "sources", {}))
     described = {name: _teacher(teacher) for name, teacher in teachers.items()}
-    found.teacher, found.teachers = described.pop(None, None), described
+    if None in described:
+        found["teacher"] = described.pop(None)
     stages = parts.model.stages if losses_of(parts.model) else {}
     peers = [*pairs_of(parts.model).items()][1:]
     pyramid = getattr(parts.model, "pyramid", None)
-    found.levels = _levels(student, pyramid, teachers, stages, parts.sample)
+    found["student"] = _detector(student, _student_weights(parts))
+    found["teachers"] = described
+    found["levels"] = _levels(student, pyramid, teachers, stages, parts.sample)
     if isinstance(parts.loader, TrainLoader) and parts.loader.unlabelled:
-        found.unlabelled = Unlabelled(
-            images=parts.loader.unlabelled,
-            images_per_step=parts.loader.unlabelled_batch_size * cfg.train.accumulate,
-            stages=[
+        found["unlabelled"] = {
+            "images": parts.loader.unlabelled,
+            "images_per_step": parts.loader.unlabelled_batch_size * cfg.train.accumulate,
+            "stages": [
                 f"{owner}{name}"
                 for owner, pair in pairs_of(parts.model).items()
                 for name in pair.stages
                 if pair.sees_unlabelled(name)
             ],
-        )
+        }
     every = {f"{owner}{name}": x for owner, pair in peers for name, x in pair.stages.items()}
-    found.stages = [
+    found["stages"] = [
         _stage(name, stage, cfg.train.max_iter) for name, stage in {**stages, **every}.items()
     ]
     return found
 
 
-def _detector(model: nn.Module, weights: str, name: str = "") -> Detector:
-    return Detector(
-        family=_family(model),
-        backbone=_backbone(model),
-        parameters=count_parameters(model),
-        classes=num_classes(model),
-        masks=bool(getattr(getattr(model, "roi_heads", None), "mask_on", False)),
-        weights=weights,
-        name=name,
-    )
+def _detector(model: nn.Module, weights: str, name: str = "") -> Dict[str, Any]:
+    return {
+        "family": _family(model),
+        "backbone": _backbone(model),
+        "parameters": count_parameters(model),
+        "classes": num_classes(model),
+        "masks": bool(getattr(getattr(model, "roi_heads", None), "mask_on", False)),
+        "weights": weights,
+        "name": name,
+    }
 
 
-def _teacher(teacher: Teacher) -> Detector:
+def _teacher(teacher: Teacher) -> Dict[str, Any]:
     """Describe a teacher; only a :class:`FrozenTeacher` has all values."""
     name = getattr(teacher, "name", type(teacher).__name__)
     if teacher.detector is None:
-        return Detector(name, "unknown", 0, None, False, "unknown", name)
+        unknown = {"backbone": "unknown", "parameters": 0, "classes": None, "masks": False}
+        return {"family": name, **unknown, "weights": "unknown", "name": name}
     weights = getattr(teacher, "weights", "unknown")
     if hasattr(teacher, "tensors"):
         weights += f", verified: all {teacher.tensors} tensors" if weights else ""
@@ -236,11 +162,13 @@ def _levels(
     teachers: Mapping[Optional[str], Teacher],
     stages: Mapping[str, Stage],
     sample: Optional[Mapping[str, Any]],
-) -> List[Level]:
+) -> List[Dict[str, Any]]:
     """One row per tap and stride that a pyramid has and a stage may use."""
     ours = pyramid_shapes(student, pyramid)
     theirs = {name: x.shapes for name, x in teachers.items()}
     used = {tap for stage in stages.values() for tap in stage.loss.taps} | {"fpn"}
+    pad = max(size_divisibility(student), 1)
+    size = [-(-side // pad) * pad for side in sample["image"].shape[-2:]] if sample else None
     rows = []
     for tap in (tap for tap in ours if tap in used):
         pyramids = {name: shapes.get(tap, {}) for name, shapes in theirs.items()}
@@ -252,134 +180,137 @@ def _levels(
                 for name, stage in stages.items()
                 if tap in stage.loss.taps and stride in stage.loss.strides
             }
-            size = _map_size(student, sample, stride)
-            rows.append(Level(tap, stride, s, channels.pop(None, None), channels, size, aligned))
+            row = {
+                "tap": tap,
+                "stride": stride,
+                "student_channels": s,
+                "teacher_channels": channels.pop(None, None),
+                "teachers": channels,
+                "map_size": tuple(-(-side // stride) for side in size) if size else None,
+                "aligned": aligned,
+            }
+            rows.append(row)
     return rows
 
 
-def _map_size(
-    student: nn.Module, sample: Optional[Mapping[str, Any]], stride: int
-) -> Optional[Tuple[int, int]]:
-    """(height, width) of a map of the first image."""
-    if not sample:
-        return None
-    pad = max(size_divisibility(student), 1)
-    height, width = (-(-side // pad) * pad for side in sample["image"].shape[-2:])
-    return -(-height // stride), -(-width // stride)
-
-
-def _stage(name: str, stage: Stage, max_iter: int) -> StageRow:
+def _stage(name: str, stage: Stage, max_iter: int) -> Dict[str, Any]:
     start, end = stage.span(max_iter)
-    return StageRow(
-        stage=name,
-        loss=type(stage.loss).__name__,
-        teacher=stage.teacher,
-        taps=sorted(stage.loss.taps),
-        strides=list(stage.loss.strides or []),
-        weight=str(stage).removeprefix("weight "),
-        start=start,
-        ramp=round(stage.ramp * max_iter) if isinstance(stage.ramp, float) else stage.ramp,
-        end=end,
-        parameters=count_parameters(stage.loss),
-    )
+    return {
+        "stage": name,
+        "loss": type(stage.loss).__name__,
+        "teacher": stage.teacher,
+        "taps": sorted(stage.loss.taps),
+        "strides": list(stage.loss.strides or []),
+        "weight": str(stage).removeprefix("weight "),
+        "start": start,
+        "ramp": round(stage.ramp * max_iter) if isinstance(stage.ramp, float) else stage.ramp,
+        "end": end,
+        "parameters": count_parameters(stage.loss),
+    }
 
 
 # --- text ---------------------------------------------------------------------------------------
 
 
-def as_text(found: Overview) -> str:
-    """``found`` as text."""
+def as_text(found: Mapping[str, Any]) -> str:
+    """What :func:`describe` found as text; ``measured`` in it, too, see :mod:`sharedkd.lab.preflight`."""
     blocks = [_detectors(found), _level_table(found), _stage_table(found), _data_table(found)]
     return "\n\n".join(x for x in (*blocks, "\n".join(_costs(found))) if x)
 
 
-def _detectors(found: Overview) -> str:
-    if found.student is None:
+def _is_pair(found: Mapping[str, Any]) -> bool:
+    return bool("teacher" in found or found["teachers"] or found["stages"])
+
+
+def _detectors(found: Mapping[str, Any]) -> str:
+    if "student" not in found:
         return ""
-    if found.teacher is None and not found.teachers and not found.stages:
-        return _line("model", found.student)
-    further = [_line(f"teacher {name}", x) for name, x in found.teachers.items()]
-    first = [] if found.teacher is None and further else [_line("teacher", found.teacher)]
-    return "\n".join([_line("student", found.student), *first, *further])
-
-
-def _line(who: str, x: Optional[Detector]) -> str:
-    if x is None:
-        return f"{who}: none"
-    return (
-        f"{who}: {x.family}, {x.backbone}, {x.parameters / 1e6:.1f} M parameters, {x.classes} classes; "
-        f"weights: {x.weights}"
+    detectors = {"student" if _is_pair(found) else "model": found["student"]}
+    if "teacher" in found or found["stages"] and not found["teachers"]:
+        detectors["teacher"] = found.get("teacher")
+    detectors.update({f"teacher {name}": x for name, x in found["teachers"].items()})
+    words = (
+        "{family}, {backbone}, {millions:.1f} M parameters, {classes} classes; weights: {weights}"
+    )
+    return "\n".join(
+        f"{who}: " + (words.format(**x, millions=x["parameters"] / 1e6) if x else "none")
+        for who, x in detectors.items()
     )
 
 
-def _level_table(found: Overview) -> str:
-    pair = found.teacher is not None or found.teachers or found.stages
+def _level_table(found: Mapping[str, Any]) -> str:
     rows = []
-    for x in found.levels:
-        row: Dict[str, Any] = {"tap": x.tap, "stride": x.stride}
-        row["student's channels" if pair else "channels"] = x.student_channels
-        if found.teacher is not None:
-            row["teacher's"] = x.teacher_channels
-        row.update({f"{name}'s": channels for name, channels in x.teachers.items()})
-        row["map"] = "x".join(map(str, x.map_size or ()))
-        if found.stages:
-            row["made comparable"] = "; ".join(f"{name}: {how}" for name, how in x.aligned.items())
+    for x in found["levels"]:
+        row = {"tap": x["tap"], "stride": x["stride"]}
+        row["student's channels" if _is_pair(found) else "channels"] = x["student_channels"]
+        if "teacher" in found:
+            row["teacher's"] = x["teacher_channels"]
+        row.update({f"{name}'s": channels for name, channels in x["teachers"].items()})
+        row["map"] = "x".join(map(str, x["map_size"] or ()))
+        if found["stages"]:
+            aligned = x["aligned"].items()
+            row["made comparable"] = "; ".join(f"{name}: {how}" for name, how in aligned)
         rows.append(row)
-    return _table([list(row.values()) for row in rows], list(rows[0])) if rows else ""
+    return _table(rows)
 
 
-def _stage_table(found: Overview) -> str:
+def _stage_table(found: Mapping[str, Any]) -> str:
     rows = [
         {
-            "stage": x.stage,
-            "loss": x.loss,
-            **({"teacher": x.teacher} if found.teachers else {}),
-            "tap": "/".join(x.taps),
-            "weight": x.weight,
-            "iterations": f"{x.start} - {x.end}" if x.end else "never",
-            "ramp": x.ramp,
-            "parameters": f"{x.parameters:,}",
+            "stage": x["stage"],
+            "loss": x["loss"],
+            **({"teacher": x["teacher"]} if found["teachers"] else {}),
+            "tap": "/".join(x["taps"]),
+            "weight": x["weight"],
+            "iterations": f"{x['start']} - {x['end']}" if x["end"] else "never",
+            "ramp": x["ramp"],
+            "parameters": f"{x['parameters']:,}",
         }
-        for x in found.stages
+        for x in found["stages"]
     ]
-    return _table([list(row.values()) for row in rows], list(rows[0])) if rows else ""
+    return _table(rows)
 
 
-def _data_table(found: Overview) -> str:
-    if not found.data:
+def _data_table(found: Mapping[str, Any]) -> str:
+    masks = found.get("student", {"masks": True})["masks"]
+    hidden = {"files"} if masks else {"files", "unmasked"}
+    return _table(
+        [
+            {"data": split, **{k.replace("_", " "): v for k, v in x.items() if k not in hidden}}
+            for split, x in found["data"].items()
+        ]
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys, which are the headings."""
+    if not rows:
         return ""
-    hidden = {"files"} if found.student is None or found.student.masks else {"files", "unmasked"}
-    names = [name for name in next(iter(found.data.values())) if name not in hidden]
-    rows = [[split, *(x[name] for name in names)] for split, x in found.data.items()]
-    return _table(rows, ["data", *(name.replace("_", " ") for name in names)])
+    return tabulate(rows, "keys", tablefmt="simple", missingval="-", disable_numparse=True)
 
 
-def _table(rows: List[List[Any]], head: List[str]) -> str:
-    return tabulate(rows, head, tablefmt="simple", missingval="-", disable_numparse=True)
-
-
-def _costs(found: Overview) -> List[str]:
+def _costs(found: Mapping[str, Any]) -> List[str]:
     lines: List[str] = []
-    train = found.data.get("train")
-    if train and found.images_per_step:
-        epochs = found.max_iter * found.images_per_step / train["images"]
+    train, disk, measured = found["data"].get("train"), found.get("disk"), found.get("measured")
+    if train and found["images_per_step"]:
+        epochs = found["max_iter"] * found["images_per_step"] / train["images"]
         lines.append(
-            f"length: {found.max_iter} iterations of {found.images_per_step} images, "
-            f"{epochs:.3g} epochs; the first image is {'x'.join(map(str, found.image_size or '?'))}"
+            f"length: {found['max_iter']} iterations of {found['images_per_step']} images, {epochs:.3g} "
+            f"epochs; the first image is {'x'.join(map(str, found['image_size'] or '?'))}"
         )
-    if found.unlabelled:
-        x = found.unlabelled
+    if "unlabelled" in found:
+        x = found["unlabelled"]
         lines.append(
-            f"images without labels: {x.images}, {x.images_per_step} more in each iteration, "
-            f"{found.max_iter * x.images_per_step / x.images:.3g} epochs; for the stages {', '.join(x.stages)}"
+            f"images without labels: {x['images']}, {x['images_per_step']} more in each iteration, "
+            f"{found['max_iter'] * x['images_per_step'] / x['images']:.3g} epochs; "
+            f"for the stages {', '.join(x['stages'])}"
         )
-    disk = found.disk
     if disk:
         lines.append(
             f"disk: {disk['kept']} checkpoints of {disk['checkpoint_mb']:.0f} MB, "
             f"{disk['needed_mb']:.0f} MB with the one being written; {disk['free_mb']:.0f} MB free"
         )
-    if found.measured:
-        seconds, memory = found.measured.seconds_per_step, found.measured.peak_memory_mb
-        lines.append(in_words(seconds, found.max_iter, memory, found.device))
+    if measured:
+        seconds, memory = measured["seconds_per_step"], measured["peak_memory_mb"]
+        lines.append(in_words(seconds, found["max_iter"], memory, found["device"]))
     return lines

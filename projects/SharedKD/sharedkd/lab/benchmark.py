@@ -6,18 +6,14 @@ of them down alike, and ratios are taken within a round.  Weights are random: ti
 
 import itertools
 import multiprocessing as mp
-import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
-from types import MappingProxyType
-from typing import Any, Callable, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
-from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from omegaconf import DictConfig
@@ -26,156 +22,56 @@ from torch import nn
 from sharedkd.config.build import construct
 from sharedkd.engine.hooks.record import hardware, peak_memory_mb, versions
 from sharedkd.engine.parts import amp_dtype, memory_layout, rewire
+from sharedkd.engine.run import ddp
 from sharedkd.engine.trainer import SharedKDTrainer
 from sharedkd.errors import ConfigError
+from sharedkd.lab.timing import spread, take_turns
 from sharedkd.losses.base import Batch
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD
-from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 
-__all__ = ["Benchmark", "efficiency", "growth", "measure"]
+__all__ = ["Benchmark", "measure", "ratio"]
 
 OBJECTS = 8  # per image, of random places and sizes
 WARM_UP = 2  # rounds that are not counted
-FOREVER = 10**9
-NOTHING: Mapping[str, DictConfig] = MappingProxyType({})
-PLAIN = ("student", "teacher_eager", "student_sharedkd", "teacher")
 
 Arm = Callable[[], object]
 Seconds = Mapping[str, Sequence[float]]
 
 
 class Benchmark:
-    """The arms of one pair at one input size, each a call that does its work once.
+    """What is timed of one pair at one input size.
 
-    * ``student``: a step of the plain student by Detectron2's trainer;
-    * ``teacher_eager``: backbone and FPN of the teacher, as Detectron2 runs them;
-    * ``student_sharedkd``: a step of the plain student by this project's trainer and settings;
-    * ``teacher``: the teacher's maps, as a distillation step computes them;
-    * ``distill``: a distillation step with the config's own stages, all of them on;
-    * a method's name: a distillation step with that method;
-    * a variant's name: a distillation step of that config, with models of its own;
-    * ``losses/distill``, ``losses/<method>``: forward and backward of the losses alone.
+    Each method returns an arm: a call that does its work once.
 
     Args:
         cfg: of a pair, see :func:`~sharedkd.config.load.load_config`.
         image_size: shorter side of the images in pixels; the longer one is 4/3 of it.
         batch_size: images a step.
-        methods: name -> config of the same pair with another method.
-        variants: name -> config of the same pair with another setting.
 
     Raises:
         ConfigError: not a pair.
     """
 
-    def __init__(
-        self,
-        cfg: DictConfig,
-        image_size: int,
-        batch_size: int,
-        methods: Mapping[str, DictConfig] = NOTHING,
-        variants: Mapping[str, DictConfig] = NOTHING,
-    ):
+    def __init__(self, cfg: DictConfig, image_size: int, batch_size: int):
         if cfg.model.get("student") is None or cfg.model.get("teacher") is None:
             raise ConfigError(
                 "--config-file", "model", "has no student and teacher", "use a pair's config"
             )
-        self.cfg, self.methods, self.variants = cfg, {"distill": cfg, **methods}, variants
+        self.cfg, self.size = cfg, (image_size, batch_size)
         self.device = torch.device(cfg.train.device)
         self.dtype = amp_dtype(cfg)
         torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
-        self.size = image_size, batch_size
         shape = image_size, 32 * round(image_size * 4 / 96)
         self.records = [_record(shape, seed) for seed in range(batch_size)]
         if self.device.type == "cuda":  # as the data loader does
             self.records = [{**x, "image": x["image"].pin_memory()} for x in self.records]
 
-    @property
-    def names(self) -> List[str]:
-        """The names of all arms."""
-        losses = [f"losses/{method}" for method in self.methods]
-        return [*PLAIN, *self.methods, *losses, *self.variants]
+    # --- arms -------------------------------------------------------------------------------------
 
-    def arm(self, name: str) -> Arm:
-        """The arm ``name``, built and ready to be called."""
-        if name == "student":
-            return self._detectron2_step()
-        if name == "student_sharedkd":
-            return self._step(self.student)
-        if name == "teacher_eager":
-            return self._eager_forward()
-        if name == "teacher":
-            taps = frozenset({"fpn"})
-            return lambda: self.teacher.features(self.records, taps, self.teacher.input_format)
-        if name in self.variants:
-            return Benchmark(self.variants[name], *self.size).arm("distill")
-        if name.startswith("losses/"):
-            return self._losses(self._pair(name.partition("/")[2]))
-        return self._step(self._pair(name))
-
-    # --- what arms are made of, shared where it may be --------------------------------------------
-
-    @cached_property
-    def student(self) -> nn.Module:
-        student = self._new_student().to(memory_format=memory_layout(self.cfg))
-        keep_keypoints_contiguous(student)
-        rewire(self.cfg, student)
-        return student
-
-    @cached_property
-    def teacher(self) -> FrozenTeacher:
-        """The teacher as a distillation step runs it."""
-        teacher = self._new_teacher()
-        teacher.model.to(memory_format=memory_layout(self.cfg))
-        teacher.prepare(self.dtype)
-        return teacher
-
-    def _new_student(self) -> nn.Module:
-        torch.manual_seed(0)
-        return _tame(construct(self.cfg.model.student, "model.student")).to(self.device).train()
-
-    def _new_teacher(self) -> FrozenTeacher:
-        torch.manual_seed(1)
-        teacher = construct({**self.cfg.model.teacher, "weights": ""}, "model.teacher")
-        _tame(teacher.model)
-        return teacher.to(self.device)
-
-    def _pair(self, method: str) -> SharedKD:
-        """The pair with the stages of ``method``, all on in every iteration."""
-        model = self.methods[method].model
-        stages = construct(model.stages, "model.stages")
-        always = {k: replace(x, start=0, ramp=0, end=None) for k, x in stages.items()}
-        pair = SharedKD(
-            student=self.student,
-            teacher=self.teacher,
-            stages=always,
-            input_format=model.input_format,
-        )
-        return pair.to(self.device).train()
-
-    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        node = self.cfg.optimizer.copy()
-        node.params.model = model
-        optimizer = construct(node, "optimizer")
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0  # as much work, and random weights stay where they are
-        return optimizer
-
-    def _step(self, model: nn.Module) -> Arm:
-        on_gpu = {} if self.device.type == "cuda" else {"device_ids": None}
-        trainer = SharedKDTrainer(
-            create_ddp_model(model, **self.cfg.train.ddp, **on_gpu),
-            itertools.repeat(self.records),
-            self._optimizer(model),
-            max_iter=FOREVER,
-            amp_dtype=self.dtype,
-            clip_grad_norm=self.cfg.train.clip_grad_norm,
-        )
-        count = itertools.count()
-        return lambda: _one_step(trainer, next(count))
-
-    def _detectron2_step(self) -> Arm:
+    def student(self) -> Arm:
+        """A step of the plain student by Detectron2's trainer."""
         student = self._new_student()
         # Detectron2's AMPTrainer is for float16 on CUDA only.
         kind = AMPTrainer if self.dtype is torch.float16 else SimpleTrainer
@@ -188,7 +84,8 @@ class Benchmark:
 
         return run
 
-    def _eager_forward(self) -> Arm:
+    def teacher_eager(self) -> Arm:
+        """Backbone and FPN of the teacher, as Detectron2 runs them."""
         teacher = self._new_teacher()
         images = teacher.preprocess(self.records, teacher.input_format, 0).tensor
 
@@ -199,9 +96,22 @@ class Benchmark:
 
         return run
 
-    def _losses(self, pair: SharedKD) -> Arm:
-        """Forward and backward of the losses of ``pair``, down to the student's maps."""
-        batches: Dict[str, Batch] = {}
+    def student_sharedkd(self) -> Arm:
+        """A step of the plain student by this project's trainer and settings."""
+        return self._step(self.pair.student)
+
+    def teacher(self) -> Arm:
+        """The teacher's maps, as a distillation step computes them."""
+        teacher, taps = self.prepared, frozenset({"fpn"})
+        return lambda: teacher.features(self.records, taps, teacher.input_format)
+
+    def distill(self) -> Arm:
+        """A distillation step with all stages on."""
+        return self._step(self.pair)
+
+    def losses(self) -> Arm:
+        """Forward and backward of the losses alone, down to the student's maps."""
+        pair, batches = self.pair, {}
         handles = [
             loss.register_forward_pre_hook(
                 lambda module, args, name=name: batches.update({name: _as_leaves(args[0])})
@@ -225,44 +135,74 @@ class Benchmark:
 
         return run
 
-    # --- measuring --------------------------------------------------------------------------------
+    # --- what they are made of --------------------------------------------------------------------
 
-    def times(self, names: Sequence[str], rounds: int) -> Dict[str, List[float]]:
-        """Seconds of the arms ``names``, one per round; each round starts with another arm."""
-        seconds: Dict[str, List[float]] = {name: [] for name in names}
-        arms = {name: self.arm(name) for name in names}
-        for turn in range(-WARM_UP, rounds):
-            first = turn % len(names)
-            for name in [*names[first:], *names[:first]]:
-                start = self._now()
-                arms[name]()
-                if turn >= 0:
-                    seconds[name].append(self._now() - start)
-        return seconds
+    @cached_property
+    def pair(self) -> SharedKD:
+        """The pair as a run trains it, with all stages on in every iteration."""
+        student = self._new_student().to(memory_format=memory_layout(self.cfg))
+        keep_keypoints_contiguous(student)
+        rewire(self.cfg, student)
+        stages = construct(self.cfg.model.stages, "model.stages")
+        pair = SharedKD(
+            student=student,
+            teacher=self.prepared,
+            stages={k: replace(x, start=0, ramp=0, end=None) for k, x in stages.items()},
+            input_format=self.cfg.model.input_format,
+        )
+        return pair.to(self.device).train()
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    @cached_property
+    def prepared(self) -> FrozenTeacher:
+        """The teacher as a distillation step runs it."""
+        teacher = self._new_teacher()
+        teacher.model.to(memory_format=memory_layout(self.cfg))
+        teacher.prepare(self.dtype)
+        return teacher
 
-    def peak_mb(self, name: str, starts: int = 1) -> float:
-        """Peak memory of a step in MB, the median over ``starts`` new processes."""
-        cfg = {**self.methods, **self.variants}.get(name, self.cfg)
-        work = torch.get_num_threads(), name if name in PLAIN else "distill", cfg, *self.size
-        return median(_in_processes(1, _peak, *work)[0] for _ in range(starts))
+    def _new_student(self) -> nn.Module:
+        torch.manual_seed(0)
+        return _tame(construct(self.cfg.model.student, "model.student")).to(self.device).train()
+
+    def _new_teacher(self) -> FrozenTeacher:
+        torch.manual_seed(1)
+        teacher = construct({**self.cfg.model.teacher, "weights": ""}, "model.teacher")
+        _tame(teacher.model)
+        return teacher.to(self.device)
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        node = self.cfg.optimizer.copy()
+        node.params.model = model
+        optimizer = construct(node, "optimizer")
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # as much work, and random weights stay where they are
+        return optimizer
+
+    def _step(self, model: nn.Module) -> Arm:
+        trainer = SharedKDTrainer(
+            ddp(self.cfg, model),
+            itertools.repeat(self.records),
+            self._optimizer(model),
+            max_iter=10**9,
+            amp_dtype=self.dtype,
+            clip_grad_norm=self.cfg.train.clip_grad_norm,
+        )
+        count = itertools.count()
+        return lambda: _one_step(trainer, next(count))
+
+    def peak_mb(self, arm: str, starts: int = 1) -> float:
+        """Peak memory of an arm in MB, the median over ``starts`` new processes."""
+        peaks = []
+        for _ in range(starts):
+            with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
+                work = torch.get_num_threads(), arm, self.cfg, *self.size
+                peaks.append(pool.submit(_peak, *work).result())
+        return median(peaks)
 
 
-def _in_processes(count: int, function: Callable[..., Any], *work: Any) -> List[Any]:
-    """What ``function`` returns in new processes; each gets its rank and ``work``."""
-    with ProcessPoolExecutor(count, mp.get_context("spawn")) as pool:
-        return [x.result() for x in [pool.submit(function, rank, *work) for rank in range(count)]]
-
-
-def _peak(
-    rank: int, threads: int, arm: str, cfg: DictConfig, image_size: int, batch_size: int
-) -> float:
+def _peak(threads: int, arm: str, cfg: DictConfig, image_size: int, batch_size: int) -> float:
     torch.set_num_threads(threads)
-    run = Benchmark(cfg, image_size, batch_size).arm(arm)
+    run = getattr(Benchmark(cfg, image_size, batch_size), arm)()
     run()
     run()  # the second step also has the optimizer's state
     return peak_memory_mb()
@@ -272,29 +212,36 @@ def ratio(seconds: Seconds, over: str, *under: str, minus: str = "") -> Dict[str
     """Median, least and greatest (over - minus) / sum(under), each ratio within a round."""
     less = seconds[minus] if minus else itertools.repeat(0.0)
     sums = map(sum, zip(*(seconds[name] for name in under)))
-    return _spread([(a - b) / c for a, b, c in zip(seconds[over], less, sums)])
+    return spread([(a - b) / c for a, b, c in zip(seconds[over], less, sums)])
 
 
-def _spread(each: Sequence[float]) -> Dict[str, float]:
-    found = {"median": median(each), "low": min(each), "high": max(each)}
-    return {name: round(x, 5) for name, x in found.items()}
-
-
-def measure(bench: Benchmark, rounds: int, starts: int = 3) -> Dict[str, Any]:
+def measure(
+    bench: Benchmark,
+    methods: Mapping[str, Benchmark],
+    variants: Mapping[str, Benchmark],
+    rounds: int,
+    starts: int,
+) -> Dict[str, Any]:
     """Measure everything at one input size, for tools/benchmark.py.
 
     Args:
-        bench: the arms at that size.
-        rounds: see :meth:`Benchmark.times`.
+        bench: of the pair.
+        methods, variants: name -> the same pair with another method, and with another setting.
+        rounds: times of each arm.
         starts: processes per peak, see :meth:`Benchmark.peak_mb`.
 
     Returns:
         ``overhead``, the median of distill / (student + teacher_eager); what was measured on what;
         ``ratios`` and ``seconds`` of the arms, each with median, low and high; ``memory_mb``, the
-        peak of each step.
+        peak of each step.  The arms are those of ``bench``, and ``NAME`` and ``losses/NAME`` the
+        distillation step and the losses of another method or setting.
     """
-    seconds = bench.times(bench.names, rounds)
-    rivals = [name for name in bench.methods if name != "distill"]
+    plain = ("student", "teacher_eager", "student_sharedkd", "teacher")
+    arms = {name: getattr(bench, name)() for name in plain}
+    others = {**methods, **variants}
+    for name, each in {"distill": bench, **others}.items():
+        arms.update({name: each.distill(), f"losses/{name}": each.losses()})
+    seconds = take_turns(arms, rounds, WARM_UP)
     ratios = {
         "overhead": ratio(seconds, "distill", "student", "teacher_eager"),
         "added": ratio(seconds, "distill", "teacher_eager", minus="student_sharedkd"),
@@ -302,10 +249,13 @@ def measure(bench: Benchmark, rounds: int, starts: int = 3) -> Dict[str, Any]:
         "plain": ratio(seconds, "student_sharedkd", "student"),
         "teacher": ratio(seconds, "teacher", "teacher_eager"),
         "losses": ratio(seconds, "losses/distill", "distill"),
-        **{f"distill/{name}": ratio(seconds, "distill", name) for name in rivals},
-        **{name: ratio(seconds, name, "distill") for name in bench.variants},
+        **{f"distill/{name}": ratio(seconds, "distill", name) for name in methods},
+        **{name: ratio(seconds, name, "distill") for name in variants},
     }
-    steps = ["student", "student_sharedkd", *bench.methods, *bench.variants]
+    peaks = {
+        name: bench.peak_mb(name, starts) for name in ("student", "student_sharedkd", "distill")
+    }
+    peaks.update({name: each.peak_mb("distill", starts) for name, each in others.items()})
     return {
         "overhead": ratios["overhead"]["median"],
         "device": str(bench.device),
@@ -313,68 +263,11 @@ def measure(bench: Benchmark, rounds: int, starts: int = 3) -> Dict[str, Any]:
         "versions": versions(),
         "images": [list(x["image"].shape[-2:]) for x in bench.records],
         "precision": str(bench.dtype or torch.float32)[6:],
-        "teacher_precision": str(bench.teacher.dtype)[6:],
+        "teacher_precision": str(bench.prepared.dtype)[6:],
         "ratios": ratios,
-        "seconds": {name: _spread(each) for name, each in seconds.items()},
-        "memory_mb": {name: round(bench.peak_mb(name, starts)) for name in steps},
+        "seconds": {name: spread(each) for name, each in seconds.items()},
+        "memory_mb": {name: round(peak) for name, peak in peaks.items()},
     }
-
-
-def growth(bench: Benchmark, rounds: int) -> List[Dict[str, Any]]:
-    """Measure ``overhead`` with twice the images, twice the pixels, and with fewer levels.
-
-    Returns:
-        for each case ``image_size``, ``batch_size``, ``levels`` and ``overhead``.
-    """
-    size, count = bench.size
-    levels = sorted(pyramid_shapes(bench.student)["fpn"])
-    cases = [(size, count, levels), (size, 2 * count, levels)]
-    cases += [(32 * round(size * 2**0.5 / 32), count, levels)]
-    cases += [(size, count, levels[:some]) for some in range(2, len(levels))]
-    found = []
-    for size, count, strides in cases:
-        cfg = bench.cfg.copy()
-        for stage in cfg.model.stages.values():
-            if strides != levels and isinstance(stage, DictConfig) and "strides" in stage.loss:
-                stage.loss.strides = strides
-        arms = "distill", "student", "teacher_eager"
-        overhead = ratio(Benchmark(cfg, size, count).times(arms, rounds), *arms)["median"]
-        case = dict(image_size=size, batch_size=count, levels=len(strides), overhead=overhead)
-        found.append(case)
-    return found
-
-
-def efficiency(bench: Benchmark, processes: int, rounds: int) -> Dict[str, float]:
-    """Time of a step in one process over that in several with as many images each, by median.
-
-    CPU processes over gloo, with one thread each.  1: sharing gradients costs nothing.
-
-    Returns:
-        arm (student_sharedkd, distill) -> ratio.
-    """
-    seconds = []
-    for world in (1, processes):
-        with tempfile.TemporaryDirectory() as folder:
-            work = world, f"file://{folder}/store", rounds, bench.cfg, *bench.size
-            seconds.append(_in_processes(world, _in_group, *work)[0])
-    return {name: seconds[0][name] / seconds[1][name] for name in seconds[0]}
-
-
-def _in_group(
-    rank: int,
-    world: int,
-    store: str,
-    rounds: int,
-    cfg: DictConfig,
-    image_size: int,
-    batch_size: int,
-) -> Dict[str, float]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store, world_size=world, rank=rank)
-    arms = "student_sharedkd", "distill"
-    seconds = Benchmark(cfg, image_size, batch_size).times(arms, rounds)
-    dist.destroy_process_group()
-    return {name: median(each) for name, each in seconds.items()}
 
 
 def _one_step(trainer: SimpleTrainer, iteration: int) -> None:

@@ -7,11 +7,10 @@ import json
 import shlex
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
-
-from tabulate import tabulate
+from typing import Any, List, Mapping
 
 from sharedkd.files import replace
+from sharedkd.lab.tables import markdown, number
 
 __all__ = ["document", "pairs", "rivals", "table"]
 
@@ -26,7 +25,7 @@ def table(result: Result) -> str:
         [name, _spread(each), _memory(result, name)] for name, each in result["seconds"].items()
     ]
     lines = [f"{name}: {_spread(x)}" for name, x in result["ratios"].items()]
-    return "\n".join([_table(rows, "arm | seconds | peak MB"), "", *lines])
+    return "\n".join([markdown(rows, ["arm", "seconds", "peak MB"]), "", *lines])
 
 
 def pairs(results: Mapping[str, Result]) -> str:
@@ -40,8 +39,8 @@ def pairs(results: Mapping[str, Result]) -> str:
         ratios = [_spread(result["ratios"][key]) for key in ("overhead", "added", "losses")]
         peaks = [_memory(result, arm) for arm in ("student_sharedkd", "distill")]
         rows.append([name, *ratios, *peaks])
-    titles = "pair | overhead | added / teacher's forward | losses / step"
-    return _table(rows, f"{titles} | MB, plain step | MB, distilled step")
+    titles = ["pair", "overhead", "added / teacher's forward", "losses / step"]
+    return markdown(rows, [*titles, "MB, plain step", "MB, distilled step"])
 
 
 def rivals(result: Result) -> str:
@@ -53,7 +52,8 @@ def rivals(result: Result) -> str:
         label = "Shared-KD" if name == "distill" else name
         step = result["seconds"][name]["median"]
         rows.append([label, f"{step:.3f}", share, f"{losses:.3f}", _memory(result, name)])
-    return _table(rows, "method | seconds a step | Shared-KD's step / its step | of it losses | MB")
+    titles = ["method", "seconds a step", "Shared-KD's step / its step", "of it losses", "MB"]
+    return markdown(rows, titles)
 
 
 def document(folder: Path, path: Path) -> None:
@@ -98,13 +98,8 @@ def _rivals(result: Result) -> List[str]:
 
 
 def _memory(result: Result, arm: str) -> str:
-    peaks: Dict[str, float] = result["memory_mb"]
-    return f"{peaks[arm]:,.0f}" if arm in peaks else "-"
+    return number(result["memory_mb"].get(arm), ",.0f")
 
 
 def _spread(x: Mapping[str, float]) -> str:
     return f"{x['median']:.3f} ({x['low']:.3f} to {x['high']:.3f})"
-
-
-def _table(rows: List[List[str]], titles: str) -> str:
-    return tabulate(rows, titles.split(" | "), tablefmt="pipe", disable_numparse=True)

@@ -4,8 +4,7 @@ import copy
 import logging
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, Mapping, Sequence
 
 import torch
 from detectron2.utils.events import EventStorage
@@ -13,72 +12,62 @@ from omegaconf import DictConfig
 from torch import nn
 
 from sharedkd.config.load import load
+from sharedkd.engine import overview
 from sharedkd.engine.advice import advise
 from sharedkd.engine.hooks.cost import STEPS
 from sharedkd.engine.hooks.record import peak_memory_mb
-from sharedkd.engine.overview import Measured, Overview, as_text, describe
 from sharedkd.engine.parts import Parts, assemble, losses_of, pairs_of
 from sharedkd.engine.run import build_trainer
 from sharedkd.engine.snapshot import Snapshot
 from sharedkd.errors import FAILED, Findings, NonFiniteLossError, RunError, SharedKDError
 
-__all__ = ["Preflight", "preflight"]
-
-
-@dataclass
-class Preflight:
-    """The result of the checks of a run.
-
-    Args:
-        errors: what stops the run.
-        warnings: settings that are probably a mistake.
-        overview: the description of the run; None if its config cannot be read.
-    """
-
-    errors: List[SharedKDError]
-    warnings: List[SharedKDError]
-    overview: Optional[Overview] = None
-
-    def as_dict(self) -> Dict[str, Any]:
-        """As nested dicts for JSON: ``ok``, ``errors``, ``warnings``, and the fields of the overview."""
-        return {
-            "ok": not self.errors,
-            "errors": [_as_dict(x) for x in self.errors],
-            "warnings": [_as_dict(x) for x in self.warnings],
-            **(self.overview.as_dict() if self.overview else {}),
-        }
-
-    def as_text(self) -> str:
-        """As text for the console."""
-        lines = [f"warning: {x}" for x in self.warnings] + [f"error: {x}" for x in self.errors]
-        if self.errors:
-            count = len(self.errors)
-            lines.append(f"not ready: {count} error{'s' if count > 1 else ''}, see above")
-        else:
-            lines.append("ready: nothing is in the way of this run")
-        text = as_text(self.overview) if self.overview else ""
-        return "\n\n".join(x for x in (text, "\n".join(lines)) if x)
+__all__ = ["as_text", "preflight"]
 
 
 def preflight(
     config_file: str, overrides: Sequence[str] = (), resume: bool = False, measure: bool = True
-) -> Preflight:
+) -> Dict[str, Any]:
     """Check a run as the training command does, and measure two steps, without writing anything.
 
     Args:
         config_file, overrides, resume: as the training command takes them.
         measure: False leaves out the two steps.
+
+    Returns:
+        For JSON: ``ok``; ``errors``, which stop the run, and ``warnings`` of settings that are probably a
+        mistake, each with ``key``, ``value``, ``problem``, ``fix`` and the whole ``message``; and, of a
+        config that can be read, what :func:`~sharedkd.engine.overview.describe` returns, and ``measured``:
+        ``seconds_per_step``, ``total_seconds`` of all steps, without evaluations, and ``peak_memory_mb``
+        of this process or its GPU.
     """
-    findings, overview = Findings(), None
+    findings, described = Findings(), {}
     with _quiet():
         loaded = findings.step(load, config_file, overrides, findings=findings)
         parts = findings.step(assemble, loaded, False, resume, findings=findings)
         if parts is not FAILED:
             findings.warnings += advise(parts)
-            overview = describe(parts)
-            if measure and not findings.errors:
-                overview.measured = findings.step(_measure, parts) or None
-    return Preflight(findings.errors, findings.warnings, overview)
+            described = overview.describe(parts)
+            measured = findings.step(_measure, parts) if measure and not findings.errors else None
+            if measured:
+                described["measured"] = measured
+    return {
+        "ok": not findings.errors,
+        "errors": [_as_dict(x) for x in findings.errors],
+        "warnings": [_as_dict(x) for x in findings.warnings],
+        **described,
+    }
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """What :func:`preflight` returned, for the console."""
+    lines = [f"{kind}: {x['message']}" for kind in ("warning", "error") for x in found[f"{kind}s"]]
+    if found["errors"]:
+        count = len(found["errors"])
+        lines.append(f"not ready: {count} error{'s' if count > 1 else ''}, see above")
+    else:
+        lines.append("ready: nothing is in the way of this run")
+    blocks = [overview.as_text(found)] if "data" in found else []
+    return "\n\n".join([*blocks, "\n".join(lines)])
 
 
 def _as_dict(error: SharedKDError) -> Dict[str, str]:
@@ -91,7 +80,7 @@ def _as_dict(error: SharedKDError) -> Dict[str, str]:
     }
 
 
-def _measure(parts: Parts) -> Measured:
+def _measure(parts: Parts) -> Dict[str, float]:
     """Time training steps on the first batches, with all stages on; weights are restored."""
     model, cfg = parts.model, parts.cfg
     with _unchanged(model):
@@ -105,11 +94,11 @@ def _measure(parts: Parts) -> Measured:
             with EventStorage(trainer.iter) as trainer.storage:
                 seconds.append(_time(cfg, trainer.run_step))
         parts.optimizer.state.clear()
-    return Measured(
-        seconds_per_step=seconds[-1],
-        total_seconds=seconds[-1] * cfg.train.max_iter,
-        peak_memory_mb=peak_memory_mb(),
-    )
+    return {
+        "seconds_per_step": seconds[-1],
+        "total_seconds": seconds[-1] * cfg.train.max_iter,
+        "peak_memory_mb": peak_memory_mb(),
+    }
 
 
 def _time(cfg: DictConfig, step: Callable[[], None]) -> float:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from datetime import timedelta
-from typing import Callable, Optional, TextIO
+from typing import Callable, NamedTuple, Optional, TextIO
 
 __all__ = ["LiveLine", "Progress", "Remaining", "progress_in"]
 
@@ -20,22 +20,15 @@ _DISTILLED = re.compile(r"loss_distill_\S+: (\S+)")
 _TESTING = re.compile(r"Inference done (?P<done>\d+/\d+)\..*ETA=(?P<eta>\S+)")
 
 
-class Progress(str):
-    """A line about a run.
+class Progress(NamedTuple):
+    """A line about a run."""
 
-    Args:
-        text: the line.
-        fraction: how much of its training is done, from 0 to 1.
-        is_last: whether it is about the last iteration, which is always logged.
-    """
+    text: str
+    fraction: float  # of its training that is done
+    is_last: bool = False  # about the last iteration, which is always logged
 
-    fraction: float
-    is_last: bool
-
-    def __new__(cls, text: str, fraction: float, is_last: bool = False) -> "Progress":
-        self = super().__new__(cls, text)
-        self.fraction, self.is_last = fraction, is_last
-        return self
+    def __str__(self) -> str:
+        return self.text
 
 
 def progress_in(line: str, iterations: int) -> Optional[Progress]:

@@ -17,9 +17,9 @@ A value that is NaN or None counts as one that is not there.
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from scipy.stats import t
@@ -44,6 +44,7 @@ __all__ = [
     "mean_of",
     "measured",
     "minutes_of",
+    "paired",
     "reached",
     "read_comparison",
     "score_of",
@@ -103,6 +104,31 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[f
     return mean, float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
+def paired(
+    ours: Union[Sequence[float], np.ndarray],
+    theirs: Union[Sequence[float], np.ndarray],
+    words: Tuple[str, str] = ("worse", "better"),
+) -> Dict[str, Any]:
+    """The mean of ``ours - theirs`` with its 95 % t interval and a verdict.
+
+    Args:
+        ours, theirs: values of the same images, or minibatches, in the same order; a NaN is left out.
+        words: for a mean below and above zero.
+
+    Returns:
+        "mean", "low", "high", "count", and "verdict": one of ``words`` only where the interval excludes
+        zero.
+    """
+    values = np.subtract(ours, theirs)
+    values = values[~np.isnan(values)]
+    mean, half_width = interval(values)
+    low, high = mean - half_width, mean + half_width
+    verdict = words[0] if high < 0 else words[1] if low > 0 else "no difference shown"
+    if len(values) < 2:
+        verdict = "too few for an interval"
+    return {"mean": mean, "low": low, "high": high, "count": len(values), "verdict": verdict}
+
+
 @dataclass(frozen=True)
 class Difference:
     """A mean difference between two methods, with its 95 % interval.
@@ -158,24 +184,23 @@ class Row:
 
     Args:
         method: its name.
-        scores: seed to AP.
         mean, half_width: of AP over seeds, see :func:`interval`.
         metrics: AP50, AP75, APs, APm and APl to their means.
+        scores: seed to AP.
         gain: against the baseline; None for the baseline itself.
-        iterations, seconds_per_step, minutes, peak_memory_mb, loss_parameters: means over seeds.
+        seconds_per_step, minutes, peak_memory_mb, loss_parameters: means over seeds.
     """
 
     method: str
-    scores: Mapping[int, float]
     mean: float
-    half_width: float
     metrics: Mapping[str, float]
-    gain: Optional[Difference]
-    iterations: float
-    seconds_per_step: float
-    minutes: float
-    peak_memory_mb: float
-    loss_parameters: float
+    half_width: float = math.nan
+    scores: Mapping[int, float] = field(default_factory=dict)
+    gain: Optional[Difference] = None
+    seconds_per_step: float = math.nan
+    minutes: float = math.nan
+    peak_memory_mb: float = math.nan
+    loss_parameters: float = math.nan
 
 
 def measured(record: Mapping[str, Any]) -> Dict[str, List[Row]]:
@@ -188,12 +213,11 @@ def _row(record: Mapping[str, Any], method: str, task: str) -> Row:
     mean, half_width = interval(list(scores.values()))
     return Row(
         method,
-        scores,
         mean,
-        half_width,
         {m: mean_of(list(scores_of(record, method, task, m).values())) for m in MORE_METRICS},
+        half_width,
+        scores,
         None if method == baseline else difference(record, method, baseline, task),
-        mean_of(costs_of(record, method, "iterations")),
         mean_of(costs_of(record, method, "seconds_per_step")),
         minutes_of(record, method),
         mean_of(costs_of(record, method, "peak_memory_mb")),

@@ -1,4 +1,4 @@
-"""The table that compares trained detectors: accuracy, size and speed, one row per model."""
+"""Tables in Markdown, and the numbers in their cells."""
 
 from typing import Any, Mapping, Optional, Sequence
 
@@ -6,13 +6,30 @@ from tabulate import tabulate
 
 from .scores import MORE_METRICS, TASKS, is_known
 
-__all__ = ["results_table"]
+__all__ = ["between", "markdown", "number", "results_table"]
 
-_METRICS = ("AP", *MORE_METRICS)
+
+def markdown(rows: Sequence[Sequence[Any]], headers: Sequence[str], align: str = "left") -> str:
+    """A table of ``rows`` whose cells are formatted; ``align``: all columns but the first."""
+    columns = ["left"] + [align] * (len(headers) - 1)
+    # The cells are formatted already: tabulate must not parse them back into numbers.
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=columns)
+
+
+def number(value: Optional[float], layout: str = ".2f", unknown: str = "-") -> str:
+    """``value`` in that layout; ``unknown`` for None, NaN and infinity."""
+    return format(value, layout) if is_known(value) else unknown
+
+
+def between(difference: Mapping[str, Any]) -> str:
+    """What :func:`~.scores.paired` found, in words: the mean, and its interval if it has one."""
+    mean = number(difference["mean"], "+.3f")
+    known = is_known(difference["low"])
+    return f"{mean} [{difference['low']:+.3f}, {difference['high']:+.3f}]" if known else mean
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format results as a Markdown table.
+    """Format results of trained detectors: accuracy, size and speed, a row per model.
 
     Args:
         rows: one mapping per model, with "name" and any of
@@ -25,34 +42,17 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         The table, in the order of ``rows``.  Missing values and NaN are shown as "-".
         The columns of a task that no row has are left out.
-
-    Raises:
-        KeyError: a row has no "name".
     """
     tasks = [task for task in TASKS if any(row.get(task) for row in rows)]
-    headers = ["model"]
-    headers += [f"{TASKS[task]} {metric}" for task in tasks for metric in _METRICS]
-    headers += ["parameters", "s / image"]
-    body = []
-    for row in rows:
-        cells = [row["name"]]
-        for task in tasks:
-            results = row.get(task) or {}
-            cells += [_number(results.get(metric), ".2f") for metric in _METRICS]
-        cells += [
-            _number(row.get("parameters"), ",d"),
-            _number(row.get("seconds_per_image"), ".4f"),
+    columns = [(task, metric) for task in tasks for metric in ("AP", *MORE_METRICS)]
+    body = [
+        [
+            row["name"],
+            *(number((row.get(task) or {}).get(metric)) for task, metric in columns),
+            number(row.get("parameters"), ",d"),
+            number(row.get("seconds_per_image"), ".4f"),
         ]
-        body.append(cells)
-    # The cells are formatted already: tabulate must not parse them back into numbers.
-    return tabulate(
-        body,
-        headers,
-        tablefmt="pipe",
-        disable_numparse=True,
-        colalign=["left"] + ["right"] * (len(headers) - 1),
-    )
-
-
-def _number(value: Optional[float], layout: str) -> str:
-    return format(value, layout) if is_known(value) else "-"
+        for row in rows
+    ]
+    headers = ["model", *(f"{TASKS[task]} {metric}" for task, metric in columns)]
+    return markdown(body, [*headers, "parameters", "s / image"], align="right")

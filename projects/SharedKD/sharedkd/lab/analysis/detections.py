@@ -1,10 +1,12 @@
 """Runs detectors on a validation set: AP per class and size, mistakes, matches of each image."""
 
 import copy
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any, Dict, List, Mapping, Sequence, Union
+from statistics import median
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -73,23 +75,34 @@ class Truth:
 
 
 @torch.no_grad()
-def detect(detector: Detector, records: Sequence[Mapping[str, Any]], truth: Truth) -> Found:
-    """Run a detector over the images; categories are those of the dataset.
+def detect(
+    detectors: Sequence[Detector], records: Sequence[Mapping[str, Any]], truth: Truth
+) -> Tuple[Dict[str, Found], Dict[str, float]]:
+    """Run detectors over the images; categories are those of the dataset.
+
+    They take turns, so that whatever else the machine does hits them alike.
 
     Args:
-        detector: as :func:`~.models.load_detectors` returns it.
+        detectors: as :func:`~.models.load_detectors` returns them.
         records: the dataset's, before the detector's mapper.
         truth: of the same dataset.
+
+    Returns:
+        name -> detections, and name -> the median time of an image in seconds.
     """
-    found: Found = {}
+    found: Dict[str, Found] = {detector.source.name: {} for detector in detectors}
+    seconds: Dict[str, List[float]] = defaultdict(list)
     for record in records:
-        mapped = detector.mapper(copy.deepcopy(dict(record)))
-        instances = detector.model([mapped])[0]["instances"].to("cpu")
-        results = instances_to_coco_json(instances, record["image_id"])
-        for result in results:
-            result["category_id"] = truth.category_ids[result["category_id"]]
-        found[record["image_id"]] = results
-    return found
+        for detector in detectors:
+            name, mapped = detector.source.name, detector.mapper(copy.deepcopy(dict(record)))
+            start = time.perf_counter()
+            instances = detector.model([mapped])[0]["instances"].to("cpu")
+            seconds[name].append(time.perf_counter() - start)
+            results = instances_to_coco_json(instances, record["image_id"])
+            for result in results:
+                result["category_id"] = truth.category_ids[result["category_id"]]
+            found[name][record["image_id"]] = results
+    return found, {name: median(times) for name, times in seconds.items()}
 
 
 def average_precision(truth: Truth, found: Found, task: str, most: int = 100) -> Dict[str, Any]:
@@ -120,11 +133,10 @@ def average_precision(truth: Truth, found: Found, task: str, most: int = 100) ->
     precision = evaluation.eval["precision"][..., -1]  # IoU, recall, class, area
     means = {"AP": precision[..., 0], "AP50": precision[0, ..., 0], "AP75": precision[5, ..., 0]}
     means.update({name: precision[..., area] for name, area in _SIZES.items()})
-    by_class = zip(evaluation.params.catIds, np.moveaxis(precision[..., 0], 2, 0))
-    classes = {i: _percentage(values) for i, values in by_class}
+    by_id = {i: precision[:, :, k, 0] for k, i in enumerate(evaluation.params.catIds)}
     return {
         **{name: _percentage(values) for name, values in means.items()},
-        "classes": {name: classes[i] for i, name in truth.classes.items()},
+        "classes": {name: _percentage(by_id[i]) for i, name in truth.classes.items()},
     }
 
 

@@ -3,19 +3,27 @@
 import colorsys
 import itertools
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.utils.visualizer import GenericMask, Visualizer
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 
-__all__ = ["FALSE_ALARM", "MISSED", "DrawnObject", "class_color", "draw_objects", "picture_grid"]
+from sharedkd.data.images import read_image
 
-FALSE_ALARM, MISSED = "false alarm", "missed"
+from .detections import Found, Truth
+from .mistakes import CORRECT, IGNORED, Match
 
+__all__ = ["FALSE_ALARM", "MISSED", "DrawnObject", "class_color", "draw_gallery", "draw_objects"]
+
+TRUTH, FALSE_ALARM, MISSED = "ground truth", "false alarm", "missed"
+
+_FULL = 12  # objects of a picture that are few enough to be labelled
 _CELL = 3.6  # inches, the width of one picture of a grid
-_DRAWN_WIDTH = 640  # pixels, at least: lines and letters drawn on a tiny image would be blocks
+_WIDTH = 640  # pixels of a picture: lines and letters drawn on a tiny image would be blocks
 _LABEL = 0.022  # points of a label's font per pixel of the image's width
 
 
@@ -26,7 +34,7 @@ class DrawnObject:
     Args:
         box: (x0, y0, x1, y1) in pixels of the image.
         category: which sets its colour.
-        mask: polygons, RLE or a (H, W) array; None: the box alone.
+        mask: RLE or a (H, W) array; None: the box alone.
         label: text at the box's corner.
         mark: FALSE_ALARM: dashed and crossed out; MISSED: dashes of black and white.
     """
@@ -38,12 +46,85 @@ class DrawnObject:
     mark: str = ""
 
 
+def draw_gallery(
+    truth: Truth,
+    records: Sequence[Mapping[str, Any]],
+    found: Mapping[str, Found],
+    matches: Mapping[str, Mapping[int, Match]],
+    task: str,
+    captions: Sequence[str],
+    folder: Path,
+    image_range: Optional[Sequence[float]] = None,
+) -> List[Dict[str, str]]:
+    """Write a JPEG per image and model into ``folder``, and side_by_side.jpg with all of them.
+
+    Drawn are the detections of ``matches`` (model -> image id -> match), which may be fewer than those
+    ``found``; for the ``task`` "segm" with their masks.  ``image_range`` is that of
+    :func:`~sharedkd.data.images.read_image`.
+
+    Returns:
+        per record, ground truth or model -> path of the picture below ``folder``.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows, files, present = [], [], set()
+    for record in records:
+        image_id = record["image_id"]
+        image = read_image(record["file_name"], "RGB", image_range)
+        drawn = {TRUTH: [_object(truth, note, task) for note in truth.objects(image_id)]}
+        for name, detections in found.items():
+            drawn[name] = _detections(truth, image_id, detections, matches[name][image_id], task)
+        paths, row = {}, []
+        for number, (name, objects) in enumerate(drawn.items()):
+            for each in objects if len(objects) > _FULL else ():
+                each.label = ""
+            present |= {each.category for each in objects}
+            picture = Image.fromarray(draw_objects(image, objects))
+            picture.thumbnail((_WIDTH, picture.height))
+            paths[name] = f"images/{image_id}_{number}.jpg"
+            picture.save(folder / paths[name], quality=85)
+            row.append(np.asarray(picture))
+        rows.append(row)
+        files.append(paths)
+    classes = {name: i for i, name in enumerate(truth.classes.values()) if i in present}
+    grid = _grid(rows, [TRUTH, *found], captions, classes)
+    grid.savefig(folder / "side_by_side.jpg", dpi=120)
+    return files
+
+
+def _object(truth: Truth, note: Mapping[str, Any], task: str) -> DrawnObject:
+    """An annotation, or a detection in COCO's form."""
+    x, y, width, height = note["bbox"]
+    return DrawnObject(
+        (x, y, x + width, y + height),
+        truth.category_ids.index(note["category_id"]),
+        truth.geometry(note, task) if task == "segm" else None,
+        truth.classes[note["category_id"]],
+    )
+
+
+def _detections(
+    truth: Truth, image_id: int, found: Found, match: Match, task: str
+) -> List[DrawnObject]:
+    """The detections of ``match``, which are the surest ones, then the objects that they miss."""
+    objects, drawn = truth.objects(image_id), []
+    surest = sorted(found[image_id], key=lambda x: -x["score"])
+    for x, kind in zip(surest, match.kinds):
+        drawn.append(_object(truth, x, task))
+        drawn[-1].label += f" {x['score']:.0%}"
+        drawn[-1].mark = "" if kind in (CORRECT, IGNORED) else FALSE_ALARM
+    for i in match.not_found:
+        drawn.append(_object(truth, objects[i], "bbox"))
+        drawn[-1].label = f"missed: {drawn[-1].label}"
+        drawn[-1].mark = MISSED
+    return drawn
+
+
 def draw_objects(image: np.ndarray, objects: Sequence[DrawnObject]) -> np.ndarray:
     """``image`` (H, W, 3) of RGB bytes, enlarged if it is small, with ``objects`` drawn over it."""
     height, width = image.shape[:2]
-    visualizer = Visualizer(image, scale=max(1.0, _DRAWN_WIDTH / width))
+    visualizer = Visualizer(image, scale=max(1.0, _WIDTH / width))
     for each in objects:
-        if each.mask is not None and each.mark != MISSED:
+        if each.mask is not None:
             # By pixels: overlay_instances fills the holes of a mask.
             pixels = GenericMask(each.mask, height, width).mask
             visualizer.draw_binary_mask(pixels, color=class_color(each.category), alpha=0.4)
@@ -68,10 +149,9 @@ def _draw_box(visualizer: Visualizer, each: DrawnObject) -> None:
         visualizer.draw_box(each.box, alpha=1, edge_color="black")
         visualizer.draw_box(each.box, alpha=1, edge_color="white", line_style="--")
         return
-    color = class_color(each.category)
-    is_wrong = each.mark == FALSE_ALARM
-    visualizer.draw_box(each.box, alpha=1, edge_color=color, line_style="--" if is_wrong else "-")
-    if is_wrong:
+    color, style = class_color(each.category), "--" if each.mark == FALSE_ALARM else "-"
+    visualizer.draw_box(each.box, alpha=1, edge_color=color, line_style=style)
+    if each.mark == FALSE_ALARM:
         x0, y0, x1, y1 = each.box
         for ends in ((y0, y1), (y1, y0)):
             visualizer.draw_line((x0, x1), ends, color=color, linewidth=1)
@@ -85,22 +165,13 @@ def class_color(category: int, lightness: float = 0.5) -> Tuple[float, float, fl
     return colorsys.hls_to_rgb(category * 0.618034 % 1, lightness, 0.9)
 
 
-def picture_grid(
+def _grid(
     rows: Sequence[Sequence[np.ndarray]],
     titles: Sequence[str],
-    path: str,
-    captions: Sequence[str] = (),
-    classes: Sequence[Tuple[str, int]] = (),
+    captions: Sequence[str],
+    classes: Mapping[str, int],
 ) -> Figure:
-    """Write pictures side by side, one row per image, and return the figure.
-
-    Args:
-        rows: (H, W, 3) of RGB bytes each.
-        titles: of the columns.
-        path: the file to write.
-        captions: left of the rows.
-        classes: (name, category) for a legend of the colours.
-    """
+    """Pictures side by side, one row per image, with a legend of the classes' colours."""
     heights = [_CELL * row[0].shape[0] / row[0].shape[1] for row in rows]
     figure = Figure(figsize=(_CELL * len(titles), sum(heights) + 0.4), layout="constrained")
     cells = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
@@ -111,8 +182,6 @@ def picture_grid(
         axes.set_title(title)
     for axes, caption in zip(cells[:, 0], captions):
         axes.set_ylabel(caption, fontsize="small")
-    if classes:
-        patches = [Patch(color=class_color(category), label=name) for name, category in classes]
-        figure.legend(handles=patches, loc="outside lower center", ncols=8, fontsize="small")
-    figure.savefig(path, dpi=120)
+    patches = [Patch(color=class_color(i), label=name) for name, i in classes.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=8, fontsize="small")
     return figure

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharedkd.lab.scores import interval
+from sharedkd.lab.scores import interval, paired
 from sharedkd.losses.alignment import Pooled
 from sharedkd.losses.base import Batch, precise
 
 from .similarity import MEASURES, aligned, cka, gap, hsic, u_centred
 
-__all__ = ["KINDS", "QUANTITIES", "GapMeter", "Gaps", "paired"]
+__all__ = ["KINDS", "QUANTITIES", "GapMeter", "Gaps"]
 
 Node = Tuple[str, int]  #: ("student" or "teacher", stride)
 
@@ -42,25 +42,23 @@ class GapMeter:
     MSE and cosine compare maps as the losses do: the larger is pooled to the smaller's size, the
     wider is cropped to the narrower's first channels, padding is left out.  CKA compares the same
     pooled maps with all channels of both; its examples are positions, drawn at random from the
-    images of a minibatch, the same ones for all maps.
+    images of a minibatch, the same ones for all maps and for each meter.
 
     Args:
         normalize: of the MSE, as in the pair's loss.
         minibatch: images per minibatch of CKA.
         positions: how many positions of an image are examples, at most.
-        seed: of their draw, which is the same for each meter of that seed.
     """
 
-    def __init__(
-        self, normalize: str = "instance", minibatch: int = 8, positions: int = 32, seed: int = 0
-    ):
+    def __init__(self, normalize: str = "instance", minibatch: int = 8, positions: int = 32):
         self.normalize, self.minibatch, self.positions = normalize, minibatch, positions
-        self._draw = np.random.default_rng(seed)
+        self._draw = np.random.default_rng(0)
         self.nodes: List[Node] = []
         self._images: Dict[str, List[np.ndarray]] = {"mse": [], "cosine": []}
-        self._hsic: List[np.ndarray] = []
-        self._examples: Dict[Tuple[Node, int], List[Tensor]] = {}
-        self._waiting = 0
+        self._hsic: List[np.ndarray] = []  # of each minibatch
+        self._examples: List[
+            Dict[Tuple[Node, int], Tensor]
+        ] = []  # of each image since the last one
 
     def add(
         self,
@@ -78,39 +76,38 @@ class GapMeter:
         maps.update({("teacher", s): Pooled(precise(x)) for s, x in sorted(teacher.items())})
         self.nodes = list(maps)
         batch = Batch({"": dict(student)}, None, [image_size])
-        sizes, masks, picks = {}, {}, {}
-        for (_, stride), pool in maps.items():
-            if stride not in sizes:
-                sizes[stride] = tuple(pool.x.shape[-2:])
-                masks[stride] = batch.inside(pool.x, stride)
-                picks[stride] = self._pick(sizes[stride], masks[stride])
-        found = {name: np.zeros((len(maps),) * 2) for name in self._images}
-        found["cosine"] += np.eye(len(maps))
+        at_stride = {stride: pool.x for (_, stride), pool in maps.items()}
+        masks = {stride: batch.inside(x, stride) for stride, x in at_stride.items()}
+        found = {"mse": np.zeros((len(maps),) * 2), "cosine": np.eye(len(maps))}
         for (i, a), (j, b) in combinations(enumerate(maps), 2):
             mask = masks[max(a[1], b[1])]
             for name, value in aligned(maps[a], maps[b], self.normalize, mask).items():
                 found[name][i, j] = found[name][j, i] = value
         for name, values in found.items():
             self._images[name].append(values)
-        for node, pool in maps.items():
-            for stride, size in sizes.items():
+        examples = {}
+        for stride, x in at_stride.items():
+            picked = self._pick(x, masks[stride])
+            for node, pool in maps.items():
                 if stride >= node[1]:  # where it meets a map of that stride
-                    rows = pool.to(size)[0].flatten(1).T[picks[stride]]
-                    self._examples.setdefault((node, stride), []).append(rows.cpu())
-        self._waiting += 1
-        if self._waiting == self.minibatch:
+                    rows = pool.to(tuple(x.shape[-2:]))[0].flatten(1).T
+                    examples[node, stride] = rows[picked].cpu()
+        self._examples.append(examples)
+        if len(self._examples) == self.minibatch:
             self._close_minibatch()
 
-    def _pick(self, size: Tuple[int, int], mask: Optional[Tensor]) -> Tensor:
-        there = np.arange(size[0] * size[1])
+    def _pick(self, x: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """Positions of a map outside of padding; fewer if there are not as many."""
+        there = np.arange(x.shape[-2] * x.shape[-1])
         if mask is not None:
             there = there[mask.flatten().cpu().numpy()]
-        return torch.from_numpy(
-            self._draw.permutation(there)[: self.positions]
-        )  # fewer if there are not as many
+        return torch.from_numpy(self._draw.permutation(there)[: self.positions])
 
     def _close_minibatch(self) -> None:
-        grams = {key: u_centred(torch.cat(rows)) for key, rows in self._examples.items()}
+        grams = {
+            key: u_centred(torch.cat([rows[key] for rows in self._examples]))
+            for key in self._examples[0]
+        }
         found = np.full((len(self.nodes), len(self.nodes), 3), np.nan)
         for i, a in enumerate(self.nodes):
             for j, b in enumerate(self.nodes):
@@ -119,11 +116,10 @@ class GapMeter:
                 found[i, j] = hsic(x, y), hsic(x, x), hsic(y, y)
         self._hsic.append(found)
         self._examples.clear()
-        self._waiting = 0
 
     def result(self) -> "Gaps":
         """The measurements; the images left over from the last minibatch form one of their own."""
-        if self._waiting:
+        if self._examples:
             self._close_minibatch()
         estimates = np.stack(self._hsic)  # (minibatches, nodes, nodes, 3)
         size = range(len(self.nodes))
@@ -145,10 +141,6 @@ class Gaps:
     def __init__(self, nodes: List[Node], values: Dict[str, np.ndarray], cka: np.ndarray):
         self.nodes, self.values, self.cka = nodes, values, cka
 
-    def strides(self, who: str) -> List[int]:
-        """The strides of ``who``, "student" or "teacher", in ascending order."""
-        return [stride for name, stride in self.nodes if name == who]
-
     def matrix(self, kind: str, measure: str) -> Dict[str, Any]:
         """One measure of one kind of level pairs, as it is and not as a gap.
 
@@ -160,22 +152,23 @@ class Gaps:
             "rows" and "columns" (strides), "mean" and "sd" over images or minibatches, and "count",
             the number of these.  The "mean" of CKA is its estimate from all minibatches together.
         """
-        rows, columns = KINDS[kind]
-        index = np.ix_(
-            *([i for i, n in enumerate(self.nodes) if n[0] == w] for w in (rows, columns))
-        )
+        index = np.ix_(*([i for i, n in enumerate(self.nodes) if n[0] == w] for w in KINDS[kind]))
         values = np.stack([x[index] for x in self.values[measure]])
+        rows, columns = (self._strides(who) for who in KINDS[kind])
         return {
-            "rows": self.strides(rows),
-            "columns": self.strides(columns),
+            "rows": rows,
+            "columns": columns,
             "mean": (self.cka[index] if measure == "cka" else values.mean(0)).tolist(),
             "sd": (values.std(0, ddof=1) if len(values) > 1 else values[0] * np.nan).tolist(),
             "count": len(values),
         }
 
+    def _strides(self, who: str) -> List[int]:
+        return [stride for name, stride in self.nodes if name == who]
+
     def level_pairs(self) -> List[Tuple[int, int]]:
         """(l, k), l < k, of the strides that both have."""
-        both = [s for s in self.strides("student") if s in self.strides("teacher")]
+        both = [s for s in self._strides("student") if s in self._strides("teacher")]
         return list(combinations(both, 2))
 
     def quantity(
@@ -188,22 +181,19 @@ class Gaps:
             measure: one of :data:`~.similarity.MEASURES`.
             pairs: (l, k); by default all.
         """
-        pairs = pairs or self.level_pairs()
-        ends = {
-            "identical": [
-                (("student", fine), ("teacher", fine)) for fine in sorted({*sum(pairs, ())})
-            ],
-            "inner": [(("student", fine), ("student", deep)) for fine, deep in pairs],
-            "teacher": [(("teacher", fine), ("teacher", deep)) for fine, deep in pairs],
-            "cross": [
-                (("student", a), ("teacher", b))
-                for fine, deep in pairs
-                for a, b in ((fine, deep), (deep, fine))
-            ],
-        }[name]
-        at = self.nodes.index
-        values = np.stack([self.values[measure][:, at(a), at(b)] for a, b in ends], axis=1)
-        return gap(measure, values).mean(axis=1)
+        student, teacher = "student", "teacher"
+        columns = []
+        for fine, deep in pairs or self.level_pairs():
+            ends: Dict[str, List[Tuple[Node, Node]]] = {
+                # Each level is in as many pairs as any other.
+                "identical": [((student, x), (teacher, x)) for x in (fine, deep)],
+                "inner": [((student, fine), (student, deep))],
+                "cross": [((student, x), (teacher, y)) for x, y in ((fine, deep), (deep, fine))],
+                "teacher": [((teacher, fine), (teacher, deep))],
+            }
+            at = self.nodes.index
+            columns += [self.values[measure][:, at(a), at(b)] for a, b in ends[name]]
+        return gap(measure, np.stack(columns, axis=1)).mean(axis=1)
 
     def record(self) -> Dict[str, Any]:
         """For features.json: "matrices" (kind -> measure), "quantities", and "inner_minus_cross"."""
@@ -212,38 +202,23 @@ class Gaps:
             "quantities": {
                 m: {q: _interval(self.quantity(q, m)) for q in QUANTITIES} for m in MEASURES
             },
-            "inner_minus_cross": {m: self._inner_minus_cross(m) for m in MEASURES},
+            "inner_minus_cross": {
+                m: {
+                    **self._inner_minus_cross(m),
+                    "pairs": {
+                        f"{fine}-{deep}": self._inner_minus_cross(m, (fine, deep))
+                        for fine, deep in self.level_pairs()
+                    },
+                }
+                for m in MEASURES
+            },
         }
 
-    def _inner_minus_cross(self, measure: str) -> Dict[str, Any]:
-        difference = lambda *pairs: paired(  # noqa: E731
-            self.quantity("inner", measure, pairs), self.quantity("cross", measure, pairs)
-        )
-        by_pair = {f"{fine}-{deep}": difference((fine, deep)) for fine, deep in self.level_pairs()}
-        return {**difference(), "pairs": by_pair}
+    def _inner_minus_cross(self, measure: str, *pairs: Tuple[int, int]) -> Dict[str, Any]:
+        inner, cross = (self.quantity(name, measure, pairs) for name in ("inner", "cross"))
+        return paired(inner, cross, ("smaller", "larger"))
 
 
 def _interval(values: np.ndarray) -> Dict[str, Any]:
     mean, half_width = interval(values[~np.isnan(values)])
     return {"mean": mean, "half_width": half_width}
-
-
-def paired(ours: np.ndarray, theirs: np.ndarray) -> Dict[str, Any]:
-    """The mean of ``ours - theirs`` with its 95 % t interval and a verdict.
-
-    Args:
-        ours, theirs: values of the same images, or minibatches, in the same order.
-
-    Returns:
-        "mean", "low", "high", "count", and "verdict": "smaller" or "larger" only where the interval
-        excludes zero.
-    """
-    values = ours - theirs
-    values = values[~np.isnan(values)]
-    mean, half_width = interval(values)
-    low, high = mean - half_width, mean + half_width
-    if len(values) < 2:
-        verdict = "too few for an interval"
-    else:
-        verdict = "smaller" if high < 0 else "larger" if low > 0 else "no difference shown"
-    return {"mean": mean, "low": low, "high": high, "count": len(values), "verdict": verdict}

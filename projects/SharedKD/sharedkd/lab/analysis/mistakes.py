@@ -5,6 +5,7 @@ Object Detection Errors", ECCV 2020), with its foreground IoU 0.5 and background
 had its last release in 2020 and needs pandas and seaborn, so they are implemented here.
 """
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Dict, List, Sequence, Tuple
 
@@ -156,23 +157,14 @@ def ap50(matches: Sequence[Match], repaired: str = "") -> float:
         matches: one per image.
         repaired: the one of :data:`KINDS` that is repaired as in :func:`costs`; "": none.
     """
-    scores: Dict[int, List[float]] = {}
-    right: Dict[int, List[bool]] = {}
-    objects: Dict[int, int] = {}
-    for each in matches:
-        for label in each.truth[~each.crowd]:
-            objects[label] = objects.get(label, 0) + 1
-        if repaired == "missed":
-            for label in each.truth[each.missed]:
-                objects[label] -= 1
-        for score, label, correct in _outcomes(each, repaired):
-            scores.setdefault(label, []).append(score)
-            right.setdefault(label, []).append(correct)
-    found = [
-        _average_precision(np.array(scores.get(c, [])), np.array(right.get(c, []), bool), count)
-        for c, count in objects.items()
-        if count
-    ]
+    objects = Counter(label for each in matches for label in each.truth[~each.crowd])
+    if repaired == "missed":  # and classes without any left with them
+        objects -= Counter(label for each in matches for label in each.truth[each.missed])
+    right: Dict[int, List[bool]] = defaultdict(list)
+    outcomes = [x for each in matches for x in _outcomes(each, repaired)]
+    for _, label, correct in sorted(outcomes, key=lambda x: -x[0]):
+        right[label].append(correct)
+    found = [_average_precision(right[label], count) for label, count in objects.items()]
     return 100 * float(np.mean(found)) if found else float("nan")
 
 
@@ -191,12 +183,9 @@ def _outcomes(each: Match, repaired: str) -> List[Tuple[float, int, bool]]:
     return outcomes
 
 
-def _average_precision(scores: np.ndarray, right: np.ndarray, objects: int) -> float:
-    """Precision at 101 recalls, each the best at that recall or above; objects > 0."""
-    if not len(scores):
-        return 0.0
-    right = right[np.argsort(-scores, kind="stable")]
-    hits = right.cumsum()
+def _average_precision(right: Sequence[bool], objects: int) -> float:
+    """Precision at 101 recalls, each the best at that recall or above; the surest detection first."""
+    hits = np.cumsum(np.array(right, bool))
     precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
     at = np.searchsorted(hits / objects, np.linspace(0, 1, 101), side="left")
     return float(np.append(precision, 0)[at].mean())

@@ -1,9 +1,11 @@
 """Finds and loads trained detectors: by name, of a run or a comparison, and their teacher."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -11,12 +13,18 @@ from torch import nn
 from sharedkd.config import load_config, student_only
 from sharedkd.config.build import construct
 from sharedkd.errors import ConfigError
-from sharedkd.lab.scores import read_comparison
-from sharedkd.modeling.detectors import num_classes
-from sharedkd.modeling.teachers.frozen import FrozenTeacher
+from sharedkd.lab.scores import folder_name, mean_of, read_comparison, scores_of
+from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.weights.loading import load_trained
 
-__all__ = ["Detector", "Source", "load_detectors", "sources"]
+__all__ = [
+    "Detector",
+    "Source",
+    "load_detectors",
+    "sources",
+    "trained_student",
+    "validation_records",
+]
 
 TEACHER = "teacher"
 
@@ -44,11 +52,13 @@ class Detector:
         source: where it is from.
         mapper: from a dataset's record to a model's input, as in its evaluation.
         model: from a list of these inputs to Detectron2's results.
+        parameters: their number.
     """
 
     source: Source
     mapper: Callable[[Dict[str, Any]], Dict[str, Any]]
     model: Callable[[List[Dict[str, Any]]], List[Dict[str, Any]]]
+    parameters: Optional[int] = None
 
 
 def sources(
@@ -71,22 +81,22 @@ def sources(
         ConfigError: there is no model, or one that is named has no checkpoint or no config, or a
             method no finished run of the seed.
     """
-    pair = config
-    if folder is None:
-        found = [_named(item, config) for item in models]
-    elif (folder / "results.json").exists():
-        found, pair = _of_comparison(folder, models, seed), None
+    pairs = [config] if config else []
+    if folder is not None and (folder / "results.json").exists():
+        found = _of_comparison(folder, models, seed)
     else:
-        own = folder / "config.yaml"
-        pair = own if own.exists() else None
-        runs = [folder] if pair else [x.parent for x in sorted(folder.glob("*/config.yaml"))]
         # The second is compared with the first, so a run comes after its reference.
-        found = [*(_named(item, config) for item in models), *map(_of_run, runs)]
+        found = [_named(item, config) for item in models]
+        if folder is not None and (folder / "config.yaml").exists():
+            pairs.append(folder / "config.yaml")
+            found.append(_of_run(folder))
+        elif folder is not None:
+            found += [_of_run(x.parent) for x in sorted(folder.glob("*/config.yaml"))]
     if not found:
         raise ConfigError(
             "--models", "", "there is no model", "name a run's folder, or models as name=CHECKPOINT"
         )
-    candidates = [pair] if pair else [source.config for source in found]
+    candidates = [*pairs, *(source.config for source in found)]
     teacher = next((path for path in candidates if _has_teacher(path)), None)
     if teacher and TEACHER not in [source.name for source in found]:
         found.append(Source(TEACHER, teacher, None))
@@ -112,20 +122,22 @@ def _of_run(run: Path) -> Source:
 
 
 def _has_teacher(config: Path) -> bool:
-    return (
-        OmegaConf.select(load_config(str(config), keep_teacher=True), "model.teacher") is not None
-    )
+    cfg = load_config(str(config), keep_teacher=True)
+    return OmegaConf.select(cfg, "model.teacher") is not None
 
 
 def _of_comparison(folder: Path, methods: Sequence[str], seed: Optional[int]) -> List[Source]:
     record = read_comparison(folder, "DIR")
     runs: Dict[str, Dict[int, Path]] = {}
     for arm in record["arms"]:
-        # An arm's config has the name of its method's folder.
-        run = folder / Path(arm["config"]).stem / f"seed{arm['seed']}"
+        run = folder / folder_name(arm["method"]) / f"seed{arm['seed']}"
         if arm["status"] == "finished" and (run / "model_final.pth").exists():
             runs.setdefault(arm["method"], {})[arm["seed"]] = run
-    methods = methods or _chosen(record, list(runs))
+    if not methods:
+        plain = record["baseline"]
+        first, *others = [m for m in record["methods"] if m in runs and m != plain] or [""]
+        others.sort(key=lambda m: -mean_of(list(scores_of(record, m, "bbox").values()) or [0.0]))
+        methods = [m for m in (plain, first, *others[:1]) if m in runs]
     for method in methods:
         if method not in runs:
             raise ConfigError(
@@ -140,28 +152,14 @@ def _of_comparison(folder: Path, methods: Sequence[str], seed: Optional[int]) ->
     ]
 
 
-def _chosen(record: Mapping[str, Any], methods: Sequence[str]) -> List[str]:
-    """Baseline, the first distilled student, and the best of the other methods."""
-
-    def mean_ap(method: str) -> float:
-        arms = [a for a in record["arms"] if a["method"] == method and a["status"] == "finished"]
-        found = [(a["results"].get("bbox") or {}).get("AP") or 0.0 for a in arms]
-        return sum(found) / len(found)
-
-    distilled = [m for m in record["methods"] if m in methods and m != record["baseline"]]
-    others = sorted(distilled[1:], key=mean_ap, reverse=True)[:1]
-    return [m for m in [record["baseline"]] if m in methods] + distilled[:1] + others
-
-
 def load_detectors(
-    found: Sequence[Source], overrides: Sequence[str], say: Callable[[str], None]
+    found: Sequence[Source], overrides: Sequence[str] = ()
 ) -> Tuple[DictConfig, List[Detector]]:
     """Build and load detectors in float32.
 
     Args:
         found: what :func:`sources` returned.
         overrides: ``key=value`` for the configs of all of them.
-        say: receives the line about a teacher that is left out.
 
     Returns:
         the first one's config, whose validation set is used, and the detectors.  A teacher of other
@@ -182,27 +180,46 @@ def load_detectors(
                 "compare models of the same data",
             )  # fmt: skip
         mapper = instantiate(cfg.dataloader.test.mapper)
-        if source.checkpoint is None:
-            teacher = construct(cfg.model.teacher, "model.teacher").to(cfg.train.device)
-            if num_classes(teacher.model) != num_classes(
-                construct(student_only(cfg).model, "model")
-            ):
-                say("the teacher is left out: its classes are not those of the data")
-                continue
-            image_format = cfg.model.input_format
-            detectors.append(Detector(source, mapper, _predict(teacher, image_format)))
-        else:
-            detectors.append(Detector(source, mapper, _student(cfg, source)))
+        if source.checkpoint is not None:
+            model = trained_student(cfg, str(source.checkpoint), source.name).to(cfg.train.device)
+            detectors.append(Detector(source, mapper, model, count_parameters(model)))
+            continue
+        teacher = construct(cfg.model.teacher, "model.teacher").to(cfg.train.device)
+        if num_classes(teacher.model) != num_classes(construct(student_only(cfg).model, "model")):
+            print("the teacher is left out: its classes are not those of the data")
+            continue
+        predict = partial(teacher.predict, input_format=cfg.model.input_format)
+        detectors.append(Detector(source, mapper, predict, count_parameters(teacher.model)))
     return first, detectors
 
 
-def _student(cfg: DictConfig, source: Source) -> nn.Module:
+def trained_student(cfg: DictConfig, checkpoint: str, key: str) -> nn.Module:
+    """The detector of ``cfg``, of a pair the student alone, with trained weights, in evaluation mode.
+
+    No teacher is built.  ``key`` names the checkpoint in errors.
+
+    Raises:
+        ConfigError: the checkpoint does not fill the detector exactly.
+    """
     model = construct(student_only(cfg).model, "model")
-    load_trained(model, str(source.checkpoint), source.name, cfg.train.trust_checkpoint)
-    return model.to(cfg.train.device).eval()
+    load_trained(model, checkpoint, key, cfg.train.trust_checkpoint)
+    return model.eval()
 
 
-def _predict(
-    teacher: FrozenTeacher, image_format: str
-) -> Callable[[List[Dict[str, Any]]], List[Dict[str, Any]]]:
-    return lambda inputs: teacher.predict(inputs, image_format)
+def validation_records(cfg: DictConfig, count: Optional[int]) -> List[Dict[str, Any]]:
+    """Records of the validation set of ``cfg``.
+
+    Args:
+        count: how many, evenly spread over the set; None, or more than there are: all.
+
+    Raises:
+        ConfigError: it is empty, or ``count`` is not positive.
+    """
+    records = instantiate(cfg.dataloader.test.dataset)
+    if not records:
+        raise ConfigError("dataloader.test.dataset", "[]", "has no image", "name other data")
+    if count is None or count >= len(records):
+        return list(records)
+    if count < 1:
+        raise ConfigError("--images", count, "is below 1", "use 1 or more")
+    return [records[i] for i in np.linspace(0, len(records) - 1, count).round().astype(int)]

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
-from detectron2.config import instantiate
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 
@@ -22,10 +20,9 @@ from sharedkd.modeling.preparation import size_divisibility
 from sharedkd.modeling.taps import FeatureTap, common_pixels, run_pyramid
 from sharedkd.weights.loading import fingerprint, load_trained
 
-__all__ = ["Checkpoint", "Pair", "saved_checkpoints", "validation_records"]
+__all__ = ["TAPS", "Checkpoint", "Pair", "saved_checkpoints"]
 
 TAPS = ("fpn", "backbone")
-INITIAL = "initial"
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,8 @@ class Pair:
             raise ConfigError(
                 "model.teacher", None, "there is no teacher to compare with", "use a pair's config"
             )
-        exactly(cfg)
+        # As Detectron2 computes: speed does not matter here.
+        cfg.train.amp.enabled = cfg.train.compile = cfg.train.activation_checkpointing = False
         cfg.model.teacher.precision = "float32"
         if cfg.train.seed >= 0:
             seed_all_rng(cfg.train.seed)  # as the run did: the same initial weights
@@ -113,11 +111,6 @@ class Pair:
         return common_pixels(ours, theirs)
 
 
-def exactly(cfg: DictConfig) -> None:
-    """Make ``cfg`` compute in float32 as Detectron2 does: speed does not matter here."""
-    cfg.train.amp.enabled = cfg.train.compile = cfg.train.activation_checkpointing = False
-
-
 def _run_folder(config_file: str, cfg: DictConfig) -> Optional[Path]:
     path = Path(config_file)
     folder = path.parent if path.name == "config.yaml" else Path(cfg.train.output_dir)
@@ -131,35 +124,12 @@ def saved_checkpoints(folder: Path, last: int) -> List[Checkpoint]:
         folder: of the run.
         last: the length of the run in iterations.
     """
-    found = [
-        _at(int(number[1]) + 1, path)
+    states = {
+        int(number[1]) + 1: path
         for path in sorted(folder.glob("model_*.pth"))
         if (number := re.fullmatch(r"model_(\d+)", path.stem))
-    ]
+    }
     final = folder / "model_final.pth"
     if final.exists():
-        found = [x for x in found if x.iteration < last] + [_at(last, final)]
-    return found
-
-
-def _at(iteration: int, path: Path) -> Checkpoint:
-    return Checkpoint(f"iteration {iteration}", path, iteration)
-
-
-def validation_records(cfg: DictConfig, count: Optional[int]) -> List[Dict[str, Any]]:
-    """Records of the validation set of ``cfg``.
-
-    Args:
-        count: how many, evenly spread over the set; None, or more than there are: all.
-
-    Raises:
-        ConfigError: it is empty, or ``count`` is not positive.
-    """
-    records = instantiate(cfg.dataloader.test.dataset)
-    if not records:
-        raise ConfigError("dataloader.test.dataset", "[]", "has no image", "name other data")
-    if count is None or count >= len(records):
-        return list(records)
-    if count < 1:
-        raise ConfigError("--images", count, "is below 1", "use 1 or more")
-    return [records[i] for i in np.linspace(0, len(records) - 1, count).round().astype(int)]
+        states = {i: path for i, path in states.items() if i < last} | {last: final}
+    return [Checkpoint(f"iteration {i}", path, i) for i, path in states.items()]

@@ -32,7 +32,7 @@ from sharedkd.engine.resume import differences
 from sharedkd.engine.run import evaluate_teacher
 from sharedkd.errors import ConfigError
 from sharedkd.files import replace
-from sharedkd.lab.analysis.pictures import read_curves
+from sharedkd.lab.metrics import read_curves, seconds_per_step
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.lab.scores import TASKS, folder_name, is_known
@@ -91,7 +91,7 @@ class Arm:
     @property
     def seconds_per_step(self) -> float:
         """Median over the run; NaN before its first logged step."""
-        return _seconds(self._curves())
+        return seconds_per_step(self._curves())
 
     def record(self) -> Dict[str, Any]:
         """Its entry in results.json."""
@@ -102,16 +102,10 @@ class Arm:
             "config": short(self.run.config),
             "status": status,
             "error": self.failure.read_text().strip() if status == "failed" else None,
-            "seconds_per_step": _seconds(curves),
+            "seconds_per_step": seconds_per_step(curves),
             "curve": self._aps(curves),
             **record,
         }
-
-
-def _seconds(curves: Dict[str, np.ndarray]) -> float:
-    times = curves.get("time", np.array([]))
-    times = times[~np.isnan(times)]
-    return float(np.median(times)) if len(times) else math.nan
 
 
 class Comparison:

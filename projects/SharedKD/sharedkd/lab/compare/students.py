@@ -8,11 +8,9 @@ seed with its own plain student.
 import json
 import re
 import shlex
-import time
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from statistics import median
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -23,11 +21,13 @@ from sharedkd.config import student_only
 from sharedkd.engine.hooks.record import hardware
 from sharedkd.errors import ConfigError
 from sharedkd.files import replace
+from sharedkd.lab.analysis.models import trained_student
 from sharedkd.lab.export import FORMATS, export_student
-from sharedkd.lab.export.deploy import WARM_UP, load_student
-from sharedkd.lab.export.images import fit, read_images
+from sharedkd.lab.export.deploy import WARM_UP
+from sharedkd.lab.export.images import read_images
 from sharedkd.lab.runs import short, tool
 from sharedkd.lab.strict_json import strict_json
+from sharedkd.lab.timing import spread, take_turns
 from sharedkd.methods import PLAIN
 from sharedkd.modeling.detectors import config_path, load_file
 
@@ -247,35 +247,29 @@ def _exported(cfg: DictConfig, folder: Path) -> Dict[str, Any]:
         except ConfigError as e:  # no format would take it: it detects nothing, or no instances
             why = e.problem
             break
-        if name in result.files:
+        if name in result["models"]:
+            file = result["models"][name]
             return {
                 "format": name,
-                "file": short(result.files[name]["path"]),
-                "megabytes": result.megabytes[name],
-                "milliseconds": result.milliseconds[name],
-                "image": result.about["image"],
-                "hardware": result.about["hardware"],
+                "file": short(file["path"]),
+                **{key: file[key] for key in ("megabytes", "milliseconds")},
+                **{key: result[key] for key in ("image", "hardware")},
             }
-        why = "; ".join(error.problem for error in result.refused)
+        why = "; ".join(result["refused"])
     return {"format": EAGER, "why": " ".join(why.split()), "file": None, **_eager(cfg)}
 
 
 @torch.no_grad()
 def _eager(cfg: DictConfig) -> Dict[str, Any]:
     """The same of the eager student, which may detect nothing, or something else than instances."""
-    student, images = load_student(cfg), read_images(cfg)
-    divisor = getattr(getattr(student, "backbone", None), "size_divisibility", 0)
-    image = fit(images.tensors[0], images.common_size(max(divisor, 1)), images.fill)
-    spent = []
-    for _ in range(WARM_UP + ROUNDS):
-        start = time.perf_counter()
-        student([{"image": image}])
-        spent.append(1e3 * (time.perf_counter() - start))
-    spent = spent[WARM_UP:]
+    student = trained_student(cfg, cfg.train.init_checkpoint, "train.init_checkpoint")
+    image = max(read_images(cfg).tensors, key=torch.numel)
+    arms = {EAGER: lambda: student([{"image": image}])}
+    spent = [1e3 * x for x in take_turns(arms, ROUNDS, WARM_UP)[EAGER]]
     size = sum(x.numel() * x.element_size() for x in student.state_dict().values())
     return {
         "megabytes": size / 2**20,
-        "milliseconds": {"median": median(spent), "low": min(spent), "high": max(spent)},
+        "milliseconds": spread(spent),
         "image": list(image.shape[-2:]),
         "hardware": hardware(torch.device("cpu")),
     }

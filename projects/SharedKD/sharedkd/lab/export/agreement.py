@@ -1,12 +1,12 @@
 """Compares the detections of an exported file with those of the eager detector."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Dict, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Agreement", "TOLERANCES", "UNMATCHED", "compare"]
+__all__ = ["Agreement", "TOLERANCES", "UNMATCHED"]
 
 #: How far detections may differ.  Both sides compute in float32, but sum in another order: measured
 #: differences are about 1e-6 of the image and in scores, and these bounds leave room for deeper
@@ -23,7 +23,7 @@ UNMATCHED = 0.01
 
 @dataclass
 class Agreement:
-    """The result of a comparison, over all images so far.
+    """The result of the comparisons so far.
 
     Args:
         images, empty: compared images, and in how many of them the eager detector detects nothing.
@@ -32,52 +32,48 @@ class Agreement:
         largest: tensor -> largest difference of partners; of boxes in pixels.
     """
 
-    images: int
-    empty: int
-    detections: int
-    unmatched: int
-    largest: Dict[str, float]
-
-    def __add__(self, other: "Agreement") -> "Agreement":
-        return Agreement(
-            self.images + other.images,
-            self.empty + other.empty,
-            self.detections + other.detections,
-            self.unmatched + other.unmatched,
-            {k: max(v, other.largest[k]) for k, v in self.largest.items()},
-        )
+    images: int = 0
+    empty: int = 0
+    detections: int = 0
+    unmatched: int = 0
+    largest: Dict[str, float] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
         return self.unmatched <= UNMATCHED * self.detections
 
+    def add(
+        self,
+        names: Sequence[str],
+        eager: Sequence[Tensor],
+        exported: Sequence[Tensor],
+        size: Sequence[int],
+    ) -> "Agreement":
+        """Pair detections of the same class in one more image, best score first, with the nearest box.
 
-def compare(
-    names: Sequence[str], eager: Sequence[Tensor], exported: Sequence[Tensor], size: Sequence[int]
-) -> Agreement:
-    """Pair detections of the same class, best score first, with the nearest box.
-
-    Args:
-        names: of the tensors, see :func:`sharedkd.lab.export.formats.outputs_of`.
-        eager, exported: the tensors.
-        size: (H, W) of the image.
-    """
-    a, b = dict(zip(names, eager)), dict(zip(names, exported))
-    largest = {name: 0.0 for name in names if name != "classes"}
-    bounds = {**TOLERANCES, "boxes": TOLERANCES["boxes"] * max(size)}
-    free = torch.ones(len(b["scores"]), dtype=torch.bool)
-    count = len(a["scores"])
-    for i in range(count):
-        distance = (b["boxes"] - a["boxes"][i]).abs().amax(1)
-        distance += (b["scores"] - a["scores"][i]).abs()
-        distance[~free | (b["classes"] != a["classes"][i])] = torch.inf
-        if not distance.isfinite().any():
-            continue
-        j = distance.argmin()
-        apart = {name: (a[name][i] - b[name][j]).abs().max().item() for name in largest}
-        if all(value <= bounds[name] for name, value in apart.items()):
-            free[j] = False
-            largest = {name: max(value, apart[name]) for name, value in largest.items()}
-    unpaired = int(free.sum())
-    pairs = len(free) - unpaired
-    return Agreement(1, int(count == 0), count, count - pairs + unpaired, largest)
+        Args:
+            names: of the tensors, see :func:`sharedkd.lab.export.formats.outputs_of`.
+            eager, exported: the tensors.
+            size: (H, W) of the image.
+        """
+        a, b = dict(zip(names, eager)), dict(zip(names, exported))
+        bounds = {**TOLERANCES, "boxes": TOLERANCES["boxes"] * max(size)}
+        free = torch.ones(len(b["scores"]), dtype=torch.bool)
+        count = len(a["scores"])
+        for i in range(count):
+            distance = (b["boxes"] - a["boxes"][i]).abs().amax(1)
+            distance += (b["scores"] - a["scores"][i]).abs()
+            distance[~free | (b["classes"] != a["classes"][i])] = torch.inf
+            if not distance.isfinite().any():
+                continue
+            j = distance.argmin()
+            apart = {k: (a[k][i] - b[k][j]).abs().max().item() for k in names if k != "classes"}
+            if all(value <= bounds[name] for name, value in apart.items()):
+                free[j] = False
+                self.largest = {k: max(x, self.largest.get(k, 0.0)) for k, x in apart.items()}
+        unpaired = int(free.sum())
+        self.images += 1
+        self.empty += count == 0
+        self.detections += count
+        self.unmatched += count - (len(free) - unpaired) + unpaired
+        return self

@@ -4,56 +4,35 @@ import json
 import os
 import shutil
 import tempfile
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from statistics import median
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
-from detectron2.data import MetadataCatalog
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from sharedkd.config import student_only
 from sharedkd.config.build import construct
+from sharedkd.config.own_data import class_names
 from sharedkd.engine.hooks.record import hardware, versions
 from sharedkd.errors import ConfigError, ConfigErrors
 from sharedkd.files import replace
+from sharedkd.lab.analysis.models import trained_student
+from sharedkd.lab.tables import markdown
+from sharedkd.lab.timing import spread, take_turns
 from sharedkd.modeling.detectors import num_classes
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
-from sharedkd.weights.loading import fingerprint, load_trained
+from sharedkd.weights.loading import fingerprint
 
-from .agreement import TOLERANCES, UNMATCHED, Agreement, compare
+from .agreement import TOLERANCES, UNMATCHED, Agreement
 from .formats import FORMATS, UNSUPPORTED, NotExportable, Runner, detect, outputs_of
 from .images import Images, fit, read_images
 
-__all__ = ["Export", "export_student"]
+__all__ = ["export_student", "table"]
 
+KEY = "train.init_checkpoint"
 WARM_UP = 3  # runs that are not counted: TorchScript compiles in its first ones
-
-
-@dataclass
-class Export:
-    """The result of an export.
-
-    Args:
-        files: format -> path, and :class:`Agreement`'s fields.
-        milliseconds: ``student`` (eager), each format, perhaps ``teacher`` -> median, least and
-            greatest, on the same image.
-        megabytes: of the weights of ``student`` and ``teacher``, and of each file.
-        about: image size, hardware, versions, and why there is no teacher.
-        refused: what could not be exported, and why.
-    """
-
-    files: Dict[str, Dict[str, Any]] = field(default_factory=dict)
-    milliseconds: Dict[str, Dict[str, float]] = field(default_factory=dict)
-    megabytes: Dict[str, float] = field(default_factory=dict)
-    about: Dict[str, Any] = field(default_factory=dict)
-    refused: List[ConfigError] = field(default_factory=list)
-
-    def as_json(self) -> Dict[str, Any]:
-        return {**vars(self), "refused": [str(e) for e in self.refused]}
 
 
 def export_student(
@@ -63,7 +42,7 @@ def export_student(
     files: Sequence[str] = (),
     size: Optional[Tuple[int, int]] = None,
     rounds: int = 10,
-) -> Export:
+) -> Dict[str, Any]:
     """Export the student of ``cfg``, with the weights of ``train.init_checkpoint``, on the CPU.
 
     A file appears in ``output`` when it has been loaded again and agrees with the eager student on
@@ -73,39 +52,82 @@ def export_student(
         cfg: of :func:`~sharedkd.config.load.load_config`; of a pair, the student is exported.
         formats: names in :data:`FORMATS`.
         files: images; none: some of the config's validation set.
-        size: (H, W) of the timed image; None: that of the largest of the images.
+        size: (H, W) of the timed image; None: the largest of the images is timed.
         rounds: timed runs of each arm; 0: none.
 
+    Returns:
+        For JSON: ``models``, of ``student`` (eager), each format, perhaps ``teacher``: ``megabytes``,
+        ``milliseconds`` (median, least and greatest on one image), of a file also its ``path`` and
+        :class:`Agreement`; ``image`` (its height and width), ``hardware``, ``versions``; ``no_teacher``:
+        why there is none; ``refused``: a line for each format that refuses the student.
+
     Raises:
-        ConfigError: before anything is written.  What a format refuses is in the result instead.
+        ConfigError: before anything is written.
     """
     _check_formats(formats)
-    student = load_student(cfg)
+    if not cfg.train.init_checkpoint:
+        raise ConfigError(
+            KEY, "''", "is empty, there is nothing to export", "use --weights CHECKPOINT"
+        )
+    student = trained_student(cfg, cfg.train.init_checkpoint, KEY).requires_grad_(False)
     images = read_images(student_only(cfg), files)
     example = _example(student, images)
     checked = [*images.tensors, *images.corner_cases(example)]
     eager = [detect(student, image) for image in checked]
     about = _describe(cfg, student, images)
-    result = Export(megabytes={"student": _megabytes(student)})
+    models: Dict[str, Dict[str, Any]] = {"student": {"megabytes": _megabytes(student)}}
     os.makedirs(output, exist_ok=True)
-    arms: Dict[str, Callable[[Tensor], Any]] = {"student": partial(detect, student)}
+    runners: Dict[str, Callable[[Tensor], Any]] = {"student": partial(detect, student)}
+    result: Dict[str, Any] = {"models": models, "refused": []}
     for name in formats:
         try:
-            arms[name] = _export(name, student, example, checked, eager, about, output, result)
+            runners[name], models[name] = _export(
+                name, student, example, checked, eager, about, output
+            )
         except NotExportable as e:
-            result.refused.append(ConfigError("--format", name, str(e), e.fix))
-    image = fit(
-        example,
-        size or images.common_size(max(student.backbone.size_divisibility, 1)),
-        images.fill,
-    )
+            result["refused"].append(str(ConfigError("--format", name, str(e), e.fix)))
+    largest = max(images.tensors, key=torch.numel)
+    image = fit(example, size, images.fill) if size else largest
     if rounds:
-        _add_teacher(arms, result, cfg, image, images.about["channels"])
-        result.milliseconds = _time(arms, image, rounds)
-    result.about.update(
-        image=list(image.shape[-2:]), hardware=hardware(torch.device("cpu")), versions=versions()
-    )
-    return result
+        try:
+            teacher = _teacher(cfg)
+            flips = teacher.input_format != images.about["channels"]
+            runners["teacher"] = lambda x: detect(teacher.model, x.flip(0) if flips else x)
+            runners["teacher"](image)
+            models["teacher"] = {"megabytes": _megabytes(teacher.model)}
+        except (ConfigError, NotExportable) as e:
+            runners.pop("teacher", None)
+            result["no_teacher"] = str(e)
+        arms = {name: partial(runner, image) for name, runner in runners.items()}
+        for name, seconds in take_turns(arms, rounds, WARM_UP).items():
+            models[name]["milliseconds"] = spread([1e3 * x for x in seconds])
+    facts = {"hardware": hardware(torch.device("cpu")), "versions": versions()}
+    return {**result, "image": list(image.shape[-2:]), **facts}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """What :func:`export_student` returned, as a table of size, latency and agreement."""
+    rows, files = [], []
+    for name, model in result["models"].items():
+        spent = model.get("milliseconds")
+        row = [name, f"{model['megabytes']:.1f}"]
+        row.append("{median:.1f} ({low:.1f} to {high:.1f})".format(**spent) if spent else "-")
+        if "path" in model:
+            files.append(model)
+            largest = [
+                f"{key} {x:.1e}{' px' * (key == 'boxes')}" for key, x in model["largest"].items()
+            ]
+            row += [f"{model['unmatched']} of {model['detections']}", ", ".join(largest)]
+        rows.append([*row, "-", "-"][:5])
+    header = ["model", "MB", "ms (least to greatest)", "detections without a partner"]
+    height, width = result["image"]
+    lines = [markdown(rows, [*header, "largest difference"]), ""]
+    lines.append(f"One image of {height} x {width}, {result['hardware']}.")
+    for x in files[:1]:  # all files are checked on the same images
+        lines.append(f"Checked on {x['images']} images, {x['empty']} of them without detections.")
+    if "no_teacher" in result:
+        lines.append(f"Teacher not measured: {result['no_teacher']}")
+    return "\n".join([*lines, *(f"{x['path']} and {x['path']}.json" for x in files)])
 
 
 def _check_formats(names: Sequence[str]) -> None:
@@ -122,22 +144,6 @@ def _check_formats(names: Sequence[str]) -> None:
             errors.append(ConfigError("--format", name, f"{missing} is not installed", fix))
     if errors:
         raise ConfigErrors(errors)
-
-
-def load_student(cfg: DictConfig) -> nn.Module:
-    """The trained student alone, in eval mode on the CPU.  No teacher is built.
-
-    Raises:
-        ConfigError: no checkpoint, or one that does not fill the student exactly.
-    """
-    key = "train.init_checkpoint"
-    if not cfg.train.init_checkpoint:
-        raise ConfigError(
-            key, "''", "is empty, there is nothing to export", "use --weights CHECKPOINT"
-        )
-    student = construct(student_only(cfg).model, "model")
-    load_trained(student, cfg.train.init_checkpoint, key)
-    return student.requires_grad_(False).eval()
 
 
 def _example(student: nn.Module, images: Images) -> Tensor:
@@ -166,8 +172,7 @@ def _export(
     eager: Sequence[Sequence[Tensor]],
     about: Mapping[str, Any],
     output: str,
-    result: Export,
-) -> Runner:
+) -> Tuple[Runner, Dict[str, Any]]:
     """Convert, load, compare; then, and only then, put the files in their place."""
     to = FORMATS[name]
     path = os.path.join(output, f"student.{to.suffix}")
@@ -192,9 +197,8 @@ def _export(
         replace(f"{path}.json", lambda f: f.write(json.dumps(sidecar, indent=1).encode()))
         with open(unfinished, "rb") as source:
             replace(path, lambda f: shutil.copyfileobj(source, f))
-    result.megabytes[name] = os.path.getsize(path) / 2**20
-    result.files[name] = {"path": path, **asdict(agreement)}
-    return runner
+    size = {"path": path, "megabytes": os.path.getsize(path) / 2**20}
+    return runner, {**size, **asdict(agreement)}
 
 
 def _agreement(
@@ -204,7 +208,7 @@ def _agreement(
     eager: Sequence[Sequence[Tensor]],
 ) -> Agreement:
     """Compare the file with the ``eager`` student on every image, whatever its size."""
-    total = Agreement(0, 0, 0, 0, {name: 0.0 for name in names if name != "classes"})
+    total = Agreement()
     for image, expected in zip(images, eager):
         size = image.shape[-2:]
         try:
@@ -213,12 +217,13 @@ def _agreement(
             reason = str(e).strip().splitlines()[-1:] or [type(e).__name__]
             shape = "x".join(map(str, size))
             raise NotExportable(f"the file fails on an image of {shape}: {reason[0]}") from e
-        total = total + compare(names, expected, exported, size)
+        total.add(names, expected, exported, size)
     return total
 
 
 def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, Any]:
     """The description that a program without this package needs to run the file."""
+    names, count = class_names(cfg) or [], num_classes(student) or 0
     return {
         "inputs": {"image": {"shape": [3, "H", "W"], "dtype": "uint8", **images.about}},
         "in_graph": {
@@ -228,7 +233,7 @@ def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, 
         },
         "outputs": outputs_of(student),
         "order": "descending score",
-        "classes": _class_names(cfg, num_classes(student)),
+        "classes": names if len(names) == count else list(map(str, range(count))),
         "device": "cpu",
         "checkpoint": {
             "file": os.path.basename(cfg.train.init_checkpoint),
@@ -238,52 +243,17 @@ def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, 
     }
 
 
-def _class_names(cfg: DictConfig, count: Optional[int]) -> List[str]:
-    names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
-    name = names if isinstance(names, str) else (list(names) if names else [""])[0]
-    classes = MetadataCatalog.get(name).get("thing_classes", None) if name else None
-    if classes and len(classes) == count:
-        return list(classes)
-    return [str(i) for i in range(count or 0)]
+def _teacher(cfg: DictConfig) -> FrozenTeacher:
+    """The teacher, if its weights are on this disk.
 
-
-def _add_teacher(
-    arms: Dict[str, Callable[[Tensor], Any]],
-    result: Export,
-    cfg: DictConfig,
-    image: Tensor,
-    channels: str,
-) -> None:
-    """Time the teacher, too, if its weights are on this disk and it is a detector."""
-    node = cfg.model.get("teacher")
-    weights = node.get("weights") if node is not None else None
+    Raises:
+        ConfigError: they are not, or do not fit.
+    """
+    node = cfg.model.get("teacher") or {}
+    weights = node.get("weights")
     if not weights or not os.path.isfile(weights):
-        result.about["no_teacher"] = f"model.teacher.weights={weights}: no such file"
-        return
-    try:
-        teacher: FrozenTeacher = construct(node, "model.teacher")
-        flips = teacher.input_format != channels
-        arm = lambda x: detect(teacher.model, x.flip(0) if flips else x)  # noqa: E731
-        arm(image)
-    except (ConfigError, NotExportable) as e:
-        result.about["no_teacher"] = str(e)
-        return
-    result.megabytes["teacher"] = _megabytes(teacher.model)
-    arms["teacher"] = arm
-
-
-def _time(
-    arms: Mapping[str, Callable[[Tensor], Any]], image: Tensor, rounds: int
-) -> Dict[str, Dict[str, float]]:
-    """Milliseconds of each arm; they take turns, so that what slows one slows all of them."""
-    spent: Dict[str, List[float]] = {name: [] for name in arms}
-    for turn in range(-WARM_UP, rounds):
-        for name, arm in arms.items():
-            start = time.perf_counter()
-            arm(image)
-            if turn >= 0:
-                spent[name].append(1e3 * (time.perf_counter() - start))
-    return {name: {"median": median(x), "low": min(x), "high": max(x)} for name, x in spent.items()}
+        raise ConfigError("model.teacher.weights", weights, "no such file", "name it, to time it")
+    return construct(node, "model.teacher")
 
 
 def _megabytes(model: nn.Module) -> float:

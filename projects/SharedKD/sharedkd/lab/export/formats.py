@@ -3,19 +3,14 @@
 Whatever the format, a file takes an image and returns the tensors that :func:`outputs_of` names.
 """
 
-import copy
 import importlib.util
 import warnings
-from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Mapping, Sequence, Tuple
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
-from detectron2.export import TracingAdapter, scripting_with_instances
+from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.meta_arch.fcos import FCOS
-from detectron2.modeling.roi_heads import CascadeROIHeads
-from detectron2.structures import Boxes
-from omegaconf import ListConfig
 from torch import Tensor, nn
 
 __all__ = ["FORMATS", "UNSUPPORTED", "Format", "NotExportable", "Runner", "detect", "outputs_of"]
@@ -78,27 +73,27 @@ class Format:
 
     Args:
         suffix: of the file.
-        write: takes a model in eval mode on the CPU, an image (3, H, W) uint8 with objects in it,
-            and the path of the file.
+        write: takes a traceable model, an image (3, H, W) uint8 with objects in it, the names of the
+            outputs, and the path of the file.
         load: takes the path, returns a function that runs the file.
         runs_with: packages that run the file.
         packages: what is needed beyond PyTorch.
-        refused: Detectron2's classes that do not go into it -> why, and what takes them.
+        otherwise: what to do where it does not take a detector.
     """
 
     suffix: str
-    write: Callable[[nn.Module, Tensor, str], None]
+    write: Callable[[nn.Module, Tensor, List[str], str], None]
     load: Callable[[str], Runner]
-    runs_with: str = "torch, torchvision"
+    runs_with: str
     packages: Tuple[str, ...] = ()
-    refused: Mapping[type, Tuple[str, str]] = field(default_factory=dict)
+    otherwise: str = "leave it out"
 
     def missing(self) -> List[str]:
         """Packages that are not installed."""
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
     def convert(self, model: nn.Module, image: Tensor, path: str) -> None:
-        """Write the file; the arguments are those of ``write``.
+        """Write ``model``, in eval mode on the CPU, as it detects in ``image``, to the file ``path``.
 
         Raises:
             NotExportable: the model does not go into this format.
@@ -106,71 +101,20 @@ class Format:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they are about code that is not the user's
-                self.write(model, image, path)
+                traceable = TracingAdapter(model, [{"image": image}], _instances).eval()
+                self.write(traceable, image, outputs_of(model), path)
         except Exception as e:  # whatever an exporter raises
-            for part in model.modules():
-                for kind, (reason, fix) in self.refused.items():
-                    if isinstance(part, kind):
-                        raise NotExportable(f"Detectron2's {kind.__name__} {reason}", fix) from e
             first = str(e).strip().partition("\n")[0]
-            raise NotExportable(f"{type(e).__name__}: {first}") from e
+            raise NotExportable(f"{type(e).__name__}: {first}", self.otherwise) from e
 
 
-def _adapter(model: nn.Module, image: Tensor) -> TracingAdapter:
-    return TracingAdapter(model, [{"image": image}], _instances).eval()
+def _trace(model: nn.Module, image: Tensor, outputs: List[str], path: str) -> None:
+    torch.jit.save(torch.jit.trace(model, (image,), check_trace=False), path)
 
 
-def _trace(model: nn.Module, image: Tensor, path: str) -> None:
-    traced = torch.jit.trace(_adapter(model, image), (image,), check_trace=False)
-    torch.jit.save(traced, path)
-
-
-def _script(model: nn.Module, image: Tensor, path: str) -> None:
-    fields = dict(
-        proposal_boxes=Boxes,
-        objectness_logits=Tensor,
-        pred_boxes=Boxes,
-        scores=Tensor,
-        pred_classes=Tensor,
-        pred_masks=Tensor,
-    )
-    torch.jit.save(scripting_with_instances(_Scripted(model).eval(), fields), path)
-
-
-class _Scripted(nn.Module):
-    two_stage: torch.jit.Final[bool]  # the other branch is not compiled
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.two_stage = isinstance(model, GeneralizedRCNN)
-        self.model = copy.deepcopy(model)
-        for module in self.model.modules():
-            for name, value in vars(module).items():
-                if isinstance(value, ListConfig):  # of a LazyConfig; TorchScript knows lists alone
-                    setattr(module, name, list(value))
-
-    def forward(self, image: Tensor) -> List[Tensor]:
-        if self.two_stage:
-            fields = self.model.inference([{"image": image}], do_postprocess=False)[0].get_fields()
-        else:
-            fields = self.model([{"image": image}])[0].get_fields()
-        # Scripted models do not clip boxes or drop empty ones, which Detectron2 does afterwards.
-        height, width = image.shape[-2], image.shape[-1]
-        x0, y0, x1, y1 = fields["pred_boxes"].unbind(1)
-        x0, x1 = x0.clamp(0, width), x1.clamp(0, width)
-        y0, y1 = y0.clamp(0, height), y1.clamp(0, height)
-        keep = (x1 > x0) & (y1 > y0)
-        found = [torch.stack([x0, y0, x1, y1], 1)[keep], fields["pred_classes"][keep]]
-        if "pred_masks" in fields:
-            found.append(fields["pred_masks"][:, 0][keep])
-        found.append(fields["scores"][keep])
-        return found
-
-
-def _onnx(model: nn.Module, image: Tensor, path: str) -> None:
-    outputs = outputs_of(model)
+def _onnx(model: nn.Module, image: Tensor, outputs: List[str], path: str) -> None:
     torch.onnx.export(
-        _adapter(model, image),
+        model,
         (image,),
         path,
         dynamo=False,  # by tracing: torch.export does not take these models
@@ -201,24 +145,7 @@ def _load_onnx(path: str) -> Runner:
 #: name -> format
 FORMATS: Dict[str, Format] = {
     "torchscript": Format(
-        "torchscript.pt",
-        _trace,
-        _load_torchscript,
-        refused={
-            CascadeROIHeads: (
-                "scales gradients by a Python function, which is not saved",
-                "use onnx",
-            )
-        },
-    ),
-    "script": Format(
-        "script.pt",
-        _script,
-        _load_torchscript,
-        refused={
-            CascadeROIHeads: ("has no type annotations and cannot be scripted", "use onnx"),
-            FCOS: ("has no type annotations and cannot be scripted", "use torchscript or onnx"),
-        },
+        "torchscript.pt", _trace, _load_torchscript, "torch, torchvision", otherwise="use onnx"
     ),
     "onnx": Format("onnx", _onnx, _load_onnx, "onnxruntime", ("onnx", "onnxruntime")),
 }
@@ -227,5 +154,6 @@ UNSUPPORTED = {
     "torch_export": (
         "torch.export does not take Detectron2's detectors, which branch on computed values",
         "use torchscript or onnx",
-    )
+    ),
+    "script": ("takes fewer detectors than a trace and runs with the same", "use torchscript"),
 }

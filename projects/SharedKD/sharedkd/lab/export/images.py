@@ -2,8 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from math import ceil
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.data import transforms as T
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from sharedkd.config.build import construct
 from sharedkd.errors import ConfigError
+from sharedkd.lab.analysis.models import validation_records
 
 __all__ = ["Images", "fit", "read_images"]
 
@@ -37,11 +37,6 @@ class Images:
     about: Dict[str, Any]
     fill: List[int]
 
-    def common_size(self, multiple: int) -> Tuple[int, int]:
-        """(H, W) that no image exceeds, both a multiple of ``multiple``."""
-        height, width = (max(x.shape[i] for x in self.tensors) for i in (1, 2))
-        return ceil(height / multiple) * multiple, ceil(width / multiple) * multiple
-
     def corner_cases(self, image: Tensor) -> List[Tensor]:
         """A crop of ``image``, for another size, and an image without objects."""
         _, height, width = image.shape
@@ -50,13 +45,7 @@ class Images:
 
 
 def fit(image: Tensor, size: Sequence[int], fill: Sequence[int]) -> Tensor:
-    """Crop or pad an image at the right and at the bottom.
-
-    Args:
-        image: (3, H, W)
-        size: (H', W') of the result.
-        fill: value of new pixels, per channel.
-    """
+    """Crop or pad ``image`` (3, H, W) to ``size`` at the right and at the bottom, with ``fill`` per channel."""
     height, width = size
     image = image[:, :height, :width]
     padding = (0, width - image.shape[2], 0, height - image.shape[1])
@@ -64,11 +53,9 @@ def fit(image: Tensor, size: Sequence[int], fill: Sequence[int]) -> Tensor:
 
 
 def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
-    """Read images through ``dataloader.test.mapper``.
+    """Read images through ``dataloader.test.mapper`` of ``cfg``, whose model is a plain detector.
 
-    Args:
-        cfg: with a plain detector as its model.
-        files: image files; none: some of ``dataloader.test.dataset``, of different sizes if it can be.
+    Without ``files`` they are some of ``dataloader.test.dataset``, evenly spread over it.
 
     Raises:
         ConfigError: no mapper, no images, or one that cannot be read.
@@ -78,7 +65,7 @@ def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
     if node is None:
         raise ConfigError(key, None, "is not set, and says how images are resized", "set it")
     mapper = construct(node, key)
-    records = [{"file_name": f} for f in files] or _validation_records(cfg)
+    records = [{"file_name": f} for f in files] or validation_records(cfg, MOST)
     tensors = []
     for record in records:
         try:
@@ -98,16 +85,6 @@ def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
     mean = next((x for x in (OmegaConf.select(cfg, key) for key in keys) if x), (0, 0, 0))
     names = [record["file_name"] for record in records]
     return Images(names, tensors, about, [round(x) for x in mean])
-
-
-def _validation_records(cfg: DictConfig) -> List[Dict[str, Any]]:
-    key = "dataloader.test.dataset"
-    records = construct(OmegaConf.select(cfg, key), key)
-    if not records:
-        raise ConfigError(key, None, "is empty", "name images with --images FILE ...")
-    by_size = {(x.get("height"), x.get("width")): x for x in reversed(records)}
-    chosen = list(by_size.values())[::-1][:MOST]
-    return chosen + [x for x in records if x not in chosen][: MOST - len(chosen)]
 
 
 def _resize(steps: Sequence[Any]) -> Optional[Dict[str, int]]:

@@ -21,10 +21,7 @@ Shots = Dict[str, List[Tuple[str, Optional[float], str]]]
 def as_html(text: str, folder: Optional[Path] = None, without: str = "") -> Markup:
     """Markdown as HTML. Markup in it is text, a link is text, and a picture is in the page itself.
 
-    Args:
-        text: the Markdown.
-        folder: where its pictures are; those outside of it are left out, and all if it is None.
-        without: the name of a picture to leave out.
+    Pictures outside of ``folder`` are left out (all, if it is None), and the one of the name ``without``.
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink"])
     parser.add_render_rule("image", _image)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -24,6 +25,7 @@ from sharedkd.lab.scores import (
     measured,
     score_of,
 )
+from sharedkd.lab.tables import number
 
 from . import documents, settings, summary, training
 from .figures import DASHES
@@ -89,7 +91,7 @@ def as_html(
     between, shots = documents.read_gallery(detections)
     without = "side_by_side.jpg" if shots else ""  # the same pictures in one
     page.filters.update(
-        gained=summary.gained, number=summary.number, score=summary.score, short=short
+        gained=summary.gained, number=partial(number, unknown="–"), score=summary.score, short=short
     )
     script = page.get_template("script.js").render()
     return page.get_template("report.html").render(
@@ -125,6 +127,7 @@ def as_html(
 def _teacher(source: Source, task: str) -> Optional[Row]:
     """The teacher as a row of the results; None if its AP is not known."""
     ap, *more = (score_of(source.record.get("teacher"), task, m) for m in ("AP", *MORE_METRICS))
-    nan, metrics = math.nan, dict(zip(MORE_METRICS, more))
-    row = Row("teacher", {}, ap, nan, metrics, Difference(nan, nan, 0), nan, nan, nan, nan, nan)
-    return row if is_known(ap) else None
+    if not is_known(ap):
+        return None
+    nothing = Difference(math.nan, math.nan, 0)
+    return Row("teacher", ap, dict(zip(MORE_METRICS, more)), gain=nothing)

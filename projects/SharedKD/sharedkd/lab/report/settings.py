@@ -1,7 +1,7 @@
 """The settings that differ between runs, and their hardware, versions and commands."""
 
 import os
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 from sharedkd.config.plain import leaves
 from sharedkd.lab.runs import short
@@ -11,56 +11,48 @@ from .source import Source, is_distilled
 __all__ = ["differences", "origin"]
 
 _OF_EACH_ARM = ("train.output_dir", "train.seed")
+_NOTHING = "–"
 
 Rows = List[Tuple[str, str, str]]  #: key, value of the baseline, value of the method
 
 
 def differences(source: Source) -> Dict[str, Rows]:
     """Method -> differences from the baseline's config; for one run, from a plain detector's."""
-    found = {method: dict(leaves(_aligned(c))) for method, c in source.configs.items()}
+    found = {method: _aligned(config) for method, config in source.configs.items()}
     base = source.record["baseline"]
     if base not in found:
         return {}
     if source.is_single:
-        pair = ("model.stages.", "model.teacher")
-        plain = {k: v for k, v in found[base].items() if not k.startswith(pair)}
-        return {base: _rows(plain, found[base])}
-    return {m: _rows(found[base], config) for m, config in found.items() if m != base}
+        plain = {**found[base], "model": found[base]["model"]["student"]}
+        return {base: list(_rows("", _aligned(plain), found[base]))}
+    return {m: list(_rows("", found[base], config)) for m, config in found.items() if m != base}
 
 
-def _rows(plain: Mapping[str, str], config: Mapping[str, str]) -> Rows:
+def _rows(key: str, plain: Any, own: Any) -> Iterator[Tuple[str, str, str]]:
     """The differences of two configs; a group that only one has, such as a stage, is one row."""
-    rows: Dict[str, Tuple[List[str], List[str]]] = {}
-    for key in dict.fromkeys([*plain, *config]):
-        if plain.get(key) == config.get(key) or key.startswith(_OF_EACH_ARM):
-            continue
-        both = key in plain and key in config
-        start = key if both else _beginning(key, config if key in plain else plain)
-        rest = key[len(start) + 1 :]
-        for values, side in zip((plain, config), rows.setdefault(start, ([], []))):
-            if key in values:
-                value = short(values[key]) if os.path.isabs(values[key]) else values[key]
-                side.append(f"{rest}={value}" if rest else value)
-    return [(key, ", ".join(a) or "–", ", ".join(b) or "–") for key, (a, b) in rows.items()]
+    if isinstance(plain, Mapping) and isinstance(own, Mapping):
+        for name in dict.fromkeys([*own, *plain]):
+            inner = f"{key}.{name}" if key else str(name)
+            yield from _rows(inner, plain.get(name, _NOTHING), own.get(name, _NOTHING))
+    elif str(plain) != str(own) and key not in _OF_EACH_ARM:
+        yield key, _text(plain), _text(own)
 
 
-def _beginning(key: str, others: Iterable[str]) -> str:
-    """The shortest beginning of ``key`` that none of ``others`` has; of a stage its whole name."""
-    parts = key.split(".")
-    for size in range(3 if key.startswith("model.stages.") else 1, len(parts)):
-        start = ".".join(parts[:size])
-        if not any(f"{other}.".startswith(f"{start}.") for other in others):
-            return start
-    return key
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping) and value:
+        return ", ".join(f"{key}={_text(inner)}" for key, inner in leaves(value))
+    text = str(value)
+    return short(text) if os.path.isabs(text) else text
 
 
 def _aligned(config: Mapping[str, Any]) -> Dict[str, Any]:
     """A plain detector's config in the shape of a pair's."""
     model = config.get("model")
     if is_distilled(config):
-        parts = {key: model[key] for key in ("student", "teacher", "stages") if model.get(key)}
+        teacher = {"teacher": model["teacher"]} if model.get("teacher") else {}
+        parts = {"student": model["student"], **teacher, "stages": model["stages"] or {}}
         return {**config, "model": parts}
-    return {**config, "model": {"student": model}}
+    return {**config, "model": {"student": model, "stages": {}}}
 
 
 def origin(source: Source) -> List[Tuple[str, str]]:

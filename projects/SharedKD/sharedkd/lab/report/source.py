@@ -1,6 +1,5 @@
 """Reads the files of a report: of a run, of a comparison, or of a folder of runs."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
@@ -10,7 +9,7 @@ import numpy as np
 from sharedkd.config.plain import read_plain
 from sharedkd.engine.hooks.record import read_record
 from sharedkd.errors import ConfigError
-from sharedkd.lab.analysis.pictures import read_metrics
+from sharedkd.lab.metrics import read_metrics, seconds_per_step
 from sharedkd.lab.scores import TASKS, folder_name, read_comparison
 from sharedkd.modeling.stages import Stage
 
@@ -25,7 +24,7 @@ class RunData:
         method, seed: which arm it is.
         folder: its output folder.
         record: its run.json; empty if there is none.
-        curves: its metrics.json, see :func:`~.pictures.read_curves`; empty if there is none.
+        curves: its metrics.json, see :func:`~sharedkd.lab.metrics.read_curves`; empty if there is none.
         config: its config.yaml as plain values, references unresolved; None if there is none.
         problems: what could not be read, a sentence each.
     """
@@ -75,12 +74,13 @@ class RunData:
         found = {}
         nodes = _inner(self.config["model"], "stages") if is_distilled(self.config) else {}
         for name, node in nodes.items():
+            if not isinstance(node, Mapping):  # the dict's own _target_
+                continue
             keys = ("weight", "start", "ramp", "end", "relative")
-            times = (
-                {k: node[k] for k in keys if k in node} if isinstance(node, Mapping) else {"": ""}
-            )
-            # A reference to another key is text here.
-            if all(isinstance(x, (int, float, type(None))) for x in times.values()):
+            times = {key: node[key] for key in keys if key in node}
+            # Other text is a reference to another key.
+            words = {("weight", "auto"), ("end", "teacher")}
+            if all(not isinstance(x, str) or (k, x) in words for k, x in times.items()):
                 found[str(name)] = Stage(None, **times)  # type: ignore[arg-type]
         return found
 
@@ -197,8 +197,6 @@ def _teacher_of(run: RunData, runs: Sequence[RunData]) -> Optional[RunData]:
 
 
 def _arm(run: RunData) -> Dict[str, Any]:
-    times = run.curves.get("time", np.array([]))
-    times = times[~np.isnan(times)]
     return {
         "iterations": run.iterations_done or None,
         **run.record,
@@ -206,7 +204,7 @@ def _arm(run: RunData) -> Dict[str, Any]:
         "seed": run.seed,
         "status": "finished" if run.results else "missing",
         "results": run.results,
-        "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
+        "seconds_per_step": seconds_per_step(run.curves),
     }
 
 

@@ -7,10 +7,11 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 from sharedkd.engine.run import DEV_RUN_IMAGES
 from sharedkd.lab.runs import short, tool
 from sharedkd.lab.scores import TASKS, Difference, Row, difference, is_known, measured, score_of
+from sharedkd.lab.tables import number
 
 from .source import RunData, Source, is_distilled
 
-__all__ = ["commands", "gained", "number", "repairs", "score", "summary", "warnings"]
+__all__ = ["commands", "gained", "repairs", "score", "summary", "warnings"]
 
 Pairs = List[Tuple[str, str]]
 
@@ -124,34 +125,32 @@ def _price(best: Row, plain: Optional[Row], record: Mapping[str, Any], task: str
 
 def commands(source: Source, features: Path, detections: Path) -> Dict[str, str]:
     """The commands for what is not measured yet, for this report and for TensorBoard."""
-    found = {}
+    folder, found = short(source.folder), {}
     if not (detections / "detections.md").is_file():
-        words = ["visualize_pair.py", short(source.folder), "--output", short(detections)]
-        found["Detections, to compare two models on images"] = _line(words)
+        words = [*tool("visualize_pair.py"), folder, "--output", short(detections)]
+        found["Detections, to compare two models on images"] = words
     if not (features / "features.md").is_file():
-        found["Feature gaps, before and after training"] = _line(_measure_gaps(source, features))
+        words = [*tool("analyze_features.py"), *_measured_run(source), "--output", short(features)]
+        found["Feature gaps, before and after training"] = words
     if found:
-        found["Then this report once more"] = _line(["report.py", short(source.folder)])
+        found["Then this report once more"] = [*tool("report.py"), folder]
     board = Path(tool("x")[0]).with_name("tensorboard")
-    return {**found, "TensorBoard": shlex.join([str(board), "--logdir", short(source.folder)])}
+    found["TensorBoard"] = [str(board), "--logdir", folder]
+    return {what: shlex.join(words) for what, words in found.items()}
 
 
-def _measure_gaps(source: Source, folder: Path) -> List[str]:
-    """The command for the first distilled run."""
+def _measured_run(source: Source) -> List[str]:
+    """Config and overrides of the first distilled run."""
     run = next((r for r in source.runs if is_distilled(r.config)), None)
-    config, overrides = (short(run.folder / "config.yaml") if run else "CONFIG"), []
-    if run and run.record.get("config_file"):
-        # They draw exactly the weights that the run started from; a config.yaml may list the parts
-        # of a model in another order.
-        config, overrides = short(run.record["config_file"]), [*(run.record.get("overrides") or [])]
-        if Path(run.train.get("output_dir") or run.folder).resolve() != run.folder.resolve():
-            overrides.append(f"train.output_dir={short(run.folder)}")  # it was moved
-    words = ["analyze_features.py", "--config-file", config, "--output", short(folder)]
-    return [*words, *overrides]
-
-
-def _line(words: Sequence[str]) -> str:
-    return shlex.join([*tool(words[0]), *words[1:]])
+    if run is None or not run.record.get("config_file"):
+        return ["--config-file", short(run.folder / "config.yaml") if run else "CONFIG"]
+    # They draw exactly the weights that the run started from; a config.yaml may list the parts
+    # of a model in another order.
+    found = ["--config-file", short(run.record["config_file"])]
+    found += run.record.get("overrides") or []
+    if Path(run.train.get("output_dir") or run.folder).resolve() != run.folder.resolve():
+        found.append(f"train.output_dir={short(run.folder)}")  # it was moved
+    return found
 
 
 def _name(method: str) -> str:
@@ -159,17 +158,14 @@ def _name(method: str) -> str:
     return "the plain student" if method == "none" else method
 
 
-def number(value: Optional[float], layout: str = ".2f") -> str:
-    """``value`` in that layout; a dash if it is not known."""
-    return format(value, layout) if is_known(value) else "–"
-
-
 def score(row: Row) -> str:
     """The mean AP of a method with its interval."""
-    return number(row.mean) + (f" ± {row.half_width:.2f}" if is_known(row.half_width) else "")
+    return number(row.mean, unknown="–") + (
+        f" ± {row.half_width:.2f}" if is_known(row.half_width) else ""
+    )
 
 
 def gained(gain: Difference) -> str:
     """A difference with its interval."""
     bounds = f" [{gain.low:+.2f}, {gain.high:+.2f}]" if is_known(gain.half_width) else ""
-    return number(gain.mean, "+.2f") + bounds
+    return number(gain.mean, "+.2f", "–") + bounds

@@ -8,8 +8,8 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Seque
 import numpy as np
 from matplotlib.figure import Figure
 
-from sharedkd.lab.analysis.pictures import detector_loss
 from sharedkd.lab.compare.plots import plot_ap, plot_cost, plot_sizes
+from sharedkd.lab.metrics import detector_loss
 from sharedkd.lab.scores import TASKS, is_known, measured
 from sharedkd.modeling.stages import Stage
 

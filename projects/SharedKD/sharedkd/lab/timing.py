@@ -1,0 +1,42 @@
+"""Times of work that takes turns, so that what slows the machine down slows all of it alike."""
+
+import time
+from statistics import median
+from typing import Callable, Dict, List, Mapping, Sequence
+
+import torch
+
+__all__ = ["spread", "take_turns"]
+
+
+def take_turns(
+    arms: Mapping[str, Callable[[], object]], rounds: int, warm_up: int
+) -> Dict[str, List[float]]:
+    """Seconds of each of ``arms``, one per round; each round starts with another arm.
+
+    Args:
+        arms: name -> a call that does its work once.
+        rounds: timed calls of each.
+        warm_up: rounds before them, which are not counted.
+    """
+    names = list(arms)
+    seconds: Dict[str, List[float]] = {name: [] for name in names}
+    for turn in range(-warm_up, rounds):
+        first = turn % len(names)
+        for name in [*names[first:], *names[:first]]:
+            start = _now()
+            arms[name]()
+            if turn >= 0:
+                seconds[name].append(_now() - start)
+    return seconds
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def spread(values: Sequence[float]) -> Dict[str, float]:
+    """Median, least and greatest of ``values``."""
+    return {"median": median(values), "low": min(values), "high": max(values)}
