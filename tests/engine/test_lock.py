@@ -97,8 +97,8 @@ class Arm(Run):
 
 
 def test_an_interrupted_comparison_waits_for_its_run_to_save(tmp_path, capsys):
-    def say(line):
-        assert line.startswith("iteration 4/9")
+    def say(progress):
+        assert str(progress).startswith("iteration 4/9")
         signal.raise_signal(signal.SIGTERM)
 
     arm = Arm(tmp_path / "config.yaml", [], tmp_path / "arm")
