@@ -91,6 +91,24 @@ def fitnets(options):
     return f"{{_target_:sharedkd.modeling.stages.Stage,loss:{loss}}}"
 
 
+#: Keys whose errors keep a model from being built, or come after it.
+BUILDING = ("optimizer", "model", "train.compile", "train.inherit", "train.init_checkpoint")
+
+
+def parts(key):
+    """The parts of a config in which an error of ``key`` may hide others; None: in all."""
+    if key in ("override", "train", "--config-file"):
+        return None
+    if key.startswith("model.stages.") and not key.endswith(".loss"):
+        return {".".join(key.split(".")[:3])}
+    if key == "model.roi_heads.num_classes":  # is compared with the data
+        return {"model", "data"}
+    for part in ("data", "lr_multiplier", "train.amp"):  # dataloader, too
+        if key.startswith(part):
+            return {part}
+    return {"model"} if key.startswith(BUILDING) else {key}
+
+
 FURTHER = "{_target_:sharedkd.FrozenTeacher,config:COCO-Detection/nothing.yaml}"
 TEACHER, INIT, JSON = "model.teacher.weights", "train.init_checkpoint", "data.train_json"
 CACHE = "model.teacher.cache"

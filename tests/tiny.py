@@ -1,6 +1,10 @@
 """Real detectors and records small enough for a CPU test."""
 
+import contextlib
+import copy
+import functools
 import importlib.util
+import io
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +15,8 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
 from detectron2.structures import BitMasks, Boxes, Instances
+
+from sharedkd.engine.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 3
@@ -34,8 +40,16 @@ def node(family, depth=18, num_classes=CLASSES):
 
 def detector(family, depth=18, num_classes=CLASSES, seed=0):
     """A small detector with random weights that depend on the seed alone."""
+    model, draws = _built(family, depth, num_classes, seed)
+    torch.set_rng_state(draws)
+    return copy.deepcopy(model)
+
+
+@functools.lru_cache(maxsize=4)
+def _built(family, depth, num_classes, seed):
+    """Drawing millions of weights takes longer than copying them."""
     torch.manual_seed(seed)
-    return instantiate(node(family, depth, num_classes))
+    return instantiate(node(family, depth, num_classes)), torch.get_rng_state()
 
 
 def record(height=64, width=96, boxes=((8, 8, 40, 40), (30, 20, 80, 60)), seed=0):
@@ -81,6 +95,16 @@ def command(config, *opts, flags=()):
     tool = str(ROOT / "tools/lazyconfig_train_net.py")
     path = str(ROOT / "configs" / config)
     return [sys.executable, "-W", "ignore", tool, "--config-file", path, *flags, *map(str, opts)]
+
+
+def train_here(self, root, iterations, say):
+    """Stands for sharedkd.lab.runs.Run.train: trains in this process, as starting another takes seconds.
+
+    As there, what the run prints does not reach the console.
+    """
+    flags = ["--resume"] if self.started else []
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(arguments(self.config, *self.overrides, flags=flags))
 
 
 def run_tool(name, *arguments):

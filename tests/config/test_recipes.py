@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 
 import families
 import pytest
@@ -384,11 +382,9 @@ def test_the_documented_table_is_true():
         assert set(values) == expected, name
 
 
-def test_list_prints_a_line_per_method():
-    tool = str(tiny.ROOT / "tools/compare_methods.py")
-    done = subprocess.run([sys.executable, tool, "--list"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_list_prints_a_line_per_method(capsys):
+    assert tiny.run_tool("compare_methods.py", "--list") is None
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == sorted(PUBLISHED)
     row = next(line for line in lines if line.startswith("reviewkd "))
     assert "CVPR 2021" in row and "retinanet, fcos: 3.29 M" in row

@@ -1,8 +1,6 @@
 """tools/convert_data.py, by what the two formats say; foreign files are named."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -24,7 +22,7 @@ def picture(path):
     Image.new("RGB", (60, 40)).save(path)
 
 
-def test_yolo(tmp_path):
+def test_yolo(tmp_path, capsys):
     (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, dog]\n")
     for name in ("train/a.jpg", "train/b.jpg", "val/c.jpg"):
         picture(tmp_path / "images" / name)
@@ -32,21 +30,11 @@ def test_yolo(tmp_path):
     labels.mkdir(parents=True)
     # A box about (0.5, 0.5), a quarter of each side; a triangle.
     (labels / "a.txt").write_text("1 0.5 0.5 0.25 0.25\n0 0.1 0.1 0.6 0.1 0.6 0.5\n")
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "tools/convert_data.py",
-        "yolo",
-        f"{tmp_path}/data.yaml",
-    ]
-    done = subprocess.run(
-        [*command, f"{tmp_path}/out"], cwd=tiny.ROOT, capture_output=True, text=True
-    )
+    command = ["convert_data.py", "yolo", f"{tmp_path}/data.yaml", f"{tmp_path}/out"]
+    assert tiny.run_tool(*command) is None
     root = f"{tmp_path}/images/train"
-    assert f"data.train_json={tmp_path}/out/train.json data.train_images={root}" in done.stdout, (
-        done.stderr
-    )
+    said = capsys.readouterr().out
+    assert f"data.train_json={tmp_path}/out/train.json data.train_images={root}" in said
     reading_of(f"{tmp_path}/out/train.json", root, train=False).register(NAME)
     assert seen() == {
         "a.jpg": [("dog", [22.5, 15, 15, 10], False, False), ("cat", [6, 4, 30, 16], False, True)],

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -46,10 +44,8 @@ def test_every_shipped_config_that_a_page_names_exists(page):
         assert (tiny.ROOT / "configs" / path).is_file(), path
 
 
-def test_flags_may_come_after_overrides():
-    command = [sys.executable, "tools/lazyconfig_train_net.py", "--config-file", "nowhere.py"]
-    command += ["train.max_iter=1", "--eval-only"]
-    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    said = done.stderr.strip().splitlines()[-1]
+def test_flags_may_come_after_overrides(capfd):
+    command = ["--config-file", "nowhere.py", "train.max_iter=1", "--eval-only"]
+    assert tiny.run_tool("lazyconfig_train_net.py", *command) == 1
+    said = capfd.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: --config-file") and "nowhere.py" in said

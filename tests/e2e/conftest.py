@@ -26,6 +26,7 @@ def workspace(tmp_path_factory):
         f"data.val_images={shapes}/val",
         "data.short_edge=[64]",
         "data.test_short_edge=64",
+        "dataloader.train.total_batch_size=2",
         "dataloader.train.num_workers=0",
         "dataloader.test.num_workers=0",
         "train.device=cpu",

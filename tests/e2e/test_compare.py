@@ -1,6 +1,8 @@
 """tools/compare_methods.py from end to end: equal starts, kept and missing arms, failures, shards."""
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -9,6 +11,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import tiny
@@ -19,6 +23,7 @@ from sharedkd import ConfigError
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.run import run
 from sharedkd.lab.analysis.pair import Pair
+from sharedkd.lab.compare import comparison
 from sharedkd.lab.compare.comparison import Arm, Comparison, run_comparison
 from sharedkd.lab.compare.students import Student, measure, run_students
 from sharedkd.lab.metrics import read_curves
@@ -29,6 +34,7 @@ CONFIG = str(ROOT / "configs/custom_coco.py")
 #: In float32 a weight of 1e-300 is one of zero.
 IDLE = "pkd:1e-300"
 METHODS = ["none", IDLE, f"none@{IDLE}"]
+IN_A_PROCESS = f"{IDLE}/seed1"
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +48,29 @@ def compare(output, overrides, methods=METHODS, seeds=(0, 1), **options):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, overrides):
-    """(folder, console, results.json) of a comparison that the command line ran."""
-    output = tmp_path_factory.mktemp("comparison")
-    command = [
-        sys.executable,
-        str(ROOT / "tools/compare_methods.py"),
-        *("--config-file", CONFIG, "--methods", ",".join(METHODS), "--seeds", "0,1"),
-        *("--output", str(output), "--jobs", "2"),
-        *overrides,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return output, done.stdout, json.loads((output / "results.json").read_text())
+    """(folder, console, results.json) of a comparison that the command line ran with two jobs.
+
+    One arm alone is trained by a process of its own: starting one takes longer than training.
+    """
+    output, console, train = tmp_path_factory.mktemp("comparison"), io.StringIO(), Run.train
+
+    def one_elsewhere(self, *options):
+        (train if self.folder == output / IN_A_PROCESS else tiny.train_here)(self, *options)
+
+    def job(command, env):
+        assert Path(command[1]).name == "compare_methods.py" and env["TERM"] == "dumb"
+        assert tiny.run_tool("compare_methods.py", *command[2:]) is None
+        return SimpleNamespace(wait=lambda: 0)
+
+    command = ["--config-file", CONFIG, "--methods", ",".join(METHODS), "--seeds", "0,1"]
+    command += ["--output", output, "--jobs", "2", *overrides]
+    with (
+        mock.patch.object(Run, "train", one_elsewhere),
+        mock.patch.object(comparison, "subprocess", SimpleNamespace(Popen=job)),
+        contextlib.redirect_stdout(console),
+    ):
+        assert tiny.run_tool("compare_methods.py", *command) is None
+    return output, console.getvalue(), json.loads((output / "results.json").read_text())
 
 
 def arm(record, method, seed):
@@ -191,7 +208,7 @@ def test_the_command_of_an_arm_can_be_run_by_itself(finished, overrides, tmp_pat
     run(tiny.arguments(output / f"configs/{IDLE}.yaml", *settings))
     alone, compared = (
         torch.load(folder / "model_final.pth", weights_only=False)["model"]
-        for folder in (tmp_path / "run", output / IDLE / "seed1")
+        for folder in (tmp_path / "run", output / IN_A_PROCESS)
     )
     assert all(torch.equal(alone[k], compared[k]) for k in compared)
 
@@ -233,6 +250,14 @@ def tool(output, overrides, methods, *flags, config=CONFIG):
         *("--output", str(output), *flags),
         *overrides,
     ]
+
+
+@pytest.mark.nightly
+def test_jobs_are_processes(overrides, tmp_path):
+    command = tool(tmp_path, overrides, ["none", "pkd"], "--jobs", "2")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[1/1] ") == done.stdout.count("finished before, kept") == 2
 
 
 @pytest.mark.nightly

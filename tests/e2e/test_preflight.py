@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
 from detectron2.config import LazyConfig, instantiate
-from misconfigurations import PAIR, PLAIN, Bad
+from misconfigurations import PAIR, PLAIN, Bad, parts
 
 from sharedkd import ConfigError
 from sharedkd.config import load_config
@@ -54,26 +52,50 @@ def random_weights_unfilled(monkeypatch):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **options: tensor)
 
 
+def are_apart(mine, taken):
+    """Whether no part of one is a part of the other; None has a part in everything."""
+    if mine is None or "" in taken:
+        return False
+    pairs = ((f"{a}.", f"{b}.") for a in mine for b in taken)
+    return not any(a.startswith(b) or b.startswith(a) for a, b in pairs)
+
+
+def in_few_runs(kind, cases):
+    """(kind, names of cases that do not hide each other): each in the first run that has a place."""
+    runs = []
+    for name, (_, key, _) in cases.items():
+        mine = parts(key)
+        place = next((run for run in runs if are_apart(mine, run[1])), None)
+        if place is None:
+            runs.append(place := ([], set()))
+        place[0].append(name)
+        place[1].update(mine or {""})
+    return [pytest.param(kind, names, id=f"{kind}: {', '.join(names)}") for names, _ in runs]
+
+
 @pytest.mark.usefixtures("random_weights_unfilled")
-@pytest.mark.parametrize(
-    "kind,case", [*(("plain", name) for name in PLAIN), *(("pair", name) for name in PAIR)]
-)
-def test_one_line_that_names_key_and_fix(good, workspace, tmp_path, kind, case):
-    overrides, key, words = {"plain": PLAIN, "pair": PAIR}[kind][case]
-    if callable(overrides):
-        folder = tmp_path / "bad"
-        folder.mkdir()
-        overrides = overrides(Bad(workspace.shapes, workspace.weights, folder))
+@pytest.mark.parametrize("kind, names", [*in_few_runs("plain", PLAIN), *in_few_runs("pair", PAIR)])
+def test_one_line_for_each_that_names_key_and_fix(good, workspace, tmp_path, kind, names):
+    """Several mistakes are as many errors, in any order."""
+    cases = {name: {"plain": PLAIN, "pair": PAIR}[kind][name] for name in names}
     output = tmp_path / "run"
-    overrides = [f"train.output_dir={output}", *overrides]
+    given = [f"train.output_dir={output}"]
+    for i, (overrides, _, _) in enumerate(cases.values()):
+        if callable(overrides):
+            folder = tmp_path / f"bad{i}"
+            folder.mkdir()
+            overrides = overrides(Bad(workspace.shapes, workspace.weights, folder))
+        given += overrides
     with pytest.raises(ConfigError) as refused:
-        start(good[kind], overrides)
-    (error,), message = refused.value.errors, str(refused.value)
-    assert error.key == key, message
-    assert error.fix and message.endswith(" ".join(error.fix.split()))
-    assert "\n" not in message and len(message) < 1000
-    for word in words:
-        assert word in message
+        start(good[kind], given)
+    errors = {error.key: error for error in refused.value.errors}
+    assert len(refused.value.errors) == len(cases), refused.value
+    for name, (_, key, words) in cases.items():
+        assert key in errors, (name, refused.value)
+        error, message = errors[key], str(errors[key])
+        assert error.fix and message.endswith(" ".join(error.fix.split())), name
+        assert "\n" not in message and len(message) < 1000, name
+        assert all(word in message for word in words), (name, message)
     assert not output.exists()
 
 
@@ -329,40 +351,40 @@ def test_no_stride_in_common(good, tmp_path):
     assert "[8, 16, 32, 64, 128]" in error["problem"] and "[4]" in error["problem"]
 
 
-# --- in processes of their own --------------------------------------------------------------------
+# --- the command lines ----------------------------------------------------------------------------
 
 
-def _tool(name, *args):
-    command = [sys.executable, "-W", "ignore", str(tiny.ROOT / "tools" / name), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_the_command_line_says_it_to_machines(good, tmp_path):
+def test_the_command_line_says_it_to_machines(good, tmp_path, capsys):
     wrong = [f"train.output_dir={tmp_path}/run", "train.accumulate=0", "optimizer.lr=nan"]
-    done = _tool("preflight.py", "--config-file", good["plain"], "--json", "-", *wrong)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    found = json.loads(done.stdout)
-    assert [e["key"] for e in found["errors"]] == ["train.accumulate", "optimizer.lr"]
+    options = ["--config-file", good["plain"], "--json"]
+    assert tiny.run_tool("preflight.py", *options, "-", *wrong) == 1
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert [e["key"] for e in json.loads(said.out)["errors"]] == [
+        "train.accumulate",
+        "optimizer.lr",
+    ]
 
     file = tmp_path / "report.json"
-    done = _tool("preflight.py", "--config-file", good["plain"], "--json", file, wrong[0])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ready: nothing is in the way" in done.stdout
+    assert not tiny.run_tool("preflight.py", *options, file, wrong[0])
+    assert "ready: nothing is in the way" in capsys.readouterr().out
     found = json.loads(file.read_text())
     assert found["ok"] and found["measured"]["seconds_per_step"] > 0
     assert not (tmp_path / "run").exists()
 
 
-def test_training_prints_all_errors_and_leaves_another_run_alone(good, tmp_path):
+def test_training_prints_all_errors_and_leaves_another_run_alone(good, tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
     (output / "last_checkpoint").write_text("model_0000001.pth")
     (output / "config.yaml").write_text("another run's")
     before = {p.name: p.read_bytes() for p in output.iterdir()}
     wrong = [f"train.output_dir={output}", "train.accumulate=0", f"data.val_json={MISSING}"]
-    done = _tool("lazyconfig_train_net.py", "--config-file", good["plain"], *wrong)
-    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
-    errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    command = ["lazyconfig_train_net.py", "--config-file", good["plain"], *wrong]
+    assert tiny.run_tool(*command) == 1
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    errors = [x for x in said.err.splitlines() if x.startswith("error: ")]
     assert [x.partition("=")[0] for x in errors] == [
         "error: train.accumulate",
         "error: data.val_json",

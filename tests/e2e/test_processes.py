@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,8 +12,11 @@ import pytest
 import ranks
 import tiny
 import torch
+import torch.multiprocessing as mp
+from two import in_two
 
 from sharedkd import ConfigError
+from sharedkd.engine.launch import launch
 from sharedkd.engine.run import run
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
@@ -29,11 +33,7 @@ def torchrun(config, *opts, flags=()):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches CPU processes")
 def test_two_processes_equal_one(tmp_path):
     """The same global batch; and every method trains where a process has no object."""
-    env = {**ENVIRONMENT, "PYTHONPATH": f"{tiny.ROOT}/tests:{os.environ.get('PYTHONPATH', '')}"}
-    command = [*TORCHRUN, str(tiny.ROOT / "tests/ranks.py"), str(tmp_path / "two.pt")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    state, losses, size = torch.load(tmp_path / "two.pt", weights_only=True)
+    state, losses, size = in_two(ranks.train, tmp_path)[0]
     expected_state, expected_losses = ranks.three_steps()
     assert size == 2
     assert not torch.equal(state["scale"], torch.ones_like(state["scale"]))
@@ -112,12 +112,25 @@ def test_two_processes_stop_resume_and_evaluate(workspace, tmp_path):
     assert record["processes"] == 2 and record["results"].keys() == {"bbox", "segm"}
 
 
+def refused(rank, folder, port, opts):
+    """A run in the environment that torchrun makes, whose errors go to a file."""
+    size, number = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"), str(rank)
+    place = dict(MASTER_ADDR="localhost", MASTER_PORT=port)
+    os.environ.update(RANK=number, LOCAL_RANK=number, **size, **place)
+    os.dup2(os.open(f"{folder}/said{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    launch(run, tiny.arguments("custom_coco_mask.py", *opts))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches CPU processes")
 def test_two_processes_refuse_in_one_line(workspace, tmp_path):
     opts = [*workspace.data, *workspace.pair, f"train.output_dir={tmp_path}/run"]
-    wrong = torchrun("custom_coco_mask.py", *opts, "model.teacher.config=none")
-    done = subprocess.run(wrong, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 1
-    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    opts.append("model.teacher.config=none")
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    with pytest.raises(mp.ProcessExitedException) as end:
+        mp.start_processes(refused, (str(tmp_path), port, opts), 2, start_method="forkserver")
+    assert end.value.exit_code == 1
+    said = "".join((tmp_path / f"said{rank}").read_text() for rank in (0, 1))
+    (line,) = [x for x in said.splitlines() if x.startswith("error: ")]
     assert line.startswith("error: model.teacher.config=none: ")
     assert not (tmp_path / "run").exists()

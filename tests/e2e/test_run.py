@@ -211,9 +211,9 @@ def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, conf
     """Student, optimizer, parameters of the losses, random state, a RetinaNet's running normaliser."""
     fitnets = "{_target_:sharedkd.losses.FitNets,tap:fpn}"
     opts = [
-        "train.max_iter=5",
-        "train.checkpointer.period=3",
-        "model.stages.identical.ramp=4",
+        "train.max_iter=4",
+        "train.checkpointer.period=2",
+        "model.stages.identical.ramp=3",
         f"model.stages.fitnets={{_target_:sharedkd.modeling.stages.Stage,loss:{fitnets}}}",
     ]
     whole, _ = train(config, *opts, output=tmp_path / "whole")
@@ -221,7 +221,7 @@ def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, conf
     step = SharedKDTrainer.run_step
 
     def interrupted(self):
-        if self.iter == 4:
+        if self.iter == 3:
             raise KeyboardInterrupt
         step(self)
 
@@ -229,7 +229,7 @@ def test_resume_repeats_the_uninterrupted_run(train, tmp_path, monkeypatch, conf
     with pytest.raises(KeyboardInterrupt):
         train(config, *opts, output=tmp_path / "halved")
     monkeypatch.setattr(SharedKDTrainer, "run_step", step)
-    assert (tmp_path / "halved/last_checkpoint").read_text() == "model_0000002.pth"
+    assert (tmp_path / "halved/last_checkpoint").read_text() == "model_0000001.pth"
     own = str(tmp_path / "halved/config.yaml")  # which the run then writes anew
     halved, _ = train(own, *opts, output=tmp_path / "halved", flags=["--resume"])
 

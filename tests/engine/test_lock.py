@@ -1,9 +1,9 @@
 """One run in a folder: the lock, whom it names and with whom it ends; and signals."""
 
+import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -14,26 +14,28 @@ from sharedkd.engine.interrupt import StopRequest, interruptible, resume_command
 from sharedkd.engine.lock import BusyError, check_free, locked
 from sharedkd.lab.runs import Run
 
-HOLDS = """
-import os, sys, time
-from sharedkd.engine.lock import locked
-with locked(sys.argv[1]):
-    worker = os.fork()
-    if worker:
-        print(worker, flush=True)
-    time.sleep(120)
-"""
-
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds the folder, and the number of a worker that it has forked meanwhile."""
-    command = [sys.executable, "-W", "ignore", "-c", HOLDS, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        worker = int(process.stdout.readline())
-        yield process, worker
-        process.kill()
-        os.kill(worker, signal.SIGKILL)
+    """Numbers of a process that holds the folder, and of a worker that it has forked meanwhile."""
+    said, say = os.pipe()
+    process = os.fork()
+    if not process:
+        with locked(tmp_path):
+            worker = os.fork()
+            if worker:
+                os.write(say, b"%d" % worker)
+            time.sleep(120)
+        os._exit(0)
+    worker = int(os.read(said, 99))
+    yield process, worker
+    for number in (process, worker):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(process, 0)
+    os.close(said)
+    os.close(say)
 
 
 def test_the_second_is_refused_and_told_who_is_first(tmp_path, holder):
@@ -43,7 +45,7 @@ def test_the_second_is_refused_and_told_who_is_first(tmp_path, holder):
             with pytest.raises(BusyError) as error:
                 attempt(tmp_path)
             assert str(error.value) == (
-                f"train.output_dir={tmp_path}: process {process.pid} on {socket.gethostname()} trains "
+                f"train.output_dir={tmp_path}: process {process} on {socket.gethostname()} trains "
                 "in this folder; wait for it, or choose another folder"
             )
 
@@ -51,8 +53,8 @@ def test_the_second_is_refused_and_told_who_is_first(tmp_path, holder):
 def test_a_lock_ends_with_its_holder_and_not_with_its_workers(tmp_path, holder):
     """A killed run leaves no stale lock, though its forked worker outlives it by seconds."""
     process, worker = holder
-    process.kill()
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     with locked(tmp_path):
         os.kill(worker, 0)  # it is still there
     check_free(tmp_path)
@@ -68,20 +70,13 @@ def test_a_check_writes_nothing(tmp_path):
     assert check_free(tmp_path / "new") is None and not (tmp_path / "new").exists()
 
 
-NO_HOOK = """
-import os
-def refuse(**hooks):
-    raise AssertionError(hooks)
-import torch, detectron2.checkpoint
-os.register_at_fork = refuse
-from sharedkd.engine.lock import locked
-with locked("."):
-    pass
-"""
-
-
-def test_no_hook_of_fork_is_left(tmp_path):
-    subprocess.run([sys.executable, "-W", "ignore", "-c", NO_HOOK], cwd=tmp_path, check=True)
+def test_no_hook_of_fork_is_left(tmp_path, monkeypatch):
+    """By no use of a lock; that no import leaves one is a test of tests/e2e/test_import.py."""
+    hooks = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **given: hooks.append(given))
+    with locked(tmp_path):
+        pass
+    assert hooks == []
 
 
 SAVES_AFTER_A_WHILE = """
@@ -102,8 +97,8 @@ class Arm(Run):
 
 
 def test_an_interrupted_comparison_waits_for_its_run_to_save(tmp_path, capsys):
-    def say(line):
-        assert line.startswith("iteration 4/9")
+    def say(progress):
+        assert str(progress).startswith("iteration 4/9")
         signal.raise_signal(signal.SIGTERM)
 
     arm = Arm(tmp_path / "config.yaml", [], tmp_path / "arm")

@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
+from two import in_two
 
 from sharedkd import (
     ConfigError,
@@ -340,10 +340,8 @@ def test_a_gradient_that_is_bad_without_any_scale_is_no_overflow():
 # Several processes.
 
 
-def in_group(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
-    found = {}
+def in_group():
+    rank, found = dist.get_rank(), {}
     for family in ("retinanet", "faster_rcnn"):
         for policy in ("stop", "skip_step"):
             model = pair(family)
@@ -361,13 +359,11 @@ def in_group(rank, folder):
             digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
             finite = torch.isfinite(weights).all().item()
             found[family, policy] = (error, trainer.log.total, trainer.iter, finite, digest)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def test_all_ranks_decide_alike(tmp_path):
-    mp.spawn(in_group, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    ranks = in_two(in_group, tmp_path)
     for family in ("retinanet", "faster_rcnn"):
         for policy in ("stop", "skip_step"):
             assert ranks[0][family, policy] == ranks[1][family, policy]

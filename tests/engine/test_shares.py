@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils.events import EventStorage
 from torch import nn
+from two import in_two
 
 from sharedkd import (
     ConfigError,
@@ -276,26 +276,23 @@ def test_training_is_the_same_to_the_bit(family, options, recompute):
     assert [x[3] for x in outcomes] == [False, True]
 
 
-def in_group(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
+def in_group():
     outcomes = []
     for period in (0, 1):
         model = pair({"identical": Stage(IdenticalLayer(strides=[8]))})
         model = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
         trainer = trainer_of(model, 2, period)  # measures before the second step
-        trainer._data_loader_iter_obj = iter([records(9 * rank + i)[1:] for i in range(2)])
+        trainer._data_loader_iter_obj = iter(
+            [records(9 * dist.get_rank() + i)[1:] for i in range(2)]
+        )
         outcomes.append(outcome(trainer, 2))
     shares = trainer.storage.history("watch/detector").values()
-    torch.save([outcomes, shares], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return outcomes, shares
 
 
 def test_two_processes_train_the_same_to_the_bit(tmp_path):
-    mp.spawn(in_group, (str(tmp_path),), nprocs=2)
     shares = []
-    for rank in (0, 1):
-        (without, watched), share = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    for (without, watched), share in in_two(in_group, tmp_path):
         assert without[:3] == watched[:3] and watched[3] and not without[3]
         shares.append(share)
     assert shares[0] == shares[1]  # one figure for all

@@ -74,7 +74,7 @@ def three_steps(trainer_class, model, **options):
     return [p.detach().numpy().tobytes() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn", "retinanet"])
+@pytest.mark.parametrize("family", ["mask_rcnn", "retinanet"])
 def test_without_distillation_it_is_detectron2s_trainer(family):
     """A plain detector, and a pair all of whose stages weigh zero, end with the same bytes."""
     expected = three_steps(SimpleTrainer, tiny.detector(family))
