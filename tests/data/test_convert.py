@@ -31,7 +31,7 @@ def test_yolo(tmp_path, capsys):
     # A box about (0.5, 0.5), a quarter of each side; a triangle.
     (labels / "a.txt").write_text("1 0.5 0.5 0.25 0.25\n0 0.1 0.1 0.6 0.1 0.6 0.5\n")
     command = ["convert_data.py", "yolo", f"{tmp_path}/data.yaml", f"{tmp_path}/out"]
-    assert tiny.run_tool(*command) is None
+    assert not tiny.run_tool(*command)
     root = f"{tmp_path}/images/train"
     said = capsys.readouterr().out
     assert f"data.train_json={tmp_path}/out/train.json data.train_images={root}" in said

@@ -438,7 +438,7 @@ def test_a_finished_student_is_exported_and_timed_once(finished, overrides, monk
     assert (found["method"], found["seed"], found["format"]) == (IDLE, 0, "torchscript")
     assert found["megabytes"] == path.stat().st_size / 2**20
     assert 0 < found["milliseconds"]["low"] <= found["milliseconds"]["median"]
-    assert "thread(s)" in found["hardware"] and all(x % 32 == 0 for x in found["image"])
+    assert "thread(s)" in found["hardware"] and len(found["image"]) == 2
     path.unlink()
     assert measure(arm) == found == measure(arm, timed=False) and not path.exists()
 
