@@ -229,17 +229,10 @@ def _precision(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _over_training(record: Mapping[str, Any]) -> str:
-    """Box AP of every finished arm at each evaluation, and the time of a step."""
+    """Box AP of every finished arm at each evaluation."""
     arms = [arm for arm in record["arms"] if arm["status"] == "finished"]
-    titles = ["method", *(f"after {i}" for i, _ in arms[0]["curve"]["bbox"]), "s / step"]
-    rows = [
-        (
-            f"`{arm['method']}`",
-            *(f"{ap:.1f}" for _, ap in arm["curve"]["bbox"]),
-            f"{arm['seconds_per_step']:.2f}",
-        )
-        for arm in arms
-    ]
+    titles = ["method", *(f"after {i}" for i, _ in arms[0]["curve"]["bbox"])]
+    rows = [(arm["method"], *(f"{ap:.1f}" for _, ap in arm["curve"]["bbox"])) for arm in arms]
     return _table(" | ".join(titles), rows)
 
 

@@ -82,8 +82,8 @@ class PGD(DistillationLoss):
     level for an object whose box holds its centre is ``score^(1 - xi) IoU^xi``, with the teacher's score of
     the object's class and the IoU of the teacher's box.  M is, over the best ``positions`` of an object, the
     Gaussian of maximum likelihood through them; 0 elsewhere; the largest of all objects.  M_c has xi
-    ``xi_score``, M_b has ``xi_box``.  Per level l, with S and T the maps, P = H W softmax_hw(mean_c |F| / t)
-    and A = C softmax_c(|F| / t) at each position::
+    ``xi_score``, M_b has ``xi_box``.  Per level l, with S and T the maps,
+    ``P = H W softmax_hw(mean_c |F| / t)`` and ``A = C softmax_c(|F| / t)`` at each position::
 
         foreground = foreground w_l / N sum of M_c / #(M_c > 0) P(T) A(T) (T - S)^2
         background = background w_l / N sum of M_0 / #M_0       P(T) A(T) (T - S)^2
