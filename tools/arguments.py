@@ -9,18 +9,24 @@ FLAGS = {"--teacher": "teacher", "--teacher-weights": "weights", "--method": "me
 def add_config_arguments(parser: argparse.ArgumentParser, method: bool = True) -> None:
     """Add ``--teacher``, ``--teacher-weights`` and, with ``method``, ``--method`` to ``parser``."""
     group = parser.add_argument_group("distillation of a plain detector's config")
+    add_teacher_arguments(group)
+    if method:
+        group.add_argument(
+            "--method", metavar="NAME", help="see compare_methods.py --list; default: shared_kd"
+        )
+
+
+def add_teacher_arguments(group: argparse._ActionsContainer, required: bool = False) -> None:
+    """Add ``--teacher``, which may be ``required``, and ``--teacher-weights`` to a parser or group."""
     group.add_argument(
         "--teacher",
+        required=required,
         metavar="NAME|PATH",
         help="a name in Detectron2's model zoo, a config, or the folder of a run",
     )
     group.add_argument(
         "--teacher-weights", metavar="FILE|URL", help="default: the zoo's, the run's"
     )
-    if method:
-        group.add_argument(
-            "--method", metavar="NAME", help="see compare_methods.py --list; default: shared_kd"
-        )
 
 
 def overrides_of(args: argparse.Namespace, given: List[str]) -> List[str]:

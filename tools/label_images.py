@@ -18,6 +18,8 @@ import prologue  # noqa: F401
 # isort: split
 import argparse
 
+from arguments import add_teacher_arguments
+
 from sharedkd.config.pair import Pairing
 from sharedkd.errors import SharedKDError
 from sharedkd.lab.label import label_images
@@ -26,15 +28,7 @@ from sharedkd.lab.label import label_images
 def main():
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument(
-        "--teacher",
-        required=True,
-        metavar="NAME|PATH",
-        help="a name in Detectron2's model zoo, a config, or the folder of a run",
-    )
-    parser.add_argument(
-        "--teacher-weights", metavar="FILE|URL", help="default: the zoo's, the run's"
-    )
+    add_teacher_arguments(parser, required=True)
     parser.add_argument("--images", required=True, metavar="FOLDER", help="what to label")
     parser.add_argument("--list", metavar="FILE", help="a COCO json: only the images it lists")
     parser.add_argument("--output", required=True, metavar="FILE")

@@ -1,7 +1,7 @@
 """Warnings about settings of a run that work but are probably a mistake."""
 
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from omegaconf import OmegaConf
@@ -14,6 +14,7 @@ from sharedkd.modeling.teachers import Teacher, teacher_key
 from sharedkd.weights.conventions import convention_of_model
 
 from .checks import key_of
+from .hooks.outgrown import ap_of
 from .hooks.record import read_record
 from .parts import Parts, images_per_step
 
@@ -176,11 +177,11 @@ def _weaker(parts: Parts, name: Optional[str], teacher: Teacher) -> Iterator[Con
     if not weights:
         return
     theirs, size = Path(weights).absolute().parent, count_parameters(parts.student)
-    ap = _results(theirs)
+    ap = _results(_record(theirs))
     for folder in sorted(Path(parts.cfg.train.output_dir).absolute().parent.glob("*/")):
         record = _record(folder)
         plain = record.get("stages") == [] and record["parameters"]["student"] == size
-        higher = _results(folder) if plain and folder != theirs else {}
+        higher = _results(record) if plain and folder != theirs else {}
         worse = sorted(x for x in ap.keys() & higher.keys() if ap[x] < higher[x])
         if worse:
             figures = ", ".join(f"{x[0]} {ap[x]:.1f}, not {higher[x]:.1f}" for x in worse)
@@ -196,11 +197,10 @@ def _record(folder: Path) -> Dict[str, Any]:
         return {}
 
 
-def _results(folder: Path) -> Dict[Tuple[str, str], float]:
+def _results(record: Mapping[str, Any]) -> Dict[Tuple[str, str], float]:
     """(task, validation data) -> AP of a finished run; empty if it is none."""
-    record = _record(folder)
-    results, data = record.get("results") or {}, record.get("validation")
-    return {(task, data): x["AP"] for task, x in results.items() if data and "AP" in x}
+    data = record.get("validation")
+    return {(task, data): ap for task, ap in ap_of(record.get("results") or {}).items() if data}
 
 
 def _stages(parts: Parts) -> Iterator[ConfigError]:

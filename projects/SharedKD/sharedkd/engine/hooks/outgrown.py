@@ -6,7 +6,7 @@ from typing import Any, Dict, Mapping, Optional
 from detectron2.engine import hooks
 from detectron2.utils import comm
 
-__all__ = ["Outgrown"]
+__all__ = ["Outgrown", "ap_of"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
@@ -29,11 +29,11 @@ class Outgrown(hooks.HookBase):
 
     def know(self, name: Optional[str], results: Mapping[str, Mapping[str, Any]]) -> None:
         """Take a teacher's results, task -> metric -> value."""
-        self.teachers[name] = _aps(results)
+        self.teachers[name] = ap_of(results)
 
     def compare(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Compare the student's ``results``; all ranks call it, and rank 0 has the results."""
-        ours = _aps(results)
+        ours = ap_of(results)
         for name, theirs in self.teachers.items():
             tasks = theirs.keys() & ours.keys()
             level = bool(tasks) and all(ours[task] >= theirs[task] > 0 for task in tasks)
@@ -59,7 +59,8 @@ class Outgrown(hooks.HookBase):
         self.teachers, self.iterations = dict(state["teachers"]), dict(state["iterations"])
 
 
-def _aps(results: Mapping[str, Any]) -> Dict[str, float]:
+def ap_of(results: Mapping[str, Any]) -> Dict[str, float]:
+    """Task -> AP in an evaluation's results."""
     return {
         task: metrics["AP"]
         for task, metrics in results.items()
