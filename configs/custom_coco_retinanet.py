@@ -3,7 +3,7 @@
 from detectron2.config import LazyCall as L
 
 from sharedkd import FrozenTeacher, SharedKD
-from sharedkd.config import ONE_STAGE_WEIGHT, shared_kd_stages
+from sharedkd.config import shared_kd_stages
 
 from .custom_coco_retinanet_plain import data, dataloader, lr_multiplier, model, optimizer, train
 
@@ -12,6 +12,6 @@ model = L(SharedKD)(
     teacher=L(FrozenTeacher)(
         config="output/teacher/config.yaml", weights="output/teacher/model_final.pth"
     ),
-    stages=shared_kd_stages(ONE_STAGE_WEIGHT),
+    stages=shared_kd_stages(),
     input_format="${dataloader.train.mapper.image_format}",
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 from detectron2.config import LazyCall as L
 
 from sharedkd import FrozenTeacher, SharedKD
-from sharedkd.config import ONE_STAGE_WEIGHT, shared_kd_stages
+from sharedkd.config import shared_kd_stages
 
 from .retinanet_plain import dataloader, lr_multiplier, model, optimizer, train
 
@@ -15,6 +15,6 @@ model = L(SharedKD)(
         config=str(Path(__file__).with_name("teachers") / "retinanet_x101.py"),
         weights="output/retinanet_x101/model_final.pth",
     ),
-    stages=shared_kd_stages(ONE_STAGE_WEIGHT),
+    stages=shared_kd_stages(),
     input_format="${dataloader.train.mapper.image_format}",
 )

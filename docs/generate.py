@@ -26,15 +26,12 @@ from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs/results"
 #: Comparisons of a teacher's precisions, each on one machine and with a teacher of its own.
 PRECISION = ("precision", "precision_rounded")
 
-#: A file of docs/results -> what was trained in it.
-PAIRS = {
-    "two": "Faster R-CNN R50 -> R18, BCCD, 120 iterations",
-    "one": "RetinaNet R50 -> R18, BCCD, 240 iterations",
-    "mask": "Mask R-CNN R50 -> R18, nuclei, 300 iterations",
-}
+#: Comparisons by :doc:`protocol`, one for each set and pair.
+PAIRS = ("cards", "bccd", "nuclei", "animals", "animals_retinanet", "facade")
 
 __all__ = [
     "arguments",
@@ -190,15 +187,18 @@ def _plain(text: str) -> str:
 
 def measured() -> Dict[Tuple[str, str], str]:
     """(page, name of its markers) -> the table between them, from the records of docs/results."""
-    records = {name: _record(name) for name in PAIRS}
-    found = {("MODEL_ZOO.md", name): _zoo(record) for name, record in records.items()}
-    found["docs/results.md", "cards"] = _over_training(_record("cards"))
+    found = {}
+    for name in PAIRS:
+        if (RESULTS / f"{name}.json").exists():
+            record = _record(name)
+            found["MODEL_ZOO.md", name] = _zoo(record)
+            found["docs/results.md", name] = _over_training(record)
     found["docs/results.md", "precision"] = _precision([_record(name) for name in PRECISION])
     return found
 
 
 def _record(name: str) -> Dict[str, Any]:
-    return json.loads((ROOT / f"docs/results/{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def _precision(records: Sequence[Mapping[str, Any]]) -> str:
@@ -229,17 +229,28 @@ def _precision(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _over_training(record: Mapping[str, Any]) -> str:
-    """Box AP of every finished arm at each evaluation."""
-    arms = [arm for arm in record["arms"] if arm["status"] == "finished"]
-    titles = ["method", *(f"after {i}" for i, _ in arms[0]["curve"]["bbox"])]
-    rows = [(arm["method"], *(f"{ap:.1f}" for _, ap in arm["curve"]["bbox"])) for arm in arms]
-    return _table(" | ".join(titles), rows)
+    """AP of every method at each evaluation, the mean over its seeds."""
+    tables = []
+    for task, title in _tasks(record).items():
+        rows = []
+        for method in record["methods"]:
+            arms = _finished(record, method)
+            curves = [[ap for _, ap in arm["curve"][task]] for arm in arms]
+            means = [f"{fmean(aps):.1f}" for aps in zip(*curves)]
+            rows.append((method, str(len(arms)), *means))
+        after = [f"after {i}" for i, _ in arms[0]["curve"][task]]
+        tables.append(_table(" | ".join([title, "seeds", *after]), rows))
+    return "\n\n".join(tables)
+
+
+def _tasks(record: Mapping[str, Any]) -> Dict[str, str]:
+    tasks = {"bbox": "box AP", "segm": "mask AP"}
+    return {task: title for task, title in tasks.items() if record["teacher"].get(task)}
 
 
 def _zoo(record: Mapping[str, Any]) -> str:
     """Every finished method of a comparison: AP, what it gains, what it costs."""
-    tasks = {"bbox": "box AP", "segm": "mask AP"}
-    tasks = {task: title for task, title in tasks.items() if record["teacher"].get(task)}
+    tasks = _tasks(record)
     titles = ["recipe"]
     for title in tasks.values():
         titles += [title, f"gain in {title} [95 % interval]"]
@@ -269,6 +280,8 @@ def _finished(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]
 
 def _gain(record: Mapping[str, Any], method: str, task: str, reference: str = "") -> str:
     gain = difference(record, method, reference or record["baseline"], task)
+    if gain.seeds == 1:
+        return f"{gain.mean:+.1f}"
     return f"{gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]"
 
 

@@ -478,7 +478,11 @@ PAIR = {
         ["[4, 128]", "[128]"],
     ),
     "no strides": ([f"{SAME}.loss.strides=[]"], f"{SAME}.loss.strides", ["[]", "null"]),
-    "a single stride": ([f"{CROSS}.loss.strides=[8]"], f"{CROSS}.loss.strides", ["two strides"]),
+    "a single stride": (
+        [f"{CROSS}.weight=1", f"{CROSS}.loss.strides=[8]"],
+        f"{CROSS}.loss.strides",
+        ["two strides"],
+    ),
     "strides in words": ([f"{SAME}.loss.strides=all"], f"{SAME}.loss.strides", ["all", "null"]),
     "strides in parts": ([f"{SAME}.loss.strides=[4.5]"], f"{SAME}.loss.strides", ["4.5"]),
     "a stride twice": ([f"{SAME}.loss.strides=[8,8]"], f"{SAME}.loss.strides", ["[8, 8]"]),

@@ -9,7 +9,6 @@ from detectron2.modeling.meta_arch import ProposalNetwork
 from detectron2.utils import comm
 
 from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
-from sharedkd.config import shared_kd_stages
 from sharedkd.losses import IdenticalLayer
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.methods import known_methods
@@ -43,7 +42,7 @@ def three_steps():
     node.proposal_generator.positive_fraction = 1.0
     node._target_ = ProposalNetwork
     del node.roi_heads, node.input_format
-    stages = instantiate(shared_kd_stages())
+    stages = tiny.shared_kd()
     stages["scaled"] = Stage(Scaled(), start=1, end=2)  # off in the first and the last iteration
     stages["mutual"] = Stage(IdenticalLayer(strides=[8, 16], normalize="instance"), teacher="other")
     student = instantiate(node)

@@ -16,6 +16,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
 from detectron2.structures import BitMasks, Boxes, Instances
 
+from sharedkd.config import shared_kd_stages
 from sharedkd.engine.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,13 @@ def _built(family, depth, num_classes, seed):
     """Drawing millions of weights takes longer than copying them."""
     torch.manual_seed(seed)
     return instantiate(node(family, depth, num_classes)), torch.get_rng_state()
+
+
+def shared_kd():
+    """Shared-KD's two parts, both on, at fixed weights."""
+    stages = shared_kd_stages(weight=2.0)
+    stages.cross.weight = 0.1
+    return instantiate(stages)
 
 
 def record(height=64, width=96, boxes=((8, 8, 40, 40), (30, 20, 80, 60)), seed=0):

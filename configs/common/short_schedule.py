@@ -11,7 +11,6 @@ from .train import train
 train.update(max_iter=600, eval_period=300, clip_grad_norm=10.0)
 train.checkpointer.update(period=300, max_to_keep=2)
 
-# docs/results.md: within a few hundred iterations it gets further than SGD.
 optimizer = L(torch.optim.AdamW)(
     params=get_config("common/optim.py").SGD.params, lr=2e-4, weight_decay=0.01
 )

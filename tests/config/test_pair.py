@@ -4,8 +4,9 @@ import pytest
 import tiny
 
 from sharedkd import ConfigError
-from sharedkd.config import load_config
+from sharedkd.config import load_config, shared_kd_stages
 from sharedkd.config.pair import Pairing
+from sharedkd.methods import stages_of
 
 ZOO = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
 
@@ -16,27 +17,28 @@ def load(config, *overrides):
 
 
 @pytest.mark.parametrize(
-    "config, weight",
+    "config, family",
     [
-        ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", 2.0),
-        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", 10.0),
-        ("COCO-Detection/retinanet_R_50_FPN_1x.py", 10.0),
-        ("custom_coco_mask_plain.py", 2.0),
+        ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "faster_rcnn"),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "retinanet"),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.py", "retinanet"),
+        ("custom_coco_mask_plain.py", "mask_rcnn"),
     ],
 )
-def test_a_plain_detector_gets_the_weights_of_its_family(config, weight):
-    cfg = load(config, f"distill.teacher={ZOO}")
-    assert cfg.model.teacher.config == ZOO and cfg.model.stages.identical.weight == weight
+def test_a_plain_detector_gets_the_recipe_of_its_family(config, family):
+    cfg = load(config, f"distill.teacher={ZOO}", "distill.method=fgd")
+    assert cfg.model.teacher.config == ZOO and cfg.model.stages == stages_of("fgd", family)
+    assert stages_of("fgd", "faster_rcnn") != stages_of("fgd", "retinanet")
     assert cfg.model.input_format == cfg.dataloader.train.mapper.image_format
     assert load(config).model == cfg.model.student
 
 
 def test_the_family_is_that_of_the_overridden_detector():
-    keys = ["MODEL.META_ARCHITECTURE=RetinaNet", f"distill.teacher={ZOO}"]
+    keys = ["MODEL.META_ARCHITECTURE=RetinaNet", f"distill.teacher={ZOO}", "distill.method=fgd"]
     cfg = load("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", *keys)
-    assert cfg.model.stages.identical.weight == 10.0
+    assert cfg.model.stages == stages_of("fgd", "retinanet")
     cfg = load("COCO-Detection/rpn_R_50_FPN_1x.yaml", f"distill.teacher={ZOO}")  # of no family
-    assert cfg.model.stages.identical.weight == 2.0
+    assert cfg.model.stages == shared_kd_stages()
 
 
 def test_overrides_name_the_plain_detector_or_the_student():

@@ -149,6 +149,7 @@ def test_a_failed_part_blocks_only_what_needs_it(good, tmp_path):
     """Without the teacher nobody can bind its stage; the student's own stage is still checked."""
     wrong = [
         f"model.teacher.weights={MISSING}",
+        "model.stages.cross.weight=1",
         "model.stages.cross.loss.strides=[3,4]",
         "model.stages.identical.loss.strides=[3,4]",
         f"data.train_json={MISSING}",
@@ -186,6 +187,7 @@ def test_what_a_run_will_be(good, tmp_path):
         "train.checkpointer.period=4",
         "train.checkpointer.max_to_keep=1",
         "model.stages.identical.start=0.5",
+        "model.stages.cross.weight=auto",
         "model.stages.cross.start=20",
     ]
     found = preflight(good["pair"], overrides)
@@ -253,6 +255,7 @@ QUIET = ["train.eval_period=2", "train.checkpointer.period=2"]
                 "dataloader.evaluator=null",
                 "optimizer.lr=0",
                 "model.teacher.weights=''",
+                "model.stages.cross.weight=1",
                 "model.stages.cross.ramp=9",
                 "train.checkpointer.period=5",
                 "train.amp.enabled=True",

@@ -325,6 +325,7 @@ def test_without_a_teacher(train):
         "custom_coco.py",
         "model.teacher=null",
         "model.stages.identical.weight=0",
+        "model.stages.cross.weight=auto",
         "train.max_iter=2",
     )
     row = json.loads(open(output / "metrics.json").readline())

@@ -23,7 +23,9 @@ def test_a_run_with_images_without_labels(workspace, train, tmp_path):
     ]
     whole, _ = train("custom_coco.py", *keys, "train.max_iter=4")
     log = (whole / "log.txt").read_text()
-    said = "images without labels: 5, 1 more in each iteration, 0.8 epochs; for the stages identical, cross"
+    said = (
+        "images without labels: 5, 1 more in each iteration, 0.8 epochs; for the stages identical"
+    )
     assert said in log and "12 of 17 images are trained on with their labels" in log
     assert json.loads((whole / "run.json").read_text())["unlabelled_images"] == 5
     every = [*workspace.data, *workspace.pair, *keys, f"train.output_dir={tmp_path / 'none'}"]

@@ -61,7 +61,7 @@ def test_the_eager_teacher_is_not_the_prepared_one(bench):
 def test_a_step_runs_every_loss_of_a_stage_that_starts_late_and_leaves_the_student():
     cfg = load_config(QUICKSTART, SETTINGS, without_data=True)
     for stage in ("identical", "cross"):
-        cfg.model.stages[stage].start = 0.5
+        cfg.model.stages[stage].update(start=0.5, weight=1.0)
     bench = Benchmark(cfg, image_size=64, batch_size=1)
     pair = bench.pair
     before = [p.clone() for p in pair.student.parameters()]

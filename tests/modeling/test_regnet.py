@@ -8,7 +8,6 @@ from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, Simp
 from detectron2.utils.events import EventStorage
 
 from sharedkd import FrozenTeacher, SharedKD
-from sharedkd.config import shared_kd_stages
 
 
 def regnet_faster_rcnn():
@@ -34,7 +33,7 @@ def test_regnet_student_and_teacher():
         (regnet_faster_rcnn(), tiny.detector("mask_rcnn", seed=1)),
         (tiny.detector("retinanet"), regnet_faster_rcnn()),
     ):
-        stages = instantiate(shared_kd_stages())
+        stages = tiny.shared_kd()
         model = SharedKD(
             student=student, teacher=FrozenTeacher(teacher, ""), stages=stages, input_format="RGB"
         ).train()

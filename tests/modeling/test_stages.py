@@ -43,6 +43,11 @@ BY_HAND = {
     "1 is an iteration": (dict(weight=2.0, start=1), [0] + [2] * 9),
     "1.0 is the whole run": (dict(weight=2.0, start=1.0), [0] * 10),
     "ended at 1.0": (dict(weight=2.0, end=1.0), [2] * 10),
+    "decay to the end of the run": (dict(weight=2.0, decay=4), [2, 2, 2, 2, 2, 2, 2, 1.5, 1, 0.5]),
+    "decay to the end of the stage": (
+        dict(weight=2.0, decay=0.2, end=6),
+        [2, 2, 2, 2, 2, 1, 0, 0, 0, 0],
+    ),
     "weight zero": (dict(weight=0.0), [0] * 10),
     "off from the first iteration": (dict(weight=2.0, end=0.0), [0] * 10),
 }
@@ -72,6 +77,7 @@ BAD = {
     "start": dict(start=-1),
     "ramp": dict(ramp=-0.1),
     "end": dict(end=-5),
+    "decay": dict(decay=-1),
 }
 
 

@@ -7,11 +7,10 @@ from .load import load_config, student_only
 from .overrides import override
 from .pair import distill
 from .sequence import sequence
-from .shared_kd import ONE_STAGE_WEIGHT, published_stages, shared_kd_stages
+from .shared_kd import published_stages, shared_kd_stages
 
 __all__ = [
     "DATA_DEFAULTS",
-    "ONE_STAGE_WEIGHT",
     "TRAIN_DEFAULTS",
     "add_sharedkd_config",
     "construct",

@@ -63,7 +63,7 @@ def add_sharedkd_config(cfg: CfgNode) -> None:
     * ``TEACHER``: CONFIG, WEIGHTS, PRECISION, SHA256 and TRUST_CHECKPOINT as :class:`FrozenTeacher` takes
       them; an empty CONFIG: no teacher, for a method that needs none.
     * ``METHOD``: as :func:`~sharedkd.modeling.recipes.stages_of` takes it.
-    * ``WEIGHT``: multiplies the weights of the method's stages.
+    * ``WEIGHT``: multiplies the weights of the method's stages, or the shares of those that are ``auto``.
     * ``START``, ``RAMP``, ``END``: see :class:`~sharedkd.modeling.stages.Stage`, for all of them.
     """
     cfg.MODEL.SHAREDKD = CfgNode(

@@ -213,6 +213,8 @@ def _stages(parts: Parts) -> Iterator[ConfigError]:
     for key, stage in stages.items():
         start, end = stage.span(max_iter)
         ramp = stage.ramp * max_iter if isinstance(stage.ramp, float) else stage.ramp
+        if stage.full == 0:
+            continue  # off, as its config says
         if start == end:
             problem = f"never begins within train.max_iter={max_iter}"
             fix = "start earlier or train longer"

@@ -29,6 +29,7 @@ from sharedkd.lab.timing import spread, take_turns
 from sharedkd.losses.base import Batch
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 
 __all__ = ["Benchmark", "measure", "ratio"]
@@ -147,7 +148,7 @@ class Benchmark:
         pair = SharedKD(
             student=student,
             teacher=self.prepared,
-            stages={k: replace(x, start=0, ramp=0, end=None) for k, x in stages.items()},
+            stages={k: _always(x) for k, x in stages.items()},
             input_format=self.cfg.model.input_format,
         )
         return pair.to(self.device).train()
@@ -302,6 +303,11 @@ def _record(shape: Sequence[int], seed: int) -> Dict[str, Any]:
     truth.gt_classes = torch.zeros(OBJECTS, dtype=torch.int64)
     image = torch.randint(0, 256, (3, height, width), generator=draw, dtype=torch.uint8)
     return {"image": image, "height": height, "width": width, "instances": truth}
+
+
+def _always(stage: Stage) -> Stage:
+    """A stage that is on in every iteration, with a weight that is known: all but a run's first steps."""
+    return replace(stage, weight=stage.full, start=0, ramp=0, decay=0, end=None)
 
 
 def _tame(model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from sharedkd.engine.parts import Parts, assemble
 from sharedkd.engine.run import build_trainer
 from sharedkd.engine.snapshot import Snapshot
 from sharedkd.errors import FAILED, Findings, NonFiniteLossError, RunError, SharedKDError
+from sharedkd.modeling.balance import held
 from sharedkd.modeling.meta_arch import losses_of, pairs_of
 
 __all__ = ["as_text", "preflight"]
@@ -92,7 +93,8 @@ def _measure(parts: Parts) -> Dict[str, float]:
         model.train()
         seconds = []
         for trainer.iter in range(STEPS):
-            with EventStorage(trainer.iter) as trainer.storage:
+            known = trainer.auto_weights if trainer.iter else {}  # as in all but the first steps
+            with EventStorage(trainer.iter) as trainer.storage, held(known):
                 seconds.append(_time(cfg, trainer.run_step))
         parts.optimizer.state.clear()
     return {

@@ -631,10 +631,10 @@ def _check_times(key: str, stage: Stage, max_iter: Optional[int]) -> None:
     if stage.end == "teacher":
         problem, fix = "is known to this package's trainer only", "use a time or null"
         raise ConfigError(f"{key}.end", "teacher", problem, fix)
-    for time in ("start", "ramp", "end") if max_iter is None else ():
+    for time in ("start", "ramp", "decay", "end") if max_iter is None else ():
         value = getattr(stage, time)
-        if isinstance(value, float):
-            problem = "is a fraction of the run, whose length is unknown"
+        if isinstance(value, float) or time == "decay" and value and stage.end is None:
+            problem = "is a part of the run, whose length is unknown"
             fix = "set model.max_iter to its iterations"
             raise ConfigError(f"{key}.{time}", value, problem, fix)
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from sharedkd.errors import ConfigError
 
 from .detectors import count_parameters
-from .stages import stage_dict
+from .stages import Stage, stage_dict
 
 __all__ = ["FAMILIES", "FOLDER", "Method", "known_methods", "stages_of"]
 
@@ -129,13 +129,20 @@ def stages_of(name: str, kind: str) -> DictConfig:
 
 
 def _weigh(stage: DictConfig, factors: Sequence[str]) -> None:
-    """Apply what follows a recipe's name: ``4`` multiplies weights, ``auto`` and ``auto:0.1`` set shares."""
-    if "auto" not in factors:
-        stage.weight = stage.get("weight", 1.0) * prod(map(_factor, factors))
-        return
-    stage.weight, shares = "auto", [_factor(x) for x in factors if x != "auto"]
-    if shares:
-        stage.share = prod(shares)
+    """Apply what follows a recipe's name: ``4`` multiplies weights, ``auto`` and ``auto:0.1`` set shares.
+
+    A stage that is off stays off; the weight of one that sets itself is its share.
+    """
+    numbers = [_factor(x) for x in factors if x != "auto"]
+    weight = stage.get("weight", 1.0)
+    if "auto" in factors and weight:
+        stage.weight = "auto"
+        if numbers:
+            stage.share = prod(numbers)
+    elif weight == "auto":
+        stage.share = stage.get("share", Stage.share) * prod(numbers)
+    else:
+        stage.weight = weight * prod(numbers)
 
 
 def _factor(text: str) -> float:

@@ -30,7 +30,7 @@ PEER = "peer/"  #: what the names of a peer's losses and stages begin with: ``pe
 class Stage:
     """One distillation loss with its schedule.
 
-    ``start``, ``ramp`` and ``end`` are iterations when they are ints and fractions of
+    ``start``, ``ramp``, ``decay`` and ``end`` are iterations when they are ints and fractions of
     ``train.max_iter`` when they are floats (``end=0.7``: the last 30 % train without this loss).
 
     Args:
@@ -53,6 +53,8 @@ class Stage:
             share; None: the terms stay as they are to each other.
         published: the strides of the loss are those of its publication, and what the pair does not have of
             them is left out, with a warning.  False: it is refused.
+        decay: over how many iterations before its end the weight falls linearly, to ``weight / decay`` in
+            the last one.
     """
 
     loss: DistillationLoss
@@ -66,6 +68,7 @@ class Stage:
     every: int = 0
     balance: Optional[str] = None
     published: bool = False
+    decay: Union[int, float] = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.loss, DistillationLoss):
@@ -110,7 +113,7 @@ class Stage:
             fix = "use a time, teacher or null"
             findings.add(ConfigError(f"{key}.end", self.end, "is no time", fix))
         numbers = [x for x in ("weight", "end") if not isinstance(getattr(self, x), str)]
-        for name in ("start", "ramp", *numbers):
+        for name in ("start", "ramp", "decay", *numbers):
             value = getattr(self, name)
             findings.step(check_number, f"{key}.{name}", value, least=0, or_null=name == "end")
         for name in ("relative", "published"):
@@ -119,7 +122,7 @@ class Stage:
         findings.step(check_number, f"{key}.every", self.every, least=0, whole=True)
         if self.balance is not None:
             findings.step(check_choice, f"{key}.balance", self.balance, ("levels",))
-        if self.auto and self.relative:
+        if self.auto and self.relative is True:
             fix = "use one of them"
             findings.add(ConfigError(f"{key}.relative", True, "excludes weight=auto", fix))
         if self.teacher is not None:
@@ -155,11 +158,17 @@ class Stage:
         >>> stage = Stage(CrossLayer(), weight=2.0, start=2, ramp=4, end=0.8)
         >>> [stage.weight_at(i, max_iter=10) for i in range(10)]
         [0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 0.0, 0.0]
+        >>> stage = Stage(CrossLayer(), weight=2.0, decay=0.4)
+        >>> [stage.weight_at(i, max_iter=10) for i in range(10)]
+        [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5]
         """
-        start, ramp, end = (self._iteration(x, max_iter) for x in (self.start, self.ramp, self.end))
+        times = (self.start, self.ramp, self.decay, self.end)
+        start, ramp, decay, end = (self._iteration(x, max_iter) for x in times)
         if iteration < start or (end is not None and iteration >= end):
             return 0.0
-        return self.full * min(1.0, (iteration - start + 1) / max(ramp, 1))
+        grown = (iteration - start + 1) / max(ramp, 1)
+        left = ((max_iter if end is None else end) - iteration) / max(decay, 1) if decay else 1.0
+        return self.full * max(0.0, min(1.0, grown, left))
 
 
 def owner_of(name: str) -> str:

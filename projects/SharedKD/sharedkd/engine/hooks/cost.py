@@ -6,6 +6,8 @@ import time
 import torch
 from detectron2.engine import hooks
 
+from sharedkd.modeling.balance import WINDOW
+
 from .record import hardware, peak_memory_mb
 
 __all__ = ["STEPS", "Cost", "in_words"]
@@ -51,4 +53,7 @@ class Cost(hooks.HookBase):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds, steps = time.perf_counter() - self.start, trainer.max_iter - trainer.start_iter
-        logger.info(in_words(seconds, steps, peak_memory_mb(), hardware(device)))
+        said = in_words(seconds, steps, peak_memory_mb(), hardware(device))
+        if trainer.auto_weights:
+            said += f"; faster after {WINDOW} steps, which measure the weights that set themselves"
+        logger.info(said)

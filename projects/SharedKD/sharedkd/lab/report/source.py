@@ -76,7 +76,7 @@ class RunData:
         for name, node in nodes.items():
             if not isinstance(node, Mapping):  # the dict's own _target_
                 continue
-            keys = ("weight", "start", "ramp", "end", "relative")
+            keys = ("weight", "start", "ramp", "decay", "end", "relative")
             times = {key: node[key] for key in keys if key in node}
             # Other text is a reference to another key.
             words = {("weight", "auto"), ("end", "teacher")}

@@ -1,6 +1,0 @@
-"""Shared-KD without its cross-layer part."""
-
-from ..shared_kd import paper, stages
-
-for _stages in stages.values():
-    _stages.pop("cross", None)
