@@ -140,7 +140,7 @@ def versions() -> Dict[str, str]:
             pass
     # Two states of the code may share a version number.
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    for path in sorted(Path(__file__).parents[2].rglob("*.py")):
         digest.update(path.read_bytes())
     found["sharedkd"] = digest.hexdigest()[:8]
     return found
