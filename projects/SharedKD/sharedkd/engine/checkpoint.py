@@ -9,7 +9,7 @@ import zipfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Iterator, List, Mapping, Optional, Union
+from typing import Any, Iterator, List, Optional, Union
 
 import torch
 from detectron2.engine import hooks
@@ -50,10 +50,6 @@ class StudentCheckpointer(DataCheckpointer):
     Each peer is also saved alone, as ``peers/<its name>.pth``.  Arguments are Detectron2's.
     """
 
-    @property
-    def peers(self) -> Mapping[str, nn.Module]:
-        return self.model.peers if isinstance(self.model, SharedKD) else {}
-
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name``.pth under a temporary name, read it again, rename it, then point to it.
 
@@ -64,7 +60,8 @@ class StudentCheckpointer(DataCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        for peer, pair in self.peers.items():  # before the file that they must not be older than
+        peers = self.model.peers if isinstance(self.model, SharedKD) else {}
+        for peer, pair in peers.items():  # before the file that they must not be older than
             path = os.path.join(self.save_dir, "peers", f"{peer}.pth")
             os.makedirs(os.path.dirname(path), exist_ok=True)
             replace(path, partial(torch.save, {"model": pair.state_dict()}), verify=check_complete)
