@@ -138,12 +138,10 @@ def _plain(path: str, folder: Union[str, Path], what: str) -> Any:
 
 def _differences(key: str, then: Any, now: Any) -> Iterator[Change]:
     if isinstance(then, dict) and isinstance(now, dict):
-        for name in dict.fromkeys([*then, *now]):
-            if (
-                name != "yaml"
-            ):  # refers to the keys of a classic yaml, which are compared themselves
-                inner = f"{key}.{name}" if key else str(name)
-                yield from _differences(inner, then.get(name, "not set"), now.get(name, "not set"))
+        # The key `yaml` refers to the keys of a classic yaml, which are compared themselves.
+        for name in dict.fromkeys(x for x in (*then, *now) if x != "yaml"):
+            inner = f"{key}.{name}" if key else str(name)
+            yield from _differences(inner, then.get(name, "not set"), now.get(name, "not set"))
     elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
         for i, (a, b) in enumerate(zip(then, now)):
             yield from _differences(f"{key}.{i}", a, b)
