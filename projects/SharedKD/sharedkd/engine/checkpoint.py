@@ -21,6 +21,7 @@ from sharedkd.files import replace
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.weights.loading import DataCheckpointer
 
+from .hooks.record import FILE as RECORD
 from .interrupt import Stopped, StopRequest, resume_command
 
 __all__ = [
@@ -95,7 +96,7 @@ def has_run(folder: Union[str, Path]) -> bool:
         return True
     # A run that was killed between its first checkpoint and the file that points to it.
     ours = glob.glob(os.path.join(glob.escape(str(folder)), "model_*.pth"))
-    recorded = os.path.isfile(os.path.join(folder, "run.json"))
+    recorded = os.path.isfile(os.path.join(folder, RECORD))
     return recorded and any(zipfile.is_zipfile(path) for path in ours)
 
 

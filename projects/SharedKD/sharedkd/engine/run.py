@@ -32,7 +32,7 @@ from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
 
 from .advice import advise
-from .checkpoint import Checkpoints, StudentCheckpointer, disk_failure, latest_checkpoint
+from .checkpoint import POINTER, Checkpoints, StudentCheckpointer, disk_failure, latest_checkpoint
 from .checks import names_of
 from .folder import check_output
 from .hooks.cost import Cost
@@ -124,7 +124,7 @@ def _own(folder: str, resume: bool) -> Iterator[None]:
     """Lock the output folder, and remove unfinished files of a killed run."""
     with locked(folder):
         check_output(folder, resume)  # another run may have used it since the first check
-        for pattern in ("*.pth", "peers/*.pth", "last_checkpoint", RECORD):
+        for pattern in ("*.pth", "peers/*.pth", POINTER, RECORD):
             remove_unfinished(folder, pattern)
         yield
 
