@@ -23,13 +23,13 @@ from sharedkd.engine.checkpoint import (
     check_complete,
     disk_failure,
     has_run,
+    latest_checkpoint,
 )
 from sharedkd.engine.hooks.record import RunRecord
 from sharedkd.engine.interrupt import Stopped
 from sharedkd.engine.resume import (
     check_settings,
     config_kept,
-    latest_checkpoint,
     saved_config,
 )
 from sharedkd.files import remove_unfinished, replace

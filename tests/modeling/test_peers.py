@@ -168,7 +168,7 @@ def test_a_measurement_leaves_no_trace_in_any_student():
     _, _, trainer = trained(pair({"mutual": maps("other")}, {}), 1)
     before = [x.loss_normalizer for x in trainer.detectors.values()]
     with without_trace(trainer.module):
-        trainer.repeat(trainer.step)
+        trainer.repeat(trainer.step, trainer.step.batches[0])
         assert [x.loss_normalizer for x in trainer.detectors.values()] != before
     assert [x.loss_normalizer for x in trainer.detectors.values()] == before
 

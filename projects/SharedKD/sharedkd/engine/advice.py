@@ -1,7 +1,7 @@
 """Warnings about settings of a run that work but are probably a mistake."""
 
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 from omegaconf import OmegaConf
@@ -10,7 +10,7 @@ from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.hardware import has_bfloat16
 from sharedkd.modeling.meta_arch import SharedKD
-from sharedkd.modeling.teachers import Teacher, teacher_key
+from sharedkd.modeling.teachers import teacher_key
 from sharedkd.weights.conventions import convention_of_model
 
 from .checks import key_of
@@ -27,11 +27,7 @@ BFLOAT16_SLOWDOWN = 10
 
 
 def advise(parts: Parts) -> List[ConfigError]:
-    """Return the warnings for a run.  What could not be built is not checked.
-
-    Args:
-        parts: the result of :func:`~sharedkd.engine.parts.assemble`.
-    """
+    """Return the warnings for a run.  What could not be built is not checked."""
     checks = (_weights, _evaluation, _checkpoints, _disk, _precision, _optimizer, _data)
     found = [warning for check in checks for warning in check(parts)]
     if isinstance(parts.model, SharedKD):
@@ -156,26 +152,23 @@ def _data(parts: Parts) -> Iterator[ConfigError]:
 def _teachers(parts: Parts) -> Iterator[ConfigError]:
     ours = num_classes(parts.student)
     for name, teacher in parts.teachers.items():
+        key, weights = teacher_key(name), getattr(teacher, "weights", None)
         theirs = None if teacher.detector is None else num_classes(teacher.detector)
         if theirs not in (None, ours):
             problem = f"The teacher has {theirs} classes, the student {ours}: "
             problem += "the teacher's head is unused"
             value = getattr(teacher, "name", type(teacher).__name__)
             fix = "change nothing if only its feature maps are meant"
-            yield ConfigError(f"{teacher_key(name)}.config", value, problem, fix)
-        yield from _weaker(parts, name, teacher)
-        if getattr(teacher, "weights", None) == "":
+            yield ConfigError(f"{key}.config", value, problem, fix)
+        if weights:
+            yield from _weaker(parts, f"{key}.weights", weights)
+        if weights == "":
             fix = "set it to a trained detector's weights"
-            yield ConfigError(
-                f"{teacher_key(name)}.weights", "''", "the teacher is not trained", fix
-            )
+            yield ConfigError(f"{key}.weights", "''", "the teacher is not trained", fix)
 
 
-def _weaker(parts: Parts, name: Optional[str], teacher: Teacher) -> Iterator[ConfigError]:
+def _weaker(parts: Parts, key: str, weights: str) -> Iterator[ConfigError]:
     """A teacher's run whose AP is below that of a plain student's finished run beside this one."""
-    weights = getattr(teacher, "weights", None)
-    if not weights:
-        return
     theirs, size = Path(weights).absolute().parent, count_parameters(parts.student)
     ap = _results(_record(theirs))
     for folder in sorted(Path(parts.cfg.train.output_dir).absolute().parent.glob("*/")):
@@ -187,7 +180,7 @@ def _weaker(parts: Parts, name: Optional[str], teacher: Teacher) -> Iterator[Con
             figures = ", ".join(f"{x[0]} {ap[x]:.1f}, not {higher[x]:.1f}" for x in worse)
             problem = f"has less AP than the plain run {folder.name} beside this one: {figures}"
             fix = "train the teacher longer or on larger images, or train without it"
-            yield ConfigError(f"{teacher_key(name)}.weights", weights, problem, fix)
+            yield ConfigError(key, weights, problem, fix)
 
 
 def _record(folder: Path) -> Dict[str, Any]:

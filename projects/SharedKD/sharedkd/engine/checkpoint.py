@@ -1,4 +1,4 @@
-"""Checkpoints: when a run saves and deletes them, and the error that a full disk raises."""
+"""Checkpoints: which a folder holds, when a run saves and deletes them, and a full disk."""
 
 import errno
 import glob
@@ -9,18 +9,19 @@ import zipfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Iterator, List, Mapping, Optional, Union
+from typing import Any, Iterator, List, Optional, Union
 
 import torch
 from detectron2.engine import hooks
 from detectron2.utils import comm
 from torch import nn
 
-from sharedkd.errors import RunError
+from sharedkd.errors import ConfigError, RunError
 from sharedkd.files import replace
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.weights.loading import DataCheckpointer
 
+from .hooks.record import FILE as RECORD
 from .interrupt import Stopped, StopRequest, resume_command
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "check_complete",
     "disk_failure",
     "has_run",
+    "latest_checkpoint",
 ]
 
 logger = logging.getLogger("detectron2.sharedkd")
@@ -38,38 +40,29 @@ FINAL = "model_final"
 
 NUMBERED = re.compile(r"model_\d{7}\.pth")
 
+POINTER = "last_checkpoint"  # Detectron2's file with the name of the newest
+
 
 class StudentCheckpointer(DataCheckpointer):
     """Saves checkpoints so that a run killed while saving leaves the previous one intact.
 
     The ``model`` entry of a file is the plain student's state, whatever model is saved (see
     :meth:`SharedKD.state_dict`); trainer state, parameters owned by losses and peers are other entries.
-    Each peer is also saved alone, as ``peers/<its name>.pth``.
-
-    Args:
-        model: a detector or a :class:`~sharedkd.modeling.meta_arch.SharedKD`, which DDP may wrap.
-        save_dir: where files go; it must exist before :meth:`save`, which does nothing without one.
-        save_to_disk: whether this process writes; None: only the main process does.
-        checkpointables: entry -> the object whose state it is.
+    Each peer is also saved alone, as ``peers/<its name>.pth``.  Arguments are Detectron2's.
     """
-
-    @property
-    def peers(self) -> Mapping[str, nn.Module]:
-        return self.model.peers if isinstance(self.model, SharedKD) else {}
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name``.pth under a temporary name, read it again, rename it, then point to it.
 
-        Args:
-            name: without the ending.
-            kwargs: further entries of the file.
+        ``kwargs`` are further entries of the file.
 
         Raises:
             OSError: the file cannot be written; earlier checkpoints are still there.
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        for peer, pair in self.peers.items():  # before the file that they must not be older than
+        peers = self.model.peers if isinstance(self.model, SharedKD) else {}
+        for peer, pair in peers.items():  # before the file that they must not be older than
             path = os.path.join(self.save_dir, "peers", f"{peer}.pth")
             os.makedirs(os.path.dirname(path), exist_ok=True)
             replace(path, partial(torch.save, {"model": pair.state_dict()}), verify=check_complete)
@@ -81,7 +74,7 @@ class StudentCheckpointer(DataCheckpointer):
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        path = os.path.join(self.save_dir, "last_checkpoint")
+        path = os.path.join(self.save_dir, POINTER)
         replace(path, lambda f: f.write(last_filename_basename.encode()))
 
 
@@ -99,20 +92,67 @@ def check_complete(path: str) -> None:
 
 def has_run(folder: Union[str, Path]) -> bool:
     """Whether ``folder``, which need not exist, holds a run's checkpoint."""
-    if os.path.isfile(os.path.join(folder, "last_checkpoint")):
+    if os.path.isfile(os.path.join(folder, POINTER)):
         return True
     # A run that was killed between its first checkpoint and the file that points to it.
     ours = glob.glob(os.path.join(glob.escape(str(folder)), "model_*.pth"))
-    recorded = os.path.isfile(os.path.join(folder, "run.json"))
+    recorded = os.path.isfile(os.path.join(folder, RECORD))
     return recorded and any(zipfile.is_zipfile(path) for path in ours)
 
 
-class SaveError(RunError):
-    """The output folder cannot be written any more.
+def latest_checkpoint(folder: str) -> str:
+    """The path of the newest complete checkpoint in ``folder``; logs if later ones are damaged.
 
-    Args:
-        key, value, problem, fix: see :class:`~sharedkd.errors.SharedKDError`.
+    Raises:
+        ConfigError: there is none.
     """
+    ours = [os.path.join(folder, name) for name in [*_numbered(folder), f"{FINAL}.pth"]]
+    newest_first = sorted(
+        filter(os.path.exists, ours), key=lambda p: (os.stat(p).st_mtime_ns, p), reverse=True
+    )
+    last = _last(folder)
+    if last:
+        newest_first = list(dict.fromkeys([os.path.join(folder, last), *newest_first]))
+    problems = []
+    for path in newest_first:
+        name = os.path.basename(path)
+        try:
+            check_complete(path)
+        except Exception as e:
+            # A truncated file may make its reader raise anything.
+            reason = "no such file" if not os.path.isfile(path) else f"cannot be read ({e})"
+            problems.append(f"{name}: {reason}")
+            continue
+        if problems:
+            logger.warning(
+                f"{'; '.join(problems)}: goes on from {name} instead, the newest checkpoint that is "
+                "complete"
+            )
+        return path
+    problem = f"has no complete checkpoint ({'; '.join(problems)})"
+    raise ConfigError("train.output_dir", folder, problem, "start anew in another folder")
+
+
+def _numbered(folder: str) -> List[str]:
+    """The numbered checkpoints of a folder, oldest first."""
+    return sorted(name for name in os.listdir(folder) if NUMBERED.fullmatch(name))
+
+
+def _last(folder: str) -> str:
+    """The name of the checkpoint that was saved last; empty if there is none."""
+    try:
+        return Path(folder, POINTER).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _newest(folder: str) -> str:
+    last = _last(folder)
+    return f"{last} is intact" if last else "there is no checkpoint yet"
+
+
+class SaveError(RunError):
+    """The output folder cannot be written any more."""
 
 
 #: Error numbers of a disk that is full or has become read-only.
@@ -121,10 +161,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 @contextmanager
 def disk_failure(folder: str) -> Iterator[None]:
-    """A context in which a full or read-only disk ends the run with one line.
-
-    Args:
-        folder: the run's output folder.
+    """A context in which a full or read-only disk ends the run in ``folder`` with one line.
 
     Raises:
         SaveError: the disk refused a write.
@@ -140,14 +177,6 @@ def disk_failure(folder: str) -> Iterator[None]:
             f"cannot be written to ({e}); {_newest(folder)}",
             f"make room, then: {resume_command()}",
         ) from None
-
-
-def _newest(folder: str) -> str:
-    try:
-        with open(os.path.join(folder, "last_checkpoint")) as f:
-            return f"{f.read()} is intact"
-    except OSError:
-        return "there is no checkpoint yet"
 
 
 class Checkpoints(hooks.HookBase):
@@ -227,18 +256,9 @@ class Checkpoints(hooks.HookBase):
             handle.remove()
 
     def _save(self, name: str) -> None:
-        self.checkpointer.save(name, iteration=self.trainer.iter)
+        saver = self.checkpointer
+        saver.save(name, iteration=self.trainer.iter)
         self.saved, self.final = self.trainer.iter, name == FINAL
-        self._remove_old()
-
-    def _remove_old(self) -> None:
-        if self.max_to_keep is None or not self.checkpointer.save_to_disk:
-            return
-        folder = self.checkpointer.save_dir
-        for name in _numbered(folder)[: -self.max_to_keep]:
-            os.remove(os.path.join(folder, name))
-
-
-def _numbered(folder: str) -> List[str]:
-    """The numbered checkpoints of a folder, oldest first."""
-    return sorted(name for name in os.listdir(folder) if NUMBERED.fullmatch(name))
+        if self.max_to_keep is not None and saver.save_to_disk:
+            for old in _numbered(saver.save_dir)[: -self.max_to_keep]:
+                os.remove(os.path.join(saver.save_dir, old))

@@ -1,6 +1,5 @@
-"""Checks of a run's data sets, evaluators, device, output folder and learning-rate schedule."""
+"""Checks of a run's data sets, classes, evaluators, device and learning-rate schedule."""
 
-import glob
 import os
 from dataclasses import dataclass, field
 from typing import Any, List, Mapping, Optional, Sequence
@@ -21,9 +20,6 @@ from sharedkd.modeling.meta_arch import SharedKD, of_students
 from sharedkd.modeling.teachers import teacher_key
 from sharedkd.values import check_number
 
-from .checkpoint import has_run
-from .disk import check_folder
-
 __all__ = [
     "DataSets",
     "check_class_order",
@@ -31,7 +27,6 @@ __all__ = [
     "check_datasets",
     "check_device",
     "check_evaluation",
-    "check_output",
     "check_sample",
     "check_scheduler",
     "check_unlabelled",
@@ -42,11 +37,7 @@ __all__ = [
 
 @dataclass
 class DataSets:
-    """Summaries of the COCO-format data sets of a run.
-
-    Args:
-        train, test: a summary per data set; FAILED for a file that cannot be read.
-    """
+    """Summaries of the COCO-format data sets of a run, FAILED for a file that cannot be read."""
 
     train: List[CocoSummary] = field(default_factory=list)
     test: List[CocoSummary] = field(default_factory=list)
@@ -74,7 +65,6 @@ def check_datasets(
     """Check every COCO-format data set that the config names, in every process: repaired data are registered anew.
 
     Args:
-        cfg: the run's config.
         own: summaries of own data, see :class:`~sharedkd.config.load.Loaded`.
         eval_only: leave out the training data.
         findings: receives an error for each unknown name and each faulty file.
@@ -114,26 +104,18 @@ def _registered(cfg: DictConfig, name: str, split: str, findings: Findings) -> L
 def check_classes(
     cfg: DictConfig, student: nn.Module, summary: CocoSummary, key: str = "model"
 ) -> None:
-    """Compare the student's number of classes with that of its data.
-
-    Args:
-        cfg: the run's config.
-        student: the plain detector.
-        summary: of the data set.
-        key: the student's place in the config.
+    """Compare the number of classes of a student, ``key`` in the config, with that of its data.
 
     Raises:
         ConfigError: the two numbers differ.
     """
     count = num_classes(student)
     if count not in (None, len(summary.classes)):
-        raise ConfigError(
-            key_of(OmegaConf.select(cfg, key), "num_classes", key) or key,
-            count,
-            f"is how many classes the student has; {summary.key}={summary.json_file} has "
-            f"{len(summary.classes)}",
-            "set both to the same number; own data's is ${data.num_classes}",
-        )
+        problem = f"is how many classes the student has; {summary.key}={summary.json_file} has "
+        problem += str(len(summary.classes))
+        fix = "set both to the same number; own data's is ${data.num_classes}"
+        place = key_of(OmegaConf.select(cfg, key), "num_classes", key) or key
+        raise ConfigError(place, count, problem, fix)
 
 
 def check_class_order(
@@ -142,19 +124,15 @@ def check_class_order(
     """Compare class names with those that a teacher or checkpoint was trained for, if they are known.
 
     Args:
-        cfg: the run's config.
-        model: a pair or a plain detector.
         classes: class names of the data, in order.
         eval_only: ``train.init_checkpoint`` is evaluated.
         findings: receives an error for each model whose class scores are used and mean other classes.
     """
-    if eval_only:
-        path = str(cfg.train.init_checkpoint or "")
-        names = names_of(os.path.join(os.path.dirname(path), "config.yaml"))
-        findings.step(check_class_names, "train.init_checkpoint", path, names or classes, classes)
-        return
     path = str(cfg.train.init_checkpoint or "")
     names = names_of(os.path.join(os.path.dirname(path), "config.yaml")) if path else None
+    if eval_only:
+        findings.step(check_class_names, "train.init_checkpoint", path, names or classes, classes)
+        return
     if names and len(names) == len(classes) and names != list(classes):
         problem = (
             "is a detector of other classes, or in another order: its class scores mean others here"
@@ -200,23 +178,17 @@ def key_of(model: DictConfig, name: str, key: str = "model") -> str:
 
 
 def check_sample(student: nn.Module, sample: Mapping[str, Any]) -> None:
-    """Check that a training sample has the masks that the student needs.
-
-    Args:
-        student: the plain detector.
-        sample: the first record of the data loader.
+    """Check that the first record of the data loader has the masks that the student needs.
 
     Raises:
         ConfigError: ``student`` has a mask head, and ``sample`` no masks.
     """
     heads = getattr(student, "roi_heads", None)
     if getattr(heads, "mask_on", False) and not sample["instances"].has("gt_masks"):
-        raise ConfigError(
-            "dataloader.train.mapper.use_instance_mask",
-            False,
-            "the student has a mask head, which cannot be trained without masks",
-            "use data.masks=True and data with segmentations, or a student without masks",
-        )
+        key = "dataloader.train.mapper.use_instance_mask"
+        problem = "the student has a mask head, which cannot be trained without masks"
+        fix = "use data.masks=True and data with segmentations, or a student without masks"
+        raise ConfigError(key, False, problem, fix)
 
 
 def check_unlabelled(cfg: DictConfig, model: nn.Module) -> None:
@@ -245,28 +217,22 @@ def check_evaluation(cfg: DictConfig, data: DataSets, findings: Findings) -> Non
     if nodes is None or not data.complete("test"):
         return
     if "test" not in cfg.dataloader:
-        fix = "set it, or leave out the evaluator"
-        findings.add(
-            ConfigError("dataloader.test", None, "is missing, and there is an evaluator", fix)
-        )
+        problem, fix = "is missing, and there is an evaluator", "set it, or leave out the evaluator"
+        findings.add(ConfigError("dataloader.test", None, problem, fix))
         return
     findings.step(construct, cfg.dataloader.test, "dataloader.test")
     for i, node in enumerate(nodes if isinstance(nodes, ListConfig) else [nodes]):
         key = f"dataloader.evaluator{f'[{i}]' if isinstance(nodes, ListConfig) else ''}"
         name = node.get("dataset_name") if isinstance(node, Mapping) else None
         if name is not None and name not in DatasetCatalog.list():
-            findings.add(
-                ConfigError(f"{key}.dataset_name", name, "is not registered", "name the test data")
-            )
+            key, fix = f"{key}.dataset_name", "name the test data"
+            findings.add(ConfigError(key, name, "is not registered", fix))
         elif name is None or MetadataCatalog.get(name).get("json_file"):
-            findings.step(_check_evaluator, findings.step(construct, node, key), key)
+            evaluator = findings.step(construct, node, key)
+            if evaluator is not FAILED and not isinstance(evaluator, DatasetEvaluator):
+                fix = "use a subclass of detectron2.evaluation.DatasetEvaluator"
+                findings.add(ConfigError(key, type(evaluator).__name__, "is no evaluator", fix))
         # any other evaluator may write the annotations into a json file as soon as it is built
-
-
-def _check_evaluator(evaluator: Any, key: str) -> None:
-    if not isinstance(evaluator, DatasetEvaluator):
-        fix = "use a subclass of detectron2.evaluation.DatasetEvaluator"
-        raise ConfigError(key, type(evaluator).__name__, "is no evaluator", fix)
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -279,50 +245,18 @@ def check_scheduler(scheduler: Any) -> None:
         try:
             value = scheduler(where)
         except Exception as e:
-            raise ConfigError(
-                "lr_multiplier",
-                type(scheduler).__name__,
-                f"cannot be evaluated at {where:g} of the run: {e}",
-                "use a ParamScheduler of fvcore",
-            ) from e
+            problem = f"cannot be evaluated at {where:g} of the run: {e}"
+            fix = "use a ParamScheduler of fvcore"
+            raise ConfigError("lr_multiplier", type(scheduler).__name__, problem, fix) from e
         check_number(f"lr_multiplier at {where:g} of the run", value, least=0)
 
 
 def check_device(name: str) -> None:
-    """Check that this machine has the device ``name``.
-
-    Raises:
-        ConfigError: it has not.
-    """
+    """Raise a ConfigError if this machine has no device ``name``."""
     try:
-        device = torch.device(name)
-        there = device.type == "cpu" or (
-            device.type == "cuda" and torch.empty(1, device=device).is_cuda
-        )
+        there = torch.empty(1, device=name).device.type in ("cpu", "cuda")
     except Exception:
         there = False
     if not there:
         fix = "use train.device=cpu"
         raise ConfigError("train.device", name, "there is no such device here", fix)
-
-
-def check_output(output_dir: str, resume: bool) -> None:
-    """Check a run's output folder.
-
-    Args:
-        output_dir: need not exist.
-        resume: the folder may hold a run to resume.
-
-    Raises:
-        ConfigError: it cannot be written to, or holds what a run must not overwrite.
-    """
-    key = "train.output_dir"
-    check_folder(key, output_dir)
-    weights = glob.glob(os.path.join(glob.escape(output_dir), "*.pth"))
-    if has_run(output_dir):
-        if not resume:
-            fix = "add --resume to continue that run, or choose another folder"
-            raise ConfigError(key, output_dir, "holds another run's checkpoint", fix)
-    elif weights:
-        problem = f"holds {os.path.basename(weights[0])} of a run that cannot be resumed"
-        raise ConfigError(key, output_dir, problem, "choose another folder")

@@ -7,10 +7,11 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Callable, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -68,46 +69,39 @@ def _handling(handler: Callable[[int, Optional[FrameType]], None]) -> Iterator[N
             signal.signal(number, old)
 
 
-class StopRequest:
+class StopRequest(ExitStack):
     """A context that records a request to stop, for a trainer that asks between its steps."""
 
     _current: Optional["StopRequest"] = None
 
     def __enter__(self) -> "StopRequest":
         _shield_workers()
-        self._handler = _Once(self._announce)
-        self._handling = _handling(self._handler)
-        self._handling.__enter__()
+        self._handler = _Once(_announce)
+        self.enter_context(_handling(self._handler))
+        self.callback(setattr, StopRequest, "_current", None)
         StopRequest._current = self
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        StopRequest._current = None
-        self._handling.__exit__(*error)
 
     @property
     def signal(self) -> Optional[int]:
         """The signal that asked this process to stop, if one did."""
         return self._handler.signal
 
-    @staticmethod
-    def _announce(number: int) -> None:
-        if comm.is_main_process():  # not by print, which the signal may have interrupted
-            name = signal.Signals(number).name
-            text = f"\n{name}: stops after this step; a second one stops at once\n"
-            os.write(sys.__stderr__.fileno(), text.encode())
-
     def agreed(self, device: torch.device) -> Optional[int]:
-        """The signal that any process received, or None.
-
-        All processes must call this together.  ``device`` is the one on which their backend reduces.
-        """
+        """The signal that any process received; all call this together, with their backend's device."""
         own = self.signal or 0
         if comm.get_world_size() == 1:
             return own or None
         largest = torch.full((), own, device=device, dtype=torch.int32)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest) or None
+
+
+def _announce(number: int) -> None:
+    if comm.is_main_process():  # not by print, which the signal may have interrupted
+        name = signal.Signals(number).name
+        text = f"\n{name}: stops after this step; a second one stops at once\n"
+        os.write(sys.__stderr__.fileno(), text.encode())
 
 
 def _shield_worker() -> None:
@@ -135,9 +129,13 @@ def _shield_workers() -> None:
 
 def command_line() -> List[str]:
     """The command line of this program, one string per argument."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return _command_of(os.getppid()) or ["torchrun", *sys.argv]
-    return [sys.executable, *sys.argv]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return [sys.executable, *sys.argv]
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+    except OSError:
+        command = []
+    return command if sys.argv[0] in command else ["torchrun", *sys.argv]
 
 
 def resume_command() -> str:
@@ -147,15 +145,6 @@ def resume_command() -> str:
         script = started.index(sys.argv[0])
         started.insert(script + 1, "--resume")
     return shlex.join(started)
-
-
-def _command_of(process: int) -> Optional[List[str]]:
-    try:
-        with open(f"/proc/{process}/cmdline") as f:
-            command = f.read().split("\0")[:-1]
-    except OSError:
-        return None
-    return command if sys.argv[0] in command else None
 
 
 @contextmanager
@@ -173,11 +162,7 @@ def forward_signals() -> Iterator[None]:
 
 @contextmanager
 def interruptible(advice: str) -> Iterator[None]:
-    """The outermost context of a program: a signal ends it with one line and no traceback.
-
-    Args:
-        advice: the text of that line after "interrupted".
-    """
+    """The outermost context of a program: a signal ends it with one line, which ends in ``advice``."""
 
     def interrupt(number: int) -> None:
         raise Interrupted(number)

@@ -40,7 +40,11 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
     try:
         if "LOCAL_RANK" in os.environ:
             return _join(main, args)
-        _check_gpus(args)
+        found = torch.cuda.device_count()
+        if args.num_gpus > max(1, found):
+            fix = "ask for no more than that; CPU processes: torchrun --nproc-per-node=2 ... "
+            fix += "train.device=cpu"
+            raise ConfigError("--num-gpus", args.num_gpus, f"this machine has {found}", fix)
         several = args.num_gpus * args.num_machines > 1
         with forward_signals() if several else nullcontext():
             detectron2_launch(
@@ -55,17 +59,6 @@ def launch(main: Callable[[Namespace], Any], args: Namespace) -> None:
         sys.exit(e.exit_code if e.exit_code >= 0 else 128 - e.exit_code)
     except SharedKDError as e:
         _say_and_exit(e)
-
-
-def _check_gpus(args: Namespace) -> None:
-    if args.num_gpus > max(1, torch.cuda.device_count()):
-        raise ConfigError(
-            "--num-gpus",
-            args.num_gpus,
-            f"this machine has {torch.cuda.device_count()}",
-            "ask for no more than that; CPU processes: torchrun --nproc-per-node=2 ... "
-            "train.device=cpu",
-        )
 
 
 def _guarded(main: Callable[[Namespace], Any], args: Namespace) -> None:

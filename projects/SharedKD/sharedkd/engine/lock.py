@@ -28,18 +28,11 @@ LOCK = "lock"  # the name of its file
 
 
 class BusyError(ConfigError):
-    """Raised for a folder in which another process trains.
-
-    ``key``, ``value``, ``problem`` and ``fix`` are those of :class:`~sharedkd.errors.ConfigError`.
-    """
+    """Raised for a folder in which another process trains."""
 
 
 def check_free(folder: Union[str, Path]) -> None:
-    """Check that no process holds ``folder``, without writing to it.
-
-    Raises:
-        BusyError: another process holds ``folder``.
-    """
+    """Raise a BusyError if a process holds ``folder``, without writing to it."""
     path = Path(folder) / LOCK
     if path.exists():
         with open(path) as file:
@@ -51,7 +44,6 @@ def locked(folder: Union[str, Path], name: str = LOCK) -> Iterator[None]:
     """Hold ``folder``, which is created if it does not exist.
 
     Args:
-        folder: the output folder of a run.
         name: the lock's file; a process that writes there without training uses another name.
 
     Raises:
@@ -76,9 +68,6 @@ def _take(file: IO[str], kind: int) -> None:
             logger.warning(f"{folder} cannot be locked: keep other runs out of it ({e.strerror})")
             return
         file.seek(0)
-        raise BusyError(
-            "train.output_dir",
-            folder,
-            f"{file.read().strip() or 'another process'} trains in this folder",
-            "wait for it, or choose another folder",
-        ) from None
+        problem = f"{file.read().strip() or 'another process'} trains in this folder"
+        fix = "wait for it, or choose another folder"
+        raise BusyError("train.output_dir", folder, problem, fix) from None

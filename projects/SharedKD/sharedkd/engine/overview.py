@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import fields
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
 
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.roi_heads import CascadeROIHeads
@@ -29,13 +29,10 @@ __all__ = ["as_text", "describe"]
 def describe(parts: Parts) -> Dict[str, Any]:
     """Describe a run.
 
-    Args:
-        parts: the result of :func:`~sharedkd.engine.parts.assemble`.
-
     Returns:
         For JSON, without what is unknown: ``output_dir``, ``device``, ``max_iter``, ``images_per_step``
         (of all processes), ``image_size`` (height and width of the student's first image), ``processes``,
-        ``data`` (train and test -> counts) and ``disk`` (see :func:`~.checks.check_disk`); of a model that
+        ``data`` (train and test -> counts) and ``disk`` (see :func:`~.folder.check_disk`); of a model that
         could be built also
 
         * ``student``, ``teacher`` and, by name, the further ``teachers``: architecture (``family``),
@@ -46,7 +43,7 @@ def describe(parts: Parts) -> Dict[str, Any]:
         * ``stages``, with their schedules in iterations; ``end`` is the first one that no longer uses
           the stage, 0 if none does.
     """
-    cfg = parts.cfg
+    cfg, model = parts.cfg, parts.model
     data = {split: [x for x in getattr(parts.data, split) if x] for split in ("train", "test")}
     found = {
         "output_dir": cfg.train.output_dir,
@@ -62,25 +59,21 @@ def describe(parts: Parts) -> Dict[str, Any]:
     }
     if parts.disk is not None:
         found["disk"] = parts.disk
-    if parts.model is FAILED:
+    if model is FAILED:
         return found
-    student, teachers = parts.student, dict(getattr(parts.model, "sources", {}))
-    described = {name: _teacher(teacher) for name, teacher in teachers.items()}
-    if None in described:
-        found["teacher"] = described.pop(None)
-    distils = isinstance(parts.model, SharedKD)
-    stages = parts.model.stages if distils else {}
-    pyramid = getattr(parts.model, "pyramid", None)
-    found["student"] = _detector(student, _student_weights(parts))
-    found["teachers"] = described
-    found["levels"] = _levels(student, pyramid, teachers, stages, parts.sample)
+    found["student"] = _detector(parts.student, _student_weights(parts))
+    sources = getattr(model, "sources", {})
+    for name, teacher in sources.items():
+        group, key = (found, "teacher") if name is None else (found["teachers"], name)
+        group[key] = _teacher(teacher)
+    found["levels"] = _levels(parts, sources)
     if isinstance(parts.loader, TrainLoader) and parts.loader.unlabelled:
         found["unlabelled"] = {
             "images": parts.loader.unlabelled,
             "images_per_step": parts.loader.unlabelled_batch_size * cfg.train.accumulate,
-            "stages": parts.model.unlabelled_stages if distils else [],
+            "stages": getattr(model, "unlabelled_stages", []),
         }
-    every = of_students(parts.model, "stages").items()
+    every = of_students(model, "stages").items()
     found["stages"] = [_stage(name, x, cfg.train.max_iter) for name, x in every]
     return found
 
@@ -150,37 +143,31 @@ def _numbers(summaries: Sequence[CocoSummary]) -> Dict[str, Any]:
     }
 
 
-def _levels(
-    student: nn.Module,
-    pyramid: Optional[str],
-    teachers: Mapping[Optional[str], Teacher],
-    stages: Mapping[str, Stage],
-    sample: Optional[Mapping[str, Any]],
-) -> List[Dict[str, Any]]:
+def _levels(parts: Parts, teachers: Mapping[Optional[str], Teacher]) -> List[Dict[str, Any]]:
     """One row per tap and stride that a pyramid has and a stage may use."""
-    ours = pyramid_shapes(student, pyramid)
-    theirs = {name: x.shapes for name, x in teachers.items()}
+    stages = parts.model.stages if isinstance(parts.model, SharedKD) else {}
+    ours = pyramid_shapes(parts.student, getattr(parts.model, "pyramid", None))
     used = {tap for stage in stages.values() for tap in stage.loss.taps} | {"fpn"}
-    pad = max(size_divisibility(student), 1)
-    size = [-(-side // pad) * pad for side in sample["image"].shape[-2:]] if sample else None
+    pad = max(size_divisibility(parts.student), 1)
+    image = parts.sample["image"].shape[-2:] if parts.sample else ()
+    size = [-(-side // pad) * pad for side in image]
     rows = []
     for tap in (tap for tap in ours if tap in used):
-        pyramids = {name: shapes.get(tap, {}) for name, shapes in theirs.items()}
-        for stride in sorted({*ours[tap], *(s for x in pyramids.values() for s in x)}):
-            s = ours[tap].get(stride)
-            channels = {name: x.get(stride) for name, x in pyramids.items()}
+        theirs = {name: teacher.shapes.get(tap, {}) for name, teacher in teachers.items()}
+        for stride in sorted({*ours[tap]}.union(*theirs.values())):
+            channels = {name: shapes.get(stride) for name, shapes in theirs.items()}
             aligned = {
-                name: stage.loss.aligned(stride, s, channels.get(stage.teacher))
+                name: stage.loss.aligned(stride, ours[tap].get(stride), channels.get(stage.teacher))
                 for name, stage in stages.items()
                 if tap in stage.loss.taps and stride in stage.loss.strides
             }
             row = {
                 "tap": tap,
                 "stride": stride,
-                "student_channels": s,
+                "student_channels": ours[tap].get(stride),
                 "teacher_channels": channels.pop(None, None),
                 "teachers": channels,
-                "map_size": tuple(-(-side // stride) for side in size) if size else None,
+                "map_size": tuple(-(-side // stride) for side in size) or None,
                 "aligned": aligned,
             }
             rows.append(row)
@@ -208,103 +195,91 @@ def _stage(name: str, stage: Stage, max_iter: int) -> Dict[str, Any]:
 
 def as_text(found: Mapping[str, Any]) -> str:
     """What :func:`describe` found as text; ``measured`` in it, too, see :mod:`sharedkd.lab.preflight`."""
-    blocks = [_detectors(found), _level_table(found), _stage_table(found), _data_table(found)]
-    return "\n\n".join(x for x in (*blocks, "\n".join(_costs(found))) if x)
+    blocks = [
+        "\n".join(_detectors(found)),
+        _table(_level_row(found, x) for x in found["levels"]),
+        _table(_stage_row(found, x) for x in found["stages"]),
+        _table(_data_row(found, split, x) for split, x in found["data"].items()),
+        "\n".join(_costs(found)),
+    ]
+    return "\n\n".join(filter(None, blocks))
 
 
 def _is_pair(found: Mapping[str, Any]) -> bool:
     return bool("teacher" in found or found["teachers"] or found["stages"])
 
 
-def _detectors(found: Mapping[str, Any]) -> str:
+def _detectors(found: Mapping[str, Any]) -> Iterator[str]:
     if "student" not in found:
-        return ""
+        return
     detectors = {"student" if _is_pair(found) else "model": found["student"]}
     if "teacher" in found or found["stages"] and not found["teachers"]:
         detectors["teacher"] = found.get("teacher")
     detectors.update({f"teacher {name}": x for name, x in found["teachers"].items()})
-    words = (
-        "{family}, {backbone}, {millions:.1f} M parameters, {classes} classes; weights: {weights}"
-    )
-    return "\n".join(
-        f"{who}: " + (words.format(**x, millions=x["parameters"] / 1e6) if x else "none")
-        for who, x in detectors.items()
-    )
+    words = "{}: {family}, {backbone}, {:.1f} M parameters, {classes} classes; weights: {weights}"
+    for who, x in detectors.items():
+        yield words.format(who, x["parameters"] / 1e6, **x) if x else f"{who}: none"
 
 
-def _level_table(found: Mapping[str, Any]) -> str:
-    rows = []
-    for x in found["levels"]:
-        row = {"tap": x["tap"], "stride": x["stride"]}
-        row["student's channels" if _is_pair(found) else "channels"] = x["student_channels"]
-        if "teacher" in found:
-            row["teacher's"] = x["teacher_channels"]
-        row.update({f"{name}'s": channels for name, channels in x["teachers"].items()})
-        row["map"] = "x".join(map(str, x["map_size"] or ()))
-        if found["stages"]:
-            aligned = x["aligned"].items()
-            row["made comparable"] = "; ".join(f"{name}: {how}" for name, how in aligned)
-        rows.append(row)
-    return _table(rows)
+def _level_row(found: Mapping[str, Any], x: Mapping[str, Any]) -> Dict[str, Any]:
+    row = {"tap": x["tap"], "stride": x["stride"]}
+    row["student's channels" if _is_pair(found) else "channels"] = x["student_channels"]
+    if "teacher" in found:
+        row["teacher's"] = x["teacher_channels"]
+    row.update({f"{name}'s": channels for name, channels in x["teachers"].items()})
+    row["map"] = "x".join(map(str, x["map_size"] or ()))
+    if found["stages"]:
+        row["made comparable"] = "; ".join(f"{name}: {how}" for name, how in x["aligned"].items())
+    return row
 
 
-def _stage_table(found: Mapping[str, Any]) -> str:
-    rows = [
-        {
-            "stage": x["stage"],
-            "loss": x["loss"],
-            **({"teacher": x["teacher"]} if found["teachers"] else {}),
-            "tap": "/".join(x["taps"]),
-            "weight": x["weight"],
-            "iterations": f"{x['start']} - {x['end']}" if x["end"] else "never",
-            "ramp": x["ramp"],
-            "parameters": f"{x['parameters']:,}",
-        }
-        for x in found["stages"]
-    ]
-    return _table(rows)
+def _stage_row(found: Mapping[str, Any], x: Mapping[str, Any]) -> Dict[str, Any]:
+    return {
+        "stage": x["stage"],
+        "loss": x["loss"],
+        **({"teacher": x["teacher"]} if found["teachers"] else {}),
+        "tap": "/".join(x["taps"]),
+        "weight": x["weight"],
+        "iterations": f"{x['start']} - {x['end']}" if x["end"] else "never",
+        "ramp": x["ramp"],
+        "parameters": f"{x['parameters']:,}",
+    }
 
 
-def _data_table(found: Mapping[str, Any]) -> str:
+def _data_row(found: Mapping[str, Any], split: str, x: Mapping[str, Any]) -> Dict[str, Any]:
     masks = found.get("student", {"masks": True})["masks"]
     hidden = {"files"} if masks else {"files", "unmasked"}
-    return _table(
-        [
-            {"data": split, **{k.replace("_", " "): v for k, v in x.items() if k not in hidden}}
-            for split, x in found["data"].items()
-        ]
-    )
+    return {"data": split, **{k.replace("_", " "): v for k, v in x.items() if k not in hidden}}
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows with the same keys, which are the headings."""
+    rows = list(rows)
     if not rows:
         return ""
     return tabulate(rows, "keys", tablefmt="simple", missingval="-", disable_numparse=True)
 
 
-def _costs(found: Mapping[str, Any]) -> List[str]:
-    lines: List[str] = []
+def _costs(found: Mapping[str, Any]) -> Iterator[str]:
+    steps, images = found["max_iter"], found["images_per_step"]
     train, disk, measured = found["data"].get("train"), found.get("disk"), found.get("measured")
-    if train and found["images_per_step"]:
-        epochs = found["max_iter"] * found["images_per_step"] / train["images"]
-        lines.append(
-            f"length: {found['max_iter']} iterations of {found['images_per_step']} images, {epochs:.3g} "
+    if train and images:
+        yield (
+            f"length: {steps} iterations of {images} images, {steps * images / train['images']:.3g} "
             f"epochs; the first image is {'x'.join(map(str, found['image_size'] or '?'))}"
         )
     if "unlabelled" in found:
         x = found["unlabelled"]
-        lines.append(
+        yield (
             f"images without labels: {x['images']}, {x['images_per_step']} more in each iteration, "
-            f"{found['max_iter'] * x['images_per_step'] / x['images']:.3g} epochs; "
+            f"{steps * x['images_per_step'] / x['images']:.3g} epochs; "
             f"for the stages {', '.join(x['stages'])}"
         )
     if disk:
-        lines.append(
+        yield (
             f"disk: {disk['kept']} checkpoints of {disk['checkpoint_mb']:.0f} MB, "
             f"{disk['needed_mb']:.0f} MB with the one being written; {disk['free_mb']:.0f} MB free"
         )
     if measured:
         seconds, memory = measured["seconds_per_step"], measured["peak_memory_mb"]
-        lines.append(in_words(seconds, found["max_iter"], memory, found["device"]))
-    return lines
+        yield in_words(seconds, steps, memory, found["device"])

@@ -2,9 +2,8 @@
 
 import logging
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from detectron2.utils import comm
@@ -34,18 +33,16 @@ from .checks import (
     check_datasets,
     check_device,
     check_evaluation,
-    check_output,
     check_sample,
     check_scheduler,
     check_unlabelled,
 )
-from .disk import check_disk
+from .folder import check_disk, check_output
 from .lock import check_free
 from .resume import check_settings, saved_seed
 from .trainer import check_amp
 
 __all__ = [
-    "Built",
     "Parts",
     "amp_dtype",
     "assemble",
@@ -61,47 +58,44 @@ OPTIMIZER_NUMBERS = ("lr", "weight_decay", "momentum")
 
 
 @dataclass
-class Built:
-    """A run's model.  A field is FAILED if it could not be built.
-
-    Args:
-        model: on its device, with its initial weights: a pair or a plain detector.
-        student: the student of ``model``; a plain detector is its own student.
-        teachers: name -> source of maps; None is the name of ``model.teacher``.
-        loaded: what its initial weights have done to the student; None: not loaded here.
-        inherited: the student's tensors that are copies of the teacher's.
-        peers: the further students that train with it, by name.
-    """
-
-    model: nn.Module
-    student: nn.Module
-    teachers: Mapping[Optional[str], Teacher] = field(default_factory=dict)
-    loaded: Optional[Initial] = None
-    inherited: List[str] = field(default_factory=list)
-    peers: Mapping[str, Peer] = field(default_factory=dict)
-
-
-@dataclass
-class Parts(Built):
+class Parts:
     """All that a run needs.  A field is FAILED if it could not be built.
 
     Args:
         cfg: its config; in an evaluation without the teacher.
         resuming: the weights are loaded from the run's own checkpoint later.
         data: summaries of its data sets.
+        model: on its device, with its initial weights: a pair or a plain detector.
+        student: the student of ``model``; a plain detector is its own student.
+        teachers: name -> source of maps; None is the name of ``model.teacher``.
+        peers: the further students that train with it, by name.
+        loaded: what its initial weights have done to the student; None: not loaded here.
+        inherited: the student's tensors that are copies of the teacher's.
         optimizer, loader, scheduler: for training; None in an evaluation.
         sample: the first training image as the loader delivers it; None if that cannot be known.
-        disk: see :func:`~sharedkd.engine.disk.check_disk`.
+        disk: see :func:`~sharedkd.engine.folder.check_disk`.
     """
 
-    cfg: DictConfig = None
+    cfg: DictConfig
     resuming: bool = False
     data: DataSets = field(default_factory=DataSets)
+    model: nn.Module = FAILED
+    student: nn.Module = FAILED
+    teachers: Mapping[Optional[str], Teacher] = field(default_factory=dict)
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    loaded: Optional[Initial] = None
+    inherited: List[str] = field(default_factory=list)
     optimizer: Optional[torch.optim.Optimizer] = None
     loader: Any = None
     scheduler: Any = None
     sample: Optional[Dict[str, Any]] = field(default=None, repr=False)
     disk: Optional[Mapping[str, float]] = None
+
+    @property
+    def students(self) -> Dict[str, nn.Module]:
+        """The student and its peers' students, by their places in the config."""
+        peers = {f"model.peers.{name}": peer.student for name, peer in self.peers.items()}
+        return {"model": self.student, **peers}
 
 
 @collecting
@@ -114,7 +108,6 @@ def assemble(
         loaded: its config.  If it has no seed, one is drawn and stored in it.
         eval_only: ``train.init_checkpoint`` is a trained student, to be evaluated.
         resume: the output folder may hold a run to resume.
-        findings: receives every error.
     """
     cfg = student_only(loaded.cfg) if eval_only else loaded.cfg
     step = findings.step
@@ -132,18 +125,12 @@ def assemble(
     if resuming:
         step(check_settings, cfg)
 
+    parts = Parts(cfg, resuming, data)
     usable = [*data.usable("train"), *data.usable("test")]
-    classes_known = not loaded.data or bool(usable)
-    parts = Parts(
-        **vars(_build(cfg, eval_only, resuming, classes_known, findings)),
-        cfg=cfg,
-        resuming=resuming,
-        data=data,
-    )
+    _build(parts, eval_only, not loaded.data or bool(usable), findings)
     for summary in usable[:1]:
-        step(check_classes, cfg, parts.student, summary)
-        for name, peer in parts.peers.items():
-            step(check_classes, cfg, peer.student, summary, f"model.peers.{name}")
+        for key, student in parts.students.items():
+            step(check_classes, cfg, student, summary, key)
         if parts.model is not FAILED:
             check_class_order(cfg, parts.model, summary.classes, eval_only, findings)
     if comm.is_main_process():
@@ -162,7 +149,7 @@ def assemble(
     if isinstance(parts.loader, TrainLoader):
         parts.loader.pin_memory = torch.device(cfg.train.device).type != "cpu"
         sample = step(parts.loader.first_sample)
-        for student in (parts.student, *(peer.student for peer in parts.peers.values())):
+        for student in parts.students.values():
             step(check_sample, student, sample)
         if isinstance(parts.model, SharedKD):
             for pair in parts.model.pairs.values():
@@ -186,38 +173,29 @@ def _seed(cfg: DictConfig, resuming: bool) -> None:
 
 
 @collecting
-def build(
-    cfg: DictConfig, trained: bool = False, resuming: bool = False, *, findings: Findings
-) -> nn.Module:
-    """Build the model on its device, with its initial weights.
-
-    Args:
-        cfg: from :func:`~sharedkd.config.load.load_config`.
-        trained: ``train.init_checkpoint`` is a trained student, to be evaluated.
-        resuming: the weights are loaded from the run's own checkpoint later.
-        findings: receives the errors, and FAILED may be returned; without it, they are raised.
-    """
-    return _build(cfg, trained, resuming, True, findings).model
+def build(cfg: DictConfig, *, findings: Findings) -> nn.Module:
+    """Build the model of ``cfg`` on its device, with its initial weights."""
+    parts = Parts(cfg)
+    _build(parts, eval_only=False, classes_known=True, findings=findings)
+    return parts.model
 
 
-def _build(
-    cfg: DictConfig, trained: bool, resuming: bool, classes_known: bool, findings: Findings
-) -> Built:
-    """Build a model; a trained student's weights are loaded only if its classes are known."""
-    step = findings.step
+def _build(parts: Parts, eval_only: bool, classes_known: bool, findings: Findings) -> None:
+    """Build the model; weights of a trained student are loaded only if its classes are known."""
+    cfg, step = parts.cfg, findings.step
     dtype = step(amp_dtype, cfg)
-    built = _construct(cfg, classes_known, findings)
-    model, student = built.model, built.student
+    _construct(parts, classes_known, findings)
+    model, student = parts.model, parts.student
     image_format = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
-    if not trained and image_format is not None:
+    if not eval_only and image_format is not None:
         step(check_image_format, student, image_format)
-    if trained:
+    if eval_only:
         step(_load_student, cfg, student if classes_known else FAILED)
-    elif not resuming:
-        built.loaded = step(initialise, student, cfg.train.init_checkpoint, *_source(cfg))
+    elif not parts.resuming:
+        parts.loaded = step(initialise, student, cfg.train.init_checkpoint, *_source(cfg))
         if cfg.train.inherit:
-            built.inherited = step(_inherit, cfg, student, built.teachers.get(None))
-        for name, x in built.peers.items():
+            parts.inherited = step(_inherit, cfg, student, parts.teachers.get(None))
+        for name, x in parts.peers.items():
             key = f"model.peers.{name}.init_checkpoint"
             step(initialise, x.student, x.init_checkpoint, key, x.trust_checkpoint, x.sha256)
     if model is not FAILED:
@@ -225,67 +203,51 @@ def _build(
             f"{count_parameters(student):,} parameters in the student, "
             f"{count_parameters(losses_of(model)):,} in distillation losses"
         )
-    placed = step(_place, cfg, model)
-    for name, teacher in built.teachers.items():
-        step(_prepare, name, teacher, dtype, placed)
-    for each in (student, *(peer.student for peer in built.peers.values())):
+    placed = step(_place, cfg, model)  # a pair takes its teachers to its device
+    for name, teacher in parts.teachers.items():
+        if FAILED not in (placed, teacher):
+            step(_of_teacher, name, teacher.prepare, dtype)
+    for each in parts.students.values():
         step(rewire, cfg, each)
-    return built
 
 
-def _construct(cfg: DictConfig, classes_known: bool, findings: Findings) -> Built:
+def _construct(parts: Parts, classes_known: bool, findings: Findings) -> None:
     """Construct the model; if a node of a pair fails, the others are still checked together."""
-    node = cfg.model
+    node, step = parts.cfg.model, findings.step
     if node.get("student") is None:
-        model = findings.step(construct, node, "model")
-        return Built(model, getattr(model, "student", model))
+        parts.model = step(construct, node, "model")
+        parts.student = getattr(parts.model, "student", parts.model)
+        return
     errors = len(findings.errors)
-    student = findings.step(construct, node.student, "model.student")
-    teachers = _teachers(node, findings)
+    parts.student = step(construct, node.student, "model.student")
+    first = node.get("teacher")
+    nodes: Dict[Optional[str], Any] = {} if first is None else {None: first}
+    nodes.update(_group(node, "teachers", "dict(NAME=L(FrozenTeacher)(...))", findings))
+    parts.teachers = {
+        name: step(_of_teacher, name, construct, x, teacher_key(name)) for name, x in nodes.items()
+    }
     stages = {}
-    for name, stage in _stages(node, findings).items():
+    for name, stage in _group(node, "stages", "L(stage_dict)(NAME=...)", findings).items():
+        if isinstance(stage, DictConfig) and "_target_" in stage:
+            stage = step(construct, stage, f"model.stages.{name}")
         needs = getattr(stage.loss, "needs", ()) if isinstance(stage, Stage) else ()
-        waits = "teacher" in needs and teachers.get(stage.teacher) is FAILED
-        if not waits and (classes_known or "regions" not in needs):
+        waits = "teacher" in needs and parts.teachers.get(stage.teacher) is FAILED
+        if stage is not FAILED and not waits and (classes_known or "regions" not in needs):
             stages[name] = stage
     peers = {
-        name: findings.step(construct, peer, f"model.peers.{name}")
+        name: step(construct, peer, f"model.peers.{name}")
         for name, peer in _group(node, "peers", "dict(NAME=L(Peer)(...))", findings).items()
     }
     built = ("student", "teacher", "teachers", "stages", "peers")
     pair = {k: node[k] for k in node if k not in built}
-    further = {name: x for name, x in teachers.items() if name is not None and x is not FAILED}
-    pair.update(student=student, teacher=teachers.get(None) or None, stages=stages)
-    pair.update({"teachers": further} if "teachers" in node else {})
+    teachers = {name: x for name, x in parts.teachers.items() if x is not FAILED}
+    pair.update(student=parts.student, teacher=teachers.pop(None, None), stages=stages)
+    pair.update({"teachers": teachers} if "teachers" in node else {})
     pair.update({"peers": peers} if peers else {})
-    broken = FAILED in (student, *peers.values())
-    model = findings.step(construct, FAILED if broken else pair, "model")
-    whole = len(findings.errors) == errors
-    return Built(model if whole else FAILED, student, teachers, peers=peers if whole else {})
-
-
-def _teachers(node: DictConfig, findings: Findings) -> Dict[Optional[str], Teacher]:
-    """The teachers of a pair by name, None for ``model.teacher``."""
-    nodes: Dict[Optional[str], Any] = {}
-    if node.get("teacher") is not None:
-        nodes[None] = node.teacher
-    nodes.update(_group(node, "teachers", "dict(NAME=L(FrozenTeacher)(...))", findings))
-    return {name: findings.step(_teacher, name, x) for name, x in nodes.items()}
-
-
-def _teacher(name: Optional[str], node: DictConfig) -> Teacher:
-    with _called(name):
-        return construct(node, teacher_key(name))
-
-
-def _stages(node: DictConfig, findings: Findings) -> Dict[str, Any]:
-    found = {}
-    for name, stage in _group(node, "stages", "L(stage_dict)(NAME=...)", findings).items():
-        if isinstance(stage, DictConfig) and "_target_" in stage:
-            stage = findings.step(construct, stage, f"model.stages.{name}")
-        if stage is not FAILED:
-            found[name] = stage
-    return found
+    broken = FAILED in (parts.student, *peers.values())
+    model = step(construct, FAILED if broken else pair, "model")
+    if len(findings.errors) == errors:
+        parts.model, parts.peers = model, peers
 
 
 def _group(node: DictConfig, key: str, example: str, findings: Findings) -> Dict[str, Any]:
@@ -298,15 +260,14 @@ def _group(node: DictConfig, key: str, example: str, findings: Findings) -> Dict
     return {name: group[name] for name in group if name != "_target_"}
 
 
-@contextmanager
-def _called(name: Optional[str]) -> Iterator[None]:
-    """Replace the key `model.teacher` in a teacher's errors by that of the teacher ``name``."""
+def _of_teacher(name: Optional[str], function: Callable, *args: Any) -> Any:
+    """Call ``function``, with the key of this teacher in place of ``model.teacher`` in its errors."""
 
     def here(text: str) -> str:
         return re.sub(r"\bmodel\.teacher(?=\.|$)", teacher_key(name), text)
 
     try:
-        yield
+        return function(*args)
     except SharedKDError as e:
         raise ConfigErrors(
             type(x)(here(x.key), x.value, here(x.problem), here(x.fix)) for x in e.errors
@@ -315,12 +276,9 @@ def _called(name: Optional[str]) -> Iterator[None]:
 
 def _load_student(cfg: DictConfig, student: nn.Module) -> None:
     if not cfg.train.init_checkpoint:
-        raise ConfigError(
-            "train.init_checkpoint",
-            "''",
-            "is empty, there is nothing to evaluate",
-            "set it to the trained student's checkpoint",
-        )
+        problem = "is empty, there is nothing to evaluate"
+        fix = "set it to the trained student's checkpoint"
+        raise ConfigError("train.init_checkpoint", "''", problem, fix)
     load_trained(student, cfg.train.init_checkpoint, *_source(cfg))
 
 
@@ -344,14 +302,6 @@ def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:
     return model
 
 
-def _prepare(
-    name: Optional[str], teacher: Teacher, dtype: Optional[torch.dtype], placed: nn.Module
-) -> None:
-    """Prepare a teacher once the model, ``placed``, has taken it to its device."""
-    with _called(name):
-        teacher.prepare(dtype)
-
-
 def memory_layout(cfg: DictConfig) -> torch.memory_format:
     """The memory format of the student's weights and of all maps, by ``cfg.train.channels_last``."""
     wanted = cfg.train.channels_last
@@ -361,16 +311,10 @@ def memory_layout(cfg: DictConfig) -> torch.memory_format:
 
 
 def rewire(cfg: DictConfig, student: nn.Module) -> None:
-    """Apply ``activation_checkpointing`` and ``compile`` of ``cfg.train`` to ``student``.
-
-    Raises:
-        ConfigError: the two exclude each other; see also
-            :func:`~sharedkd.modeling.backbones.recompute_blocks`.
-    """
+    """Apply ``activation_checkpointing`` or ``compile`` of ``cfg.train`` to ``student``."""
     if cfg.train.activation_checkpointing and cfg.train.compile:
-        raise ConfigError(
-            "train.compile", True, "excludes train.activation_checkpointing=True", "use one of them"
-        )
+        problem = "excludes train.activation_checkpointing=True"
+        raise ConfigError("train.compile", True, problem, "use one of them")
     if cfg.train.activation_checkpointing:
         logger.info(f"{recompute_blocks(student)} blocks of the student keep no activations")
     if cfg.train.compile:
@@ -384,11 +328,7 @@ def images_per_step(cfg: DictConfig) -> Optional[int]:
 
 
 def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
-    """The autocast type of a training step by ``cfg.train``; None: no autocast.
-
-    Raises:
-        ConfigError: the device does not support the type.
-    """
+    """The autocast type of a training step by ``cfg.train``; None: no autocast; see :func:`.trainer.check_amp`."""
     if not cfg.train.amp.enabled:
         return None
     device = torch.device(cfg.train.device).type
@@ -402,12 +342,9 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     node, findings = cfg.optimizer, Findings()
     if not isinstance(node.get("params"), DictConfig):
-        raise ConfigError(
-            "optimizer.params",
-            node.get("params"),
-            "does not say which parameters to train",
-            "use L(get_default_optimizer_params)()",
-        )
+        problem = "does not say which parameters to train"
+        fix = "use L(get_default_optimizer_params)()"
+        raise ConfigError("optimizer.params", node.get("params"), problem, fix)
     for name in OPTIMIZER_NUMBERS:
         if name in node:
             findings.step(check_number, f"optimizer.{name}", node[name], least=0)
@@ -423,9 +360,8 @@ def _optimizer(
     finally:
         del node.params.model  # so that the config can still be saved
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            "optimizer", type(optimizer).__name__, "is no optimizer", "use one of torch.optim"
-        )
+        kind = type(optimizer).__name__
+        raise ConfigError("optimizer", kind, "is no optimizer", "use one of torch.optim")
     return optimizer
 
 

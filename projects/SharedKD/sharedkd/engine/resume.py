@@ -1,6 +1,5 @@
-"""Resuming a run: its newest checkpoint, the comparison of settings, the interrupted iteration."""
+"""Resuming a run: the comparison of settings, and the interrupted iteration."""
 
-import glob
 import logging
 import os
 import re
@@ -16,22 +15,17 @@ from omegaconf import DictConfig, OmegaConf
 from sharedkd.errors import ConfigError
 from sharedkd.files import replace
 
-from .checkpoint import check_complete
-
 __all__ = [
     "FinishStep",
     "changes",
     "check_settings",
     "config_kept",
     "differences",
-    "latest_checkpoint",
     "saved_config",
     "saved_seed",
 ]
 
 logger = logging.getLogger("detectron2.sharedkd")
-
-OURS = re.compile(r"model_(\d{7}|final)\.pth")
 
 #: Settings that must not change on resuming: the model and its teachers, the optimizer (its saved
 #: values would replace those of the config), and what decides the order of the data.
@@ -72,54 +66,13 @@ FREE = (
 #: The same holds for each of the named teachers and peers.
 NAMED = re.compile(r"^(model\.(?:teacher|peer))s\.[^.]+")
 
-
-def latest_checkpoint(folder: str) -> str:
-    """The path of the newest complete checkpoint in ``folder``; logs if later ones are damaged.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    ours = [p for p in glob.glob(os.path.join(glob.escape(folder), "*.pth")) if _is_ours(p)]
-    newest_first = sorted(ours, key=lambda p: (os.stat(p).st_mtime_ns, p), reverse=True)
-    with suppress(OSError):
-        with open(os.path.join(folder, "last_checkpoint")) as f:
-            last = os.path.join(folder, f.read().strip())
-        newest_first = [last, *(p for p in newest_first if p != last)]
-    problems = []
-    for path in newest_first:
-        try:
-            check_complete(path)
-        except Exception as e:
-            # A truncated file may make its reader raise anything.
-            reason = "no such file" if not os.path.isfile(path) else f"cannot be read ({e})"
-            problems.append(f"{os.path.basename(path)}: {reason}")
-            continue
-        if problems:
-            logger.warning(
-                f"{'; '.join(problems)}: goes on from {os.path.basename(path)} instead, the newest "
-                "checkpoint that is complete"
-            )
-        return path
-    raise ConfigError(
-        "train.output_dir",
-        folder,
-        f"has no complete checkpoint ({'; '.join(problems)})",
-        "start anew in another folder",
-    )
-
-
-def _is_ours(path: str) -> bool:
-    return OURS.fullmatch(os.path.basename(path)) is not None
+BEFORE = "config.before.yaml"  # the config that is being replaced
 
 
 def saved_config(folder: Union[str, Path]) -> str:
     """Path of the config that the run in ``folder`` was started with; there may be no such file."""
-    before = _before(folder)
+    before = os.path.join(folder, BEFORE)
     return before if os.path.isfile(before) else os.path.join(folder, "config.yaml")
-
-
-def _before(folder: Union[str, Path]) -> str:
-    return os.path.join(folder, "config.before.yaml")
 
 
 @contextmanager
@@ -128,7 +81,7 @@ def config_kept(folder: str) -> Iterator[None]:
 
     A copy of the old file stays under another name until the new one is complete.
     """
-    before, path = _before(folder), Path(folder, "config.yaml")
+    before, path = os.path.join(folder, BEFORE), Path(folder, "config.yaml")
     if path.is_file() and not os.path.isfile(before):
         replace(before, lambda f: f.write(path.read_bytes()))
     yield
@@ -178,21 +131,15 @@ def _plain(path: str, folder: Union[str, Path], what: str) -> Any:
     except Exception as e:
         # An unreadable config may differ in anything.  YAML errors have several lines.
         reason = " ".join(str(e).split()) if os.path.isfile(path) else "there is none"
-        raise ConfigError(
-            "train.output_dir",
-            folder,
-            f"{what} cannot be read ({reason})",
-            "add train.force_resume=True to resume without comparing settings",
-        ) from e
+        problem = f"{what} cannot be read ({reason})"
+        fix = "add train.force_resume=True to resume without comparing settings"
+        raise ConfigError("train.output_dir", folder, problem, fix) from e
 
 
 def _differences(key: str, then: Any, now: Any) -> Iterator[Change]:
     if isinstance(then, dict) and isinstance(now, dict):
-        for name in dict.fromkeys([*then, *now]):
-            if (
-                name == "yaml"
-            ):  # refers to the keys of a classic yaml, which are compared themselves
-                continue
+        # The key `yaml` refers to the keys of a classic yaml, which are compared themselves.
+        for name in dict.fromkeys(x for x in (*then, *now) if x != "yaml"):
             inner = f"{key}.{name}" if key else str(name)
             yield from _differences(inner, then.get(name, "not set"), now.get(name, "not set"))
     elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
@@ -225,13 +172,9 @@ def check_settings(cfg: DictConfig) -> None:
     if fixed and not cfg.train.force_resume:
         key, then, now = fixed[0]
         others = f" (and so {', '.join(x[0] for x in fixed[1:])})" if fixed[1:] else ""
-        raise ConfigError(
-            key,
-            _short(now),
-            f"was {_short(then)} in the run to resume{others}",
-            "resume with the same settings, start anew in another train.output_dir, or add "
-            "train.force_resume=True",
-        )
+        problem = f"was {_short(then)} in the run to resume{others}"
+        fix = "resume with the same settings, start anew in another train.output_dir, or add "
+        raise ConfigError(key, _short(now), problem, f"{fix}train.force_resume=True")
     for key, then, now in found:
         logger.warning(f"resumes with {key}={_short(now)}, which was {_short(then)}")
 
@@ -245,8 +188,7 @@ class FinishStep(hooks.HookBase):
     """Runs the hooks that the interrupted iteration had not run after its checkpoint.
 
     Args:
-        others: the hook that saves and those after it, in their order; they must be registered
-            before.
+        others: the hook that saves and those after it, in their order, registered before this one.
     """
 
     def __init__(self, others: Sequence[Optional[hooks.HookBase]]):

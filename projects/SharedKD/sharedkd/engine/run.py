@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import shlex
 from argparse import Namespace
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -17,7 +18,7 @@ from detectron2.engine import default_setup, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from sharedkd.config.load import load
@@ -25,24 +26,25 @@ from sharedkd.config.own_data import class_names
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.files import remove_unfinished, replace
 from sharedkd.modeling.detectors import config_path, num_classes
-from sharedkd.modeling.meta_arch import SharedKD, losses_of
+from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.teachers import FrozenTeacher, StudentAverage
 from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
 
 from .advice import advise
-from .checkpoint import Checkpoints, StudentCheckpointer, disk_failure
-from .checks import check_output, names_of
+from .checkpoint import POINTER, Checkpoints, StudentCheckpointer, disk_failure, latest_checkpoint
+from .checks import names_of
+from .folder import check_output
 from .hooks.cost import Cost
 from .hooks.record import FILE as RECORD
-from .hooks.record import RunRecord, origin
+from .hooks.record import RunRecord
 from .hooks.shares import Watchdog
 from .hooks.writers import build_writers
-from .interrupt import StopRequest
+from .interrupt import StopRequest, command_line
 from .lock import locked
 from .overview import as_text, describe
 from .parts import Parts, amp_dtype, assemble
-from .resume import FinishStep, config_kept, latest_checkpoint
+from .resume import FinishStep, config_kept
 from .trainer import SharedKDTrainer
 
 __all__ = ["run", "build_trainer", "ddp", "train", "evaluate"]
@@ -52,7 +54,7 @@ logger = logging.getLogger("detectron2.sharedkd")
 DEV_RUN_IMAGES = 50  # evaluated under train.fast_dev_run
 
 
-def run(args: Namespace) -> Dict[str, Any]:
+def run(args: Namespace) -> Mapping[str, Any]:
     """Train, or with ``--eval-only`` evaluate, what the command line names.
 
     Everything is built and checked before anything is written.
@@ -74,15 +76,14 @@ def run(args: Namespace) -> Dict[str, Any]:
         loaded = findings.step(load, args.config_file, args.opts, findings=findings)
         parts = findings.step(assemble, loaded, args.eval_only, args.resume, findings=findings)
         findings.raise_errors()
-        cfg = parts.cfg
-        model, resuming = parts.model, parts.resuming
+        cfg, checkpoint = parts.cfg, None
         if args.eval_only:
             # The run's folder keeps its config.yaml, which says how it was trained.
             cfg.train.output_dir = os.path.join(cfg.train.output_dir, "eval")
         else:
             trainer = build_trainer(cfg, parts)
-        checkpoint = latest_checkpoint(cfg.train.output_dir) if resuming else None
-        if resuming:
+        if parts.resuming:
+            checkpoint = latest_checkpoint(cfg.train.output_dir)
             entries = load_trained(
                 trainer.detector, checkpoint, "train.output_dir", cfg.train.trust_checkpoint
             )
@@ -96,23 +97,26 @@ def run(args: Namespace) -> Dict[str, Any]:
             file = config_path(args.config_file)  # whose text Detectron2 logs
             default_setup(cfg, Namespace(**{**vars(args), "config_file": file}))
         if args.eval_only:
-            return evaluate(cfg, model)
+            return evaluate(cfg, parts.model)
         if comm.is_main_process():
-            _say(parts, findings)
-        unlabelled = getattr(parts.loader, "unlabelled", 0)
-        started = {
-            **origin(args, cfg),
-            "repairs": parts.data.repairs,
-            "unlabelled_images": unlabelled,
-        }
-        return train(cfg, trainer, checkpoint, started)
+            logger.info("The run:\n" + as_text(describe(parts)))
+            for warning in (*findings.warnings, *advise(parts)):
+                logger.warning(str(warning))
+        return train(cfg, trainer, checkpoint, _started(args, parts))
 
 
-def _say(parts: Parts, findings: Findings) -> None:
-    """Log a description of the run and its warnings."""
-    logger.info("The run:\n" + as_text(describe(parts)))
-    for warning in (*findings.warnings, *advise(parts)):
-        logger.warning(str(warning))
+def _started(args: Namespace, parts: Parts) -> Dict[str, Any]:
+    """How a training run was started: the first keys of run.json."""
+    keys = ("data.val_json", "dataloader.test.dataset.names")
+    validation = (OmegaConf.select(parts.cfg, key) for key in keys)
+    return {
+        "validation": str(next((x for x in validation if x), None)),
+        "command": shlex.join(command_line()),
+        "config_file": args.config_file,
+        "overrides": list(args.opts),
+        "repairs": parts.data.repairs,
+        "unlabelled_images": getattr(parts.loader, "unlabelled", 0),
+    }
 
 
 @contextmanager
@@ -120,17 +124,13 @@ def _own(folder: str, resume: bool) -> Iterator[None]:
     """Lock the output folder, and remove unfinished files of a killed run."""
     with locked(folder):
         check_output(folder, resume)  # another run may have used it since the first check
-        for pattern in ("*.pth", "peers/*.pth", "last_checkpoint", RECORD):
+        for pattern in ("*.pth", "peers/*.pth", POINTER, RECORD):
             remove_unfinished(folder, pattern)
         yield
 
 
 def build_trainer(cfg: DictConfig, parts: Parts) -> SharedKDTrainer:
-    """Build the trainer by ``cfg.train``, with DDP if there are several processes.
-
-    Raises:
-        ConfigError: see :class:`SharedKDTrainer`.
-    """
+    """Build the trainer by ``cfg.train``, with DDP if there are several processes."""
     return SharedKDTrainer(
         ddp(cfg, parts.model),
         parts.loader,
@@ -157,37 +157,30 @@ def train(
     trainer: SharedKDTrainer,
     checkpoint: Optional[str] = None,
     started: Mapping[str, Any] = MappingProxyType({}),
-) -> Dict[str, Any]:
+) -> Mapping[str, Any]:
     """Train to ``train.max_iter``, from the first iteration or from a checkpoint.
 
     Args:
-        cfg: from :func:`~sharedkd.config.load.load_config`.
-        trainer: from :func:`build_trainer`.
         checkpoint: the file of this run to resume from; None: start at the first iteration.
-        started: for run.json, from :func:`~sharedkd.engine.hooks.record.origin`.
+        started: the first keys of run.json, see :class:`~sharedkd.engine.hooks.record.RunRecord`.
 
     Returns:
         the last evaluation's results; empty without an evaluator.
 
     Raises:
-        NonFiniteLossError: see :meth:`SharedKDTrainer.run_step`.
-        Stopped: by a signal; the state is saved.
-        SaveError: the disk of the output folder is full or read-only.
+        NonFiniteLossError, Stopped, SaveError: see :func:`run`.
     """
     model, module, folder = trainer.model, trainer.module, cfg.train.output_dir
     extra = _beside(module) if isinstance(module, SharedKD) else {}
     checkpointer = StudentCheckpointer(model, folder, trainer=trainer, **extra)
-    results: Dict[str, Any] = {}
     stop = StopRequest()
     checkpoints = Checkpoints(checkpointer, stop, **cfg.train.checkpointer)
 
-    def test() -> Dict[str, Any]:
+    def test() -> Mapping[str, Any]:
         with checkpoints.watching(model):
-            found = evaluate(cfg, model)
-        results.clear()
-        results.update(found)
-        trainer.outgrown.compare(results)
-        return results
+            trainer.results = evaluate(cfg, model)
+        trainer.outgrown.compare(trainer.results)
+        return trainer.results
 
     watches = trainer.stages and cfg.train.watch_period
     evaluation = hooks.EvalHook(cfg.train.eval_period, test)
@@ -219,7 +212,7 @@ def train(
         trainer.register_hooks(
             [
                 hooks.PeriodicWriter(writers, cfg.train.log_period),
-                RunRecord(folder, trainer.detector, losses_of(module), about, results, start > 0),
+                RunRecord(folder, trainer, about, start > 0),
             ]
         )
     # The JIT rounds scripted losses differently while it warms up, which a resumed run does once more.
@@ -232,9 +225,9 @@ def train(
                 average = {"model": source.state_dict()["model"]}
                 path = os.path.join(folder, f"model_{name}.pth")
                 replace(path, partial(torch.save, average))
-    if cfg.train.safetensors and comm.is_main_process():
-        write_safetensors(module.state_dict(), os.path.join(folder, "model_final.safetensors"))
-    return results
+        if cfg.train.safetensors:
+            write_safetensors(module.state_dict(), os.path.join(folder, "model_final.safetensors"))
+    return trainer.results
 
 
 def _beside(pair: SharedKD) -> Dict[str, Any]:
@@ -261,16 +254,12 @@ def _check_ends(trainer: SharedKDTrainer) -> None:
             raise ConfigError(key, "teacher", "its teacher has not been evaluated", fix)
 
 
-def evaluate(
-    cfg: DictConfig,
-    model: Callable[[List[Dict[str, Any]]], Any],
-) -> Dict[str, Any]:
+def evaluate(cfg: DictConfig, model: Callable[[List[Dict[str, Any]]], Any]) -> Dict[str, Any]:
     """Run ``dataloader.evaluator`` (any DatasetEvaluator, or a list of them) on ``dataloader.test``.
 
     With ``train.fast_dev_run`` only its first images are used.
 
     Args:
-        cfg: from :func:`~sharedkd.config.load.load_config`.
         model: a detector, in evaluation mode meanwhile, or a function from Detectron2's records to a
             detector's results.
 
@@ -281,13 +270,11 @@ def evaluate(
     if cfg.dataloader.get("evaluator") is None:
         return {}
     if cfg.train.fast_dev_run and "dataset" in cfg.dataloader.test:
-        cfg = copy.deepcopy(cfg)
+        cfg, count = copy.deepcopy(cfg), DEV_RUN_IMAGES
         cfg.dataloader.test.dataset = L(first_records)(
-            records=cfg.dataloader.test.dataset, count=DEV_RUN_IMAGES
+            records=cfg.dataloader.test.dataset, count=count
         )
-        logger.warning(
-            f"train.fast_dev_run: evaluates {DEV_RUN_IMAGES} images; the figures mean nothing"
-        )
+        logger.warning(f"train.fast_dev_run: evaluates {count} images; the figures mean nothing")
     nodes = cfg.dataloader.evaluator
     evaluators = [instantiate(x) for x in (nodes if isinstance(nodes, ListConfig) else [nodes])]
     results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluators)
@@ -306,10 +293,7 @@ def evaluate_teacher(
 ) -> Dict[str, Any]:
     """Evaluate a teacher of ``model`` on the student's validation data, and log its results.
 
-    Args:
-        cfg: see :func:`evaluate`.
-        model: a pair; a plain detector has no teacher, and nothing happens.
-        name: the teacher's name; None: ``model.teacher``.
+    A plain detector has no teacher, and nothing happens.
     """
     teacher = getattr(model, "sources", {}).get(name)
     if not isinstance(teacher, FrozenTeacher):
@@ -326,9 +310,8 @@ def evaluate_teacher(
     except KeyError as e:  # an evaluator of what this teacher does not predict
         if cfg.train.eval_teacher:
             raise
-        log(
-            f"train.eval_teacher: the evaluator asks for {e}, which the teacher has not: not evaluated"
-        )
+        problem = f"the evaluator asks for {e}, which the teacher has not: not evaluated"
+        log(f"train.eval_teacher: {problem}")
         return {}
 
 
@@ -345,33 +328,29 @@ def _other_classes(cfg: DictConfig, model: nn.Module, teacher: FrozenTeacher) ->
 
 @contextmanager
 def _log_later() -> Iterator[Callable[[], ContextManager[None]]]:
-    """Buffer Detectron2's log messages until the run's log is open.
+    """Keep Detectron2's log messages until the run's log is open.
 
     Yields:
         a context to open the log in; after it, the log has the messages.
     """
-    # One for each: Detectron2's formatter renames the records of an earlier run's log.
-    memories = {
-        logging.getLogger(name): MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1)
-        for name in ("detectron2", "fvcore")
-    }
-    for each, memory in memories.items():
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
+    memory = MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1)
+    for each in loggers:
         each.addHandler(memory)
         each.setLevel(logging.INFO)
 
+    def forget() -> None:
+        for each in loggers:
+            each.removeHandler(memory)
+
     @contextmanager
     def opens() -> Iterator[None]:
-        for each, memory in memories.items():
-            each.removeHandler(memory)  # the open log takes all further messages
+        forget()  # the open log takes all further messages
         yield
-        for record, each in sorted(
-            ((record, each) for each, memory in memories.items() for record in memory.buffer),
-            key=lambda pair: pair[0].created,
-        ):
-            each.handle(record)
+        for record in memory.buffer:
+            loggers[0].handle(record)  # both write to the same log
 
     try:
         yield opens
     finally:
-        for each, memory in memories.items():
-            each.removeHandler(memory)
+        forget()

@@ -16,11 +16,7 @@ NORMALIZER = "loss_normalizer"
 
 
 class Snapshot:
-    """A copy of a model's running statistics: its buffers, and the running means of its detectors' losses.
-
-    Args:
-        model: the model that is trained.
-    """
+    """A copy of a model's running statistics: its buffers, and the running means of its detectors' losses."""
 
     def __init__(self, model: nn.Module):
         self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -28,7 +24,6 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore the statistics."""
         for buffer, before in self._buffers:
             buffer.copy_(before)
         for attributes, before in self._normalizers:
@@ -40,11 +35,7 @@ class Snapshot:
 
 @contextmanager
 def without_trace(model: nn.Module) -> Iterator[None]:
-    """A context for a forward in training mode that changes no statistics, random state or log.
-
-    Args:
-        model: see :class:`Snapshot`.
-    """
+    """A context for a forward in training mode that changes no statistics, random state or log."""
     snapshot = Snapshot(model)
     states = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}

@@ -23,6 +23,7 @@ from sharedkd.modeling.balance import held
 from sharedkd.modeling.meta_arch import of_students, pairs_of
 from sharedkd.modeling.stages import owner_of, scale_relative, terms_of, under
 from sharedkd.modeling.teachers import teacher_key
+from sharedkd.values import check_number
 
 __all__ = ["SharedKDTrainer", "Step", "check_amp"]
 
@@ -51,22 +52,14 @@ class Step:
 
 
 def check_amp(dtype: Optional[torch.dtype], device_type: str) -> None:
-    """Check that a device can train in a mixed precision.
-
-    Args:
-        dtype: of autocast; None: no mixed precision, which every device can do.
-        device_type: for example ``cuda``.
+    """Check that a device can train under autocast to ``dtype``; None: without autocast.
 
     Raises:
-        ConfigError: the device cannot train in it.
+        ConfigError: it cannot.
     """
     if dtype is torch.float16 and device_type != "cuda":
-        raise ConfigError(
-            "train.amp.dtype",
-            "float16",
-            f"does not work on train.device={device_type}",
-            "use bfloat16",
-        )
+        problem = f"does not work on train.device={device_type}"
+        raise ConfigError("train.amp.dtype", "float16", problem, "use bfloat16")
 
 
 class SharedKDTrainer(SimpleTrainer):
@@ -81,8 +74,6 @@ class SharedKDTrainer(SimpleTrainer):
 
     Args:
         model: :class:`SharedKD` or a plain detector, perhaps wrapped in DDP.
-        data_loader: yields lists of Detectron2's records.
-        optimizer: as usual.
         max_iter: length of the run, for stage times given as fractions.
         seed: every random draw of a step depends only on (seed, iteration, rank).  So a resumed run
             repeats the uninterrupted one, and a loss that draws random numbers does not change the
@@ -101,6 +92,7 @@ class SharedKDTrainer(SimpleTrainer):
 
     iter: int  # Detectron2's: the iteration that runs
     step: Step  #: the current or latest one
+    results: Mapping[str, Any]  #: of the latest evaluation
 
     def __init__(
         self,
@@ -124,11 +116,11 @@ class SharedKDTrainer(SimpleTrainer):
         self.stages = of_students(self.module, "stages")
         self.auto_weights = of_students(self.module, "auto_weights")
         self.schedule_length = max_iter
+        self.results = {}
         self.seed = seed
         self.device = next(model.parameters()).device
         check_amp(amp_dtype, self.device.type)
-        if accumulate < 1:
-            raise ConfigError("train.accumulate", accumulate, "is less than 1", "use 1 or more")
+        check_number("train.accumulate", accumulate, least=1, whole=True)
         self.amp_dtype = amp_dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
         self.clip_grad_norm = clip_grad_norm
@@ -162,11 +154,7 @@ class SharedKDTrainer(SimpleTrainer):
         }
 
     def run_step(self) -> None:
-        """One optimizer step.
-
-        Raises:
-            NonFiniteLossError: see :class:`~sharedkd.engine.hooks.step_log.StepLog`.
-        """
+        """One optimizer step, or a NonFiniteLossError of :class:`~.hooks.step_log.StepLog`."""
         self.optimizer.zero_grad()
         step = self.step = Step(self.iter, self.stage_weights())
         for part in range(self.accumulate):
@@ -217,20 +205,12 @@ class SharedKDTrainer(SimpleTrainer):
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return model(batch, step.weights) if self.stages else model(batch)
 
-    def repeat(
-        self, step: Step, batch: Optional[List[Dict[str, Any]]] = None, part: int = 0
-    ) -> Dict[str, Tensor]:
-        """Run the forward of a step once more, on this rank only.
-
-        Args:
-            step: its iteration and weights are used.
-            batch: the data loader's records; None: the step's own.
-            part: the index of the accumulated batch.
+    def repeat(self, step: Step, batch: List[Dict[str, Any]], part: int = 0) -> Dict[str, Tensor]:
+        """Run a forward with a step's iteration and weights once more, on this rank only.
 
         Returns:
             the losses as they count in the total, name -> scalar attached to the graph.
         """
-        batch = step.batches[part] if batch is None else batch
         with held(self.auto_weights):
             losses = self._losses(self.module, batch, part, step)
         return self._weigh(losses, {k: x.detach().double() for k, x in losses.items()}, step)
@@ -238,23 +218,17 @@ class SharedKDTrainer(SimpleTrainer):
     def _weigh(
         self, losses: Mapping[str, Tensor], values: Mapping[str, Tensor], step: Step
     ) -> Dict[str, Tensor]:
-        """The losses as they count in the total: those of a relative stage are scaled.
-
-        Args:
-            losses: the losses to scale.
-            values: their values, equal on all ranks, from which the scale is computed.
-        """
+        """The losses as they count in the total, see :func:`~sharedkd.modeling.stages.scale_relative`."""
         return scale_relative(losses, values, self.stages, step.weights)
 
     def _sums(self, values: Mapping[str, Tensor], step: Step) -> Dict[str, Tensor]:
         """``total_loss`` of each student, and ``loss_distill_<stage>`` of each stage that has terms."""
         weighed = self._weigh(values, values, step)
-        terms = {name: terms_of(values, name) for name in self.stages}
-        sums = {
-            under("loss_distill_", name): sum(weighed[k] for k in x)
-            for name, x in terms.items()
-            if x
-        }
+        sums = {}
+        for name in self.stages:
+            terms = terms_of(values, name)
+            if terms:
+                sums[under("loss_distill_", name)] = sum(weighed[k] for k in terms)
         for owner in self.pairs:
             sums[f"{owner}total_loss"] = sum(x for k, x in weighed.items() if owner_of(k) == owner)
         return sums
@@ -296,9 +270,8 @@ class SharedKDTrainer(SimpleTrainer):
     def _reseed(self, part: int, iteration: int) -> None:
         if self.seed is None:
             return
-        words = np.random.SeedSequence(
-            (self.seed, iteration, part, comm.get_rank())
-        ).generate_state(3)
+        entropy = (self.seed, iteration, part, comm.get_rank())
+        words = np.random.SeedSequence(entropy).generate_state(3)
         random.seed(int(words[0]))
         np.random.seed(words[1])
         torch.manual_seed(int(words[2]))
@@ -334,13 +307,10 @@ class SharedKDTrainer(SimpleTrainer):
         return {} if loader is None else loader.files
 
     def check_resumable(self, state_dict: Mapping[str, Any]) -> None:
-        """Check that training can resume from a state.
-
-        Args:
-            state_dict: from :meth:`state_dict`.
+        """Refuse a state, from :meth:`state_dict`, of a run that learned from another teacher.
 
         Raises:
-            ConfigError: its run learned from another teacher.
+            ConfigError: it did.
         """
         # Earlier versions kept the first teacher and student apart from the others.
         then = {None: state_dict.get("teacher"), **state_dict.get("teachers", {})}
@@ -348,19 +318,12 @@ class SharedKDTrainer(SimpleTrainer):
         for name in dict.fromkeys([*then, *now]):
             before, after = then.get(name), now.get(name)
             if before != after:
-                raise ConfigError(
-                    f"{teacher_key(name)}.weights",
-                    after,
-                    f"is not the teacher of the run to resume ({before})",
-                    "resume with the same teacher, or start anew in another train.output_dir",
-                )
+                problem = f"is not the teacher of the run to resume ({before})"
+                fix = "resume with the same teacher, or start anew in another train.output_dir"
+                raise ConfigError(f"{teacher_key(name)}.weights", after, problem, fix)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Resume from ``state_dict``, which :meth:`state_dict` returned.
-
-        Raises:
-            ConfigError: see :meth:`check_resumable`.
-        """
+        """Resume from a state that :meth:`check_resumable` lets pass."""
         self.check_resumable(state_dict)
         super().load_state_dict(state_dict)
         if self.scaler.is_enabled() and state_dict["grad_scaler"]:

@@ -18,14 +18,7 @@ logger = logging.getLogger("detectron2.sharedkd")
 
 
 def in_words(seconds: float, steps: int, memory_mb: float, device: str) -> str:
-    """One line about the time and memory of training.
-
-    Args:
-        seconds: time of a step.
-        steps: number of steps.
-        memory_mb: peak memory.
-        device: name of the device.
-    """
+    """One line about ``steps`` of training that take ``seconds`` each."""
     return (
         f"measured: {seconds:.3g} s a step on {device}, about {_duration(seconds * steps)} without "
         f"evaluations; {memory_mb:.0f} MB at the peak"

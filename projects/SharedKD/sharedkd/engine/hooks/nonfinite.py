@@ -11,30 +11,10 @@ from torch import Tensor, nn
 from sharedkd.engine.snapshot import without_trace
 from sharedkd.modeling.taps import FeatureTap
 
-__all__ = ["culprits", "find_culprits"]
+__all__ = ["find_culprits"]
 
 
 def find_culprits(trainer: Any, step: Any, together: bool) -> List[str]:
-    """Call :func:`culprits` on every rank; with several, each line begins with its rank.
-
-    Args:
-        trainer, step: see :func:`culprits`.
-        together: all ranks call this for the same step; False: only this rank does.
-
-    Returns:
-        as :func:`culprits`; nothing for students with SyncBatchNorm on several ranks.
-    """
-    if comm.get_world_size() == 1:
-        return culprits(trainer, step)
-    if any("SyncBatchNorm" in type(m).__name__ for m in trainer.module.modules()):
-        return []  # its forward waits for the other ranks, which may have broken elsewhere
-    found = culprits(trainer, step)
-    if not together:
-        return [f"rank {comm.get_rank()}: {x}" for x in found]
-    return [f"rank {rank}: {x}" for rank, each in enumerate(comm.all_gather(found)) for x in each]
-
-
-def culprits(trainer: Any, step: Any) -> List[str]:
     """Find where a step broke: run it once more and check every map.
 
     Its random draws depend on seed and iteration, so it breaks in the same place again.  On a GPU,
@@ -43,11 +23,23 @@ def culprits(trainer: Any, step: Any) -> List[str]:
     Args:
         trainer: a :class:`~sharedkd.engine.trainer.SharedKDTrainer`.
         step: its :class:`~sharedkd.engine.trainer.Step`.
+        together: all ranks call this for the same step; False: only this rank does.
 
     Returns:
         as text, the first values that were not finite: weights; else images and ground truth, else
-        the first maps of each detector, by tap and stride; else gradients.
+        the first maps of each detector, by tap and stride; else gradients.  With several ranks each line
+        begins with its rank; students with SyncBatchNorm are then not looked at.
     """
+    if comm.get_world_size() == 1:
+        return _culprits(trainer, step)
+    if any("SyncBatchNorm" in type(m).__name__ for m in trainer.module.modules()):
+        return []  # its forward waits for the other ranks, which may have broken elsewhere
+    found = _culprits(trainer, step)
+    ranks = enumerate(comm.all_gather(found)) if together else [(comm.get_rank(), found)]
+    return [f"rank {rank}: {x}" for rank, each in ranks for x in each]
+
+
+def _culprits(trainer: Any, step: Any) -> List[str]:
     bad = _bad_names(trainer.module.named_parameters())
     if bad:
         return [f"weights: {_range(bad)}"]
@@ -64,11 +56,8 @@ def culprits(trainer: Any, step: Any) -> List[str]:
                     continue
             if not maps and torch.isfinite(total):
                 params = {k: p for k, p in trainer.module.named_parameters() if p.requires_grad}
-                bad += _bad_names(
-                    zip(
-                        params, torch.autograd.grad(total, list(params.values()), allow_unused=True)
-                    )
-                )
+                grads = torch.autograd.grad(total, [*params.values()], allow_unused=True)
+                bad += _bad_names(zip(params, grads))
     first: Dict[str, str] = {}  # all maps after the first bad one are bad, too
     for (who, tap), strides in maps.items():
         first.setdefault(who, f"{who}'s {tap} map of stride {', '.join(map(str, strides))}")

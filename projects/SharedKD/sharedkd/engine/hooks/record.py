@@ -5,9 +5,7 @@ import json
 import os
 import platform
 import resource
-import shlex
 import sys
-from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Union
@@ -15,23 +13,19 @@ from typing import Any, Dict, Mapping, Optional, Union
 import torch
 from detectron2.engine import hooks
 from detectron2.utils import comm
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
-from sharedkd.engine.interrupt import command_line
 from sharedkd.errors import ConfigError
 from sharedkd.files import replace
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import has_bfloat16
+from sharedkd.modeling.meta_arch import losses_of
 from sharedkd.weights.loading import fingerprint
 
 __all__ = [
     "RunRecord",
     "hardware",
-    "origin",
     "peak_memory_mb",
     "read_record",
-    "validation_of",
     "versions",
 ]
 
@@ -44,34 +38,25 @@ class RunRecord(hooks.HookBase):
 
     Keys: ``validation`` (the data that it is evaluated on), ``command``, ``config_file`` and ``overrides``
     (with which it was started), ``repairs`` (of its data, a line each), ``unlabelled_images`` (how many it
-    learns from), ``fast_dev_run``,
-    ``initial_weights`` (fingerprint of the student before its first step), ``stages``
-    (their names; none: a plain run), ``parameters`` (``student``, ``losses``), ``hardware``, ``processes``, ``versions``, and at the end
-    ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on a CPU the resident memory of the
-    training process), ``skipped`` (numbers of ``steps`` and ``images`` that were left out, see
-    ``train.on_nonfinite`` and ``on_bad_image``; of images, the main process's), ``outgrown`` (teacher ->
-    the iteration after which the student was level with it) and ``results`` (of the last evaluation).
+    learns from), ``fast_dev_run``, ``initial_weights`` (fingerprint of the student before its first step),
+    ``stages`` (their names; none: a plain run), ``parameters`` (``student``, ``losses``), ``hardware``,
+    ``processes``, ``versions``, and at the end ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on
+    a CPU the resident memory of the training process), ``skipped`` (numbers of ``steps`` and ``images`` that
+    were left out, see ``train.on_nonfinite`` and ``on_bad_image``; of images, the main process's),
+    ``outgrown`` (teacher -> the iteration after which the student was level with it) and ``results`` (of the
+    last evaluation).
 
     Args:
         folder: the run's output folder.
-        student: the detector that is trained.
-        losses: the distillation losses; an empty module for a plain detector.
-        started: the first six keys.
-        results: a dict that holds the last evaluation's results when the run ends.
+        trainer: of the run, before its first step.
+        started: the first seven keys.
         resuming: keep the first entries of the run's own record.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        student: nn.Module,
-        losses: nn.Module,
-        started: Mapping[str, Any],
-        results: Dict[str, Any],
-        resuming: bool,
-    ):
+    def __init__(self, folder: str, trainer: Any, started: Mapping[str, Any], resuming: bool):
         self.path = os.path.join(folder, FILE)
-        self.results = results
+        self.memory: Optional[float] = None
+        student, losses = trainer.detector, losses_of(trainer.module)
         before = read_record(folder) if resuming else {}
         self.record = {
             **{key: before.get(key, value) for key, value in started.items()},
@@ -80,14 +65,13 @@ class RunRecord(hooks.HookBase):
                 "student": count_parameters(student),
                 "losses": count_parameters(losses),
             },
-            "hardware": hardware(next(student.parameters()).device),
+            "hardware": hardware(trainer.device),
             "processes": comm.get_world_size(),
             "versions": versions(),
+            "stages": [*trainer.stages],
         }
-        self.memory: Optional[float] = None
 
     def before_train(self) -> None:
-        self.record["stages"] = [*self.trainer.stages]
         self._write()
 
     def after_step(self) -> None:
@@ -105,32 +89,11 @@ class RunRecord(hooks.HookBase):
         }
         outgrown = self.trainer.outgrown.iterations
         self.record["outgrown"] = {name or "teacher": i for name, i in outgrown.items()}
-        self.record["results"] = self.results
+        self.record["results"] = self.trainer.results
         self._write()
 
     def _write(self) -> None:
         replace(self.path, lambda f: f.write(json.dumps(self.record, indent=1).encode()))
-
-
-def origin(args: Namespace, cfg: DictConfig) -> Dict[str, Any]:
-    """How a training run was started: the first keys of run.json.
-
-    Args:
-        args: of Detectron2's ``default_argument_parser``.
-        cfg: the run's.
-    """
-    return {
-        "validation": validation_of(cfg),
-        "command": shlex.join(command_line()),
-        "config_file": args.config_file,
-        "overrides": list(args.opts),
-    }
-
-
-def validation_of(cfg: DictConfig) -> str:
-    """What a run is evaluated on: its json, or the names of its data sets."""
-    keys = ("data.val_json", "dataloader.test.dataset.names")
-    return str(next((x for x in (OmegaConf.select(cfg, key) for key in keys) if x), None))
 
 
 def read_record(folder: Union[str, Path]) -> Dict[str, Any]:
@@ -146,18 +109,16 @@ def read_record(folder: Union[str, Path]) -> Dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as e:
-        raise ConfigError(
-            FILE, path, f"cannot be read: {e}", "delete it; only this record is lost"
-        ) from e
+        fix = "delete it; only this record is lost"
+        raise ConfigError(FILE, path, f"cannot be read: {e}", fix) from e
 
 
 def hardware(device: torch.device) -> str:
     """The name of ``device`` if it is a GPU, else the CPU's with its instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    instructions = (
-        f"{torch.backends.cpu.get_cpu_capability()}{'' if has_bfloat16() else ' without bfloat16'}"
-    )
+    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions += "" if has_bfloat16() else " without bfloat16"
     return f"{_cpu_name()} ({instructions}), {torch.get_num_threads()} thread(s)"
 
 
@@ -177,16 +138,12 @@ def versions() -> Dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:  # a source tree on the path
             pass
-    found["sharedkd"] = _source_digest()
-    return found
-
-
-def _source_digest() -> str:
-    """A digest of this package's files: two states of the code may share a version number."""
+    # Two states of the code may share a version number.
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    for path in sorted(Path(__file__).parents[2].rglob("*.py")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
+    found["sharedkd"] = digest.hexdigest()[:8]
+    return found
 
 
 def peak_memory_mb() -> float:

@@ -11,8 +11,8 @@ from detectron2.utils import comm
 
 from sharedkd.engine.snapshot import without_trace
 from sharedkd.engine.trainer import SharedKDTrainer, Step
-from sharedkd.errors import ConfigError
 from sharedkd.modeling.stages import DISTILL, own_losses
+from sharedkd.values import check_number
 
 __all__ = ["Watchdog", "gradient_norms"]
 
@@ -44,16 +44,10 @@ class Watchdog(hooks.HookBase):
         period: iterations between two measurements.
         max_iter: length of the run; if it is too short for :data:`LEAST` measurements, the period is
             shorter, but at least :data:`SHORTEST`.
-
-    Raises:
-        ConfigError: a period below 1.
     """
 
     def __init__(self, period: int, max_iter: float = math.inf):
-        if period < 1:
-            raise ConfigError(
-                "train.watch_period", period, "is not a number of iterations", "use 0 to switch off"
-            )
+        check_number("train.watch_period", period, least=1)
         self.period = min(period, max(SHORTEST, max_iter // LEAST))
         self._windows: Dict[str, Deque[Tuple[int, float]]] = {}  # (iteration, share)
         self._unbalanced: Set[str] = set()  # terms that were reported as such
@@ -122,10 +116,6 @@ def gradient_norms(
 ) -> Optional[Dict[str, Optional[float]]]:
     """Norm of the gradient with respect to the student's parameters, of each term of the total loss.
 
-    Args:
-        trainer: between two steps.
-        records: the input of the forward.
-
     Returns:
         ``detector`` (its losses together) and ``<stage>/<term>`` -> norm, each as it counts in the
         total; None for a term that by construction trains the parameters of its loss alone, as that
@@ -166,12 +156,9 @@ def _mean_over_ranks(norms: Optional[Dict[str, Optional[float]]]) -> Dict[str, O
     ranks = comm.all_gather(norms)
     if None in ranks:
         return {}
-    common = [name for name in ranks[0] if all(name in each for each in ranks)]
-    return {
-        name: (
-            None
-            if ranks[0][name] is None
-            else sum(each[name] or 0.0 for each in ranks) / len(ranks)
-        )
-        for name in common
-    }
+    mean = {}
+    for name, first in ranks[0].items():
+        if all(name in each for each in ranks):
+            total = sum(each[name] or 0.0 for each in ranks)
+            mean[name] = None if first is None else total / len(ranks)
+    return mean

@@ -13,8 +13,9 @@ from sharedkd.engine.hooks.nonfinite import find_culprits
 from sharedkd.engine.snapshot import Snapshot
 from sharedkd.errors import ConfigError, NonFiniteLossError
 from sharedkd.modeling.stages import DISTILL, owner_of, under
+from sharedkd.values import check_number
 
-__all__ = ["StepLog", "not_finite"]
+__all__ = ["StepLog"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
@@ -33,23 +34,15 @@ class StepLog(hooks.HookBase):
     Attributes:
         in_a_row: steps skipped since the last good one.
         total: steps skipped since the run began.
-
-    Raises:
-        ConfigError: no such policy, or a negative limit.
     """
 
     trainer: Any  # a SharedKDTrainer, which imports this module
 
     def __init__(self, period: int = 1, policy: str = "stop", limit: int = 10):
         if policy not in NONFINITE_POLICIES:
-            raise ConfigError(
-                "train.on_nonfinite",
-                policy,
-                "no such policy",
-                f"use {' or '.join(NONFINITE_POLICIES)}",
-            )
-        if limit < 0:
-            raise ConfigError("train.max_skipped_steps", limit, "is negative", "use 0 or more")
+            fix = f"use {' or '.join(NONFINITE_POLICIES)}"
+            raise ConfigError("train.on_nonfinite", policy, "no such policy", fix)
+        check_number("train.max_skipped_steps", limit, least=0, whole=True)
         self.skipping, self.limit = policy == "skip_step", limit
         self.period = 1 if self.skipping else period
         self.in_a_row = self.total = 0
@@ -78,15 +71,14 @@ class StepLog(hooks.HookBase):
     def _read(self, together: bool) -> None:
         """Check and log the steps that were not read yet, and refuse a bad one.
 
-        Args:
-            together: all ranks call this.
+        ``together``: all ranks call this.
         """
         steps, self._unread = self._unread, []
         scalars = [x.double() for step in steps for x in step.metrics.values()]
         values = iter(torch.stack(scalars).tolist() if scalars else ())
         for step in steps:
             metrics = {name: next(values) for name in step.metrics}
-            what = step.failure or not_finite(metrics)
+            what = step.failure or _not_finite(metrics)
             if what:
                 # The other ranks may not be reading: a rank whose detector failed ends alone.
                 alone = step.failure and self.period > 1
@@ -145,17 +137,11 @@ class StepLog(hooks.HookBase):
         return dict(in_a_row=self.in_a_row, total=self.total)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue the counts of ``state``, from :meth:`state_dict`."""
         self.in_a_row, self.total = state["in_a_row"], state["total"]
 
 
-def not_finite(metrics: Mapping[str, float]) -> str:
-    """Describe what is not finite in a step; empty: nothing, or a float16 overflow.
-
-    Args:
-        metrics: losses by name, sums of them (``total_loss``, ``loss_distill_*``), ``grad_norm``, and
-            the ``loss_scale`` of a step in float16.
-    """
+def _not_finite(metrics: Mapping[str, float]) -> str:
+    """Describe what is not finite in a step; empty: nothing, or a float16 overflow."""
     broken = {name: x for name, x in metrics.items() if not math.isfinite(x)}
     norm = broken.pop("grad_norm", None)
     if broken:

@@ -42,7 +42,7 @@ def build_writers(
     Args:
         folder: the run's output folder, with its config.yaml.
         names: some of :data:`~sharedkd.config.defaults.WRITERS`.
-        max_iter: length of the run, for the time that is left.
+        max_iter: length of the run.
         first: the first iteration that will be logged; above 0 a resumed run goes on.
     """
     path = os.path.join(folder, FILE)
@@ -73,35 +73,27 @@ class ServiceWriter(EventWriter):
 
     package: str  #: imported when the writer is made
 
-    def __init__(self, folder: str, resuming: bool, window: int = 20):
-        """Start or continue the service's run.
-
-        Args:
-            folder: the run's output folder, with its config.yaml.
-            resuming: go on with the run of that folder.
-            window: values of which the median is sent.
-        """
-        self._window, self._last_write = window, -1
+    def __init__(self, folder: str, resuming: bool):
+        """Start the service's run, or continue that of ``folder``."""
+        self._last_write = -1
         self.service = import_module(self.package)
-        kept = Path(folder, f"{self.package}_run.txt")
+        self.folder = Path(folder).resolve()
+        kept = self.folder / f"{self.package}_run.txt"
         known = kept.read_text() if resuming and kept.is_file() else None
-        path = Path(folder).resolve()
-        config = read_plain(path / "config.yaml") or {}
-        kept.write_text(self._start(path, f"{path.parent.name}/{path.name}", config, known))
+        config = read_plain(self.folder / "config.yaml") or {}
+        name = f"{self.folder.parent.name}/{self.folder.name}"
+        kept.write_text(self._start(name, config, known))
 
     @abstractmethod
-    def _start(
-        self, folder: Path, name: str, config: Mapping[str, Any], known: Optional[str]
-    ) -> str:
+    def _start(self, name: str, config: Mapping[str, Any], known: Optional[str]) -> str:
         """Start a run, or continue the ``known`` one; return the service's identifier."""
 
     @abstractmethod
-    def _send(self, values: Dict[str, float], iteration: int) -> None:
-        """Send the scalars of an iteration."""
+    def _send(self, values: Dict[str, float], iteration: int) -> None: ...
 
     def write(self) -> None:
         found: Dict[int, Dict[str, float]] = defaultdict(dict)
-        latest = get_event_storage().latest_with_smoothing_hint(self._window)
+        latest = get_event_storage().latest_with_smoothing_hint()
         for name, (value, iteration) in latest.items():
             if iteration > self._last_write:
                 found[iteration][name] = value
@@ -115,13 +107,10 @@ class WandbWriter(ServiceWriter):
 
     package = "wandb"
 
-    def _start(
-        self, folder: Path, name: str, config: Mapping[str, Any], known: Optional[str]
-    ) -> str:
+    def _start(self, name: str, config: Mapping[str, Any], known: Optional[str]) -> str:
         project = os.environ.get("WANDB_PROJECT", "sharedkd")
-        self.run = self.service.init(
-            project=project, name=name, dir=str(folder), config=config, id=known, resume="allow"
-        )
+        named = dict(project=project, name=name, id=known, resume="allow")
+        self.run = self.service.init(dir=str(self.folder), config=config, **named)
         return self.run.id
 
     def _send(self, values: Dict[str, float], iteration: int) -> None:
@@ -136,9 +125,7 @@ class MLflowWriter(ServiceWriter):
 
     package = "mlflow"
 
-    def _start(
-        self, folder: Path, name: str, config: Mapping[str, Any], known: Optional[str]
-    ) -> str:
+    def _start(self, name: str, config: Mapping[str, Any], known: Optional[str]) -> str:
         if known:
             return self.service.start_run(run_id=known).info.run_id
         run = self.service.start_run(run_name=name)
