@@ -137,11 +137,11 @@ class RegionCrossKD(DistillationLoss):
         z_c, d_c = map(precise, regions.crossed(self.left))
         z_t, d_t = (precise(x).detach() for x in (regions.teacher, regions.deltas))
         k, count = z_t.shape[1] - 1, max(len(z_t), 1)
-        logs = (z.log_softmax(1) for z in (z_c, z_t))
+        score = F.kl_div(z_c.log_softmax(1), z_t.log_softmax(1), reduction="sum", log_target=True)
         apart = (d_c - d_t).abs().unflatten(1, (-1, 4)).sum(2)  # (R, K), or (R, 1) for all classes
         mine = regions.labels.clamp(max=apart.shape[1] - 1).unsqueeze(1)
         box = apart.gather(1, mine).squeeze(1) * (regions.labels < k)
         return {
-            "score": self.score / count * F.kl_div(*logs, reduction="sum", log_target=True),
+            "score": self.score / count * score,
             "box": self.box / count * box.sum(),
         }
