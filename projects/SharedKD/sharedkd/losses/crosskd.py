@@ -113,8 +113,8 @@ class RegionCrossKD(DistillationLoss):
 
     Args:
         score, box: weights of the two terms, 0 or more.
-        left: of the box head's convolutions and linear layers before the predictor; 0: the predictor alone.
-            Where both heads begin alike, as many as it has: the teacher's whole head on the student's regions.
+        left: of the box head's convolutions and linear layers before the predictor; 0: the predictor alone;
+            all of them: the teacher's whole head, on the student's pooled regions.
 
     Raises:
         ConfigError: a number out of its range.
