@@ -1,6 +1,6 @@
 """What the documentation says about keys, options and methods, read from the code that has them.
 
-Run as a program, it fills tables of MODEL_ZOO.md and docs/results.md from docs/results.
+Run as a program, it fills tables of MODEL_ZOO.md, docs/results.md and docs/schemes.md from docs/results.
 """
 
 import ast
@@ -19,6 +19,7 @@ from sharedkd import losses
 from sharedkd.config import defaults
 from sharedkd.config.structure import defaults_of
 from sharedkd.data.loader import build_train_loader
+from sharedkd.lab.performance import schemes
 from sharedkd.lab.scores import difference, interval
 from sharedkd.losses import DistillationLoss
 from sharedkd.methods import known_methods
@@ -193,6 +194,7 @@ def measured() -> Dict[Tuple[str, str], str]:
             record = _record(name)
             found["MODEL_ZOO.md", name] = _zoo(record)
             found["docs/results.md", name] = _over_training(record)
+    found["docs/schemes.md", "schemes"] = schemes(_record("schemes"))
     found["docs/results.md", "precision"] = _precision([_record(name) for name in PRECISION])
     return found
 

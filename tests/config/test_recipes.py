@@ -47,7 +47,7 @@ PUBLISHED = {
     "shared_kd",
     "shared_kd_published",
 }
-ONE_STAGE_ONLY = {"bckd", "crosskd"}
+ONE_STAGE_ONLY = {"bckd"}
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +230,7 @@ def block(reduction, c=256):
         ("dist", "mask_rcnn", 0),
         ("bckd", "fcos", 0),
         ("crosskd", "retinanet", 0),
+        ("crosskd", "mask_rcnn", 0),
         ("pgd", "mask_rcnn", 0),
         ("foundation", "retinanet", 5 * 65_792),
         ("reviewkd", "retinanet", 3_286_024),

@@ -14,6 +14,7 @@ from sharedkd import ConfigError
 from sharedkd.config import load_config
 from sharedkd.lab import benchmark, timing
 from sharedkd.lab.benchmark import Benchmark, ratio
+from sharedkd.methods import with_method
 
 QUICKSTART = str(tiny.ROOT / "configs/quickstart/sharedkd.py")
 SETTINGS = ["train.device=cpu", "train.amp.enabled=False"]
@@ -82,6 +83,13 @@ def test_the_arm_of_the_losses_computes_them_alone(bench):
     names = {each.key for each in found.key_averages()}
     assert not seen and "_StandardisedMSEBackward" in names
     assert not any("convolution" in name for name in names)
+
+
+def test_losses_that_go_through_the_teachers_head_can_be_timed_again_and_again():
+    cfg = with_method(load_config(QUICKSTART, SETTINGS, without_data=True), "crosskd")
+    arm = Benchmark(cfg, image_size=64, batch_size=1).losses()
+    arm()
+    arm()
 
 
 def test_a_plain_detector_is_no_pair():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sharedkd.lab.performance import BEGIN, END, document, pairs, rivals, table
+from sharedkd.lab.performance import BEGIN, END, document, pairs, rivals, schemes, table
 
 
 def result(**changes):
@@ -42,6 +42,19 @@ def test_a_row_for_each_method():
     found = rivals(result())
     assert cells(found, "Shared-KD") == ["Shared-KD", "3.000", "-", "0.250", "1,960"]
     assert cells(found, "fgd") == ["fgd", "6.000", "0.500 (0.400 to 0.600)", "0.500", "2,300"]
+
+
+def test_a_row_for_each_scheme():
+    found = schemes(
+        result(
+            seconds={"plain student": {"median": 0.8}, "two peers": {"median": 1.7}},
+            ratios={"two peers": {"median": 2.1, "low": 2.0, "high": 2.2}},
+            memory_mb={"plain student": 1000, "two peers": 1712},
+        )
+    )
+    assert cells(found, "plain student") == ["plain student", "1", "0.800", "1,000", "+0"]
+    assert cells(found, "two peers")[1:] == ["2.100 (2.000 to 2.200)", "1.700", "1,712", "+712"]
+    assert "some CPU" in found and "tools/benchmark.py --rounds 3" in found
 
 
 def test_the_console_has_arms_and_ratios():

@@ -57,14 +57,19 @@ def detector(strides, channels=4, padded=(64, 96), images=2, seed=0, **more):
 
 
 def matched(student, rows=6, columns=4, seed=0):
-    """What a student's own matching gives: labels of anchors, and sampled regions."""
+    """What a student's own matching gives: labels of anchors, and sampled regions.
+
+    Of these, the teacher's head makes the student's logits and, of them, deltas.
+    """
     draw = torch.Generator().manual_seed(seed)
     labels = {
         s: torch.randint(-1, CLASSES + 1, (len(x), ANCHORS, *x.shape[-2:]), generator=draw)
         for s, x in student["logits"].items()
     }
     ours, theirs = torch.randn(2, rows, columns, generator=draw, dtype=torch.float64)
-    regions = Regions(torch.randint(columns, (rows,), generator=draw), ours, theirs)
+    deltas = torch.randn(rows, 4 * (columns - 1), generator=draw, dtype=torch.float64)
+    regions = Regions(torch.randint(columns, (rows,), generator=draw), ours, theirs, deltas)
+    regions.crossed = lambda left: (regions.student, regions.student[:, :1] * regions.deltas)
     return dict(labels=labels, regions=regions)
 
 

@@ -36,6 +36,7 @@ from sharedkd.losses import (
     GanKD,
     IdenticalLayer,
     ImprovedKD,
+    RegionCrossKD,
     ReviewKD,
     SemCKD,
 )
@@ -48,6 +49,7 @@ KINDS = {
     CrossLayer: {},
     Cosine: {},
     CrossKD: dict(score=0.7, overlap=1.3),
+    RegionCrossKD: dict(score=0.7, box=1.3),
     CWD: dict(temperature=2.0),
     DKD: dict(alpha=1.0, beta=0.25, temperature=2.0),
     DenseDKD: dict(alpha=1.0, beta=0.25),
@@ -71,6 +73,7 @@ KINDS = {
     SemCKD: dict(hidden=3, grid=2),
 }
 BOXES = [[[3, 5, 30, 40], [10, 10, 25, 20]], [[5, 5, 20, 18]], []]
+REGIONS = (DKD, DIST, RegionCrossKD)  #: compare sampled regions
 every_loss = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 
@@ -127,9 +130,7 @@ def test_the_student_and_the_losss_own_parameters_learn_and_the_teacher_does_not
     gradients = harness.check_who_learns(loss, student, teacher, **more)
     for tap in harness.learned(loss):
         assert any(g.any() for (at, _), g in gradients.items() if at == tap)
-    assert (regions.student.grad is not None) == (
-        kind in (DKD, DIST)
-    ) and regions.teacher.grad is None
+    assert (regions.student.grad is not None) == (kind in REGIONS) and regions.teacher.grad is None
     for name, p in loss.named_parameters():
         assert p.grad.abs().max() > 1e-9 or name.endswith(SILENT.get(kind, ())), name
     after = [x for m in (student, teacher) for y in m.values() for x in y.values()]
@@ -137,7 +138,7 @@ def test_the_student_and_the_losss_own_parameters_learn_and_the_teacher_does_not
 
 
 #: Losses that hold something fixed which gradcheck would move have a test in their own files.
-HELD = {BCKD, CrossLayer, DIST, DKD, FeatureFusion, FKD, GanKD, GID}
+HELD = {BCKD, CrossLayer, *REGIONS, FeatureFusion, FKD, GanKD, GID}
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in HELD], ids=lambda k: k.__name__)
@@ -300,7 +301,8 @@ def test_lower_precision_is_computed_in_float32(kind):
     torch.manual_seed(0)
     expected = loss(harness.batch(*exact, **more))
     regions = more["regions"]
-    regions.student, regions.teacher = regions.student.float(), regions.teacher.float()
+    for name in ("student", "teacher", "deltas"):
+        setattr(regions, name, getattr(regions, name).float())
     loss = loss.float()
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -324,6 +326,7 @@ PARAMETERS = {
     IdenticalLayer: 0,
     CrossLayer: 0,
     CrossKD: 0,
+    RegionCrossKD: 0,
     DKD: 0,
     DenseDKD: 0,
     DIST: 0,
@@ -395,6 +398,8 @@ BAD_OPTIONS = [
     (BCKD, "overlap", -1.0, ""),
     (CrossKD, "left", 0.5, ""),
     (CrossKD, "score", -1.0, ""),
+    (RegionCrossKD, "left", -1, ""),
+    (RegionCrossKD, "box", math.nan, ""),
     (DIST, "gamma", -1.0, ""),
     (DenseDIST, "beta", math.nan, ""),
     (DKD, "alpha", -1.0, ""),
@@ -441,6 +446,7 @@ def test_weights_between_terms_have_no_default():
     terms += (
         "score",
         "overlap",
+        "box",
         "gamma",
         "global_",
         "channel",
@@ -530,7 +536,7 @@ def test_a_loss_that_reads_a_teacher_needs_one(kind):
 
 def test_what_is_read():
     heads = {"fpn", "logits"}
-    taps = {DKD: set(), DIST: set(), FRS: heads, GID: {*HEADS}}
+    taps = {**dict.fromkeys(REGIONS, set()), FRS: heads, GID: {*HEADS}}
     taps.update(dict.fromkeys((DenseDKD, DenseDIST), {"logits"}))
     taps.update(dict.fromkeys((PGD, CrossKD), {*heads, "boxes"}))
     taps[BCKD] = {"logits", "deltas", "boxes"}
@@ -538,6 +544,7 @@ def test_what_is_read():
     needs.update(dict.fromkeys((DKD, DIST), {"teacher", "regions"}))
     needs.update(dict.fromkeys((DenseDKD, DenseDIST, BCKD), {"teacher", "labels"}))
     needs[CrossKD] = {"teacher", "labels", "crossed"}
+    needs[RegionCrossKD] = {"teacher", "regions", "crossed"}
     needs.update(dict.fromkeys((FGD, FeatureFusion, PGD), {"teacher", "boxes"}))
     for kind in KINDS:
         loss = build(kind)

@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from sharedkd import ConfigError, DistillationLoss, FrozenTeacher, SharedKD, Stage
-from sharedkd.modeling.heads import DenseHead, RegionTap, anchor_labels, region_logits
+from sharedkd.modeling.heads import DenseHead, RegionTap, anchor_labels, region_predictions
 from sharedkd.modeling.taps import FeatureTap, common_pixels, pyramid_shapes
 
 HEAD = {"logits", "deltas", "boxes", "anchors"}
@@ -167,7 +167,7 @@ def test_regions_are_those_of_the_detectors_losses(family, ground_truth, monkeyp
     assert torch.equal(labels, own)
     assert (own < tiny.CLASSES).any() == (ground_truth != "empty")
     # The same heads on the same maps and regions say the same.
-    again = region_logits(model, maps["fpn"], found["boxes"])
+    again, _ = region_predictions(model, maps["fpn"], found["boxes"])
     assert torch.allclose(again, scores, atol=1e-5)
 
 

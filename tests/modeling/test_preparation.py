@@ -326,7 +326,7 @@ def test_regions_of_a_scaled_teacher():
         Boxes(torch.tensor([[10.0, 2.0, 60.0, 44.0]])),
     ]
     teacher = FrozenTeacher(model, "", "RGB", scale=2)
-    found = teacher.region_logits(teacher.features(images(), FPN, "RGB"), boxes)
+    found = teacher.region_predictions(teacher.features(images(), FPN, "RGB"), boxes)
     plain = FrozenTeacher(model, "", "RGB")
     larger = [
         {
@@ -337,7 +337,7 @@ def test_regions_of_a_scaled_teacher():
         for x in images()
     ]
     twice = [Boxes(2 * x.tensor) for x in boxes]
-    expected = plain.region_logits(plain.features(larger, FPN, "RGB"), twice)
+    expected = plain.region_predictions(plain.features(larger, FPN, "RGB"), twice)
     torch.testing.assert_close(found, expected)
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
-from typing import Any, Callable, Dict, Mapping, Sequence
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -18,21 +18,22 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 from omegaconf import DictConfig
 from torch import nn
+from torch.utils._pytree import tree_map
 
-from sharedkd.config.build import construct
+from sharedkd.config.build import construct, target_of
 from sharedkd.engine.hooks.record import hardware, peak_memory_mb, versions
 from sharedkd.engine.parts import amp_dtype, memory_layout, rewire
 from sharedkd.engine.run import ddp
 from sharedkd.engine.trainer import SharedKDTrainer
 from sharedkd.errors import ConfigError
 from sharedkd.lab.timing import spread, take_turns
-from sharedkd.losses.base import Batch
+from sharedkd.losses.base import UNLABELLED, Batch
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.stages import Stage
-from sharedkd.modeling.teachers.frozen import FrozenTeacher
+from sharedkd.modeling.teachers import FrozenTeacher
 
-__all__ = ["Benchmark", "measure", "ratio"]
+__all__ = ["Benchmark", "circumstances", "measure", "ratio"]
 
 OBJECTS = 8  # per image, of random places and sizes
 WARM_UP = 2  # rounds that are not counted
@@ -50,22 +51,29 @@ class Benchmark:
         cfg: of a pair, see :func:`~sharedkd.config.load.load_config`.
         image_size: shorter side of the images in pixels; the longer one is 4/3 of it.
         batch_size: images a step.
+        unlabelled: further images a step, without labels.
 
     Raises:
         ConfigError: not a pair.
     """
 
-    def __init__(self, cfg: DictConfig, image_size: int, batch_size: int):
-        if cfg.model.get("student") is None or cfg.model.get("teacher") is None:
+    def __init__(self, cfg: DictConfig, image_size: int, batch_size: int, unlabelled: int = 0):
+        sources = [cfg.model.get(key) for key in ("teacher", "teachers", "peers")]
+        if cfg.model.get("student") is None or not any(sources):
             raise ConfigError(
                 "--config-file", "model", "has no student and teacher", "use a pair's config"
             )
-        self.cfg, self.size = cfg, (image_size, batch_size)
+        self.cfg, self.size = cfg.copy(), (image_size, batch_size, unlabelled)
+        if target_of(sources[0]) is FrozenTeacher:
+            self.cfg.model.teacher.weights = ""
         self.device = torch.device(cfg.train.device)
         self.dtype = amp_dtype(cfg)
         torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
         shape = image_size, 32 * round(image_size * 4 / 96)
-        self.records = [_record(shape, seed) for seed in range(batch_size)]
+        self.records = [_record(shape, seed) for seed in range(batch_size + unlabelled)]
+        for record in self.records[batch_size:]:
+            del record["instances"]
+            record[UNLABELLED] = True
         if self.device.type == "cuda":  # as the data loader does
             self.records = [{**x, "image": x["image"].pin_memory()} for x in self.records]
 
@@ -88,6 +96,7 @@ class Benchmark:
     def teacher_eager(self) -> Arm:
         """Backbone and FPN of the teacher, as Detectron2 runs them."""
         teacher = self._new_teacher()
+        _tame(teacher.to(self.device).model)
         images = teacher.preprocess(self.records, teacher.input_format, 0).tensor
 
         @torch.no_grad()
@@ -99,7 +108,10 @@ class Benchmark:
 
     def student_sharedkd(self) -> Arm:
         """A step of the plain student by this project's trainer and settings."""
-        return self._step(self.pair.student)
+        student = self._new_student().to(memory_format=memory_layout(self.cfg))
+        keep_keypoints_contiguous(student)
+        rewire(self.cfg, student)
+        return self._step(student)  # not the pair's, whose teacher takes memory
 
     def teacher(self) -> Arm:
         """The teacher's maps, as a distillation step computes them."""
@@ -141,35 +153,38 @@ class Benchmark:
     @cached_property
     def pair(self) -> SharedKD:
         """The pair as a run trains it, with all stages on in every iteration."""
-        student = self._new_student().to(memory_format=memory_layout(self.cfg))
-        keep_keypoints_contiguous(student)
-        rewire(self.cfg, student)
-        stages = construct(self.cfg.model.stages, "model.stages")
+        node = self.cfg.model
+        stages = construct(node.stages, "model.stages")
         pair = SharedKD(
-            student=student,
-            teacher=self.prepared,
+            student=self._new_student(),
+            teacher=self._new_teacher(),
+            teachers=_group(node, "teachers"),
             stages={k: _always(x) for k, x in stages.items()},
-            input_format=self.cfg.model.input_format,
+            peers=_group(node, "peers"),
+            input_format=node.input_format,
         )
-        return pair.to(self.device).train()
+        pair.to(self.device, memory_format=memory_layout(self.cfg)).train()
+        for source in pair.sources.values():
+            for each in getattr(source, "teachers", [source]):
+                _tame(each.detector)
+            source.prepare(self.dtype)
+        for each in pair.pairs.values():
+            rewire(self.cfg, each.student)
+        return pair
 
-    @cached_property
-    def prepared(self) -> FrozenTeacher:
+    @property
+    def prepared(self) -> Any:
         """The teacher as a distillation step runs it."""
-        teacher = self._new_teacher()
-        teacher.model.to(memory_format=memory_layout(self.cfg))
-        teacher.prepare(self.dtype)
-        return teacher
+        return self.pair.teacher
 
     def _new_student(self) -> nn.Module:
         torch.manual_seed(0)
         return _tame(construct(self.cfg.model.student, "model.student")).to(self.device).train()
 
-    def _new_teacher(self) -> FrozenTeacher:
+    def _new_teacher(self) -> Any:
         torch.manual_seed(1)
-        teacher = construct({**self.cfg.model.teacher, "weights": ""}, "model.teacher")
-        _tame(teacher.model)
-        return teacher.to(self.device)
+        node = self.cfg.model.get("teacher")
+        return None if node is None else construct(node, "model.teacher")
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         node = self.cfg.optimizer.copy()
@@ -201,9 +216,9 @@ class Benchmark:
         return median(peaks)
 
 
-def _peak(threads: int, arm: str, cfg: DictConfig, image_size: int, batch_size: int) -> float:
+def _peak(threads: int, arm: str, cfg: DictConfig, *size: int) -> float:
     torch.set_num_threads(threads)
-    run = getattr(Benchmark(cfg, image_size, batch_size), arm)()
+    run = getattr(Benchmark(cfg, *size), arm)()
     run()
     run()  # the second step also has the optimizer's state
     return peak_memory_mb()
@@ -259,16 +274,29 @@ def measure(
     peaks.update({name: each.peak_mb("distill", starts) for name, each in others.items()})
     return {
         "overhead": ratios["overhead"]["median"],
+        **circumstances(bench),
+        "ratios": ratios,
+        "seconds": {name: spread(each) for name, each in seconds.items()},
+        "memory_mb": {name: round(peak) for name, peak in peaks.items()},
+    }
+
+
+def circumstances(bench: Benchmark) -> Dict[str, Any]:
+    """What is measured on what: hardware, versions, images, and both precisions."""
+    return {
         "device": str(bench.device),
         "hardware": hardware(bench.device),
         "versions": versions(),
         "images": [list(x["image"].shape[-2:]) for x in bench.records],
         "precision": str(bench.dtype or torch.float32)[6:],
         "teacher_precision": str(bench.prepared.dtype)[6:],
-        "ratios": ratios,
-        "seconds": {name: spread(each) for name, each in seconds.items()},
-        "memory_mb": {name: round(peak) for name, peak in peaks.items()},
     }
+
+
+def _group(node: DictConfig, key: str) -> Dict[str, Any]:
+    """The objects in a group of a model's nodes, by name."""
+    nodes = node.get(key) or {}
+    return {x: construct(nodes[x], f"model.{key}.{x}") for x in nodes if x != "_target_"}
 
 
 def _one_step(trainer: SimpleTrainer, iteration: int) -> None:
@@ -281,10 +309,18 @@ def _as_leaves(batch: Batch) -> Batch:
         tap: {s: x.detach().requires_grad_(x.requires_grad) for s, x in levels.items()}
         for tap, levels in batch.student.items()
     }
-    regions = batch.regions
+    regions, crossed = batch.regions, batch.crossed
     if regions is not None:
-        regions = replace(regions, student=regions.student.detach().requires_grad_())
-    return replace(batch, student=student, regions=regions)
+        own = regions.student.detach().requires_grad_()
+        regions = replace(regions, student=own, crossed=_cut_off(regions.crossed))
+    return replace(batch, student=student, regions=regions, crossed=_cut_off(crossed))
+
+
+def _cut_off(crossed: Optional[Callable[[int], Any]]) -> Optional[Callable[[int], Any]]:
+    """What the teacher's head makes of the student's, without the backward through it."""
+    if crossed is None:
+        return None
+    return lambda left: tree_map(lambda x: x.detach().requires_grad_(), crossed(left))
 
 
 def _record(shape: Sequence[int], seed: int) -> Dict[str, Any]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, List, Mapping
 
 from sharedkd.files import replace
+from sharedkd.lab.schemes import PLAIN
 from sharedkd.lab.tables import markdown, number
 
-__all__ = ["document", "pairs", "rivals", "table"]
+__all__ = ["document", "pairs", "rivals", "schemes", "table"]
 
 BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
 
@@ -54,6 +55,22 @@ def rivals(result: Result) -> str:
         rows.append([label, f"{step:.3f}", share, f"{losses:.3f}", _memory(result, name)])
     titles = ["method", "seconds a step", "Shared-KD's step / its step", "of it losses", "MB"]
     return markdown(rows, titles)
+
+
+def schemes(result: Result) -> str:
+    """What was measured on what, the command, and one row for each scheme.
+
+    Args:
+        result: of :func:`~sharedkd.lab.schemes.measure_schemes`, with its ``command``.
+    """
+    rows = []
+    for name, seconds in result["seconds"].items():
+        step = "1" if name == PLAIN else _spread(result["ratios"][name])
+        more = result["memory_mb"][name] - result["memory_mb"][PLAIN]
+        rows.append([name, step, f"{seconds['median']:.3f}", _memory(result, name), f"{more:+,d}"])
+    titles = ["scheme", "its step / plain step", "seconds a step", "MB", "MB beside the plain step"]
+    command = f"```bash\n{shlex.join(result['command'])}\n```"
+    return "\n\n".join([_circumstances(result), command, markdown(rows, titles)])
 
 
 def document(folder: Path, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from statistics import median
-from typing import Callable, Dict, List, Mapping, Sequence
+from typing import Callable, Dict, List, Mapping, Optional, Sequence
 
 import torch
 
@@ -10,7 +10,10 @@ __all__ = ["spread", "take_turns"]
 
 
 def take_turns(
-    arms: Mapping[str, Callable[[], object]], rounds: int, warm_up: int
+    arms: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int,
+    clock: Optional[Callable[[], float]] = None,
 ) -> Dict[str, List[float]]:
     """Seconds of each of ``arms``, one per round; each round starts with another arm.
 
@@ -18,16 +21,17 @@ def take_turns(
         arms: name -> a call that does its work once.
         rounds: timed calls of each.
         warm_up: rounds before them, which are not counted.
+        clock: gives the time in seconds; None: that on the wall, when the GPU has done its work.
     """
-    names = list(arms)
+    names, clock = list(arms), clock or _now
     seconds: Dict[str, List[float]] = {name: [] for name in names}
     for turn in range(-warm_up, rounds):
         first = turn % len(names)
         for name in [*names[first:], *names[:first]]:
-            start = _now()
+            start = clock()
             arms[name]()
             if turn >= 0:
-                seconds[name].append(_now() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -4,7 +4,7 @@ from .base import Batch, DistillationLoss, Regions
 from .bckd import BCKD
 from .cosine import Cosine
 from .cross_layer import CrossLayer
-from .crosskd import CrossKD
+from .crosskd import CrossKD, RegionCrossKD
 from .cwd import CWD
 from .dist import DIST, DenseDIST
 from .dkd import DKD, DenseDKD
@@ -48,6 +48,7 @@ __all__ = [
     "IdenticalLayer",
     "ImprovedKD",
     "Regions",
+    "RegionCrossKD",
     "ReviewKD",
     "SemCKD",
 ]

@@ -46,18 +46,24 @@ Maps = Dict[str, Dict[int, Tensor]]  #: tap -> stride -> map (N, C, H, W)
 
 @dataclass
 class Regions:
-    """The class logits of both detectors for the R regions that a two-stage student samples.
+    """What both detectors predict of the R regions that a two-stage student samples.
 
     Args:
         labels: (R,) int64, the class of each region's ground truth; K is background.
         student: (R, K + 1) class logits, attached to the student's graph.
         teacher: (R, K + 1) class logits of the teacher's head for the same regions, on its own maps;
             None until it has run.
+        deltas: (R, K*4) the teacher's box deltas beside them, or (R, 4) that are the same for all classes.
+        crossed: number of layers left -> the logits and deltas that the teacher's box head makes of what the
+            student's has before its last so many layers, attached to the student's graph.  None when no
+            active loss needs it.
     """
 
     labels: Tensor
     student: Tensor
     teacher: Optional[Tensor] = None
+    deltas: Optional[Tensor] = None
+    crossed: Optional[Callable[[int], Tuple[Tensor, Tensor]]] = None
 
 
 @dataclass
@@ -73,9 +79,9 @@ class Batch:
         regions: None when no active loss needs them.
         labels: stride -> (N, A, H, W) int64, the class of each anchor by a one-stage student's own
             matching; K is background, -1 ignored.  None when no active loss needs them.
-        crossed: number of convolutions left -> the maps ``logits`` and ``boxes`` that the teacher's dense
-            head makes of what the student's head has before its last so many convolutions, attached to the
-            student's graph.  None when no active loss needs it.
+        crossed: number of convolutions left -> the maps ``logits`` and ``boxes`` that the teacher's
+            one-stage head makes of what the student's head has before its last so many convolutions, attached
+            to the student's graph.  None when no active loss needs it, and for two-stage heads, see ``regions``.
     """
 
     student: Maps

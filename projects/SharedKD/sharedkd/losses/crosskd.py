@@ -1,4 +1,4 @@
-"""CrossKD: the student's head maps, finished by the teacher's head, should give the teacher's predictions."""
+"""CrossKD: what the student's head has, finished by the teacher's head, should give the teacher's predictions."""
 
 from typing import Dict, FrozenSet, List, Optional
 
@@ -11,7 +11,7 @@ from sharedkd.values import check_number
 from .base import Batch, DistillationLoss, Shapes, check_weights, precise
 from .dense import check_same_head, foreground, giou, number_of_foreground, on_images
 
-__all__ = ["CrossKD"]
+__all__ = ["CrossKD", "RegionCrossKD"]
 
 
 class CrossKD(DistillationLoss):
@@ -29,7 +29,7 @@ class CrossKD(DistillationLoss):
     the quality focal loss on all positions, GIoU on the foreground for heads without distributions, four
     convolutions a tower, and the cut after the third (``left=1``).  OUR reading: the foreground is that of
     the student's own matching, F, at least 1, its anchors on all levels of the batch, and padding counts
-    nowhere; FCOS's centerness has no part.  Two-stage heads have no such towers and are refused.
+    nowhere; FCOS's centerness has no part.  Two-stage heads have no such towers, see :class:`RegionCrossKD`.
 
     Maps: the teacher's ``logits`` (N, A*K, H, W) and ``boxes`` (N, A*4, H, W).  No parameters.
 
@@ -88,3 +88,60 @@ class CrossKD(DistillationLoss):
             terms[f"s{stride}_score"] = self.score * score.sum() / count
             terms[f"s{stride}_overlap"] = self.overlap * overlap.sum() / count
         return terms
+
+
+class RegionCrossKD(DistillationLoss):
+    """CrossKD for two-stage detectors, on the regions that the student samples.  OUR adaptation.
+
+    The paper has dense heads only.  Here the student's features of a region before the last ``left`` layers
+    of its box head go through the teacher's last ``left`` and its predictor, which are frozen: z_C (R, K + 1)
+    and d_C are these class logits and box deltas of the R regions, z_T, d_T those that the teacher's head
+    makes of its own maps there.  With p = softmax(z) and y a region's class by the student's own matching::
+
+        score = score / R * sum over the regions of KL(p_T || p_C)
+        box   = box / R * sum over the regions of objects of |d_C,y - d_T,y|_1
+
+    Both are what the detector's own losses become with the teacher's predictions as targets: cross entropy
+    up to a constant, and the L1 distance of the deltas of one class over the number of all regions.  A
+    region of background has no box.
+
+    Terms: ``score`` and ``box``, 0 without regions.  Reads no maps.  No parameters.
+
+    Example::
+
+        model.stages.crosskd = L(Stage)(loss=L(RegionCrossKD)(score=1.0, box=1.0), weight=1.0)
+
+    Args:
+        score, box: weights of the two terms, 0 or more.
+        left: of the box head's convolutions and linear layers before the predictor; 0: the predictor alone;
+            all of them: the teacher's whole head, on the student's pooled regions.
+
+    Raises:
+        ConfigError: a number out of its range.
+    """
+
+    needs = frozenset({"teacher", "regions", "crossed"})
+
+    def __init__(self, score: float, box: float, left: int = 1):
+        super().__init__()
+        check_weights(score=score, box=box)
+        check_number("left", left, least=0, whole=True)
+        self.score, self.box, self.left = score, box, left
+
+    @property
+    def taps(self) -> FrozenSet[str]:
+        return frozenset()
+
+    def forward(self, batch: Batch) -> Dict[str, Tensor]:
+        regions = batch.regions
+        z_c, d_c = map(precise, regions.crossed(self.left))
+        z_t, d_t = (precise(x).detach() for x in (regions.teacher, regions.deltas))
+        k, count = z_t.shape[1] - 1, max(len(z_t), 1)
+        score = F.kl_div(z_c.log_softmax(1), z_t.log_softmax(1), reduction="sum", log_target=True)
+        apart = (d_c - d_t).abs().unflatten(1, (-1, 4)).sum(2)  # (R, K), or (R, 1) for all classes
+        mine = regions.labels.clamp(max=apart.shape[1] - 1).unsqueeze(1)
+        box = apart.gather(1, mine).squeeze(1) * (regions.labels < k)
+        return {
+            "score": self.score / count * score,
+            "box": self.box / count * box.sum(),
+        }

@@ -1,4 +1,4 @@
-"""A detector's heads: dense predictions and what is before them, labels of anchors, class logits of regions."""
+"""A detector's heads: dense predictions and those of regions, what is before them, labels of anchors."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ __all__ = [
     "check_labels",
     "check_regions",
     "finish_head",
+    "finish_regions",
     "HeadTap",
     "RegionTap",
-    "region_logits",
+    "region_predictions",
 ]
 
 
@@ -157,15 +158,44 @@ def anchor_labels(
 #: The output of a one-stage head -> its convolutions, and the last one, that predicts.
 _TOWERS = {"logits": ("cls_subnet", "cls_score"), "deltas": ("bbox_subnet", "bbox_pred")}
 
-Hidden = Dict[Tuple[str, int], List[Tensor]]  #: (tap, convolutions left) -> map of each level
+REGIONS = "regions"  #: the box head of a two-stage detector; of a cascade, the first stage's
+
+#: (output or :data:`REGIONS`, layers left) -> map of each level, or the features of all regions alone
+Hidden = Dict[Tuple[str, int], List[Tensor]]
+#: number of layers left before the prediction -> these and the prediction
+Rest = Dict[int, List[nn.Module]]
 
 
-def _rest(head: nn.Module, tap: str) -> Dict[int, List[nn.Module]]:
-    """Number of convolutions left -> what a tower of a head still runs, the prediction last."""
-    tower, last = _TOWERS[tap]
-    layers = [*getattr(head, tower), getattr(head, last)]
-    starts = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
-    return {left: layers[start:] for left, start in enumerate(reversed(starts))}
+def _rests(detector: Optional[nn.Module]) -> Dict[str, Rest]:
+    """What the head of a detector still runs after each cut, see :data:`Hidden`; empty for other heads."""
+    heads = getattr(detector, "roi_heads", None)
+    if hasattr(heads, "box_pooler"):
+        head = _first(heads.box_head)
+        layers = head if isinstance(head, nn.Sequential) else ()  # any other is not cut
+        return {REGIONS: _cut([*layers, _first(heads.box_predictor)])}
+    head = getattr(DenseHead.of(detector), "module", None)
+    if not all(hasattr(head, tower) for tower, _ in _TOWERS.values()):
+        return {}
+    towers = {tap: [*getattr(head, tower), getattr(head, x)] for tap, (tower, x) in _TOWERS.items()}
+    return {tap: _cut(layers) for tap, layers in towers.items()}
+
+
+def _cut(layers: List[nn.Module]) -> Rest:
+    """Cut before each convolution or linear layer, and before the prediction, which is the last."""
+    last = len(layers) - 1
+    starts = [i for i in range(last) if isinstance(layers[i], (nn.Conv2d, nn.Linear))]
+    return {left: layers[start:] for left, start in enumerate(reversed([*starts, last]))}
+
+
+def _reads(detector: nn.Module, rest: Rest, left: int) -> str:
+    """What the rest of a head reads, in words."""
+    first = getattr(rest[left][0], "cls_score", rest[left][0])  # of a predictor of regions
+    width = getattr(first, "in_channels", getattr(first, "in_features", "unknown"))
+    before = rest[max(rest)][: -len(rest[left])]
+    pooler = getattr(getattr(detector, "roi_heads", None), "box_pooler", None)
+    if pooler is None or any(isinstance(x, nn.Linear) for x in before):
+        return f"{width} channels"
+    return f"{width} channels (regions of {'x'.join(map(str, pooler.output_size))})"
 
 
 def check_crossed(student: nn.Module, teacher: Optional[nn.Module], left: int, key: str) -> None:
@@ -173,40 +203,40 @@ def check_crossed(student: nn.Module, teacher: Optional[nn.Module], left: int, k
 
     Args:
         student, teacher: the detectors.
-        left: how many convolutions of the teacher's towers run on the student's maps.
+        left: how many layers of the teacher's head run on the student's maps, before the prediction.
         key: the loss's place in the config, for messages.
 
     Raises:
-        ConfigError: one has no head with two towers of so many convolutions, or their widths differ.
+        ConfigError: one has no head of so many layers, one-stage with two towers or two-stage as the
+            other's; or their widths differ.
     """
     rests = []
     for who, detector in (("student", student), ("teacher", teacher)):
-        head = getattr(DenseHead.of(detector), "module", None)
-        if not all(hasattr(head, tower) for tower, _ in _TOWERS.values()):
+        rests.append(_rests(detector))
+        if not rests[-1] or rests[-1].keys() != rests[0].keys():
             name, problem = type(detector).__name__, f"is a {who} without a head of two towers"
             fix = "use this loss between RetinaNets or FCOSs"
             raise ConfigError(key, name, problem, fix)
-        rests.append({tap: _rest(head, tap) for tap in _TOWERS})
         most = min(map(len, rests[-1].values())) - 1
         if left > most:
-            problem, fix = f"is more convolutions than the {who}'s {most}", f"use {most} at most"
+            problem, fix = f"is more layers than the {who}'s {most}", f"use {most} at most"
             raise ConfigError(f"{key}.left", left, problem, fix)
-    for tap in _TOWERS:
-        ours, theirs = (x[tap][left][0].in_channels for x in rests)
+    for tap in rests[0]:
+        ours, theirs = (_reads(x, y[tap], left) for x, y in zip((student, teacher), rests))
         if ours != theirs:
             raise ConfigError(
                 f"{key}.left",
                 left,
-                f"leaves maps of {ours} channels in the student's head, and the teacher's goes on with {theirs}",
+                f"leaves maps of {ours} in the student's head, and the teacher's goes on with {theirs}",
                 "use heads of one width",
             )
 
 
 class HeadTap:
-    """Takes what each convolution of a one-stage detector's head reads, from its own forward."""
+    """Takes what each layer of a detector's head reads, from its own forward."""
 
     def __init__(self, detector: nn.Module):
-        self._head = DenseHead.of(detector).module
+        self._rests = _rests(detector)
 
     @contextmanager
     def capture(self) -> Iterator[Hidden]:
@@ -218,8 +248,8 @@ class HeadTap:
 
         handles = [
             layers[0].register_forward_pre_hook(lambda _, args, key=(tap, left): take(key, args))
-            for tap in _TOWERS
-            for left, layers in _rest(self._head, tap).items()
+            for tap, rest in self._rests.items()
+            for left, layers in rest.items()
         ]
         try:
             yield found
@@ -240,14 +270,27 @@ def finish_head(detector: nn.Module, hidden: Hidden, left: int) -> Maps:
         ``logits`` and ``boxes``, attached to the graph of ``hidden``.
     """
     head, found = DenseHead.of(detector), {}
-    for tap in _TOWERS:
-        layers = _rest(head.module, tap)[left]
+    for tap, rest in _rests(detector).items():
         # Level by level in their order: a norm may have statistics of its own for each.
-        found[tap] = dict(zip(head.strides, (_through(layers, x) for x in hidden[tap, left])))
+        found[tap] = dict(zip(head.strides, (_through(rest[left], x) for x in hidden[tap, left])))
     return {"logits": found["logits"], "boxes": head.boxes(found["deltas"])}
 
 
-def _through(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+def finish_regions(detector: nn.Module, hidden: Hidden, left: int) -> Tuple[Tensor, Tensor]:
+    """Run the rest of a two-stage detector's box head on what another's has before it.
+
+    Args:
+        detector, hidden: see :func:`finish_head`.
+        left: how many layers of the box head are left.
+
+    Returns:
+        see :func:`region_predictions`; attached to the graph of ``hidden``.
+    """
+    (features,) = hidden[REGIONS, left]
+    return _through(_rests(detector)[REGIONS][left], features)
+
+
+def _through(layers: Sequence[nn.Module], x: Any) -> Any:
     for layer in layers:
         x = layer(x)
     return x
@@ -345,15 +388,20 @@ class RegionTap:
         return torch.cat(labels)
 
 
-def region_logits(detector: nn.Module, maps: Dict[int, Tensor], boxes: List[Boxes]) -> Tensor:
-    """A two-stage detector's class logits of given regions, (R, K + 1).
+def region_predictions(
+    detector: nn.Module, maps: Dict[int, Tensor], boxes: List[Boxes]
+) -> Tuple[Tensor, Tensor]:
+    """What a two-stage detector predicts of given regions.
 
     Args:
         detector: with a box head on its FPN; of a cascade, the first stage is used.
         maps: stride -> (N, C, H, W), its FPN's outputs.
         boxes: the regions of each image, in pixels of the images that the maps show.
+
+    Returns:
+        class logits (R, K + 1); box deltas (R, K*4), or (R, 4) that are the same for all classes.
     """
     heads, specs = detector.roi_heads, detector.backbone.output_shape()
     features = [maps[specs[name].stride] for name in heads.box_in_features]
     pooled = heads.box_pooler(features, boxes)
-    return _first(heads.box_predictor)(_first(heads.box_head)(pooled))[0]
+    return _first(heads.box_predictor)(_first(heads.box_head)(pooled))

@@ -73,7 +73,7 @@ class Seen:
         labels: see :class:`Batch`.
         boxes: per image the regions that it sampled; None when no active stage needs them.
         regions: their labels and its logits of them.
-        hidden: what the convolutions of its dense head read.
+        hidden: what the layers of its head read.
     """
 
     losses: Dict[str, Tensor]
@@ -500,10 +500,13 @@ class SharedKD(nn.Module):
                     stride: top_left(x, batch.student["logits"][stride].shape[-2:])
                     for stride, x in seen.labels.items()
                 }
-        if "regions" in self._needs(names):
-            logits = self.sources[source].region_logits(theirs, seen.boxes)
-            batch.regions = replace(seen.regions, teacher=logits)
-        if "crossed" in self._needs(names):
+        needs = self._needs(names)
+        if "regions" in needs:
+            teacher = self.sources[source]
+            logits, deltas = teacher.region_predictions(theirs, seen.boxes)
+            crossed = partial(teacher.finish_regions, seen.hidden) if "crossed" in needs else None
+            batch.regions = replace(seen.regions, teacher=logits, deltas=deltas, crossed=crossed)
+        elif "crossed" in needs:
             batch.crossed = partial(self._crossed, source, seen, batch.student["logits"])
         return batch
 

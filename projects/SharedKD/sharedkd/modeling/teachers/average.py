@@ -1,7 +1,7 @@
 """The average of the student over its training, as a source of maps."""
 
 import copy
-from typing import Any, Dict, FrozenSet, List, Mapping, Optional
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,11 @@ class StudentAverage(Teacher):
         self._update()
         return self._inner.features(batched_inputs, taps, input_format, size_divisibility)
 
-    def region_logits(self, maps: Maps, boxes: List[Any]) -> Tensor:
-        return self._inner.region_logits(maps, boxes)
+    def region_predictions(self, maps: Maps, boxes: List[Any]) -> Tuple[Tensor, Tensor]:
+        return self._inner.region_predictions(maps, boxes)
+
+    def finish_regions(self, hidden: Hidden, left: int) -> Tuple[Tensor, Tensor]:
+        return self._inner.finish_regions(hidden, left)
 
     def finish_head(self, hidden: Hidden, left: int) -> Maps:
         return self._inner.finish_head(hidden, left)

@@ -1,7 +1,7 @@
 """The base class of teachers: sources of feature maps that stages learn from."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, FrozenSet, List, Optional
+from typing import Any, Callable, Dict, FrozenSet, List, Optional, Tuple
 
 import torch
 from detectron2.structures import Boxes
@@ -67,15 +67,23 @@ class Teacher(ABC):
             ConfigError: it cannot.
         """
 
-    def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
-        """Compute its class logits of given regions.
+    def region_predictions(self, maps: Maps, boxes: List[Boxes]) -> Tuple[Tensor, Tensor]:
+        """Compute its class logits and box deltas of given regions.
 
         Args:
             maps: of :meth:`features`, with the tap ``fpn``.
             boxes: the regions of each image, in pixels.
 
         Returns:
-            (R, K + 1), without gradient.
+            see :func:`~sharedkd.modeling.heads.region_predictions`; without gradient.
+
+        Raises:
+            NotImplementedError: it has no box head.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no box head")
+
+    def finish_regions(self, hidden: Hidden, left: int) -> Tuple[Tensor, Tensor]:
+        """Run the rest of its box head on the student's features, see :func:`~sharedkd.modeling.heads.finish_regions`.
 
         Raises:
             NotImplementedError: it has no box head.

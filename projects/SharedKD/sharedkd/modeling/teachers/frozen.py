@@ -3,7 +3,7 @@
 import logging
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from sharedkd.losses.base import HEAD_TAPS, Maps, precise
 from sharedkd.modeling.backbones import compile_backbone
 from sharedkd.modeling.detectors import KEY, build_detector, read_config, zoo_weights
 from sharedkd.modeling.folding import fold_norms
-from sharedkd.modeling.heads import Hidden, finish_head, region_logits
+from sharedkd.modeling.heads import Hidden, finish_head, finish_regions, region_predictions
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.preparation import (
     converted,
@@ -358,8 +358,8 @@ class FrozenTeacher(Teacher):
         return layout if there else torch.contiguous_format
 
     @torch.no_grad()
-    def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
-        """Its class logits of the student's regions, (R, K + 1), from its own maps of the FPN.
+    def region_predictions(self, maps: Maps, boxes: List[Boxes]) -> Tuple[Tensor, Tensor]:
+        """What it predicts of the student's regions, from its own maps of the FPN.
 
         Args:
             maps: of :meth:`features`, with the tap ``fpn``.
@@ -370,13 +370,17 @@ class FrozenTeacher(Teacher):
         if self.scale != 1:
             boxes = [Boxes(x.tensor * self.scale) for x in boxes]
         with self._arithmetic():
-            return region_logits(self.model, pyramid, boxes)
+            return region_predictions(self.model, pyramid, boxes)
+
+    def finish_regions(self, hidden: Hidden, left: int) -> Tuple[Tensor, Tensor]:
+        """The student's gradient goes through it; its own parameters get none."""
+        with self._arithmetic():
+            return finish_regions(self.model, _precise(hidden), left)
 
     def finish_head(self, hidden: Hidden, left: int) -> Maps:
-        """The student's gradient goes through it; its own parameters get none."""
-        hidden = {key: [precise(x) for x in levels] for key, levels in hidden.items()}
+        """See :meth:`finish_regions`."""
         with self._arithmetic():
-            maps = finish_head(self.model, hidden, left)
+            maps = finish_head(self.model, _precise(hidden), left)
         return self._in_students_pixels(maps)
 
     @torch.no_grad()
@@ -392,7 +396,7 @@ class FrozenTeacher(Teacher):
         sizes = [dict(zip(("height", "width"), x["image"].shape[-2:])) for x in batched_inputs]
         inputs = self._inputs(batched_inputs, input_format)
         inputs = [{**size, **x} for size, x in zip(sizes, inputs)]
-        to_float32 = self._network.register_forward_hook(  # see region_logits
+        to_float32 = self._network.register_forward_hook(  # see region_predictions
             lambda module, args, maps: (
                 {name: precise(x) for name, x in maps.items()} if isinstance(maps, dict) else None
             )
@@ -434,6 +438,10 @@ def _tf32(device: torch.device, allowed: Optional[bool]) -> Iterator[None]:
     finally:
         for switch, value in zip(switches, before):
             switch.allow_tf32 = value
+
+
+def _precise(hidden: Hidden) -> Hidden:
+    return {key: [precise(x) for x in levels] for key, levels in hidden.items()}
 
 
 def _change(before: Dict[int, Tensor], after: Dict[int, Tensor]) -> Dict[int, float]:

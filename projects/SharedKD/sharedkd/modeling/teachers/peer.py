@@ -8,7 +8,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from sharedkd.losses.base import Maps, precise
-from sharedkd.modeling.heads import region_logits
+from sharedkd.modeling.heads import region_predictions
 from sharedkd.modeling.taps import FeatureTap
 from sharedkd.values import check_number
 
@@ -97,12 +97,12 @@ class StudentMaps(Teacher):
         return self._student
 
     @torch.no_grad()
-    def region_logits(self, maps: Maps, boxes: List[Boxes]) -> Tensor:
+    def region_predictions(self, maps: Maps, boxes: List[Boxes]) -> Tuple[Tensor, Tensor]:
         modes = {x: x.training for x in self._student.roi_heads.modules()}
         self._student.roi_heads.eval()  # its statistics are those of its own regions
         try:
             fpn = {stride: precise(x) for stride, x in maps["fpn"].items()}
-            return region_logits(self._student, fpn, boxes)
+            return region_predictions(self._student, fpn, boxes)
         finally:
             for module, training in modes.items():
                 module.training = training
