@@ -6,9 +6,10 @@ All functions but :func:`read_comparison` take one record, a plain dict as ``res
 * "baseline": the method that the others are compared with;
 * "arms": one mapping per training run, with "method", "seed" and "status" ("finished", "failed" or
   "missing").  A finished one has "results" (task "bbox" or "segm" to metric name to percentage) and
-  may have "curve" (task to [iteration, AP] of each evaluation), "iterations", "seconds_per_step", "peak_memory_mb", "parameters" (of which "losses" is
-  read), "initial_weights" (a digest), "hardware", "versions" and "collapsed" (tasks in which it finds
-  nothing, so that its AP is zero); the others may have "error";
+  may have "curve" (task to [iteration, AP] of each evaluation), "iterations", "seconds_per_step",
+  "peak_memory_mb", "parameters" ("student", "losses"), "initial_weights" (a digest), "hardware",
+  "versions" and "collapsed" (tasks in which it finds nothing, so that its AP is zero); the others may
+  have "error";
 * optionally "teacher", its results; "config_file", "overrides", "command", and "configs": method to its config.
 
 A value that is NaN or None counts as one that is not there.
@@ -17,9 +18,10 @@ A value that is NaN or None counts as one that is not there.
 import json
 import math
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from scipy.stats import t
@@ -40,13 +42,12 @@ __all__ = [
     "gap_closed",
     "interval",
     "is_known",
-    "loss_parameters_of",
     "mean_of",
     "measured",
-    "minutes_of",
     "paired",
     "reached",
     "read_comparison",
+    "rows_of",
     "score_of",
     "scores_of",
     "tasks_of",
@@ -166,13 +167,7 @@ class Difference:
 def difference(
     record: Mapping[str, Any], method: str, reference: str, task: str, metric: str = "AP"
 ) -> Difference:
-    """``method`` minus ``reference``, paired over the seeds that both have.
-
-    Args:
-        record: as the module describes it.
-        task: "bbox" or "segm".
-        metric: a name in the arms' results.
-    """
+    """``method`` minus ``reference``, paired over the seeds that both have."""
     ours, theirs = (scores_of(record, name, task, metric) for name in (method, reference))
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return Difference(*interval(pairs), seeds=len(pairs))
@@ -180,49 +175,45 @@ def difference(
 
 @dataclass(frozen=True)
 class Row:
-    """The measurements of one method on one task; NaN where there are none.
+    """The measurements of one method on one task.
 
     Args:
         method: its name.
-        mean, half_width: of AP over seeds, see :func:`interval`.
-        metrics: AP50, AP75, APs, APm and APl to their means.
-        scores: seed to AP.
+        scores: metric -> its known values, one per seed.
         gain: against the baseline; None for the baseline itself.
-        seconds_per_step, minutes, peak_memory_mb, loss_parameters: means over seeds.
+        costs: see :func:`costs_of`.
     """
 
     method: str
-    mean: float
-    metrics: Mapping[str, float]
-    half_width: float = math.nan
-    scores: Mapping[int, float] = field(default_factory=dict)
+    scores: Mapping[str, Sequence[float]]
     gain: Optional[Difference] = None
-    seconds_per_step: float = math.nan
-    minutes: float = math.nan
-    peak_memory_mb: float = math.nan
-    loss_parameters: float = math.nan
+    costs: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def interval(self, metric: str = "AP") -> Tuple[float, float]:
+        """Mean and half width over seeds, see :func:`interval`."""
+        return interval(self.scores[metric])
+
+    def mean(self, metric: str = "AP") -> float:
+        return mean_of(self.scores[metric])
+
+    def cost(self, name: str) -> float:
+        """The mean of one of the costs; NaN if it is not known."""
+        return mean_of(self.costs.get(name, ()))
 
 
 def measured(record: Mapping[str, Any]) -> Dict[str, List[Row]]:
     """One row per method, for each task ("bbox", "segm") that ``record`` has results of."""
-    return {task: [_row(record, m, task) for m in record["methods"]] for task in tasks_of(record)}
+    return {task: rows_of(record, task) for task in tasks_of(record)}
 
 
-def _row(record: Mapping[str, Any], method: str, task: str) -> Row:
-    scores, baseline = scores_of(record, method, task), record["baseline"]
-    mean, half_width = interval(list(scores.values()))
-    return Row(
-        method,
-        mean,
-        {m: mean_of(list(scores_of(record, method, task, m).values())) for m in MORE_METRICS},
-        half_width,
-        scores,
-        None if method == baseline else difference(record, method, baseline, task),
-        mean_of(costs_of(record, method, "seconds_per_step")),
-        minutes_of(record, method),
-        mean_of(costs_of(record, method, "peak_memory_mb")),
-        mean_of(loss_parameters_of(record, method)),
-    )
+def rows_of(record: Mapping[str, Any], task: str) -> List[Row]:
+    """One row per method of ``record``."""
+    rows, baseline = [], record["baseline"]
+    for method in record["methods"]:
+        scores = {m: [*scores_of(record, method, task, m).values()] for m in ("AP", *MORE_METRICS)}
+        gain = None if method == baseline else difference(record, method, baseline, task)
+        rows.append(Row(method, scores, gain, costs_of(record, method)))
+    return rows
 
 
 def finished_arms(record: Mapping[str, Any]) -> List[Mapping[str, Any]]:
@@ -256,28 +247,29 @@ def tasks_of(record: Mapping[str, Any]) -> List[str]:
     return [task for task in TASKS if any(result.get(task) for result in results)]
 
 
-def costs_of(record: Mapping[str, Any], method: str, name: str) -> List[float]:
-    """The known values of an arm's cost, one per finished arm of ``method`` in ``record``.
+def costs_of(record: Mapping[str, Any], method: str) -> Dict[str, List[float]]:
+    """Each cost of ``method`` with its known values, one per finished arm.
 
-    ``name`` is "iterations", "seconds_per_step" or "peak_memory_mb".
+    They are "iterations", "seconds_per_step", "minutes" (of these two), "peak_memory_mb", and
+    "loss_parameters" and "student_parameters", their numbers.
     """
-    values = (arm.get(name) for arm in _finished_of(record, method))
-    return [value for value in values if is_known(value)]
-
-
-def loss_parameters_of(record: Mapping[str, Any], method: str) -> List[int]:
-    """The number of parameters of the losses, per finished arm of ``method`` in ``record``."""
-    values = ((arm.get("parameters") or {}).get("losses") for arm in _finished_of(record, method))
-    return [value for value in values if is_known(value)]
-
-
-def minutes_of(record: Mapping[str, Any], method: str) -> float:
-    """Training time in minutes, the mean over the finished arms of ``method`` in ``record``."""
-    arms = _finished_of(record, method)
-    pairs = [(arm.get("iterations"), arm.get("seconds_per_step")) for arm in arms]
-    return mean_of(
-        [steps * time / 60 for steps, time in pairs if is_known(steps) and is_known(time)]
-    )
+    costs: Dict[str, List[float]] = defaultdict(list)
+    for arm in _finished_of(record, method):
+        steps, seconds, sizes = (
+            arm.get(x) for x in ("iterations", "seconds_per_step", "parameters")
+        )
+        values = {
+            "iterations": steps,
+            "seconds_per_step": seconds,
+            "minutes": steps * seconds / 60 if is_known(steps) and is_known(seconds) else None,
+            "peak_memory_mb": arm.get("peak_memory_mb"),
+            "loss_parameters": (sizes or {}).get("losses"),
+            "student_parameters": (sizes or {}).get("student"),
+        }
+        for name, value in values.items():
+            if is_known(value):
+                costs[name].append(value)
+    return costs
 
 
 def curve_of(record: Mapping[str, Any], method: str, task: str) -> List[Tuple[int, float]]:
@@ -292,7 +284,7 @@ def gap_closed(record: Mapping[str, Any], method: str, task: str) -> float:
 
     NaN without a teacher's AP, or if the teacher has no more than the baseline.
     """
-    plain = mean_of(list(scores_of(record, record["baseline"], task).values()))
+    plain = mean_of(scores_of(record, record["baseline"], task).values())
     gap = score_of(record.get("teacher"), task) - plain
     return difference(record, method, record["baseline"], task).mean / gap if gap > 0 else math.nan
 
@@ -308,9 +300,9 @@ def reached(record: Mapping[str, Any], method: str, task: str) -> List[Optional[
     return found
 
 
-def mean_of(values: Sequence[float]) -> float:
+def mean_of(values: Iterable[float]) -> float:
     """The mean of ``values``; NaN of none."""
-    return interval(values)[0]
+    return interval([*values])[0]
 
 
 def _finished_of(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]:

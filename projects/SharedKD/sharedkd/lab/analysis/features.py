@@ -7,8 +7,7 @@ from detectron2.config import instantiate
 
 from sharedkd.engine.hooks.record import hardware, versions
 from sharedkd.errors import ConfigError
-from sharedkd.files import replace
-from sharedkd.lab.strict_json import strict_json
+from sharedkd.lab.output import write_json, write_text
 from sharedkd.modeling.taps import pyramid_shapes
 
 from .feature_plots import draw_heat_maps, draw_maps, draw_training, position_maps
@@ -107,9 +106,9 @@ def analyze_features(
     record["pictures"] = [name for name, figure in figures.items() if figure]
     for name in record["pictures"]:
         figures[name].savefig(output / name, dpi=110)
-    replace(str(output / "features.json"), lambda f: f.write(strict_json(record)))
+    write_json(output / "features.json", record)
     text = words(record)
-    replace(str(output / "features.md"), lambda f: f.write(text.encode()))
+    write_text(output / "features.md", text)
     return f"{text.partition('## Pictures')[0].strip()}\n\n{output / 'features.md'}"
 
 

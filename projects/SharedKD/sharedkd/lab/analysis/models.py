@@ -136,7 +136,7 @@ def _of_comparison(folder: Path, methods: Sequence[str], seed: Optional[int]) ->
     if not methods:
         plain = record["baseline"]
         first, *others = [m for m in record["methods"] if m in runs and m != plain] or [""]
-        others.sort(key=lambda m: -mean_of(list(scores_of(record, m, "bbox").values()) or [0.0]))
+        others.sort(key=lambda m: -mean_of(scores_of(record, m, "bbox").values() or [0.0]))
         methods = [m for m in (plain, first, *others[:1]) if m in runs]
     for method in methods:
         if method not in runs:

@@ -6,9 +6,8 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 from omegaconf import OmegaConf
 
 from sharedkd.errors import ConfigError
-from sharedkd.files import replace
+from sharedkd.lab.output import write_json, write_text
 from sharedkd.lab.scores import paired
-from sharedkd.lab.strict_json import strict_json
 from sharedkd.lab.tables import between as difference_of
 from sharedkd.lab.tables import results_table
 
@@ -123,8 +122,8 @@ def visualize(
     record["gallery"] = [{**x, "pictures": paths} for x, paths in zip(chosen, files)]
     draw_ap(record).savefig(output / "ap_bars.png", dpi=110)
     draw_mistakes(record).savefig(output / "mistakes.png", dpi=110)
-    replace(str(output / "detections.json"), lambda f: f.write(strict_json(record)))
-    replace(str(output / "detections.md"), lambda f: f.write(_words(record).encode()))
+    write_json(output / "detections.json", record)
+    write_text(output / "detections.md", _words(record))
     return record
 
 

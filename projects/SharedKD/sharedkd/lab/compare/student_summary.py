@@ -1,13 +1,12 @@
 """The report of a comparison of students: a table per task, AP over latency, and what they show."""
 
 from pathlib import Path
-from typing import IO, Any, Callable, List, Mapping, Optional, Sequence
+from typing import Any, List, Mapping, Optional, Sequence
 
-from sharedkd.files import replace
+from sharedkd.lab.output import write_json, write_png, write_text
 from sharedkd.lab.scores import TASKS, difference, is_known, mean_of, score_of, scores_of, tasks_of
-from sharedkd.lab.strict_json import strict_json
+from sharedkd.lab.tables import markdown, number, with_bounds, with_half_width
 
-from .cells import number, table, with_bounds, with_half_width
 from .plots import plot_tradeoff
 from .tradeoff import EAGER, Point, Records, capacity_gaps, front, parameters_of, points
 
@@ -28,17 +27,12 @@ def write_students(
         budget: milliseconds that an image may take; None: no limit.
         writer: see :func:`~sharedkd.files.replace`.
     """
-
-    def put(name: str, fill: Callable[[IO[bytes]], Any]) -> None:
-        replace(str(folder / name), fill, writer)
-
     found = {"command": command, "latency_ms": budget, "students": records}
-    put(STUDENTS, lambda f: f.write(strict_json(found)))
+    write_json(folder / STUDENTS, found, writer)
     drawn = {task: points(records, task) for task in _tasks(records)}
     teacher = {task: _teacher(records, task) for task in drawn}
-    put("tradeoff.png", lambda f: plot_tradeoff(drawn, teacher, budget, f))
-    text = report_students(records, command, budget)
-    put("report.md", lambda f: f.write(text.encode()))
+    write_png(folder / "tradeoff.png", plot_tradeoff(drawn, teacher, budget), writer)
+    write_text(folder / "report.md", report_students(records, command, budget), writer)
 
 
 def report_students(records: Records, command: str, budget: Optional[float] = None) -> str:
@@ -100,7 +94,7 @@ def _table(records: Records, task: str, drawn: Sequence[Point], budget: Optional
     if is_known(_teacher(records, task)):
         ap = number(_teacher(records, task))
         rows.append(["teacher", *["-"] * 5, ap, *["-"] * (len(headers) - 7)])
-    return table(rows, headers, left=("student", "method", "verdict", "Pareto front"))
+    return markdown(rows, headers, left=("student", "method", "verdict", "Pareto front"))
 
 
 def _seeds(record: Mapping[str, Any], method: str, task: str) -> str:

@@ -20,13 +20,12 @@ from omegaconf import DictConfig
 from sharedkd.config import student_only
 from sharedkd.engine.hooks.record import hardware
 from sharedkd.errors import ConfigError
-from sharedkd.files import replace
 from sharedkd.lab.analysis.models import trained_student
 from sharedkd.lab.export import FORMATS, export_student
 from sharedkd.lab.export.deploy import WARM_UP
 from sharedkd.lab.export.images import read_images
+from sharedkd.lab.output import write_json
 from sharedkd.lab.runs import short, tool
-from sharedkd.lab.strict_json import strict_json
 from sharedkd.lab.timing import spread, take_turns
 from sharedkd.methods import PLAIN
 from sharedkd.modeling.detectors import config_path, load_file
@@ -232,7 +231,7 @@ def measure(arm: Arm, timed: bool = True) -> Optional[Dict[str, Any]]:
     cfg.train.init_checkpoint = str(arm.run.weights)
     found = _exported(cfg, arm.run.folder / "deployed")
     found = {"method": arm.method, "seed": arm.seed, "rounds": ROUNDS, **found}
-    replace(str(path), lambda f: f.write(strict_json(found)), WRITER)
+    write_json(path, found, WRITER)
     return found
 
 

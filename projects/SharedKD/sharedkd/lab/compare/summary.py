@@ -6,9 +6,9 @@ The records are those of :mod:`~sharedkd.lab.scores`.
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import IO, Any, Callable, List, Mapping, Optional, Sequence
+from typing import Any, List, Mapping, Optional, Sequence, Union
 
-from sharedkd.files import replace
+from sharedkd.lab.output import write_json, write_png, write_text
 from sharedkd.lab.scores import (
     CONFIDENCE,
     MORE_METRICS,
@@ -17,19 +17,15 @@ from sharedkd.lab.scores import (
     difference,
     finished_arms,
     gap_closed,
-    interval,
     is_known,
-    loss_parameters_of,
     mean_of,
-    minutes_of,
     reached,
+    rows_of,
     score_of,
-    scores_of,
     tasks_of,
 )
-from sharedkd.lab.strict_json import strict_json
+from sharedkd.lab.tables import markdown, number, with_bounds, with_half_width
 
-from .cells import number, table, with_bounds, with_half_width
 from .plots import plot_ap, plot_cost, plot_curves, plot_sizes
 
 __all__ = ["notes", "report", "write"]
@@ -55,11 +51,17 @@ def report(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
-    """Write ``results.json``, ``report.md`` and the plots: ``ap.png`` and others.
+#: Name of a picture -> its title, and what draws it.
+PLOTS = {
+    "ap": ("AP", plot_ap),
+    "curves": ("AP over the training", plot_curves),
+    "cost": ("AP against training time", plot_cost),
+    "sizes": ("AP by size of the objects", plot_sizes),
+}
 
-    Each file appears complete or not at all.  The JSON is strict: values that are not finite become
-    null.
+
+def write(record: Mapping[str, Any], folder: Union[str, Path], writer: str = "") -> None:
+    """Write ``results.json``, ``report.md`` and the plots, each complete or not at all.
 
     Args:
         record: as :mod:`~sharedkd.lab.scores` describes it.
@@ -71,28 +73,17 @@ def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-
-    def put(name: str, fill: Callable[[IO[bytes]], Any]) -> None:
-        replace(str(target / name), fill, writer)
-
     # The measurements first: all else can be made from them again.
-    put("results.json", lambda f: f.write(strict_json(record)))
-    plots = {"ap": plot_ap, "curves": plot_curves, "cost": plot_cost, "sizes": plot_sizes}
-    titles = {
-        "ap": "AP",
-        "curves": "AP over the training",
-        "cost": "AP against training time",
-        "sizes": "AP by size of the objects",
-    }
-    for name, plot in plots.items():
-        put(f"{name}.png", lambda f: plot(record, f))
-    links = "\n\n".join(f"![{title}]({name}.png)" for name, title in titles.items())
+    write_json(target / "results.json", record, writer)
+    for name, (_, plot) in PLOTS.items():
+        write_png(target / f"{name}.png", plot(record), writer)
+    links = [f"![{title}]({name}.png)" for name, (title, _) in PLOTS.items()]
     hint = (
         "The plots show intervals of the means. What all methods of a seed share widens these, but "
         "not those of the paired differences in the tables, which the verdicts rest on."
     )
-    text = f"{report(record)}\n## Plots\n\n{hint}\n\n{links}\n"
-    put("report.md", lambda f: f.write(text.encode()))
+    parts = [f"{report(record)}\n## Plots", hint, *links]
+    write_text(target / "report.md", "\n\n".join(parts) + "\n", writer)
 
 
 def _ap_table(record: Mapping[str, Any], task: str) -> str:
@@ -101,25 +92,26 @@ def _ap_table(record: Mapping[str, Any], task: str) -> str:
     headers += ["iterations to the baseline's AP", "seeds", "common seeds"]
     planned = len({arm["seed"] for arm in record["arms"]})
     rows = []
-    for method in record["methods"]:
-        scores = scores_of(record, method, task)
-        row = [method, with_half_width(*interval(list(scores.values())))]
-        for metric in MORE_METRICS:
-            row.append(number(mean_of(list(scores_of(record, method, task, metric).values()))))
-        if method == record["baseline"]:
-            row += ["-", "baseline", "-"]
-            common = "-"
-        else:
-            gain = difference(record, method, record["baseline"], task)
-            row += [with_bounds(gain), gain.verdict]
-            row.append(number(gap_closed(record, method, task), ".0%"))
-            common = str(gain.seeds)
-        row.append(_reached(reached(record, method, task)))
-        rows.append(row + [f"{len(scores)} of {planned}", common])
+    for row in rows_of(record, task):
+        gain, cells = row.gain, ["-", "baseline", "-"]
+        if gain:
+            closed = number(gap_closed(record, row.method, task), ".0%")
+            cells = [with_bounds(gain), gain.verdict, closed]
+        rows.append(
+            [
+                row.method,
+                with_half_width(*row.interval()),
+                *(number(row.mean(metric)) for metric in MORE_METRICS),
+                *cells,
+                _reached(reached(record, row.method, task)),
+                f"{len(row.scores['AP'])} of {planned}",
+                str(gain.seeds) if gain else "-",
+            ]
+        )
     if is_known(score_of(record.get("teacher"), task)):
         values = [number(score_of(record["teacher"], task, m)) for m in ("AP", *MORE_METRICS)]
         rows.append(["teacher", *values, *["-"] * 6])
-    return table(rows, headers, left=("method", "verdict"))
+    return markdown(rows, headers, left=("method", "verdict"))
 
 
 def _reached(iterations: Sequence[Optional[int]]) -> str:
@@ -135,27 +127,25 @@ def _reached(iterations: Sequence[Optional[int]]) -> str:
 def _cost_table(record: Mapping[str, Any]) -> str:
     headers = ["method", "iterations", "s / step", "its seeds", "time ratio", "training minutes"]
     headers += ["peak memory MB", "memory ratio", "parameters of the losses"]
+    plain = costs_of(record, record["baseline"])
     rows = []
     for method in record["methods"]:
-        seconds, memory = (
-            [mean_of(costs_of(record, name, cost)) for name in (method, record["baseline"])]
-            for cost in ("seconds_per_step", "peak_memory_mb")
-        )
-        spread = costs_of(record, method, "seconds_per_step")
+        costs = costs_of(record, method)
+        seconds = costs["seconds_per_step"]
         rows.append(
             [
                 method,
-                _range(costs_of(record, method, "iterations")),
-                number(seconds[0], ".3f"),
-                f"{min(spread):.3f} to {max(spread):.3f}" if spread else "-",
-                number(_ratio(*seconds)),
-                number(minutes_of(record, method), ".1f"),
-                number(memory[0], ",.0f"),
-                number(_ratio(*memory)),
-                _range(loss_parameters_of(record, method)),
+                _range(costs["iterations"]),
+                number(mean_of(seconds), ".3f"),
+                f"{min(seconds):.3f} to {max(seconds):.3f}" if seconds else "-",
+                number(_ratio(seconds, plain["seconds_per_step"])),
+                number(mean_of(costs["minutes"]), ".1f"),
+                number(mean_of(costs["peak_memory_mb"]), ",.0f"),
+                number(_ratio(costs["peak_memory_mb"], plain["peak_memory_mb"])),
+                _range(costs["loss_parameters"]),
             ]
         )
-    return table(rows, headers, left=("method",))
+    return markdown(rows, headers, left=("method",))
 
 
 def _equal_time_notes(record: Mapping[str, Any]) -> List[str]:
@@ -164,7 +154,7 @@ def _equal_time_notes(record: Mapping[str, Any]) -> List[str]:
         trained, at, timed = method.partition("@")
         if at:
             who = "the plain student" if trained == record["baseline"] else f"`{trained}`"
-            iterations = costs_of(record, method, "iterations")
+            iterations = costs_of(record, method)["iterations"]
             count = f": {_range(iterations)} iterations" if iterations else ""
             notes.append(f"- `{method}` is {who} trained for the time of `{timed}`{count}.")
             for task in tasks_of(record):
@@ -279,5 +269,6 @@ def _range(values: Sequence[float]) -> str:
     return f"{least:,}" if least == greatest else f"{least:,} to {greatest:,}"
 
 
-def _ratio(value: float, reference: float) -> float:
-    return value / reference if reference else math.nan
+def _ratio(values: Sequence[float], references: Sequence[float]) -> float:
+    """Of their means; NaN without a reference."""
+    return mean_of(values) / (mean_of(references) or math.nan)

@@ -8,7 +8,15 @@ import math
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
-from sharedkd.lab.scores import Difference, finished_arms, interval, is_known, mean_of, scores_of
+from sharedkd.lab.scores import (
+    Difference,
+    costs_of,
+    interval,
+    is_known,
+    mean_of,
+    rows_of,
+    scores_of,
+)
 
 __all__ = ["EAGER", "Gap", "Point", "capacity_gaps", "front", "parameters_of", "points"]
 
@@ -41,9 +49,8 @@ def points(records: Records, task: str) -> List[Point]:
     for student, record in records.items():
         deployed = record["deployed"] or {"format": EAGER, "milliseconds": {"median": math.nan}}
         latency, exported = deployed["milliseconds"]["median"], deployed["format"] != EAGER
-        for method in record["methods"]:
-            scores = list(scores_of(record, method, task).values())
-            found.append(Point(student, method, *interval(scores), latency, exported))
+        for row in rows_of(record, task):
+            found.append(Point(student, row.method, *row.interval(), latency, exported))
     return found
 
 
@@ -59,8 +66,8 @@ def front(found: Iterable[Point]) -> List[Point]:
 
 def parameters_of(record: Mapping[str, Any]) -> float:
     """The number of the student's parameters; NaN before an arm is finished."""
-    counts = [(arm.get("parameters") or {}).get("student") for arm in finished_arms(record)]
-    return max(filter(is_known, counts), default=math.nan)
+    counts = [n for m in record["methods"] for n in costs_of(record, m)["student_parameters"]]
+    return max(counts, default=math.nan)
 
 
 @dataclass(frozen=True)
@@ -120,5 +127,5 @@ def _between(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differen
 
 def _is_larger(one: Mapping[str, Any], other: Mapping[str, Any], task: str) -> bool:
     """Whether ``one`` has more parameters, and as a plain student no lower AP."""
-    plain = [mean_of(list(scores_of(x, x["baseline"], task).values())) for x in (one, other)]
+    plain = [mean_of(scores_of(x, x["baseline"], task).values()) for x in (one, other)]
     return parameters_of(one) > parameters_of(other) and plain[0] >= plain[1]

@@ -11,21 +11,13 @@ from typing import Optional
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sharedkd.files import replace
 from sharedkd.lab.compare.plots import PALETTE
 from sharedkd.lab.compare.student_summary import STUDENTS
 from sharedkd.lab.compare.summary import notes
+from sharedkd.lab.output import write_text
 from sharedkd.lab.runs import short
-from sharedkd.lab.scores import (
-    MORE_METRICS,
-    TASKS,
-    Difference,
-    Row,
-    is_known,
-    measured,
-    score_of,
-)
-from sharedkd.lab.tables import number
+from sharedkd.lab.scores import MORE_METRICS, TASKS, Difference, Row, is_known, measured, score_of
+from sharedkd.lab.tables import number, with_bounds, with_half_width
 
 from . import documents, settings, summary, training
 from .figures import DASHES
@@ -59,7 +51,7 @@ def write_report(
     text = as_html(folder, features, detections)
     output = output or folder / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    replace(str(output), lambda f: f.write(text.encode()))
+    write_text(output, text)
     return output
 
 
@@ -91,7 +83,10 @@ def as_html(
     between, shots = documents.read_gallery(detections)
     without = "side_by_side.jpg" if shots else ""  # the same pictures in one
     page.filters.update(
-        gained=summary.gained, number=partial(number, unknown="–"), score=summary.score, short=short
+        gained=partial(with_bounds, unknown="–"),
+        number=partial(number, unknown="–"),
+        score=lambda row: with_half_width(*row.interval(), unknown="–"),
+        short=short,
     )
     script = page.get_template("script.js").render()
     return page.get_template("report.html").render(
@@ -116,6 +111,7 @@ def as_html(
         features=documents.read_document(features / "features.md"),
         differences=settings.differences(source),
         origin=settings.origin(source),
+        metrics=MORE_METRICS,
         colors=len(PALETTE),
         dashes=DASHES,
         script=Markup(script),
@@ -126,8 +122,7 @@ def as_html(
 
 def _teacher(source: Source, task: str) -> Optional[Row]:
     """The teacher as a row of the results; None if its AP is not known."""
-    ap, *more = (score_of(source.record.get("teacher"), task, m) for m in ("AP", *MORE_METRICS))
-    if not is_known(ap):
-        return None
+    results = source.record.get("teacher")
+    scores = {m: [score_of(results, task, m)] for m in ("AP", *MORE_METRICS)}
     nothing = Difference(math.nan, math.nan, 0)
-    return Row("teacher", ap, dict(zip(MORE_METRICS, more)), gain=nothing)
+    return Row("teacher", scores, nothing) if is_known(scores["AP"][0]) else None

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from sharedkd.lab.compare.plots import plot_ap, plot_cost, plot_sizes
 from sharedkd.lab.metrics import detector_loss
-from sharedkd.lab.scores import TASKS, is_known, measured
+from sharedkd.lab.scores import TASKS, measured
 from sharedkd.modeling.stages import Stage
 
 from .figures import Curve, Plot, as_svg, draw_curves
@@ -44,7 +44,7 @@ def bars(source: Source) -> List[Plot]:
     if source.kind != "comparison":
         return []
     rows = [row for rows in measured(source.record).values() for row in rows]
-    sized = any(is_known(row.metrics["APs"]) for row in rows)
+    sized = any(row.scores["APs"] for row in rows)
     return _of_record(source, {"AP": plot_ap, **({"AP by size": plot_sizes} if sized else {})})
 
 
