@@ -44,9 +44,6 @@ def visualize(
 
     Returns:
         what detections.json holds; :func:`table` and ``record["sentence"]`` say it in words.
-
-    Raises:
-        ConfigError: models that do not fit their configs or each other.
     """
     cfg, detectors = load_detectors(found, overrides)
     first, second = between = _pair(between, [detector.source.name for detector in detectors])
@@ -87,14 +84,14 @@ def visualize(
         "score_threshold": score_threshold,
         "tasks": tasks,
         "models": {
-            detector.source.name: {
-                "config": str(detector.source.config),
-                "checkpoint": str(detector.source.checkpoint or ""),
-                "parameters": detector.parameters,
-                "seconds_per_image": seconds[detector.source.name],
-                **{task: results_of(results[detector.source.name], task) for task in tasks},
+            source.name: {
+                "config": str(source.config),
+                "checkpoint": str(source.checkpoint or ""),
+                "parameters": parameters,
+                "seconds_per_image": seconds[source.name],
+                **{task: results_of(results[source.name], task) for task in tasks},
             }
-            for detector in detectors
+            for source, parameters in ((x.source, x.parameters) for x in detectors)
         },
         "per_image": per_image,
         "between": list(between),
@@ -109,16 +106,9 @@ def visualize(
     if chosen:
         by_id = {x["image_id"]: x for x in records}
         span = OmegaConf.select(cfg, "dataloader.test.mapper.image_range")
-        files = draw_gallery(
-            truth,
-            [by_id[x["image_id"]] for x in chosen],
-            results,
-            matches,
-            task,
-            [_caption(x, between) for x in chosen],
-            output,
-            span,
-        )
+        shown = [by_id[x["image_id"]] for x in chosen]
+        captions = [_caption(x, between) for x in chosen]
+        files = draw_gallery(truth, shown, results, matches, task, captions, output, span)
     record["gallery"] = [{**x, "pictures": paths} for x, paths in zip(chosen, files)]
     draw_ap(record).savefig(output / "ap_bars.png", dpi=110)
     draw_mistakes(record).savefig(output / "mistakes.png", dpi=110)
@@ -135,14 +125,12 @@ def table(record: Mapping[str, Any]) -> str:
 def _pair(between: Sequence[str], names: Sequence[str]) -> Tuple[str, str]:
     doubles = [name for name in names if names.count(name) > 1]
     if doubles:
-        raise ConfigError(
-            "--models", doubles[0], "is the name of two models", "name them: NAME=FILE"
-        )
+        problem = "is the name of two models"
+        raise ConfigError("--models", doubles[0], problem, "name them: NAME=FILE")
     chosen = list(between) or [*names[:2], *names[:1]][:2]  # a single model: all images are equal
     if len(chosen) != 2 or not set(chosen) <= set(names):
-        raise ConfigError(
-            "--between", ",".join(chosen), "are not two of the models", f"use {names}"
-        )
+        problem = "are not two of the models"
+        raise ConfigError("--between", ",".join(chosen), problem, f"use {names}")
     return chosen[0], chosen[1]
 
 
