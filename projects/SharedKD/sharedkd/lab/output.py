@@ -15,7 +15,7 @@ __all__ = ["write_json", "write_png", "write_text"]
 
 
 def write_json(path: Path, value: Any, writer: str = "") -> None:
-    """Write ``value`` as indented JSON that every reader takes: null for floats that JSON does not have."""
+    """Write ``value`` as JSON that every reader takes, with null for NaN and infinity."""
     plain = json.loads(json.dumps(value), parse_constant=lambda constant: None)
     write_text(path, json.dumps(plain, indent=2) + "\n", writer)
 

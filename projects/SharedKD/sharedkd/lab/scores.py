@@ -8,8 +8,8 @@ All functions but :func:`read_comparison` take one record, a plain dict as ``res
   "missing").  A finished one has "results" (task "bbox" or "segm" to metric name to percentage) and
   may have "curve" (task to [iteration, AP] of each evaluation), "iterations", "seconds_per_step",
   "peak_memory_mb", "parameters" ("student", "losses"), "initial_weights" (a digest), "hardware",
-  "versions" and "collapsed" (tasks in which it finds nothing, so that its AP is zero); the others may
-  have "error";
+  "versions" and "collapsed" (tasks in which it finds nothing, so that its AP is zero); the others
+  may have "error";
 * optionally "teacher", its results; "config_file", "overrides", "command", and "configs": method to its config.
 
 A value that is NaN or None counts as one that is not there.
@@ -31,15 +31,19 @@ from sharedkd.errors import ConfigError
 __all__ = [
     "CONFIDENCE",
     "MORE_METRICS",
+    "Record",
     "TASKS",
     "Difference",
     "Row",
     "costs_of",
     "difference",
     "curve_of",
+    "facts_of",
     "finished_arms",
     "folder_name",
+    "gains",
     "gap_closed",
+    "in_words",
     "interval",
     "is_known",
     "mean_of",
@@ -56,14 +60,11 @@ __all__ = [
 CONFIDENCE = 0.95  #: of every interval
 TASKS = {"bbox": "box", "segm": "mask"}  #: as Detectron2's evaluator calls them -> in words
 MORE_METRICS = ("AP50", "AP75", "APs", "APm", "APl")
+Record = Mapping[str, Any]
 
 
 def read_comparison(folder: Path, key: str) -> Dict[str, Any]:
-    """Read the record of the comparison in ``folder``, which the user named by ``key``.
-
-    Raises:
-        ConfigError: the folder has none, or a damaged one.
-    """
+    """Read the record of the comparison in ``folder``, which the user named by ``key``."""
     path = folder / "results.json"
     if not path.is_file():
         raise ConfigError(key, folder, "holds no comparison", "name the folder of one")
@@ -82,16 +83,12 @@ def folder_name(method: str) -> str:
     return name.replace("=", "-")
 
 
-def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[float, float]:
+def interval(values: Sequence[float]) -> Tuple[float, float]:
     """Student's t interval of the mean of independent values.
 
-    Args:
-        values: one per seed, image or the like; with a NaN the results are NaN.
-        confidence: of the interval, between 0 and 1.
-
     Returns:
-        The mean and the half width of the interval, in the unit of ``values``.  Of one value the
-        half width is NaN, of none both are.
+        The mean and the half width of the interval.  Of one value the half width is NaN, of none or
+        with a NaN both are.
 
     >>> "%.3f +- %.3f" % interval([1.0, 2.0, 3.0])
     '2.000 +- 2.484'
@@ -101,7 +98,7 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[f
     mean = float(np.mean(values))
     if len(values) == 1:
         return mean, math.nan
-    quantile = t.ppf((1 + confidence) / 2, df=len(values) - 1)
+    quantile = t.ppf((1 + CONFIDENCE) / 2, df=len(values) - 1)
     return mean, float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
@@ -114,11 +111,10 @@ def paired(
 
     Args:
         ours, theirs: values of the same images, or minibatches, in the same order; a NaN is left out.
-        words: for a mean below and above zero.
+        words: the verdict on a mean below and above zero, where the interval excludes zero.
 
     Returns:
-        "mean", "low", "high", "count", and "verdict": one of ``words`` only where the interval excludes
-        zero.
+        "mean", "low", "high", "count" and "verdict".
     """
     values = np.subtract(ours, theirs)
     values = values[~np.isnan(values)]
@@ -132,17 +128,16 @@ def paired(
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference between two methods, with its 95 % interval.
+    """A mean difference between two methods, in points of the metric, with its 95 % interval."""
 
-    Args:
-        mean: in points of the metric; positive where the method has more than the reference.
-        half_width: of the interval; NaN with fewer than two seeds.
-        seeds: how many seeds both methods have.
-    """
+    mean: float  #: positive where the method has more than the reference
+    half_width: float  #: of the interval; NaN with fewer than two seeds
+    seeds: int  #: that both methods have
 
-    mean: float
-    half_width: float
-    seeds: int
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Difference":
+        """Of the differences of the single seeds."""
+        return cls(*interval(values), seeds=len(values))
 
     @property
     def low(self) -> float:
@@ -165,29 +160,28 @@ class Difference:
 
 
 def difference(
-    record: Mapping[str, Any], method: str, reference: str, task: str, metric: str = "AP"
+    record: Record, method: str, reference: str, task: str, metric: str = "AP"
 ) -> Difference:
     """``method`` minus ``reference``, paired over the seeds that both have."""
+    return Difference.of([*gains(record, method, reference, task, metric).values()])
+
+
+def gains(
+    record: Record, method: str, reference: str, task: str, metric: str = "AP"
+) -> Dict[int, float]:
+    """Seed -> ``method`` minus ``reference``, of the seeds that both have."""
     ours, theirs = (scores_of(record, name, task, metric) for name in (method, reference))
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return Difference(*interval(pairs), seeds=len(pairs))
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
 
 @dataclass(frozen=True)
 class Row:
-    """The measurements of one method on one task.
-
-    Args:
-        method: its name.
-        scores: metric -> its known values, one per seed.
-        gain: against the baseline; None for the baseline itself.
-        costs: see :func:`costs_of`.
-    """
+    """The measurements of one method on one task."""
 
     method: str
-    scores: Mapping[str, Sequence[float]]
-    gain: Optional[Difference] = None
-    costs: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    scores: Mapping[str, Sequence[float]]  #: metric -> its known values, one per seed
+    gain: Optional[Difference] = None  #: against the baseline; None for the baseline itself
+    costs: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: see :func:`costs_of`
 
     def interval(self, metric: str = "AP") -> Tuple[float, float]:
         """Mean and half width over seeds, see :func:`interval`."""
@@ -201,12 +195,12 @@ class Row:
         return mean_of(self.costs.get(name, ()))
 
 
-def measured(record: Mapping[str, Any]) -> Dict[str, List[Row]]:
+def measured(record: Record) -> Dict[str, List[Row]]:
     """One row per method, for each task ("bbox", "segm") that ``record`` has results of."""
     return {task: rows_of(record, task) for task in tasks_of(record)}
 
 
-def rows_of(record: Mapping[str, Any], task: str) -> List[Row]:
+def rows_of(record: Record, task: str) -> List[Row]:
     """One row per method of ``record``."""
     rows, baseline = [], record["baseline"]
     for method in record["methods"]:
@@ -216,9 +210,25 @@ def rows_of(record: Mapping[str, Any], task: str) -> List[Row]:
     return rows
 
 
-def finished_arms(record: Mapping[str, Any]) -> List[Mapping[str, Any]]:
+def finished_arms(record: Record) -> List[Mapping[str, Any]]:
     """The arms of ``record`` that were trained and evaluated."""
     return [arm for arm in record["arms"] if arm["status"] == "finished"]
+
+
+def _finished_of(record: Record, method: str) -> List[Mapping[str, Any]]:
+    return [arm for arm in finished_arms(record) if arm["method"] == method]
+
+
+def facts_of(arms: Iterable[Mapping[str, Any]], key: str) -> List[str]:
+    """What ``arms`` say of "hardware", "versions" or the like, each once, in words."""
+    return list(dict.fromkeys(in_words(arm[key]) for arm in arms if arm.get(key)))
+
+
+def in_words(value: Any) -> str:
+    """A text, or the items of a mapping such as versions."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {version}" for name, version in sorted(value.items()))
+    return str(value)
 
 
 def is_known(value: Optional[float]) -> bool:
@@ -232,22 +242,20 @@ def score_of(results: Optional[Mapping[str, Any]], task: str, metric: str = "AP"
     return value if is_known(value) else math.nan
 
 
-def scores_of(
-    record: Mapping[str, Any], method: str, task: str, metric: str = "AP"
-) -> Dict[int, float]:
+def scores_of(record: Record, method: str, task: str, metric: str = "AP") -> Dict[int, float]:
     """Seed to ``metric`` of ``method`` on ``task``, of the seeds in ``record`` that have it."""
     arms = _finished_of(record, method)
     scores = {arm["seed"]: score_of(arm.get("results"), task, metric) for arm in arms}
     return {seed: score for seed, score in scores.items() if is_known(score)}
 
 
-def tasks_of(record: Mapping[str, Any]) -> List[str]:
+def tasks_of(record: Record) -> List[str]:
     """The tasks that a finished arm of ``record`` was evaluated on."""
     results = [arm.get("results") or {} for arm in finished_arms(record)]
     return [task for task in TASKS if any(result.get(task) for result in results)]
 
 
-def costs_of(record: Mapping[str, Any], method: str) -> Dict[str, List[float]]:
+def costs_of(record: Record, method: str) -> Dict[str, List[float]]:
     """Each cost of ``method`` with its known values, one per finished arm.
 
     They are "iterations", "seconds_per_step", "minutes" (of these two), "peak_memory_mb", and
@@ -272,14 +280,14 @@ def costs_of(record: Mapping[str, Any], method: str) -> Dict[str, List[float]]:
     return costs
 
 
-def curve_of(record: Mapping[str, Any], method: str, task: str) -> List[Tuple[int, float]]:
+def curve_of(record: Record, method: str, task: str) -> List[Tuple[int, float]]:
     """(iteration, mean AP) of the evaluations that all finished arms of ``method`` have."""
     arms = [dict((arm.get("curve") or {}).get(task, [])) for arm in _finished_of(record, method)]
     common = sorted(set.intersection(*(set(x) for x in arms))) if arms else []
     return [(i, mean_of([arm[i] for arm in arms])) for i in common]
 
 
-def gap_closed(record: Mapping[str, Any], method: str, task: str) -> float:
+def gap_closed(record: Record, method: str, task: str) -> float:
     """The share of the baseline's distance to the teacher's AP that ``method`` gains.
 
     NaN without a teacher's AP, or if the teacher has no more than the baseline.
@@ -289,7 +297,7 @@ def gap_closed(record: Mapping[str, Any], method: str, task: str) -> float:
     return difference(record, method, record["baseline"], task).mean / gap if gap > 0 else math.nan
 
 
-def reached(record: Mapping[str, Any], method: str, task: str) -> List[Optional[int]]:
+def reached(record: Record, method: str, task: str) -> List[Optional[int]]:
     """Per seed, the first evaluated iteration with the baseline's final AP; None: never."""
     goals = scores_of(record, record["baseline"], task)
     found = []
@@ -303,7 +311,3 @@ def reached(record: Mapping[str, Any], method: str, task: str) -> List[Optional[
 def mean_of(values: Iterable[float]) -> float:
     """The mean of ``values``; NaN of none."""
     return interval([*values])[0]
-
-
-def _finished_of(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]:
-    return [arm for arm in finished_arms(record) if arm["method"] == method]

@@ -12,7 +12,7 @@ __all__ = ["between", "markdown", "number", "results_table", "with_bounds", "wit
 def markdown(
     rows: Sequence[Sequence[Any]], headers: Sequence[str], left: Optional[Sequence[str]] = None
 ) -> str:
-    """A table of ``rows`` whose cells are formatted; flush left are the columns ``left``, or all."""
+    """A table of formatted cells; flush left are the columns ``left``, or all."""
     columns = ["left" if left is None or x in left else "right" for x in headers]
     # The cells are formatted already: tabulate must not parse them back into numbers.
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=columns)
@@ -47,16 +47,10 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format results of trained detectors: accuracy, size and speed, a row per model.
 
     Args:
-        rows: one mapping per model, with "name" and any of
+        rows: one mapping per model, with "name" and any of "bbox" and "segm" (metric -> percentage,
+            of Detectron2's COCO evaluator), "parameters" and "seconds_per_image".
 
-            * "bbox" and "segm": metric name to percentage, as Detectron2's COCO evaluator returns
-              them, of which AP, AP50, AP75, APs, APm and APl are shown;
-            * "parameters": the number of parameters;
-            * "seconds_per_image": inference time.
-
-    Returns:
-        The table, in the order of ``rows``.  Missing values and NaN are shown as "-".
-        The columns of a task that no row has are left out.
+    Missing values and NaN are shown as "-"; columns of a task that no row has are left out.
     """
     tasks = [task for task in TASKS if any(row.get(task) for row in rows)]
     columns = [(task, metric) for task in tasks for metric in ("AP", *MORE_METRICS)]

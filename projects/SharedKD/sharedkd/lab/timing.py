@@ -14,10 +14,7 @@ def take_turns(
 ) -> Dict[str, List[float]]:
     """Seconds of each of ``arms``, one per round; each round starts with another arm.
 
-    Args:
-        arms: name -> a call that does its work once.
-        rounds: timed calls of each.
-        warm_up: rounds before them, which are not counted.
+    An arm does its work once per call.  The ``warm_up`` rounds come first and are not counted.
     """
     names = list(arms)
     seconds: Dict[str, List[float]] = {name: [] for name in names}

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from sharedkd.lab.scores import (
     TASKS,
+    Record,
     curve_of,
     is_known,
     mean_of,
@@ -33,7 +34,7 @@ _ROW = 0.42  # inches, the height of one method in a plot
 _COLUMNS = 3  # of a legend
 
 
-def plot_ap(record: Mapping[str, Any]) -> Figure:
+def plot_ap(record: Record) -> Figure:
     """Draw the mean AP of each method with its 95 % interval, and the single seeds below it.
 
     The baseline's mean and the teacher are vertical lines.  A teacher so far off that the methods
@@ -54,7 +55,7 @@ def plot_ap(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def plot_curves(record: Mapping[str, Any]) -> Figure:
+def plot_curves(record: Record) -> Figure:
     """Draw the mean AP of each method at the evaluations of its training; the teacher is a line."""
     figure, panels = _task_panels(tasks_of(record), len(record["methods"]))
     for task, axes in panels.items():
@@ -67,7 +68,7 @@ def plot_curves(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def plot_cost(record: Mapping[str, Any]) -> Figure:
+def plot_cost(record: Record) -> Figure:
     """Draw AP with its 95 % interval against training time, where both are known."""
     figure, panels = _task_panels(tasks_of(record), len(record["methods"]))
     for task, axes in panels.items():
@@ -80,7 +81,7 @@ def plot_cost(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def plot_sizes(record: Mapping[str, Any]) -> Figure:
+def plot_sizes(record: Record) -> Figure:
     """Draw APs, APm and APl of each method as a group of bars with 95 % intervals."""
     figure, panels = _method_panels(record, row_height=1.3 * _ROW)
     for task, axes in panels.items():
@@ -124,8 +125,8 @@ def plot_tradeoff(
             for exported, label in ((True, method), (False, f"{method} (eager)")):
                 some = [p for p in found if p.method == method and p.exported == exported]
                 if some:
-                    at = zip(*((p.milliseconds, p.mean, p.half_width) for p in some))
-                    _mark(axes, i, *at, label, filled=exported)
+                    x, y = [p.milliseconds for p in some], [p.mean for p in some]
+                    _mark(axes, i, x, y, [p.half_width for p in some], label, filled=exported)
         for student in dict.fromkeys(p.student for p in found):
             top = max((p for p in found if p.student == student), key=lambda p: p.mean)
             at = (top.milliseconds, top.mean)
@@ -148,8 +149,8 @@ def _mark(
     """Draw points of the method number ``i`` with their intervals."""
     color, marker = _look(i)
     inside = color if filled else "none"
-    style = {"fmt": marker, "color": color, "markerfacecolor": inside, "label": label}
-    axes.errorbar(x, y, yerr=half_width, capsize=3, markersize=7, **style)
+    style: Dict[str, Any] = {"fmt": marker, "color": color, "markerfacecolor": inside}
+    axes.errorbar(x, y, yerr=half_width, capsize=3, markersize=7, label=label, **style)
 
 
 def _finish(
@@ -166,9 +167,7 @@ def _finish(
     _legend(axes)
 
 
-def _method_panels(
-    record: Mapping[str, Any], row_height: float = _ROW
-) -> Tuple[Figure, Dict[str, Axes]]:
+def _method_panels(record: Record, row_height: float = _ROW) -> Tuple[Figure, Dict[str, Axes]]:
     """A panel per task with one row per method."""
     methods, tasks = record["methods"], tasks_of(record) or ["bbox"]
     size = (1.5 + 5.5 * len(tasks), 1.6 + row_height * len(methods))
@@ -184,14 +183,14 @@ def _method_panels(
     return figure, panels
 
 
-def _style(record: Mapping[str, Any], method: str) -> Dict[str, Any]:
+def _style(record: Record, method: str) -> Dict[str, Any]:
     """The style of a point: baseline, method, or student trained for another method's time."""
     if method == record["baseline"]:
         return {"color": _BASELINE, "fmt": "s"}
     return {"color": _EQUAL_TIME, "fmt": "D"} if "@" in method else {"color": _METHOD, "fmt": "o"}
 
 
-def _draw_references(axes: Axes, record: Mapping[str, Any], task: str) -> None:
+def _draw_references(axes: Axes, record: Record, task: str) -> None:
     low, high = axes.get_xlim()
     baseline = mean_of(scores_of(record, record["baseline"], task).values())
     if is_known(baseline):

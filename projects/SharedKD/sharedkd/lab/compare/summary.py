@@ -13,10 +13,13 @@ from sharedkd.lab.scores import (
     CONFIDENCE,
     MORE_METRICS,
     TASKS,
+    Record,
     costs_of,
     difference,
+    facts_of,
     finished_arms,
     gap_closed,
+    in_words,
     is_known,
     mean_of,
     reached,
@@ -31,14 +34,14 @@ from .plots import plot_ap, plot_cost, plot_curves, plot_sizes
 __all__ = ["notes", "report", "write"]
 
 
-def notes(record: Mapping[str, Any]) -> List[str]:
+def notes(record: Record) -> List[str]:
     """How to read the numbers in ``record``, as Markdown paragraphs and lists."""
     found = [*_warnings(record), *_equal_time_notes(record)]
     gaps = _gaps(record)
     return [*found, *(["\n".join(gaps)] if gaps else []), _caveats(record)]
 
 
-def report(record: Mapping[str, Any]) -> str:
+def report(record: Record) -> str:
     """``record`` in Markdown: warnings, a table per task, costs, gaps, and how to read it."""
     parts = ["# Comparison of distillation methods", *_warnings(record)]
     for task in tasks_of(record):
@@ -60,16 +63,10 @@ PLOTS = {
 }
 
 
-def write(record: Mapping[str, Any], folder: Union[str, Path], writer: str = "") -> None:
+def write(record: Record, folder: Union[str, Path], writer: str = "") -> None:
     """Write ``results.json``, ``report.md`` and the plots, each complete or not at all.
 
-    Args:
-        record: as :mod:`~sharedkd.lab.scores` describes it.
-        folder: created if it does not exist.
-        writer: see :func:`~sharedkd.files.replace`.
-
-    Raises:
-        OSError: the folder cannot be created, or a file not written.
+    ``writer`` is that of :func:`~sharedkd.files.replace`.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -86,7 +83,7 @@ def write(record: Mapping[str, Any], folder: Union[str, Path], writer: str = "")
     write_text(target / "report.md", "\n\n".join(parts) + "\n", writer)
 
 
-def _ap_table(record: Mapping[str, Any], task: str) -> str:
+def _ap_table(record: Record, task: str) -> str:
     headers = ["method", "AP", *MORE_METRICS]
     headers += ["difference to baseline [low, high]", "verdict", "gap closed"]
     headers += ["iterations to the baseline's AP", "seeds", "common seeds"]
@@ -124,7 +121,7 @@ def _reached(iterations: Sequence[Optional[int]]) -> str:
     return mean + (f" ({never} of {len(iterations)} never)" if there and never else "")
 
 
-def _cost_table(record: Mapping[str, Any]) -> str:
+def _cost_table(record: Record) -> str:
     headers = ["method", "iterations", "s / step", "its seeds", "time ratio", "training minutes"]
     headers += ["peak memory MB", "memory ratio", "parameters of the losses"]
     plain = costs_of(record, record["baseline"])
@@ -148,7 +145,7 @@ def _cost_table(record: Mapping[str, Any]) -> str:
     return markdown(rows, headers, left=("method",))
 
 
-def _equal_time_notes(record: Mapping[str, Any]) -> List[str]:
+def _equal_time_notes(record: Record) -> List[str]:
     notes = []
     for method in record["methods"]:
         trained, at, timed = method.partition("@")
@@ -166,7 +163,7 @@ def _equal_time_notes(record: Mapping[str, Any]) -> List[str]:
     return ["\n".join(notes)] if notes else []
 
 
-def _gaps(record: Mapping[str, Any]) -> List[str]:
+def _gaps(record: Record) -> List[str]:
     """A line per arm that failed, never ran, or finished without an AP."""
     lines = []
     for arm in record["arms"]:
@@ -186,7 +183,7 @@ def _gaps(record: Mapping[str, Any]) -> List[str]:
     return lines
 
 
-def _warnings(record: Mapping[str, Any]) -> List[str]:
+def _warnings(record: Record) -> List[str]:
     """A paragraph for each property in which the finished arms differ but should not."""
     found = []
     for seed in sorted({arm["seed"] for arm in record["arms"]}):
@@ -207,7 +204,7 @@ def _disagreement(arms: Sequence[Mapping[str, Any]], key: str, problem: str) -> 
     groups = defaultdict(list)
     for arm in arms:
         if arm.get(key):
-            groups[_text(arm[key])].append(_name(arm))
+            groups[in_words(arm[key])].append(_name(arm))
     if len(groups) < 2:
         return []
     # With dozens of arms, those that differ from the most are the ones to name.
@@ -216,7 +213,7 @@ def _disagreement(arms: Sequence[Mapping[str, Any]], key: str, problem: str) -> 
     return [f"**Warning:** {problem}. {'; '.join(details)}; the rest: {most}."]
 
 
-def _caveats(record: Mapping[str, Any]) -> str:
+def _caveats(record: Record) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({arm["seed"] for arm in record["arms"]}))
     baseline = record["baseline"]
     compared = [
@@ -239,22 +236,15 @@ def _caveats(record: Mapping[str, Any]) -> str:
     )
 
 
-def _origin(record: Mapping[str, Any]) -> List[str]:
+def _origin(record: Record) -> List[str]:
     overrides = " ".join(record.get("overrides") or [])
     lines = {
         "config": f"`{' '.join([record.get('config_file') or '-', overrides]).strip()}`",
         "command": f"`{record.get('command') or '-'}`",
     }
     for key in ("hardware", "versions"):
-        values = dict.fromkeys(_text(arm[key]) for arm in finished_arms(record) if arm.get(key))
-        lines[key] = "; ".join(values) or "-"
+        lines[key] = "; ".join(facts_of(finished_arms(record), key)) or "-"
     return [f"- {key}: {value}" for key, value in lines.items()]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {version}" for name, version in sorted(value.items()))
-    return str(value)
 
 
 def _name(arm: Mapping[str, Any]) -> str:

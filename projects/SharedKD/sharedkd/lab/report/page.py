@@ -17,15 +17,13 @@ from sharedkd.lab.compare.summary import notes
 from sharedkd.lab.output import write_text
 from sharedkd.lab.runs import short
 from sharedkd.lab.scores import MORE_METRICS, TASKS, Difference, Row, is_known, measured, score_of
-from sharedkd.lab.tables import number, with_bounds, with_half_width
+from sharedkd.lab.tables import number, with_bounds
 
 from . import documents, settings, summary, training
 from .figures import DASHES
 from .source import Source, read_source
 
 __all__ = ["as_html", "write_report"]
-
-_KINDS = {"comparison": "Comparison", "runs": "Runs", "run": "Run"}
 
 
 def write_report(
@@ -38,15 +36,9 @@ def write_report(
 
     Args:
         folder: its output folder.
-        output: the HTML file; default: report.html in that folder.
+        output: the HTML file, which is returned; default: report.html in that folder.
         features, detections: where tools/analyze_features.py and tools/visualize_pair.py wrote;
             default: ``features`` and ``detections`` in that folder.
-
-    Returns:
-        the HTML file.
-
-    Raises:
-        ConfigError: there is nothing to report in the folder.
     """
     text = as_html(folder, features, detections)
     output = output or folder / "report.html"
@@ -58,13 +50,7 @@ def write_report(
 def as_html(
     folder: Path, features: Optional[Path] = None, detections: Optional[Path] = None
 ) -> str:
-    """The report as one HTML document, the same bytes for the same files.
-
-    ``folder``, ``features`` and ``detections`` are those of :func:`write_report`.
-
-    Raises:
-        ConfigError: there is nothing to report in the folder.
-    """
+    """The report as one HTML document, the same bytes for the same files."""
     page = Environment(
         loader=PackageLoader(__package__),
         autoescape=True,
@@ -85,12 +71,12 @@ def as_html(
     page.filters.update(
         gained=partial(with_bounds, unknown="–"),
         number=partial(number, unknown="–"),
-        score=lambda row: with_half_width(*row.interval(), unknown="–"),
+        score=summary.score,
         short=short,
     )
     script = page.get_template("script.js").render()
     return page.get_template("report.html").render(
-        title=f"{_KINDS[source.kind]}: {folder.resolve().name}",
+        title=f"{source.kind.capitalize()}: {folder.resolve().name}",
         source=source,
         record=source.record,
         summary=summary.summary(source),

@@ -6,12 +6,12 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from sharedkd.engine.run import DEV_RUN_IMAGES
 from sharedkd.lab.runs import short, tool
-from sharedkd.lab.scores import TASKS, Row, difference, is_known, measured, score_of
+from sharedkd.lab.scores import TASKS, Record, Row, difference, is_known, measured, score_of
 from sharedkd.lab.tables import with_bounds, with_half_width
 
 from .source import RunData, Source, is_distilled
 
-__all__ = ["commands", "repairs", "summary", "warnings"]
+__all__ = ["commands", "repairs", "score", "summary", "warnings"]
 
 Pairs = List[Tuple[str, str]]
 
@@ -48,8 +48,8 @@ def _teacher(name: str) -> str:
 
 def repairs(source: Source) -> List[str]:
     """What was repaired in the data of the runs, a line each."""
-    found = [x for run in source.runs for x in run.record.get("repairs") or ()]
-    return list(dict.fromkeys(str(x) for x in found))
+    found = (str(x) for run in source.runs for x in run.record.get("repairs") or ())
+    return list(dict.fromkeys(found))
 
 
 def _scores(results: Optional[Mapping[str, Any]]) -> str:
@@ -85,7 +85,7 @@ def _of_methods(source: Source, tasks: Mapping[str, Sequence[Row]]) -> Pairs:
         return [*found, ("Result", "none yet")]
     by_name = {task: {row.method: row for row in rows} for task, rows in tasks.items()}
     first, plain = next(iter(tasks)), record["baseline"]
-    own = [f"{_score(x[plain])} {TASKS[t]} AP" for t, x in by_name.items() if plain in x]
+    own = [f"{score(x[plain])} {TASKS[t]} AP" for t, x in by_name.items() if plain in x]
     found.append(("Baseline", f"{baseline}: {' and '.join(own) or 'no result yet'}"))
     # A student trained for another method's time is no method.
     compared = [r for r in tasks[first] if r.gain and r.gain.seeds and "@" not in r.method]
@@ -97,8 +97,10 @@ def _of_methods(source: Source, tasks: Mapping[str, Sequence[Row]]) -> Pairs:
         gain = rows[best.method].gain
         if gain and gain.seeds:
             over = f" paired over {gain.seeds} seeds" if gain.seeds > 1 else ""
-            text = f"{_score(rows[best.method])} {TASKS[task]} AP, {with_bounds(gain)} against {baseline}"
-            found.append((label, f"{best.method}: {text}{over}: {gain.verdict}"))
+            text = (
+                f"{best.method}: {score(rows[best.method])} {TASKS[task]} AP, {with_bounds(gain)}"
+            )
+            found.append((label, f"{text} against {baseline}{over}: {gain.verdict}"))
     if len(compared) > 1:
         verdicts = [row.gain.verdict for row in compared]
         counts = [f"{verdicts.count(x)} {x}" for x in dict.fromkeys(sorted(verdicts))]
@@ -106,11 +108,12 @@ def _of_methods(source: Source, tasks: Mapping[str, Sequence[Row]]) -> Pairs:
     return found + _price(best, by_name[first].get(plain), record, first)
 
 
-def _score(row: Row) -> str:
-    return with_half_width(*row.interval(), unknown="–")
+def score(row: Row) -> str:
+    """The mean AP of a method with its interval."""
+    return with_half_width(*row.interval(), "–")
 
 
-def _price(best: Row, plain: Optional[Row], record: Mapping[str, Any], task: str) -> Pairs:
+def _price(best: Row, plain: Optional[Row], record: Record, task: str) -> Pairs:
     found = []
     if plain:
         named = {"seconds_per_step": "time of a step", "peak_memory_mb": "memory"}
@@ -121,8 +124,8 @@ def _price(best: Row, plain: Optional[Row], record: Mapping[str, Any], task: str
     equal = f"{record['baseline']}@{best.method}"
     if equal in record["methods"]:
         gain = difference(record, best.method, equal, task)
-        text = f"{with_bounds(gain, '–')} {TASKS[task]} AP against the plain student trained for as long"
-        found.append(("In the same time", f"{text}: {gain.verdict}"))
+        text = f"{with_bounds(gain, '–')} {TASKS[task]} AP against the plain student"
+        found.append(("In the same time", f"{text} trained for as long: {gain.verdict}"))
     return found
 
 
