@@ -40,7 +40,7 @@ from arguments import add_config_arguments, overrides_of
 
 from sharedkd.engine.interrupt import interruptible
 from sharedkd.errors import SharedKDError
-from sharedkd.lab.compare.comparison import run_comparison
+from sharedkd.lab.compare.comparison import Comparison
 from sharedkd.lab.compare.students import Student, run_students
 from sharedkd.lab.report import write_report
 from sharedkd.lab.runs import short
@@ -99,16 +99,17 @@ if __name__ == "__main__":
         parser.error("--config-file is missing")
     if args.latency_ms is not None and not args.students:
         parser.error("--latency-ms needs --students")
-    common = (args.methods, args.seeds, args.output, overrides_of(args, args.overrides))
-    common += (args.shard, args.jobs)
+    common = (args.methods, args.seeds, args.output, overrides_of(args, args.overrides), args.jobs)
     try:
         with interruptible("the same command continues"):
             if args.students:
                 students = [Student.of(text, args.config_file) for text in args.students]
-                for name in run_students(ROOT, students, *common, args.latency_ms):
+                for name in run_students(ROOT, students, *common, args.shard, args.latency_ms):
                     write_report(args.output / name)
             else:
-                run_comparison(ROOT, args.config_file, *common)
+                comparison = Comparison(ROOT, args.config_file, *common)
+                comparison.prepare()
+                comparison.run(args.shard)
         page = write_report(args.output)
         tables = (args.output / "report.md").read_text().partition("## How to read this")[0]
         print(f"\n{tables}{short(args.output / 'report.md')}\n{short(page)}")

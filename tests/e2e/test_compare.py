@@ -24,7 +24,7 @@ from sharedkd.engine.lock import BusyError
 from sharedkd.engine.run import run
 from sharedkd.lab.analysis.pair import Pair
 from sharedkd.lab.compare import comparison
-from sharedkd.lab.compare.comparison import Arm, Comparison, run_comparison
+from sharedkd.lab.compare.comparison import Arm, Comparison
 from sharedkd.lab.compare.students import Student, measure, run_students
 from sharedkd.lab.metrics import read_curves
 from sharedkd.lab.runs import Run
@@ -42,8 +42,10 @@ def overrides(workspace):
     return [*workspace.data, *workspace.pair, "train.clip_grad_norm=5"]
 
 
-def compare(output, overrides, methods=METHODS, seeds=(0, 1), **options):
-    return run_comparison(ROOT, CONFIG, methods, seeds, output, overrides, **options)
+def compare(output, overrides, methods=METHODS, seeds=(0, 1), config=CONFIG):
+    comparison = Comparison(ROOT, config, methods, seeds, output, overrides)
+    comparison.prepare()
+    return comparison.run()
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,7 @@ def test_an_arm_whose_distillation_weighs_nothing_is_the_plain_one(finished):
 @pytest.mark.nightly
 def test_a_family_with_a_dense_head(overrides, tmp_path):
     config = str(ROOT / "configs/custom_coco_retinanet.py")
-    record = run_comparison(ROOT, config, ["none", "pkd"], [0], tmp_path, overrides)
+    record = compare(tmp_path, overrides, ["none", "pkd"], [0], config)
     assert [a["status"] for a in record["arms"]] == ["finished"] * 2
     assert len({a["initial_weights"] for a in record["arms"]}) == 1
     assert all(a["results"]["bbox"]["AP"] >= 0 for a in record["arms"])

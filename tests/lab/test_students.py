@@ -118,10 +118,10 @@ def test_a_gain_that_differs_by_chance_is_no_gap(records):
     assert capacity_gaps(records, "bbox") == []
 
 
-def test_the_plot_has_front_budget_and_teacher(records, tmp_path):
+def test_the_plot_has_front_budget_and_teacher(records):
     records["none yet"] = student([50], [1], 1, None)
     drawn = {"bbox": points(records, "bbox")}
-    (axes,) = plot_tradeoff(drawn, {"bbox": 45.0}, 30.0, tmp_path / "x.png").axes
+    (axes,) = plot_tradeoff(drawn, {"bbox": 45.0}, 30.0).axes
     lines = {line.get_label(): line for line in axes.lines}
     assert list(lines["Pareto front"].get_xdata()) == [10, 25, 50]
     assert list(lines["Pareto front"].get_ydata()) == pytest.approx([23, 35, 42.4])

@@ -34,10 +34,12 @@ DIFFERENCE = "difference to baseline [low, high]"
         ([2, 4, 6, 8, 10], 6, 2.7764 * math.sqrt(2)),  # sqrt(10 / 5), 4 degrees of freedom
         ([3, 5], 4, 12.7062),  # sqrt(2 / 2), 1 degree of freedom
         ([7, 7, 7], 7, 0),
+        ([5.0], 5, math.nan),
+        ([], math.nan, math.nan),
     ],
 )
 def test_interval(values, mean, half_width):
-    assert interval(values) == pytest.approx((mean, half_width), rel=1e-4)
+    assert interval(values) == pytest.approx((mean, half_width), rel=1e-4, nan_ok=True)
 
 
 def test_curves_say_how_far_and_how_fast():
@@ -52,15 +54,6 @@ def test_curves_say_how_far_and_how_fast():
     row = next(line for line in report(record).splitlines() if line.startswith("| fgd"))
     assert "12%" in row and "200 (1 of 2 never)" in row
     assert math.isnan(gap_closed({**record, "teacher": {"bbox": {"AP": 30.0}}}, "fgd", "bbox"))
-
-
-def test_interval_of_another_confidence():
-    assert interval([1, 2, 3], 0.9)[1] == pytest.approx(2.9200 / math.sqrt(3), rel=1e-4)
-
-
-def test_interval_of_too_few_values():
-    assert interval([5.0]) == pytest.approx((5, math.nan), nan_ok=True)
-    assert interval([]) == pytest.approx((math.nan, math.nan), nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -204,12 +197,12 @@ def test_report_lists_arms_without_a_result():
 
 
 @pytest.mark.parametrize("baseline", ["absent", None])
-def test_no_baseline(baseline, tmp_path):
+def test_no_baseline(baseline):
     record = make([arm("none", 0, 30.0), arm("fgd", 0, 31.0)], baseline=baseline)
     text = report(record)
     assert {row["verdict"] for row in table(text, "Box AP").values()} == {"no common seed"}
     assert {row["time ratio"] for row in table(text, "Cost").values()} == {"-"}
-    (axes,) = plot_ap(record, tmp_path / "ap.png").axes
+    (axes,) = plot_ap(record).axes
     assert axes.get_legend() is None and len(errorbars(axes)) == 2
 
 
@@ -238,9 +231,9 @@ def errorbars(axes):
     return found
 
 
-def test_plot_ap(three, tmp_path):
+def test_plot_ap(three):
     three["arms"][14] = failed("none@fgd", 2)
-    figure = plot_ap(three, tmp_path / "ap.png")
+    figure = plot_ap(three)
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == three["methods"]
     bars = errorbars(axes)
@@ -253,20 +246,18 @@ def test_plot_ap(three, tmp_path):
     assert legend == ["baseline (none): 32.00", "teacher: 40.00"]
     low, high = axes.get_xlim()
     assert low < 40 < high
-    with Image.open(tmp_path / "ap.png") as image:
-        assert image.format == "PNG" and image.width > 700
 
 
-def test_a_far_teacher_does_not_squeeze_the_methods(three, tmp_path):
+def test_a_far_teacher_does_not_squeeze_the_methods(three):
     three["teacher"]["bbox"]["AP"] = 95.0
-    (axes,) = plot_ap(three, tmp_path / "ap.png").axes
+    (axes,) = plot_ap(three).axes
     assert axes.get_xlim()[1] < 60
     assert axes.get_legend().get_texts()[1].get_text() == "teacher: 95.00, outside the axis"
 
 
-def test_plot_cost(three, tmp_path):
+def test_plot_cost(three):
     del three["arms"][6]["seconds_per_step"]
-    (axes,) = plot_cost(three, tmp_path / "cost.png").axes
+    (axes,) = plot_cost(three).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == three["methods"]
     minutes, means, low, _ = zip(*errorbars(axes))
     assert minutes == pytest.approx((5, 7.5, 5, 5, 451 / 60))
@@ -274,16 +265,16 @@ def test_plot_cost(three, tmp_path):
     assert low[1] == pytest.approx(34 - 8.9567, rel=1e-4)
 
 
-def test_every_method_has_its_own_mark(tmp_path):
+def test_every_method_has_its_own_mark():
     methods = [f"method_{i}" for i in range(20)]
     arms = [arm(name, 0, 30 + i / 40) for i, name in enumerate(methods)]
-    (axes,) = plot_cost(make(arms, methods), tmp_path / "cost.png").axes
+    (axes,) = plot_cost(make(arms, methods)).axes
     marks = [container.lines[0] for container in axes.containers]
     assert len({(mark.get_color(), mark.get_marker()) for mark in marks}) == 20
 
 
-def test_plot_sizes(three, tmp_path):
-    (axes,) = plot_sizes(three, tmp_path / "sizes.png").axes
+def test_plot_sizes(three):
+    (axes,) = plot_sizes(three).axes
     bars = [c for c in axes.containers if c.get_label() in ("APs", "APm", "APl")]
     widths = {c.get_label(): [patch.get_width() for patch in c.patches] for c in bars}
     assert widths["APs"] == [5] * 5
@@ -310,8 +301,8 @@ def test_gaps_do_not_stop_the_report(arms, tmp_path):
     assert names == ["ap.png", "cost.png", "curves.png", "report.md", "results.json", "sizes.png"]
 
 
-def test_plots_name_the_methods_without_a_result(tmp_path):
-    (axes,) = plot_ap(make([arm("none", 0, 30.0), failed("fgd", 0)]), tmp_path / "ap.png").axes
+def test_plots_name_the_methods_without_a_result():
+    (axes,) = plot_ap(make([arm("none", 0, 30.0), failed("fgd", 0)])).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "fgd (no result)"]
 
 
@@ -332,7 +323,8 @@ def test_written_files(three, tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert text.startswith(report(three))
     for name in ("ap.png", "cost.png", "sizes.png"):
-        assert f"({name})" in text and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+        with Image.open(tmp_path / name) as image:
+            assert f"({name})" in text and image.format == "PNG" and image.width > 700
 
 
 def test_a_failed_write_keeps_the_old_file(three, tmp_path):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -461,8 +462,8 @@ def test_folders_that_hold_nothing(tmp_path):
 
 def test_a_comparison_ends_with_its_tables_and_where_the_report_is(compared, monkeypatch, capsys):
     record = json.loads((compared / "results.json").read_text())
-    end = lambda *_: comparison.write(record, str(compared))  # noqa: E731  no training
-    monkeypatch.setattr("sharedkd.lab.compare.comparison.run_comparison", end)
+    done = SimpleNamespace(prepare=lambda: None, run=lambda _: comparison.write(record, compared))
+    monkeypatch.setattr("sharedkd.lab.compare.comparison.Comparison", lambda *_: done)
     options = ("--config-file", "x.py", "--output", compared)
     assert tiny.run_tool("compare_methods.py", *options) is None
     console = capsys.readouterr().out

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-from sharedkd.errors import ConfigError
-
 from .report import write_report
 from .runs import Run, short
 from .tables import results_table
@@ -20,7 +18,7 @@ def run_chain(
     output: Path,
     overrides: Sequence[str] = (),
 ) -> str:
-    """Train each student with the one before it as its teacher, and compare them.
+    """Train each student with the one before it as its teacher, and return a table of them.
 
     Improved Knowledge Distillation via Teacher Assistant (AAAI 2020).  A link that is finished is kept,
     one that was interrupted goes on.
@@ -31,12 +29,6 @@ def run_chain(
         students: their configs, from the largest to the smallest.
         output: the folder of the links' runs, the table and the report.
         overrides: ``key=value`` for the configs of all students.
-
-    Returns:
-        the table.
-
-    Raises:
-        ConfigError: a folder with a run of other settings or of an older teacher, or a run that failed.
     """
     before: Optional[Run] = None
     rows: List[dict] = []
@@ -46,10 +38,7 @@ def run_chain(
         pairing += [f"distill.weights={weights}"] if weights else []
         link = Run(Path(config), [*pairing, *overrides, f"train.output_dir={folder}"], folder)
         print(f"[{number}/{len(students)}] {short(teacher)} teaches {config}", flush=True)
-        if not link.has_these_settings():
-            _refuse(folder, "holds a run with other settings")
-        if before and link.started and not link.is_younger(before):
-            _refuse(folder, f"holds a student of another teacher than {short(before.weights)}")
+        link.check(before)
         link.finish(root)
         size = link.record["parameters"]["student"]
         rows.append({"name": f"{number}: {config}", "parameters": size, **link.record["results"]})
@@ -58,8 +47,3 @@ def run_chain(
     (output / "table.md").write_text(table + "\n")
     print(f"\n{table}\n\n{short(write_report(output))}")
     return table
-
-
-def _refuse(folder: Path, reason: str) -> None:
-    fix = "remove that folder, or name another with --output DIR"
-    raise ConfigError("--output", short(folder), reason, fix)

@@ -8,7 +8,6 @@ from typing import List, Sequence
 from detectron2.config import instantiate
 
 from sharedkd.config import load_config
-from sharedkd.errors import ConfigError
 from sharedkd.lab.analysis.models import Source
 from sharedkd.lab.analysis.visualize import table, visualize
 
@@ -25,19 +24,10 @@ TITLES = {
 
 
 def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
-    """Draw data, train what is not trained yet, compare, and say where pictures and report are.
+    """Draw data, train what is not trained yet, compare, and return the table.
 
-    Args:
-        root: the repository.
-        output: folder of the runs, the table and the pictures.
-        overrides: ``key=value`` for the configs of all three runs.
-
-    Returns:
-        the table.
-
-    Raises:
-        ConfigError: an override that cannot be applied, an output folder with other runs in it, or
-            a run that failed.
+    ``root`` is the repository; runs, table and pictures go to ``output``; the configs of all runs get
+    the ``overrides``.
     """
     begin = time.perf_counter()
     configs = root / "configs/quickstart"
@@ -46,12 +36,9 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
     print(f"      {shapes.train} + {shapes.val} images in {short(instantiate(shapes))}")
 
     arms = {name: _run(configs / f"{name}.py", root, output, overrides) for name in TITLES}
-    for arm in arms.values():
-        if not arm.has_these_settings():
-            _refuse(arm.folder, "holds a run with other settings")
     teacher, student = arms["teacher"], arms["sharedkd"]
-    if student.started and not (teacher.finished and student.is_younger(teacher)):
-        _refuse(student.folder, f"holds a student of another teacher than {short(teacher.weights)}")
+    for arm in arms.values():
+        arm.check(teacher if arm is student else None)
     for number, (name, title) in enumerate(TITLES.items(), start=2):
         print(f"[{number}/5] train and evaluate: {title}", flush=True)
         arms[name].finish(root)
@@ -92,9 +79,3 @@ def _run(config: Path, root: Path, output: Path, overrides: Sequence[str]) -> Ru
         if config.stem == "sharedkd":
             extra.append(f"model.teacher.weights={output.resolve() / 'teacher/model_final.pth'}")
     return Run(config, [*extra, *overrides], folder)
-
-
-def _refuse(folder: Path, reason: str) -> None:
-    raise ConfigError(
-        "--output", short(folder), reason, "remove that folder, or name another with --output DIR"
-    )

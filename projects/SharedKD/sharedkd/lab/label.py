@@ -12,8 +12,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
-from sharedkd.config import load_config, student_only
-from sharedkd.config.build import construct
+from sharedkd.config import load_config
 from sharedkd.config.own_data import class_names, reading_of, some_of
 from sharedkd.config.pair import Pairing
 from sharedkd.data.coco import PSEUDO, read_classes
@@ -21,9 +20,9 @@ from sharedkd.data.notes import Notes
 from sharedkd.data.unlabelled import images_of, read_unlabelled
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.files import replace
+from sharedkd.lab.analysis.models import trained_student
 from sharedkd.modeling.detectors import zoo_weights
 from sharedkd.values import check_number
-from sharedkd.weights.loading import load_trained
 
 __all__ = ["Labels", "label_images", "thresholds_of"]
 
@@ -32,32 +31,22 @@ _EVERY = 500  # images from one line of progress to the next
 
 @dataclass
 class Labels:
-    """What was written.
+    """What was written."""
 
-    Args:
-        images: those with an object.
-        empty: images without one, which are left out: whether they show one is not known.
-        objects: class name -> how many.
-    """
-
-    images: int = 0
-    empty: int = 0
-    objects: Counter = field(default_factory=Counter)
+    images: int = 0  #: those with an object
+    empty: int = 0  #: those without one are left out: whether they show one is not known
+    objects: Counter = field(default_factory=Counter)  #: class name -> how many
 
 
 def thresholds_of(text: str, classes: Sequence[str], default: float = 0.5) -> Dict[str, float]:
-    """The least score of each class, from ``0.6``, ``cat=0.7,dog=0.4`` or ``0.6,cat=0.7``.
-
-    Raises:
-        ConfigError: no such class, or no number of 0 to 1.
-    """
+    """The least score of each class, from ``0.6``, ``cat=0.7,dog=0.4`` or ``0.6,cat=0.7``."""
     found = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.rpartition("=")
         try:
             score = float(value)
         except ValueError:
-            score = float("nan")
+            score = float("nan")  # which is refused
         check_number("--threshold", score, least=0, most=1)
         if not equals:
             default = score
@@ -81,13 +70,10 @@ def label_images(
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Labels:
-    """Write a COCO json of a teacher's detections.
-
-    It runs on images as in its own evaluation.  Each object has its ``score``, and a mask if the teacher
-    predicts masks.
+    """Write a COCO json of a teacher's detections with their ``score``, and masks if there are any.
 
     Args:
-        teacher: its name and weights.
+        teacher: its name and weights; it runs on images as in its own evaluation.
         images: their folder, to which the json's file names are relative.
         output: the json.
         threshold: see :func:`thresholds_of`.
@@ -97,10 +83,6 @@ def label_images(
         listed: a COCO json: label only the images that it lists.
         overrides: ``key=value`` for the teacher's config.
         say: receives a line for what is left out, and for progress.
-
-    Raises:
-        ConfigError: a teacher that cannot be loaded, whose class names are unknown, or that has none of the
-            data's classes; or see :func:`~sharedkd.data.unlabelled.read_unlabelled`.
     """
     config, weights = teacher.source()
     cfg = load_config(config, overrides, without_data=True)
@@ -127,10 +109,8 @@ def label_images(
     for warning in warnings:
         say(str(warning))
 
-    model = construct(student_only(cfg).model, "model")
-    trust = cfg.train.trust_checkpoint
-    load_trained(model, weights or zoo_weights(config) or "", "--teacher-weights", trust)
-    model.to(cfg.train.device).eval()
+    model = trained_student(cfg, weights or zoo_weights(config) or "", "--teacher-weights")
+    model.to(cfg.train.device)
     mapper = instantiate(cfg.dataloader.test.mapper)
 
     ids, found = {name: i + 1 for i, name in enumerate(ours)}, Labels()

@@ -18,9 +18,6 @@ def read_curves(path: str) -> Dict[str, np.ndarray]:
     Returns:
         Metric name to values of shape (rows,), NaN where a row lacks the metric.  "iteration" is
         among the names, and rising.
-
-    Raises:
-        FileNotFoundError: there is no such file.
     """
     return read_metrics(path)[0]
 

@@ -32,11 +32,7 @@ class Progress(NamedTuple):
 
 
 def progress_in(line: str, iterations: int) -> Optional[Progress]:
-    """The progress in a ``line`` of Detectron2's log; None for most lines.
-
-    Args:
-        iterations: how many the run has.
-    """
+    """The progress in a ``line`` of Detectron2's log of so many iterations; None for most lines."""
     found = _TRAINING.search(line)
     if found:
         done = int(found["iter"]) + 1
@@ -50,15 +46,10 @@ def progress_in(line: str, iterations: int) -> Optional[Progress]:
 
 
 class LiveLine:
-    """Progress on a stream.
+    """Progress on a stream, by default the console.
 
     On a terminal each line replaces the one before.  In a file, a pipe or a terminal without cursor
     control (``TERM=dumb``) at most one line per ``period`` seconds is written, the first one at once.
-
-    Args:
-        stream: default: standard output.
-        period: seconds.
-        clock: seconds.
     """
 
     def __init__(
@@ -84,27 +75,18 @@ class LiveLine:
 
     def keep(self, text: str) -> None:
         """Write ``text``, a line that stays; the next update is shown at once."""
-        self.clear()
-        self._write(text)
-        self._next = -math.inf
-
-    def clear(self) -> None:
-        """Clear the line, for other output on the terminal."""
         if self._open:
             self._write(CLEAR, end="")
         self._open = False
+        self._write(text)
+        self._next = -math.inf
 
     def _write(self, text: str, end: str = "\n") -> None:
         print(text, end=end, file=self.stream, flush=True)
 
 
 class Remaining:
-    """Estimates the time left for work of ``total`` units that take about equally long.
-
-    Args:
-        total: number of units.
-        clock: seconds.
-    """
+    """Estimates the time left for work of ``total`` units that take about equally long."""
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic):
         self.total, self.clock = total, clock

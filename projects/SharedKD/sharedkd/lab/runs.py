@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, Sequence, Union
+from typing import IO, Any, Callable, Dict, List, Optional, Sequence, Union
 
 from omegaconf import DictConfig
 
@@ -27,17 +27,11 @@ __all__ = ["BusyError", "Run", "short", "tool"]
 
 @dataclass
 class Run:
-    """One training run of tools/lazyconfig_train_net.py.
-
-    Args:
-        config: the config file.
-        overrides: what the command line adds to the config, its output folder too.
-        folder: that output folder.
-    """
+    """One training run of tools/lazyconfig_train_net.py."""
 
     config: Path
-    overrides: Sequence[str]
-    folder: Path
+    overrides: Sequence[str]  #: of the config, its output folder too
+    folder: Path  #: that output folder
 
     @cached_property
     def cfg(self) -> DictConfig:
@@ -65,9 +59,20 @@ class Run:
         """Its run.json, see :mod:`sharedkd.engine.hooks.record`."""
         return read_record(self.folder)
 
-    def has_these_settings(self) -> bool:
-        """Whether its folder is empty or holds a run with this very config."""
-        return not (self.started and changes(self.folder, self.cfg))
+    def check(self, teacher: Optional["Run"] = None) -> None:
+        """Refuse a folder with a run of other settings, or one that is older than its teacher's."""
+        if self.started and changes(self.folder, self.cfg):
+            problem = "holds a run with other settings"
+        elif self.started and teacher and not self._is_younger(teacher):
+            problem = f"holds a student of another teacher than {short(teacher.weights)}"
+        else:
+            return
+        fix = "remove that folder, or name another with --output DIR"
+        raise ConfigError("--output", short(self.folder), problem, fix)
+
+    def _is_younger(self, teacher: "Run") -> bool:
+        latest = self.folder / "last_checkpoint"
+        return teacher.finished and teacher.weights.stat().st_mtime < latest.stat().st_mtime
 
     def command(self, root: Path) -> Sequence[str]:
         """The command that starts or resumes it; ``root`` is the repository."""
@@ -79,20 +84,8 @@ class Run:
             *self.overrides,
         ]
 
-    def is_younger(self, teacher: "Run") -> bool:
-        """Whether its newest checkpoint was written after the last one of its teacher's run."""
-        latest = self.folder / "last_checkpoint"
-        return teacher.weights.stat().st_mtime < latest.stat().st_mtime
-
     def finish(self, root: Path) -> None:
-        """Train it if it is not finished, with its progress on the console.
-
-        Args:
-            root: the repository.
-
-        Raises:
-            BusyError, ConfigError: see :meth:`train`.
-        """
+        """:meth:`train` it if it is not finished, with its progress on the console."""
         if self.finished:
             print(f"      finished before, kept: {short(self.weights)}")
             return
@@ -103,12 +96,9 @@ class Run:
         live.keep(f"      trained and evaluated in {time.perf_counter() - start:.0f} s")
 
     def train(self, root: Path, iterations: int, say: Callable[[Progress], None]) -> None:
-        """Start or resume the training command, and wait for it.
+        """Start or resume the training command of so many iterations, and wait for it.
 
-        Args:
-            root: the repository.
-            iterations: the length of the whole run.
-            say: receives one line of progress at a time; the whole output goes to :attr:`log`.
+        ``say`` receives one line of progress at a time; the whole output goes to :attr:`log`.
 
         Raises:
             BusyError: another process trains it.
@@ -142,12 +132,9 @@ class Run:
                     raise
         if process.returncode:
             reason = next((x.strip() for x in reversed(last) if x.strip()), "")
-            raise ConfigError(
-                short(self.folder),
-                f"status {process.returncode}",
-                f"is how this run ended: {reason}",
-                f"see {short(self.log)}; the command was: {shlex.join(command)}",
-            )
+            problem = f"is how this run ended: {reason}"
+            fix = f"see {short(self.log)}; the command was: {shlex.join(command)}"
+            raise ConfigError(short(self.folder), f"status {process.returncode}", problem, fix)
 
 
 def _write(file: IO[str], line: str) -> None:
@@ -156,11 +143,7 @@ def _write(file: IO[str], line: str) -> None:
 
 
 def tool(name: str, root: Path = Path()) -> List[str]:
-    """The command that starts ``name`` of tools/ in this environment.
-
-    Args:
-        root: the repository; default: the current folder.
-    """
+    """The command that starts ``name`` of tools/; ``root`` is the repository."""
     return [short(sys.executable), short(root / "tools" / name)]
 
 

@@ -6,9 +6,10 @@ All functions but :func:`read_comparison` take one record, a plain dict as ``res
 * "baseline": the method that the others are compared with;
 * "arms": one mapping per training run, with "method", "seed" and "status" ("finished", "failed" or
   "missing").  A finished one has "results" (task "bbox" or "segm" to metric name to percentage) and
-  may have "curve" (task to [iteration, AP] of each evaluation), "iterations", "seconds_per_step", "peak_memory_mb", "parameters" (of which "losses" is
-  read), "initial_weights" (a digest), "hardware", "versions" and "collapsed" (tasks in which it finds
-  nothing, so that its AP is zero); the others may have "error";
+  may have "curve" (task to [iteration, AP] of each evaluation), "iterations", "seconds_per_step",
+  "peak_memory_mb", "parameters" ("student", "losses"), "initial_weights" (a digest), "hardware",
+  "versions" and "collapsed" (tasks in which it finds nothing, so that its AP is zero); the others
+  may have "error";
 * optionally "teacher", its results; "config_file", "overrides", "command", and "configs": method to its config.
 
 A value that is NaN or None counts as one that is not there.
@@ -17,9 +18,10 @@ A value that is NaN or None counts as one that is not there.
 import json
 import math
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from scipy.stats import t
@@ -29,24 +31,27 @@ from sharedkd.errors import ConfigError
 __all__ = [
     "CONFIDENCE",
     "MORE_METRICS",
+    "Record",
     "TASKS",
     "Difference",
     "Row",
     "costs_of",
     "difference",
     "curve_of",
+    "facts_of",
     "finished_arms",
     "folder_name",
+    "gains",
     "gap_closed",
+    "in_words",
     "interval",
     "is_known",
-    "loss_parameters_of",
     "mean_of",
     "measured",
-    "minutes_of",
     "paired",
     "reached",
     "read_comparison",
+    "rows_of",
     "score_of",
     "scores_of",
     "tasks_of",
@@ -55,14 +60,11 @@ __all__ = [
 CONFIDENCE = 0.95  #: of every interval
 TASKS = {"bbox": "box", "segm": "mask"}  #: as Detectron2's evaluator calls them -> in words
 MORE_METRICS = ("AP50", "AP75", "APs", "APm", "APl")
+Record = Mapping[str, Any]
 
 
 def read_comparison(folder: Path, key: str) -> Dict[str, Any]:
-    """Read the record of the comparison in ``folder``, which the user named by ``key``.
-
-    Raises:
-        ConfigError: the folder has none, or a damaged one.
-    """
+    """Read the record of the comparison in ``folder``, which the user named by ``key``."""
     path = folder / "results.json"
     if not path.is_file():
         raise ConfigError(key, folder, "holds no comparison", "name the folder of one")
@@ -81,16 +83,12 @@ def folder_name(method: str) -> str:
     return name.replace("=", "-")
 
 
-def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[float, float]:
+def interval(values: Sequence[float]) -> Tuple[float, float]:
     """Student's t interval of the mean of independent values.
 
-    Args:
-        values: one per seed, image or the like; with a NaN the results are NaN.
-        confidence: of the interval, between 0 and 1.
-
     Returns:
-        The mean and the half width of the interval, in the unit of ``values``.  Of one value the
-        half width is NaN, of none both are.
+        The mean and the half width of the interval.  Of one value the half width is NaN, of none or
+        with a NaN both are.
 
     >>> "%.3f +- %.3f" % interval([1.0, 2.0, 3.0])
     '2.000 +- 2.484'
@@ -100,7 +98,7 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Tuple[f
     mean = float(np.mean(values))
     if len(values) == 1:
         return mean, math.nan
-    quantile = t.ppf((1 + confidence) / 2, df=len(values) - 1)
+    quantile = t.ppf((1 + CONFIDENCE) / 2, df=len(values) - 1)
     return mean, float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
@@ -113,11 +111,10 @@ def paired(
 
     Args:
         ours, theirs: values of the same images, or minibatches, in the same order; a NaN is left out.
-        words: for a mean below and above zero.
+        words: the verdict on a mean below and above zero, where the interval excludes zero.
 
     Returns:
-        "mean", "low", "high", "count", and "verdict": one of ``words`` only where the interval excludes
-        zero.
+        "mean", "low", "high", "count" and "verdict".
     """
     values = np.subtract(ours, theirs)
     values = values[~np.isnan(values)]
@@ -131,17 +128,16 @@ def paired(
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference between two methods, with its 95 % interval.
+    """A mean difference between two methods, in points of the metric, with its 95 % interval."""
 
-    Args:
-        mean: in points of the metric; positive where the method has more than the reference.
-        half_width: of the interval; NaN with fewer than two seeds.
-        seeds: how many seeds both methods have.
-    """
+    mean: float  #: positive where the method has more than the reference
+    half_width: float  #: of the interval; NaN with fewer than two seeds
+    seeds: int  #: that both methods have
 
-    mean: float
-    half_width: float
-    seeds: int
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Difference":
+        """Of the differences of the single seeds."""
+        return cls(*interval(values), seeds=len(values))
 
     @property
     def low(self) -> float:
@@ -164,70 +160,75 @@ class Difference:
 
 
 def difference(
-    record: Mapping[str, Any], method: str, reference: str, task: str, metric: str = "AP"
+    record: Record, method: str, reference: str, task: str, metric: str = "AP"
 ) -> Difference:
-    """``method`` minus ``reference``, paired over the seeds that both have.
+    """``method`` minus ``reference``, paired over the seeds that both have."""
+    return Difference.of([*gains(record, method, reference, task, metric).values()])
 
-    Args:
-        record: as the module describes it.
-        task: "bbox" or "segm".
-        metric: a name in the arms' results.
-    """
+
+def gains(
+    record: Record, method: str, reference: str, task: str, metric: str = "AP"
+) -> Dict[int, float]:
+    """Seed -> ``method`` minus ``reference``, of the seeds that both have."""
     ours, theirs = (scores_of(record, name, task, metric) for name in (method, reference))
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return Difference(*interval(pairs), seeds=len(pairs))
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
 
 @dataclass(frozen=True)
 class Row:
-    """The measurements of one method on one task; NaN where there are none.
-
-    Args:
-        method: its name.
-        mean, half_width: of AP over seeds, see :func:`interval`.
-        metrics: AP50, AP75, APs, APm and APl to their means.
-        scores: seed to AP.
-        gain: against the baseline; None for the baseline itself.
-        seconds_per_step, minutes, peak_memory_mb, loss_parameters: means over seeds.
-    """
+    """The measurements of one method on one task."""
 
     method: str
-    mean: float
-    metrics: Mapping[str, float]
-    half_width: float = math.nan
-    scores: Mapping[int, float] = field(default_factory=dict)
-    gain: Optional[Difference] = None
-    seconds_per_step: float = math.nan
-    minutes: float = math.nan
-    peak_memory_mb: float = math.nan
-    loss_parameters: float = math.nan
+    scores: Mapping[str, Sequence[float]]  #: metric -> its known values, one per seed
+    gain: Optional[Difference] = None  #: against the baseline; None for the baseline itself
+    costs: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: see :func:`costs_of`
+
+    def interval(self, metric: str = "AP") -> Tuple[float, float]:
+        """Mean and half width over seeds, see :func:`interval`."""
+        return interval(self.scores[metric])
+
+    def mean(self, metric: str = "AP") -> float:
+        return mean_of(self.scores[metric])
+
+    def cost(self, name: str) -> float:
+        """The mean of one of the costs; NaN if it is not known."""
+        return mean_of(self.costs.get(name, ()))
 
 
-def measured(record: Mapping[str, Any]) -> Dict[str, List[Row]]:
+def measured(record: Record) -> Dict[str, List[Row]]:
     """One row per method, for each task ("bbox", "segm") that ``record`` has results of."""
-    return {task: [_row(record, m, task) for m in record["methods"]] for task in tasks_of(record)}
+    return {task: rows_of(record, task) for task in tasks_of(record)}
 
 
-def _row(record: Mapping[str, Any], method: str, task: str) -> Row:
-    scores, baseline = scores_of(record, method, task), record["baseline"]
-    mean, half_width = interval(list(scores.values()))
-    return Row(
-        method,
-        mean,
-        {m: mean_of(list(scores_of(record, method, task, m).values())) for m in MORE_METRICS},
-        half_width,
-        scores,
-        None if method == baseline else difference(record, method, baseline, task),
-        mean_of(costs_of(record, method, "seconds_per_step")),
-        minutes_of(record, method),
-        mean_of(costs_of(record, method, "peak_memory_mb")),
-        mean_of(loss_parameters_of(record, method)),
-    )
+def rows_of(record: Record, task: str) -> List[Row]:
+    """One row per method of ``record``."""
+    rows, baseline = [], record["baseline"]
+    for method in record["methods"]:
+        scores = {m: [*scores_of(record, method, task, m).values()] for m in ("AP", *MORE_METRICS)}
+        gain = None if method == baseline else difference(record, method, baseline, task)
+        rows.append(Row(method, scores, gain, costs_of(record, method)))
+    return rows
 
 
-def finished_arms(record: Mapping[str, Any]) -> List[Mapping[str, Any]]:
+def finished_arms(record: Record) -> List[Mapping[str, Any]]:
     """The arms of ``record`` that were trained and evaluated."""
     return [arm for arm in record["arms"] if arm["status"] == "finished"]
+
+
+def _finished_of(record: Record, method: str) -> List[Mapping[str, Any]]:
+    return [arm for arm in finished_arms(record) if arm["method"] == method]
+
+
+def facts_of(arms: Iterable[Mapping[str, Any]], key: str) -> List[str]:
+    """What ``arms`` say of "hardware", "versions" or the like, each once, in words."""
+    return list(dict.fromkeys(in_words(arm[key]) for arm in arms if arm.get(key)))
+
+
+def in_words(value: Any) -> str:
+    """A text, or the items of a mapping such as versions."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {version}" for name, version in sorted(value.items()))
+    return str(value)
 
 
 def is_known(value: Optional[float]) -> bool:
@@ -241,63 +242,62 @@ def score_of(results: Optional[Mapping[str, Any]], task: str, metric: str = "AP"
     return value if is_known(value) else math.nan
 
 
-def scores_of(
-    record: Mapping[str, Any], method: str, task: str, metric: str = "AP"
-) -> Dict[int, float]:
+def scores_of(record: Record, method: str, task: str, metric: str = "AP") -> Dict[int, float]:
     """Seed to ``metric`` of ``method`` on ``task``, of the seeds in ``record`` that have it."""
     arms = _finished_of(record, method)
     scores = {arm["seed"]: score_of(arm.get("results"), task, metric) for arm in arms}
     return {seed: score for seed, score in scores.items() if is_known(score)}
 
 
-def tasks_of(record: Mapping[str, Any]) -> List[str]:
+def tasks_of(record: Record) -> List[str]:
     """The tasks that a finished arm of ``record`` was evaluated on."""
     results = [arm.get("results") or {} for arm in finished_arms(record)]
     return [task for task in TASKS if any(result.get(task) for result in results)]
 
 
-def costs_of(record: Mapping[str, Any], method: str, name: str) -> List[float]:
-    """The known values of an arm's cost, one per finished arm of ``method`` in ``record``.
+def costs_of(record: Record, method: str) -> Dict[str, List[float]]:
+    """Each cost of ``method`` with its known values, one per finished arm.
 
-    ``name`` is "iterations", "seconds_per_step" or "peak_memory_mb".
+    They are "iterations", "seconds_per_step", "minutes" (of these two), "peak_memory_mb", and
+    "loss_parameters" and "student_parameters", their numbers.
     """
-    values = (arm.get(name) for arm in _finished_of(record, method))
-    return [value for value in values if is_known(value)]
+    costs: Dict[str, List[float]] = defaultdict(list)
+    for arm in _finished_of(record, method):
+        steps, seconds, sizes = (
+            arm.get(x) for x in ("iterations", "seconds_per_step", "parameters")
+        )
+        values = {
+            "iterations": steps,
+            "seconds_per_step": seconds,
+            "minutes": steps * seconds / 60 if is_known(steps) and is_known(seconds) else None,
+            "peak_memory_mb": arm.get("peak_memory_mb"),
+            "loss_parameters": (sizes or {}).get("losses"),
+            "student_parameters": (sizes or {}).get("student"),
+        }
+        for name, value in values.items():
+            if is_known(value):
+                costs[name].append(value)
+    return costs
 
 
-def loss_parameters_of(record: Mapping[str, Any], method: str) -> List[int]:
-    """The number of parameters of the losses, per finished arm of ``method`` in ``record``."""
-    values = ((arm.get("parameters") or {}).get("losses") for arm in _finished_of(record, method))
-    return [value for value in values if is_known(value)]
-
-
-def minutes_of(record: Mapping[str, Any], method: str) -> float:
-    """Training time in minutes, the mean over the finished arms of ``method`` in ``record``."""
-    arms = _finished_of(record, method)
-    pairs = [(arm.get("iterations"), arm.get("seconds_per_step")) for arm in arms]
-    return mean_of(
-        [steps * time / 60 for steps, time in pairs if is_known(steps) and is_known(time)]
-    )
-
-
-def curve_of(record: Mapping[str, Any], method: str, task: str) -> List[Tuple[int, float]]:
+def curve_of(record: Record, method: str, task: str) -> List[Tuple[int, float]]:
     """(iteration, mean AP) of the evaluations that all finished arms of ``method`` have."""
     arms = [dict((arm.get("curve") or {}).get(task, [])) for arm in _finished_of(record, method)]
     common = sorted(set.intersection(*(set(x) for x in arms))) if arms else []
     return [(i, mean_of([arm[i] for arm in arms])) for i in common]
 
 
-def gap_closed(record: Mapping[str, Any], method: str, task: str) -> float:
+def gap_closed(record: Record, method: str, task: str) -> float:
     """The share of the baseline's distance to the teacher's AP that ``method`` gains.
 
     NaN without a teacher's AP, or if the teacher has no more than the baseline.
     """
-    plain = mean_of(list(scores_of(record, record["baseline"], task).values()))
+    plain = mean_of(scores_of(record, record["baseline"], task).values())
     gap = score_of(record.get("teacher"), task) - plain
     return difference(record, method, record["baseline"], task).mean / gap if gap > 0 else math.nan
 
 
-def reached(record: Mapping[str, Any], method: str, task: str) -> List[Optional[int]]:
+def reached(record: Record, method: str, task: str) -> List[Optional[int]]:
     """Per seed, the first evaluated iteration with the baseline's final AP; None: never."""
     goals = scores_of(record, record["baseline"], task)
     found = []
@@ -308,10 +308,6 @@ def reached(record: Mapping[str, Any], method: str, task: str) -> List[Optional[
     return found
 
 
-def mean_of(values: Sequence[float]) -> float:
+def mean_of(values: Iterable[float]) -> float:
     """The mean of ``values``; NaN of none."""
-    return interval(values)[0]
-
-
-def _finished_of(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]:
-    return [arm for arm in finished_arms(record) if arm["method"] == method]
+    return interval([*values])[0]

@@ -4,14 +4,16 @@ from typing import Any, Mapping, Optional, Sequence
 
 from tabulate import tabulate
 
-from .scores import MORE_METRICS, TASKS, is_known
+from .scores import MORE_METRICS, TASKS, Difference, is_known
 
-__all__ = ["between", "markdown", "number", "results_table"]
+__all__ = ["between", "markdown", "number", "results_table", "with_bounds", "with_half_width"]
 
 
-def markdown(rows: Sequence[Sequence[Any]], headers: Sequence[str], align: str = "left") -> str:
-    """A table of ``rows`` whose cells are formatted; ``align``: all columns but the first."""
-    columns = ["left"] + [align] * (len(headers) - 1)
+def markdown(
+    rows: Sequence[Sequence[Any]], headers: Sequence[str], left: Optional[Sequence[str]] = None
+) -> str:
+    """A table of formatted cells; flush left are the columns ``left``, or all."""
+    columns = ["left" if left is None or x in left else "right" for x in headers]
     # The cells are formatted already: tabulate must not parse them back into numbers.
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=columns)
 
@@ -21,27 +23,34 @@ def number(value: Optional[float], layout: str = ".2f", unknown: str = "-") -> s
     return format(value, layout) if is_known(value) else unknown
 
 
+def with_half_width(mean: float, half_width: float, unknown: str = "-") -> str:
+    """A mean with the half width of its interval, if it has one."""
+    return number(mean, unknown=unknown) + (f" ± {half_width:.2f}" if is_known(half_width) else "")
+
+
+def with_bounds(gain: Difference, unknown: str = "-") -> str:
+    """A mean difference with the bounds of its interval, if it has one."""
+    return _bounded(gain.mean, gain.low, gain.high, "+.2f", unknown)
+
+
 def between(difference: Mapping[str, Any]) -> str:
-    """What :func:`~.scores.paired` found, in words: the mean, and its interval if it has one."""
-    mean = number(difference["mean"], "+.3f")
-    known = is_known(difference["low"])
-    return f"{mean} [{difference['low']:+.3f}, {difference['high']:+.3f}]" if known else mean
+    """The same of what :func:`~.scores.paired` found."""
+    return _bounded(difference["mean"], difference["low"], difference["high"], "+.3f")
+
+
+def _bounded(mean: float, low: float, high: float, layout: str, unknown: str = "-") -> str:
+    bounds = f" [{low:{layout}}, {high:{layout}}]" if is_known(low) else ""
+    return number(mean, layout, unknown) + bounds
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format results of trained detectors: accuracy, size and speed, a row per model.
 
     Args:
-        rows: one mapping per model, with "name" and any of
+        rows: one mapping per model, with "name" and any of "bbox" and "segm" (metric -> percentage,
+            of Detectron2's COCO evaluator), "parameters" and "seconds_per_image".
 
-            * "bbox" and "segm": metric name to percentage, as Detectron2's COCO evaluator returns
-              them, of which AP, AP50, AP75, APs, APm and APl are shown;
-            * "parameters": the number of parameters;
-            * "seconds_per_image": inference time.
-
-    Returns:
-        The table, in the order of ``rows``.  Missing values and NaN are shown as "-".
-        The columns of a task that no row has are left out.
+    Missing values and NaN are shown as "-"; columns of a task that no row has are left out.
     """
     tasks = [task for task in TASKS if any(row.get(task) for row in rows)]
     columns = [(task, metric) for task in tasks for metric in ("AP", *MORE_METRICS)]
@@ -55,4 +64,4 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     headers = ["model", *(f"{TASKS[task]} {metric}" for task, metric in columns)]
-    return markdown(body, [*headers, "parameters", "s / image"], align="right")
+    return markdown(body, [*headers, "parameters", "s / image"], left=["model"])

@@ -17,11 +17,10 @@ def take_turns(
 ) -> Dict[str, List[float]]:
     """Seconds of each of ``arms``, one per round; each round starts with another arm.
 
+    An arm does its work once per call.  The ``warm_up`` rounds come first and are not counted.
+
     Args:
-        arms: name -> a call that does its work once.
-        rounds: timed calls of each.
-        warm_up: rounds before them, which are not counted.
-        clock: gives the time in seconds; None: that on the wall, when the GPU has done its work.
+        clock: returns a time in seconds; None: that on the wall, when the GPU has done its work.
     """
     names, clock = list(arms), clock or _now
     seconds: Dict[str, List[float]] = {name: [] for name in names}

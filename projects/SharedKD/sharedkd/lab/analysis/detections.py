@@ -29,32 +29,19 @@ _SIZES = {"APs": 1, "APm": 2, "APl": 3}  # COCO's areas; 0 is all of them
 
 
 class Truth:
-    """A COCO-format validation set, or some images of it.
-
-    Args:
-        dataset: its registered name.
-        records: the images of it that count.
-
-    Attributes:
-        coco: all of its annotations.
-        image_ids: the images that count.
-        classes: names, by category id, in the order of the model's classes.
-
-    Raises:
-        ConfigError: the dataset has no COCO json.
-    """
+    """The registered validation set ``dataset``, of which the images of ``records`` count."""
 
     def __init__(self, dataset: str, records: Sequence[Mapping[str, Any]]):
         metadata = MetadataCatalog.get(dataset)
         if not metadata.get("json_file"):
-            raise ConfigError(
-                "dataloader.test.dataset.names", dataset, "has no COCO json", "use COCO-format data"
-            )
+            key, fix = "dataloader.test.dataset.names", "use COCO-format data"
+            raise ConfigError(key, dataset, "has no COCO json", fix)
         with redirect_stdout(StringIO()):  # pycocotools prints
             self.coco = COCO(metadata.json_file)
         self.image_ids = [record["image_id"] for record in records]
         to_model = metadata.get("thing_dataset_id_to_contiguous_id")
         self.category_ids = sorted(to_model, key=to_model.get)
+        #: Names, by category id, in the order of the model's classes.
         self.classes = dict(zip(self.category_ids, metadata.thing_classes))
 
     @property
@@ -67,10 +54,7 @@ class Truth:
         return self.coco.imgToAnns[image_id]
 
     def geometry(self, note: Mapping[str, Any], task: str) -> Union[List[float], Dict[str, Any]]:
-        """The geometry of ``note``, an annotation or a detection, that pycocotools compares.
-
-        For the ``task`` "bbox" it is the box (x, y, width, height) in pixels, for "segm" RLE.
-        """
+        """The box (x, y, width, height) of an annotation or detection, or for "segm" its RLE."""
         return note["bbox"] if task == "bbox" else self.coco.annToRLE(note)
 
 
@@ -81,11 +65,6 @@ def detect(
     """Run detectors over the images; categories are those of the dataset.
 
     They take turns, so that whatever else the machine does hits them alike.
-
-    Args:
-        detectors: as :func:`~.models.load_detectors` returns them.
-        records: the dataset's, before the detector's mapper.
-        truth: of the same dataset.
 
     Returns:
         name -> detections, and name -> the median time of an image in seconds.
@@ -106,24 +85,15 @@ def detect(
 
 
 def average_precision(truth: Truth, found: Found, task: str, most: int = 100) -> Dict[str, Any]:
-    """COCO's metrics, computed by pycocotools.
-
-    Args:
-        truth: whose images count.
-        found: the detections of each of them.
-        task: "bbox" or "segm".
-        most: detections that count per image and class.
+    """COCO's metrics, computed by pycocotools, of at most ``most`` detections per image and class.
 
     Returns:
         "AP", "AP50", "AP75", "APs", "APm", "APl" and "classes" (name -> AP) as percentages; NaN
         where there are no objects.
     """
-    results = [dict(x) for i in truth.image_ids for x in found[i]]
-    for result in results:
-        if task == "segm":  # or else sizes are those of the boxes
-            result.pop("bbox", None)
-        else:
-            result.pop("segmentation", None)
+    other = "bbox" if task == "segm" else "segmentation"  # sizes would be those of the other
+    detections = [x for i in truth.image_ids for x in found[i]]
+    results = [{key: x[key] for key in x if key != other} for x in detections]
     with redirect_stdout(StringIO()):
         evaluation = COCOeval(truth.coco, _loaded(truth.coco, results), task)
         evaluation.params.imgIds = sorted(truth.image_ids)
@@ -157,17 +127,7 @@ def _percentage(values: np.ndarray) -> float:
 def match_images(
     truth: Truth, found: Found, task: str, score_threshold: float = 0.0
 ) -> Dict[int, Match]:
-    """Match every image's detections to its objects.
-
-    Args:
-        truth: whose images count.
-        found: the detections of each of them.
-        task: what the IoU is of: "bbox" or "segm".
-        score_threshold: detections with a lower score, from 0 to 1, are left out.
-
-    Returns:
-        image id -> match.
-    """
+    """Match each image's detections of at least that score to its objects."""
     matches = {}
     for image_id in truth.image_ids:
         sure = [x for x in found[image_id] if x["score"] >= score_threshold]
@@ -189,10 +149,6 @@ def match_images(
 
 def mistakes(truth: Truth, found: Found, task: str, score_threshold: float) -> Dict[str, Any]:
     """Count a model's mistakes, and compute their costs.
-
-    Args:
-        truth, found, task: as in :func:`match_images`.
-        score_threshold: for the counts only.
 
     Returns:
         "counts": correct detections and each kind of mistake among the detections that are at least

@@ -29,21 +29,13 @@ _LABEL = 0.022  # points of a label's font per pixel of the image's width
 
 @dataclass
 class DrawnObject:
-    """One object of a picture.
+    """One object of a picture."""
 
-    Args:
-        box: (x0, y0, x1, y1) in pixels of the image.
-        category: which sets its colour.
-        mask: RLE or a (H, W) array; None: the box alone.
-        label: text at the box's corner.
-        mark: FALSE_ALARM: dashed and crossed out; MISSED: dashes of black and white.
-    """
-
-    box: Sequence[float]
-    category: int
-    mask: Optional[Any] = None
-    label: str = ""
-    mark: str = ""
+    box: Sequence[float]  #: (x0, y0, x1, y1) in pixels of the image
+    category: int  #: which sets its colour
+    mask: Optional[Any] = None  #: RLE or a (H, W) array; None: the box alone
+    label: str = ""  #: text at the box's corner
+    mark: str = ""  #: FALSE_ALARM: dashed and crossed out; MISSED: dashes of black and white
 
 
 def draw_gallery(

@@ -26,14 +26,10 @@ PositionMaps = Dict[int, Dict[str, np.ndarray]]
 
 
 def draw_heat_maps(record: Mapping[str, Any], tap: str) -> Figure:
-    """Draw the measures of all level pairs, a row per measure with one scale of colours.
+    """Draw the measures of all level pairs of a tap, a row per measure with one scale of colours.
 
     The columns are teacher-teacher, then student-teacher and student-student of the first and of the
     last checkpoint.
-
-    Args:
-        record: as the module describes it.
-        tap: one of those that were measured: "fpn" or "backbone".
     """
     steps = first_and_last(record)
     shown = [("teacher - teacher", steps[0], "teacher-teacher")]
@@ -66,11 +62,7 @@ def draw_heat_maps(record: Mapping[str, Any], tap: str) -> Figure:
 def draw_training(record: Mapping[str, Any], tap: str) -> Optional[Figure]:
     """Draw the quantities over training with 95 % intervals over images, a panel per measure.
 
-    Args:
-        record, tap: as in :func:`draw_heat_maps`.
-
-    Returns:
-        the figure; None with fewer than two checkpoints of known iteration.
+    None with fewer than two checkpoints of known iteration.
     """
     steps = [step for step in record["checkpoints"] if step["iteration"] is not None]
     if len(steps) < 2:
@@ -137,7 +129,7 @@ def draw_maps(image: Tensor, steps: Sequence[Tuple[str, PositionMaps]]) -> Figur
         image: (C, H, W), as the models get it.
         steps: (title, what :func:`position_maps` returned) of at least one checkpoint.
     """
-    height, width = image.shape[-2:]
+    grey, (height, width) = image.float().mean(0), image.shape[-2:]
     first = steps[0][1]
     columns = [("teacher", "teacher", first)]
     for title, maps in steps:
@@ -148,9 +140,7 @@ def draw_maps(image: Tensor, steps: Sequence[Tuple[str, PositionMaps]]) -> Figur
         most = max(maps[stride]["difference"].max() for _, maps in steps)
         for axes, (title, kind, maps) in zip(row, columns):
             x, differs = maps[stride][kind], kind == "difference"
-            axes.imshow(
-                image.float().mean(0), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0)
-            )
+            axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
             axes.imshow(
                 x,
                 cmap="magma" if differs else "viridis",

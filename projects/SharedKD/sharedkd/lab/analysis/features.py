@@ -1,5 +1,6 @@
 """Measures the feature gaps of a pair at several points of its training, and reports them."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -7,19 +8,16 @@ from detectron2.config import instantiate
 
 from sharedkd.engine.hooks.record import hardware, versions
 from sharedkd.errors import ConfigError
-from sharedkd.files import replace
-from sharedkd.lab.strict_json import strict_json
+from sharedkd.lab.output import write_json, write_text
 from sharedkd.modeling.taps import pyramid_shapes
 
 from .feature_plots import draw_heat_maps, draw_maps, draw_training, position_maps
 from .gap_report import words
-from .gaps import GapMeter
+from .gaps import MINIBATCH, POSITIONS, GapMeter
 from .models import validation_records
 from .pair import TAPS, Checkpoint, Pair, saved_checkpoints
 
 __all__ = ["analyze_features", "named_checkpoints"]
-
-MINIBATCH, POSITIONS = 8, 32  # of CKA, see GapMeter
 
 
 def analyze_features(
@@ -36,7 +34,7 @@ def analyze_features(
     Args:
         config_file: of a pair.
         checkpoints: states of the student after its initial one; None: those of the run's folder.
-        images: of the validation set, evenly spread over it.
+        images: how many of the validation set, evenly spread over it.
         output: folder, created if it does not exist.
         overrides: ``key=value``.
         pictures: for how many images maps are drawn.
@@ -44,9 +42,6 @@ def analyze_features(
 
     Returns:
         where the report is, and its verdict.
-
-    Raises:
-        ConfigError: no pair, weights that do not fit, or nothing to measure on.
     """
     pair = Pair(config_file, overrides)
     records = validation_records(pair.cfg, images)
@@ -64,7 +59,7 @@ def analyze_features(
     drawn: Dict[Tuple[str, int], List[Any]] = {}
     for state in states:
         pair.load(state)
-        meters = {tap: GapMeter(pair.normalize, MINIBATCH, POSITIONS) for tap in taps}
+        meters = {tap: GapMeter(pair.normalize) for tap in taps}
         for number, mapped in enumerate(inputs):
             ours, theirs = pair.maps(mapped)
             height, width = mapped["image"].shape[-2:]
@@ -89,12 +84,7 @@ def analyze_features(
         "channels": {tap: {"student": student[tap], "teacher": teacher[tap]} for tap in taps},
         "initial_is_the_runs": pair.initial_is_the_runs,
         "checkpoints": [
-            {
-                "name": state.name,
-                "file": None if state.file is None else str(state.file),
-                "iteration": state.iteration,
-                "taps": found,
-            }
+            {**asdict(state), "file": state.file and str(state.file), "taps": found}
             for state, found in zip(states, measured)
         ],
         "hardware": hardware(pair.model.device),
@@ -107,17 +97,14 @@ def analyze_features(
     record["pictures"] = [name for name, figure in figures.items() if figure]
     for name in record["pictures"]:
         figures[name].savefig(output / name, dpi=110)
-    replace(str(output / "features.json"), lambda f: f.write(strict_json(record)))
+    write_json(output / "features.json", record)
     text = words(record)
-    replace(str(output / "features.md"), lambda f: f.write(text.encode()))
+    write_text(output / "features.md", text)
     return f"{text.partition('## Pictures')[0].strip()}\n\n{output / 'features.md'}"
 
 
 def named_checkpoints(text: str) -> List[Checkpoint]:
-    """The checkpoints that ``text`` names, as ``FILE,NAME=FILE`` on a command line.
-
-    A file without a name is named after itself, without .pth.  Whether it exists is not checked here.
-    """
+    """The checkpoints that ``FILE,NAME=FILE,...`` names; without a name, after the file."""
     found = []
     for item in filter(None, text.split(",")):
         name, equals, file = item.rpartition("=")
@@ -129,8 +116,7 @@ def _check(states: Sequence[Checkpoint]) -> None:
     names = [state.name for state in states]
     for state in states:
         if names.count(state.name) > 1:
-            raise ConfigError(
-                "--checkpoint", state.name, "is the name of two states", "name them: NAME=FILE"
-            )
+            problem = "is the name of two states"
+            raise ConfigError("--checkpoint", state.name, problem, "name them: NAME=FILE")
         if state.file is not None and not state.file.is_file():
             raise ConfigError("--checkpoint", state.file, "no such file", "name a checkpoint")

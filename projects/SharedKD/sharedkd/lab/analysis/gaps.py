@@ -4,6 +4,7 @@ The maps of one tap of a pair are the nodes ("student", stride) and ("teacher", 
 nodes is measured on every image, or for CKA on every minibatch of images.
 """
 
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -19,14 +20,12 @@ from .similarity import MEASURES, aligned, cka, gap, hsic, u_centred
 
 __all__ = ["KINDS", "QUANTITIES", "GapMeter", "Gaps"]
 
+#: Of CKA: images per minibatch, and how many positions of an image are examples, at most.
+MINIBATCH, POSITIONS = 8, 32
 Node = Tuple[str, int]  #: ("student" or "teacher", stride)
 
-#: The matrices: rows and columns.
-KINDS = {
-    "student-teacher": ("student", "teacher"),
-    "student-student": ("student", "student"),
-    "teacher-teacher": ("teacher", "teacher"),
-}
+#: The matrices: rows-columns.
+KINDS = ("student-teacher", "student-student", "teacher-teacher")
 #: What the verdicts are about, each a mean over level pairs; l < k are strides that both have.
 QUANTITIES = {
     "identical": "student l - teacher l: the same level of both",
@@ -44,21 +43,19 @@ class GapMeter:
     pooled maps with all channels of both; its examples are positions, drawn at random from the
     images of a minibatch, the same ones for all maps and for each meter.
 
-    Args:
-        normalize: of the MSE, as in the pair's loss.
-        minibatch: images per minibatch of CKA.
-        positions: how many positions of an image are examples, at most.
+    ``normalize`` is of the MSE, as in the pair's loss.
     """
 
-    def __init__(self, normalize: str = "instance", minibatch: int = 8, positions: int = 32):
+    def __init__(
+        self, normalize: str = "instance", minibatch: int = MINIBATCH, positions: int = POSITIONS
+    ):
         self.normalize, self.minibatch, self.positions = normalize, minibatch, positions
         self._draw = np.random.default_rng(0)
         self.nodes: List[Node] = []
         self._images: Dict[str, List[np.ndarray]] = {"mse": [], "cosine": []}
         self._hsic: List[np.ndarray] = []  # of each minibatch
-        self._examples: List[
-            Dict[Tuple[Node, int], Tensor]
-        ] = []  # of each image since the last one
+        # Of each image since the last minibatch.
+        self._examples: List[Dict[Tuple[Node, int], Tensor]] = []
 
     def add(
         self,
@@ -66,11 +63,9 @@ class GapMeter:
         teacher: Mapping[int, Tensor],
         image_size: Tuple[int, int],
     ) -> None:
-        """Measure one image.
+        """Measure one image of (height, width) pixels without padding.
 
-        Args:
-            student, teacher: stride -> (1, C, H, W); at a stride that both have, of one size.
-            image_size: (height, width) in pixels, without padding.
+        Both are stride -> (1, C, H, W), and of one size at a stride that both have.
         """
         maps = {("student", s): Pooled(precise(x)) for s, x in sorted(student.items())}
         maps.update({("teacher", s): Pooled(precise(x)) for s, x in sorted(teacher.items())})
@@ -129,32 +124,25 @@ class GapMeter:
         return Gaps(self.nodes, values, of(estimates))
 
 
+@dataclass
 class Gaps:
-    """What a :class:`GapMeter` measured of all level pairs.
+    """What a :class:`GapMeter` measured of all level pairs."""
 
-    Args:
-        nodes: the maps.
-        values: measure -> (images, nodes, nodes), or of CKA (minibatches, nodes, nodes).
-        cka: (nodes, nodes), over all minibatches.
-    """
-
-    def __init__(self, nodes: List[Node], values: Dict[str, np.ndarray], cka: np.ndarray):
-        self.nodes, self.values, self.cka = nodes, values, cka
+    nodes: List[Node]  #: the maps
+    values: Dict[str, np.ndarray]  #: measure -> (images, nodes, nodes), of CKA (minibatches, ...)
+    cka: np.ndarray  #: (nodes, nodes), over all minibatches
 
     def matrix(self, kind: str, measure: str) -> Dict[str, Any]:
-        """One measure of one kind of level pairs, as it is and not as a gap.
-
-        Args:
-            kind: one of :data:`KINDS`.
-            measure: one of :data:`~.similarity.MEASURES`.
+        """A measure of one of the :data:`KINDS` of level pairs, as it is and not as a gap.
 
         Returns:
             "rows" and "columns" (strides), "mean" and "sd" over images or minibatches, and "count",
             the number of these.  The "mean" of CKA is its estimate from all minibatches together.
         """
-        index = np.ix_(*([i for i, n in enumerate(self.nodes) if n[0] == w] for w in KINDS[kind]))
+        sides = kind.split("-")
+        index = np.ix_(*([i for i, node in enumerate(self.nodes) if node[0] == x] for x in sides))
         values = np.stack([x[index] for x in self.values[measure]])
-        rows, columns = (self._strides(who) for who in KINDS[kind])
+        rows, columns = map(self._strides, sides)
         return {
             "rows": rows,
             "columns": columns,
@@ -176,10 +164,7 @@ class Gaps:
     ) -> np.ndarray:
         """One of :data:`QUANTITIES` as a gap, a value per image, or of CKA per minibatch.
 
-        Args:
-            name: the quantity.
-            measure: one of :data:`~.similarity.MEASURES`.
-            pairs: (l, k); by default all.
+        ``pairs`` are (l, k), by default all.
         """
         student, teacher = "student", "teacher"
         columns = []
@@ -197,21 +182,16 @@ class Gaps:
 
     def record(self) -> Dict[str, Any]:
         """For features.json: "matrices" (kind -> measure), "quantities", and "inner_minus_cross"."""
+        inner_minus_cross = {}
+        for m in MEASURES:
+            pairs = {f"{x}-{y}": self._inner_minus_cross(m, (x, y)) for x, y in self.level_pairs()}
+            inner_minus_cross[m] = {**self._inner_minus_cross(m), "pairs": pairs}
+        quantities = {m: {q: _interval(self.quantity(q, m)) for q in QUANTITIES} for m in MEASURES}
+        matrices = {kind: {m: self.matrix(kind, m) for m in MEASURES} for kind in KINDS}
         return {
-            "matrices": {k: {m: self.matrix(k, m) for m in MEASURES} for k in KINDS},
-            "quantities": {
-                m: {q: _interval(self.quantity(q, m)) for q in QUANTITIES} for m in MEASURES
-            },
-            "inner_minus_cross": {
-                m: {
-                    **self._inner_minus_cross(m),
-                    "pairs": {
-                        f"{fine}-{deep}": self._inner_minus_cross(m, (fine, deep))
-                        for fine, deep in self.level_pairs()
-                    },
-                }
-                for m in MEASURES
-            },
+            "matrices": matrices,
+            "quantities": quantities,
+            "inner_minus_cross": inner_minus_cross,
         }
 
     def _inner_minus_cross(self, measure: str, *pairs: Tuple[int, int]) -> Dict[str, Any]:

@@ -37,25 +37,15 @@ CORRECT, IGNORED = "correct", "ignored"
 
 @dataclass
 class Match:
-    """The D detections and G objects of one image, matched.
+    """The D detections, by falling score, and the G objects of one image, matched."""
 
-    Args:
-        scores, classes: (D,), by falling score.
-        kinds: D times "correct", "ignored" (on a crowd region), or one of :data:`KINDS`.
-        targets: (D,) the object that was found, or that a mistake of localisation or classification
-            is about; -1 without one.
-        iou: (D,) with that object.
-        truth: (G,) classes of the objects.
-        crowd: (G,) which of them are regions that count neither way.
-    """
-
-    scores: np.ndarray
-    classes: np.ndarray
-    kinds: List[str]
-    targets: np.ndarray
-    iou: np.ndarray
-    truth: np.ndarray
-    crowd: np.ndarray
+    scores: np.ndarray  #: (D,)
+    classes: np.ndarray  #: (D,)
+    kinds: List[str]  #: "correct", "ignored" (on a crowd region), or one of :data:`KINDS`
+    targets: np.ndarray  #: (D,) the object found, or badly placed or named; -1 without one
+    iou: np.ndarray  #: (D,) with that object
+    truth: np.ndarray  #: (G,) classes of the objects
+    crowd: np.ndarray  #: (G,) which of them are regions that count neither way
 
     def _targets_of(self, *kinds: str) -> np.ndarray:
         return np.array([t for t, kind in zip(self.targets, self.kinds) if kind in kinds], int)
@@ -138,13 +128,7 @@ def costs(matches: Sequence[Match]) -> Dict[str, float]:
 
     A localisation or classification error becomes correct, if its object is not found otherwise
     and no surer error of this kind is about it; else it is removed, like all other false alarms.
-    Missed objects are taken out of the ground truth.
-
-    Args:
-        matches: one per image, with all detections, however unsure.
-
-    Returns:
-        kind -> points; NaN where there are no objects, or none are left.
+    Missed objects leave the ground truth.  ``matches`` are of all detections, however unsure.
     """
     now = ap50(matches)
     return {kind: ap50(matches, kind) - now for kind in KINDS}
@@ -153,9 +137,7 @@ def costs(matches: Sequence[Match]) -> Dict[str, float]:
 def ap50(matches: Sequence[Match], repaired: str = "") -> float:
     """COCO's AP at IoU 0.5 over all sizes, as a percentage; NaN without objects.
 
-    Args:
-        matches: one per image.
-        repaired: the one of :data:`KINDS` that is repaired as in :func:`costs`; "": none.
+    ``repaired`` is the one of :data:`KINDS` that is repaired as in :func:`costs`.
     """
     objects = Counter(label for each in matches for label in each.truth[~each.crowd])
     if repaired == "missed":  # and classes without any left with them

@@ -31,34 +31,21 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a detector is.
-
-    Args:
-        name: for titles.
-        config: its config file.
-        checkpoint: its weights; None: it is the teacher of that config.
-    """
+    """Where a detector is."""
 
     name: str
     config: Path
-    checkpoint: Optional[Path]
+    checkpoint: Optional[Path]  #: None: it is the teacher of that config
 
 
 @dataclass
 class Detector:
-    """A trained detector that takes records of the dataset.
-
-    Args:
-        source: where it is from.
-        mapper: from a dataset's record to a model's input, as in its evaluation.
-        model: from a list of these inputs to Detectron2's results.
-        parameters: their number.
-    """
+    """A trained detector that takes records of the dataset."""
 
     source: Source
-    mapper: Callable[[Dict[str, Any]], Dict[str, Any]]
-    model: Callable[[List[Dict[str, Any]]], List[Dict[str, Any]]]
-    parameters: Optional[int] = None
+    mapper: Callable[[Dict[str, Any]], Dict[str, Any]]  #: from a record to a model's input
+    model: Callable[[List[Dict[str, Any]]], List[Dict[str, Any]]]  #: from inputs to results
+    parameters: Optional[int] = None  #: their number
 
 
 def sources(
@@ -76,10 +63,6 @@ def sources(
             the first distilled student, and of the others the one with the best AP); beside runs
             they come first.
         seed: of a comparison; None: the first one that all of the methods have.
-
-    Raises:
-        ConfigError: there is no model, or one that is named has no checkpoint or no config, or a
-            method no finished run of the seed.
     """
     pairs = [config] if config else []
     if folder is not None and (folder / "results.json").exists():
@@ -93,9 +76,8 @@ def sources(
         elif folder is not None:
             found += [_of_run(x.parent) for x in sorted(folder.glob("*/config.yaml"))]
     if not found:
-        raise ConfigError(
-            "--models", "", "there is no model", "name a run's folder, or models as name=CHECKPOINT"
-        )
+        fix = "name a run's folder, or models as name=CHECKPOINT"
+        raise ConfigError("--models", "", "there is no model", fix)
     candidates = [*pairs, *(source.config for source in found)]
     teacher = next((path for path in candidates if _has_teacher(path)), None)
     if teacher and TEACHER not in [source.name for source in found]:
@@ -114,11 +96,11 @@ def _named(item: str, config: Optional[Path]) -> Source:
     return Source(name, beside if beside.exists() else config, checkpoint)
 
 
-def _of_run(run: Path) -> Source:
+def _of_run(run: Path, name: str = "") -> Source:
     weights = run / "model_final.pth"
     if not weights.exists():
         raise ConfigError(str(run), "", "has no model_final.pth", "finish this run first")
-    return Source(run.resolve().name, run / "config.yaml", weights)
+    return Source(name or run.resolve().name, run / "config.yaml", weights)
 
 
 def _has_teacher(config: Path) -> bool:
@@ -136,30 +118,23 @@ def _of_comparison(folder: Path, methods: Sequence[str], seed: Optional[int]) ->
     if not methods:
         plain = record["baseline"]
         first, *others = [m for m in record["methods"] if m in runs and m != plain] or [""]
-        others.sort(key=lambda m: -mean_of(list(scores_of(record, m, "bbox").values()) or [0.0]))
+        others.sort(key=lambda m: -mean_of(scores_of(record, m, "bbox").values() or [0.0]))
         methods = [m for m in (plain, first, *others[:1]) if m in runs]
     for method in methods:
         if method not in runs:
-            raise ConfigError(
-                "--models", method, "has no finished run with weights", f"use {', '.join(runs)}"
-            )
+            problem = "has no finished run with weights"
+            raise ConfigError("--models", method, problem, f"use {', '.join(runs)}")
     common = sorted(set.intersection(*(set(runs[m]) for m in methods))) if methods else []
     if not common or seed not in (None, *common):
         raise ConfigError("--seed", seed, "not every method has it", f"use one of {common}")
     seed = common[0] if seed is None else seed
-    return [
-        Source(m, runs[m][seed] / "config.yaml", runs[m][seed] / "model_final.pth") for m in methods
-    ]
+    return [_of_run(runs[method][seed], method) for method in methods]
 
 
 def load_detectors(
     found: Sequence[Source], overrides: Sequence[str] = ()
 ) -> Tuple[DictConfig, List[Detector]]:
-    """Build and load detectors in float32.
-
-    Args:
-        found: what :func:`sources` returned.
-        overrides: ``key=value`` for the configs of all of them.
+    """Build and load detectors in float32, their configs with ``overrides``.
 
     Returns:
         the first one's config, whose validation set is used, and the detectors.  A teacher of other
@@ -175,10 +150,9 @@ def load_detectors(
         ours, theirs = (OmegaConf.select(c, "dataloader.test.dataset.names") for c in (cfg, first))
         files = [OmegaConf.select(c, "data.val_json") for c in (cfg, first)]
         if ours != theirs or files[0] != files[1]:
-            raise ConfigError(
-                source.name, files[0] or ours, "is other validation data than that of the first model",
-                "compare models of the same data",
-            )  # fmt: skip
+            problem = "is other validation data than that of the first model"
+            fix = "compare models of the same data"
+            raise ConfigError(source.name, files[0] or ours, problem, fix)
         mapper = instantiate(cfg.dataloader.test.mapper)
         if source.checkpoint is not None:
             model = trained_student(cfg, str(source.checkpoint), source.name).to(cfg.train.device)
@@ -196,10 +170,8 @@ def load_detectors(
 def trained_student(cfg: DictConfig, checkpoint: str, key: str) -> nn.Module:
     """The detector of ``cfg``, of a pair the student alone, with trained weights, in evaluation mode.
 
-    No teacher is built.  ``key`` names the checkpoint in errors.
-
     Raises:
-        ConfigError: the checkpoint does not fill the detector exactly.
+        ConfigError: the checkpoint, which ``key`` names, does not fill the detector exactly.
     """
     model = construct(student_only(cfg).model, "model")
     load_trained(model, checkpoint, key, cfg.train.trust_checkpoint)
@@ -207,14 +179,7 @@ def trained_student(cfg: DictConfig, checkpoint: str, key: str) -> nn.Module:
 
 
 def validation_records(cfg: DictConfig, count: Optional[int]) -> List[Dict[str, Any]]:
-    """Records of the validation set of ``cfg``.
-
-    Args:
-        count: how many, evenly spread over the set; None, or more than there are: all.
-
-    Raises:
-        ConfigError: it is empty, or ``count`` is not positive.
-    """
+    """Records of the validation set: ``count`` of them, evenly spread over it, or all."""
     records = instantiate(cfg.dataloader.test.dataset)
     if not records:
         raise ConfigError("dataloader.test.dataset", "[]", "has no image", "name other data")

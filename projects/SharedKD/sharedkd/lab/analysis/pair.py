@@ -7,7 +7,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.utils.env import seed_all_rng
-from omegaconf import DictConfig
 
 from sharedkd.config import load_config
 from sharedkd.engine.checkpoint import has_run
@@ -27,36 +26,24 @@ TAPS = ("fpn", "backbone")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The student at some point.
-
-    Args:
-        name: for tables and plots.
-        file: None: the initial weights.
-        iteration: number of finished iterations; None if unknown.
-    """
+    """The student at some point."""
 
     name: str
-    file: Optional[Path] = None
-    iteration: Optional[int] = None
+    file: Optional[Path] = None  #: None: the initial weights
+    iteration: Optional[int] = None  #: number of finished iterations; None if unknown
 
 
 class Pair:
     """Student and teacher of a config in float32, in evaluation mode, the student with any weights.
 
-    Args:
-        config_file: of a pair: a config, or the config.yaml of a run.
-        overrides: ``key=value``.
-
-    Raises:
-        ConfigError: no pair, no teacher, or whatever else is wrong with the config.
+    ``config_file`` is of a pair: a config, or the config.yaml of a run.
     """
 
     def __init__(self, config_file: str, overrides: Sequence[str] = ()):
         self.cfg = cfg = load_config(config_file, overrides, keep_teacher=True)
         if cfg.model.get("teacher") is None:
-            raise ConfigError(
-                "model.teacher", None, "there is no teacher to compare with", "use a pair's config"
-            )
+            problem = "there is no teacher to compare with"
+            raise ConfigError("model.teacher", None, problem, "use a pair's config")
         # As Detectron2 computes: speed does not matter here.
         cfg.train.amp.enabled = cfg.train.compile = cfg.train.activation_checkpointing = False
         cfg.model.teacher.precision = "float32"
@@ -66,7 +53,9 @@ class Pair:
         self._tap = FeatureTap(self.model.student, self.model.pyramid)
         self._initial = {k: x.clone() for k, x in self.model.student.state_dict().items()}
         #: The folder of its run; None if it was not trained yet.
-        self.folder = _run_folder(config_file, cfg)
+        beside = Path(config_file).name == "config.yaml"
+        folder = Path(config_file).parent if beside else Path(cfg.train.output_dir)
+        self.folder = folder if has_run(folder) else None
         known = read_record(self.folder).get("initial_weights") if self.folder else None
         #: Whether the run started from these initial weights; None if unknown.
         self.initial_is_the_runs = known and known == fingerprint(self.model.student)
@@ -79,28 +68,16 @@ class Pair:
         return found[0] if found else "instance"
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Give the student the weights of ``checkpoint``.
-
-        Raises:
-            ConfigError: they do not fit.
-        """
-        if checkpoint.file is None:
-            self.model.student.load_state_dict(self._initial)
+        """Give the student the weights of ``checkpoint``; a ConfigError if they do not fit."""
+        student, file, trust = self.model.student, checkpoint.file, self.cfg.train.trust_checkpoint
+        if file is None:
+            student.load_state_dict(self._initial)
         else:
-            load_trained(
-                self.model.student,
-                str(checkpoint.file),
-                "--checkpoint",
-                self.cfg.train.trust_checkpoint,
-            )
+            load_trained(student, str(file), "--checkpoint", trust)
 
     @torch.no_grad()
     def maps(self, record: Dict[str, Any]) -> Tuple[Maps, Maps]:
-        """The student's and the teacher's maps of one image, tap -> stride -> (1, C, H, W).
-
-        Args:
-            record: a record of the dataset after the test-time mapper.
-        """
+        """Student's and teacher's maps of a mapped record, tap -> stride -> (1, C, H, W)."""
         student = self.model.student
         taps = frozenset(TAPS)
         with self._tap.capture(taps) as ours:
@@ -111,19 +88,8 @@ class Pair:
         return common_pixels(ours, theirs)
 
 
-def _run_folder(config_file: str, cfg: DictConfig) -> Optional[Path]:
-    path = Path(config_file)
-    folder = path.parent if path.name == "config.yaml" else Path(cfg.train.output_dir)
-    return folder if has_run(folder) else None
-
-
 def saved_checkpoints(folder: Path, last: int) -> List[Checkpoint]:
-    """The checkpoints of a run in the order of training, each state once.
-
-    Args:
-        folder: of the run.
-        last: the length of the run in iterations.
-    """
+    """The checkpoints of a run of ``last`` iterations in the order of training, each state once."""
     states = {
         int(number[1]) + 1: path
         for path in sorted(folder.glob("model_*.pth"))

@@ -45,10 +45,9 @@ def gap(measure: str, value: _Values) -> _Values:
 def aligned(
     x: Pooled, y: Pooled, normalize: str, mask: Optional[Tensor] = None
 ) -> "dict[str, float]":
-    """MSE and cosine of two maps after the losses' alignment, which pools and crops channels.
+    """MSE and cosine of two maps (1, C, H, W) after the losses' alignment.
 
     Args:
-        x, y: maps (1, C, H, W) of any widths and sizes.
         normalize: of the MSE, see :class:`~sharedkd.losses.distance.Distance`.
         mask: (1, 1, h, w) of the smaller size, true where a position counts.
 
@@ -76,23 +75,15 @@ def u_centred(rows: Tensor) -> np.ndarray:
 
 
 def hsic(a: np.ndarray, b: np.ndarray) -> float:
-    """The unbiased estimate of HSIC from what :func:`u_centred` makes of two maps' rows.
-
-    Args:
-        a, b: (n, n), of the same n examples in the same order.
-
-    Returns:
-        the estimate; NaN if n is below 4.
-    """
+    """The unbiased estimate of HSIC from two results of :func:`u_centred`; NaN below n = 4."""
     n = len(a)
     return float((a * b).sum() / (n * (n - 3))) if n >= SMALLEST_MINIBATCH else np.nan
 
 
 def cka(xy: Sequence[float], xx: Sequence[float], yy: Sequence[float]) -> float:
-    """CKA from the :func:`hsic` of each minibatch; NaN where a map does not vary.
+    """CKA from the :func:`hsic` of two maps, and of each with itself, one per minibatch.
 
-    Args:
-        xy, xx, yy: of the two maps, and of each with itself; one value per minibatch.
+    NaN where a map does not vary.
     """
     product = np.mean(xx) * np.mean(yy)
     return float(np.mean(xy) / np.sqrt(product)) if np.mean(xx) > 0 < product else np.nan

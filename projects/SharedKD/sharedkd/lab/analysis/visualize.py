@@ -6,9 +6,8 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 from omegaconf import OmegaConf
 
 from sharedkd.errors import ConfigError
-from sharedkd.files import replace
+from sharedkd.lab.output import write_json, write_text
 from sharedkd.lab.scores import paired
-from sharedkd.lab.strict_json import strict_json
 from sharedkd.lab.tables import between as difference_of
 from sharedkd.lab.tables import results_table
 
@@ -45,9 +44,6 @@ def visualize(
 
     Returns:
         what detections.json holds; :func:`table` and ``record["sentence"]`` say it in words.
-
-    Raises:
-        ConfigError: models that do not fit their configs or each other.
     """
     cfg, detectors = load_detectors(found, overrides)
     first, second = between = _pair(between, [detector.source.name for detector in detectors])
@@ -88,14 +84,14 @@ def visualize(
         "score_threshold": score_threshold,
         "tasks": tasks,
         "models": {
-            detector.source.name: {
-                "config": str(detector.source.config),
-                "checkpoint": str(detector.source.checkpoint or ""),
-                "parameters": detector.parameters,
-                "seconds_per_image": seconds[detector.source.name],
-                **{task: results_of(results[detector.source.name], task) for task in tasks},
+            source.name: {
+                "config": str(source.config),
+                "checkpoint": str(source.checkpoint or ""),
+                "parameters": parameters,
+                "seconds_per_image": seconds[source.name],
+                **{task: results_of(results[source.name], task) for task in tasks},
             }
-            for detector in detectors
+            for source, parameters in ((x.source, x.parameters) for x in detectors)
         },
         "per_image": per_image,
         "between": list(between),
@@ -110,21 +106,14 @@ def visualize(
     if chosen:
         by_id = {x["image_id"]: x for x in records}
         span = OmegaConf.select(cfg, "dataloader.test.mapper.image_range")
-        files = draw_gallery(
-            truth,
-            [by_id[x["image_id"]] for x in chosen],
-            results,
-            matches,
-            task,
-            [_caption(x, between) for x in chosen],
-            output,
-            span,
-        )
+        shown = [by_id[x["image_id"]] for x in chosen]
+        captions = [_caption(x, between) for x in chosen]
+        files = draw_gallery(truth, shown, results, matches, task, captions, output, span)
     record["gallery"] = [{**x, "pictures": paths} for x, paths in zip(chosen, files)]
     draw_ap(record).savefig(output / "ap_bars.png", dpi=110)
     draw_mistakes(record).savefig(output / "mistakes.png", dpi=110)
-    replace(str(output / "detections.json"), lambda f: f.write(strict_json(record)))
-    replace(str(output / "detections.md"), lambda f: f.write(_words(record).encode()))
+    write_json(output / "detections.json", record)
+    write_text(output / "detections.md", _words(record))
     return record
 
 
@@ -136,14 +125,12 @@ def table(record: Mapping[str, Any]) -> str:
 def _pair(between: Sequence[str], names: Sequence[str]) -> Tuple[str, str]:
     doubles = [name for name in names if names.count(name) > 1]
     if doubles:
-        raise ConfigError(
-            "--models", doubles[0], "is the name of two models", "name them: NAME=FILE"
-        )
+        problem = "is the name of two models"
+        raise ConfigError("--models", doubles[0], problem, "name them: NAME=FILE")
     chosen = list(between) or [*names[:2], *names[:1]][:2]  # a single model: all images are equal
     if len(chosen) != 2 or not set(chosen) <= set(names):
-        raise ConfigError(
-            "--between", ",".join(chosen), "are not two of the models", f"use {names}"
-        )
+        problem = "are not two of the models"
+        raise ConfigError("--between", ",".join(chosen), problem, f"use {names}")
     return chosen[0], chosen[1]
 
 

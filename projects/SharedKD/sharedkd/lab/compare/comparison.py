@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 from uuid import uuid4
 
@@ -35,14 +34,14 @@ from sharedkd.files import replace
 from sharedkd.lab.metrics import read_curves, seconds_per_step
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
-from sharedkd.lab.scores import TASKS, folder_name, is_known
+from sharedkd.lab.scores import TASKS, costs_of, folder_name, is_known, mean_of
 from sharedkd.methods import PLAIN, with_method
 from sharedkd.modeling.meta_arch import SharedKD
 
 from .events import write_events
 from .summary import write
 
-__all__ = ["Arm", "Comparison", "run_comparison"]
+__all__ = ["Arm", "Comparison"]
 
 WRITER = f".{uuid4().hex[:8]}"  # several machines may write into the folder of a comparison
 FOR_THE_TIME_OF = "@"  # none@fgd: the plain student, trained for as long as fgd takes
@@ -50,13 +49,7 @@ FOR_THE_TIME_OF = "@"  # none@fgd: the plain student, trained for as long as fgd
 
 @dataclass
 class Arm:
-    """One method with one seed.
-
-    Args:
-        method: its name; ``a@b`` is method a, trained for the time that b takes.
-        seed: of the student's weights, the data and every draw.
-        run: the training run.
-    """
+    """One method, ``a@b`` is a trained for the time that b takes, with one seed for every draw."""
 
     method: str
     seed: int
@@ -72,30 +65,17 @@ class Arm:
             return "finished"
         return "failed" if self.failure.exists() else "missing"
 
-    def _curves(self) -> Dict[str, np.ndarray]:
-        try:
-            return read_curves(str(self.run.folder / "metrics.json"))
-        except FileNotFoundError:
-            return {}
-
-    def _aps(self, curves: Dict[str, np.ndarray]) -> Dict[str, List[Tuple[int, float]]]:
-        """Task -> (iterations trained, AP) of each evaluation."""
-        last, found = self.run.record.get("iterations") or math.inf, {}
+    def record(self) -> Dict[str, Any]:
+        """Its entry in results.json."""
+        status, record = self.status, self.run.record
+        path = self.run.folder / "metrics.json"
+        curves = read_curves(str(path)) if path.exists() else {}
+        last, aps = record.get("iterations") or math.inf, {}
         for task in TASKS:
             rows = zip(curves.get("iteration", ()), curves.get(f"{task}/AP", ()))
             points = [(int(min(i + 1, last)), float(ap)) for i, ap in rows if is_known(ap)]
             if points:
-                found[task] = points
-        return found
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Median over the run; NaN before its first logged step."""
-        return seconds_per_step(self._curves())
-
-    def record(self) -> Dict[str, Any]:
-        """Its entry in results.json."""
-        status, record, curves = self.status, self.run.record, self._curves()
+                aps[task] = points  # iterations trained, AP
         return {
             "method": self.method,
             "seed": self.seed,
@@ -103,7 +83,7 @@ class Arm:
             "status": status,
             "error": self.failure.read_text().strip() if status == "failed" else None,
             "seconds_per_step": seconds_per_step(curves),
-            "curve": self._aps(curves),
+            "curve": aps,
             **record,
         }
 
@@ -148,12 +128,8 @@ class Comparison:
 
     def _check_names(self) -> None:
         if PLAIN not in self.methods:
-            raise ConfigError(
-                "--methods",
-                ",".join(self.methods),
-                f"has no baseline, the plain student {PLAIN}",
-                f"add {PLAIN}",
-            )
+            problem = f"has no baseline, the plain student {PLAIN}"
+            raise ConfigError("--methods", ",".join(self.methods), problem, f"add {PLAIN}")
         for seed in self.seeds:
             if seed < 0:
                 raise ConfigError("--seeds", seed, "is negative", "use 0 or more")
@@ -162,34 +138,24 @@ class Comparison:
             trained, at, timed = method.partition(FOR_THE_TIME_OF)
             for part in (trained, timed) if at else ():
                 if FOR_THE_TIME_OF in part or part not in self.methods:
-                    raise ConfigError(
-                        "--methods", method, f"needs {part}, which is not listed", f"add {part}"
-                    )
+                    problem = f"needs {part}, which is not listed"
+                    raise ConfigError("--methods", method, problem, f"add {part}")
             other = folders.setdefault(folder_name(method), method)
             if other != method:
-                raise ConfigError(
-                    "--methods", method, f"has the name of {other}", "rename one of the files"
-                )
+                problem = f"has the name of {other}"
+                raise ConfigError("--methods", method, problem, "rename one of the files")
 
     def prepare(self) -> None:
-        """Bind every method to the pair, evaluate the teacher once, and write the arms' configs.
-
-        Raises:
-            ConfigError: a method does not fit the pair, or the folder holds a comparison with other
-                settings.
-        """
+        """Bind every method to the pair, evaluate the teacher once, and write the arms' configs."""
         model = build(self.cfg)
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
             if "=" in method:
                 build(cfg)  # its keys may change any part of the model
             elif "student" in cfg.model:
-                SharedKD(
-                    student=model.student,
-                    teacher=teacher,
-                    stages=construct(cfg.model.stages, "model.stages"),
-                    input_format=model.input_format,
-                )
+                stages = construct(cfg.model.stages, "model.stages")
+                student, form = model.student, model.input_format
+                SharedKD(student=student, teacher=teacher, stages=stages, input_format=form)
         path = self.output / "teacher.json"
         if teacher is not None and not path.exists():
             print("the teacher's evaluation", flush=True)
@@ -205,7 +171,8 @@ class Comparison:
                 self._save_config(method, self.configs[method])
 
     def _save_config(self, method: str, cfg: DictConfig) -> None:
-        ends = {stage.get("end") for stage in _stages(cfg)}
+        stages = (cfg.model.get("stages") or {}).values()
+        ends = {stage.get("end") for stage in stages if isinstance(stage, DictConfig)}
         if cfg.train.eval_teacher is None and "teacher" not in ends:
             cfg.train.eval_teacher = False  # it was evaluated once for all arms
         path = self._config_path(method)
@@ -216,12 +183,10 @@ class Comparison:
             changed = differences(str(path), str(new))
             new.unlink()
             key, then, now = changed[0] if changed else ("the file", "older", "newer")
-            raise ConfigError(
-                "--output",
-                short(self.output),
-                f"holds a comparison with other settings of {method}, {key}={then} instead of {now}",
-                "choose another folder, or the settings of " + short(path),
-            )
+            change = f"{method}, {key}={then} instead of {now}"
+            problem = f"holds a comparison with other settings of {change}"
+            fix = f"choose another folder, or the settings of {short(path)}"
+            raise ConfigError("--output", short(self.output), problem, fix)
         new.replace(path)
 
     def _saved_config(self, method: str) -> Optional[Dict[str, Any]]:
@@ -240,58 +205,43 @@ class Comparison:
     def arms(self) -> List[Arm]:
         """All arms, seed by seed, so that an interrupted comparison has full seeds; ``a@b`` are last."""
         arms = []
-        for timed in (False, True):
-            for seed in self.seeds:
-                for method in self.methods:
-                    if (FOR_THE_TIME_OF in method) == timed:
-                        config = self._config_path(method)
-                        folder = self.output / folder_name(method) / f"seed{seed}"
-                        settings = [f"train.output_dir={folder}", f"train.seed={seed}"]
-                        arms.append(Arm(method, seed, Run(config, settings, folder)))
+        pairs = [(seed, method) for seed in self.seeds for method in self.methods]
+        for seed, method in sorted(pairs, key=lambda pair: FOR_THE_TIME_OF in pair[1]):
+            folder = self.output / folder_name(method) / f"seed{seed}"
+            settings = [f"train.output_dir={folder}", f"train.seed={seed}"]
+            arms.append(Arm(method, seed, Run(self._config_path(method), settings, folder)))
         return arms
-
-    def seconds_per_step(self, method: str) -> float:
-        """Seconds per step, the mean over the finished arms of ``method``; NaN before one is."""
-        seconds = [a.seconds_per_step for a in self.arms if a.method == method and a.run.finished]
-        return fmean(seconds) if seconds else math.nan
 
     def iterations(self, method: str) -> Optional[int]:
         """The number of steps of ``method``; None while it depends on unfinished runs.
 
         This writes the config of a method ``a@b``, once: an arm that was started must not change its
-        length.  Failed runs are left out.
-
-        Raises:
-            ConfigError: all runs that it depends on failed.
+        length.  Failed runs are left out; if all are, it raises a ConfigError.
         """
         path = self._config_path(method)
         if FOR_THE_TIME_OF not in method:
             return self.cfg.train.max_iter
         if path.exists():
             return LazyConfig.load(str(path)).train.max_iter
-        ours, theirs = method.split(FOR_THE_TIME_OF)
-        sources = [arm for arm in self.arms if arm.method in (ours, theirs)]
+        both = method.split(FOR_THE_TIME_OF)
+        sources = [arm for arm in self.arms if arm.method in both]
         if any(arm.status == "missing" for arm in sources):
             return None
         cfg = self.configs[method].copy()
         if not cfg.train.fast_dev_run:  # which sets a length of its own
-            ratio = self.seconds_per_step(theirs) / self.seconds_per_step(ours)
-            if not math.isfinite(ratio):
-                raise ConfigError(
-                    "--methods",
-                    method,
-                    "has no time to take: the runs that it depends on failed",
-                    "repair the failed runs",
-                )
-            cfg.train.max_iter = round(cfg.train.max_iter * ratio)
+            record = {"arms": [arm.record() for arm in sources]}
+            ours, theirs = (mean_of(costs_of(record, x)["seconds_per_step"]) for x in both)
+            if not math.isfinite(theirs / ours):
+                problem = "has no time to take: the runs that it depends on failed"
+                raise ConfigError("--methods", method, problem, "repair the failed runs")
+            cfg.train.max_iter = round(cfg.train.max_iter * theirs / ours)
         self._save_config(method, cfg)
         return cfg.train.max_iter
 
     def train(self, shard: Tuple[int, int] = (0, 1)) -> None:
-        """Train the arms of a shard that are not finished; a failed one does not stop the others.
+        """Train the unfinished arms of a shard, i of n; a failed one does not stop the others.
 
-        Args:
-            shard: (i, n): train the i-th of n shards of the arms; :meth:`prepare` comes before it.
+        :meth:`prepare` comes before it.
         """
         if self.jobs > 1:
             self._train_in_processes(shard)  # the arms ``a@b`` are left
@@ -358,11 +308,7 @@ class Comparison:
             raise
 
     def report(self) -> Dict[str, Any]:
-        """Write results.json, report.md and the plots of the arms that are finished.
-
-        Returns:
-            the record, as :mod:`sharedkd.lab.scores` describes it.
-        """
+        """Write results.json, report.md and the plots; return the record, see :mod:`~.scores`."""
         path = self.output / "teacher.json"
         record = {
             "config_file": self.config_file,
@@ -378,32 +324,32 @@ class Comparison:
         write(record, str(self.output), WRITER)
         return record
 
-    def write_events(self, record: Dict[str, Any]) -> None:
-        """Write ``record``, of :meth:`report`, for TensorBoard; on a full disk nothing.
-
-        See :mod:`sharedkd.lab.compare.events`.
-        """
+    def run(self, shard: Tuple[int, int] = (0, 1)) -> Dict[str, Any]:
+        """Train, then :meth:`report`, also for TensorBoard; return that record."""
+        self.train(shard)
+        record = self.report()
         try:
             write_events(self.output, record)
-        except OSError as e:
+        except OSError as e:  # a full disk
             print(f"nothing for TensorBoard: {e}", flush=True)
+        return record
 
-    def command(self) -> List[str]:
-        """The command line of this comparison."""
+    def command(
+        self,
+        what: Sequence[str] = (),
+        output: Optional[Path] = None,
+        overrides: Optional[Sequence[str]] = None,
+    ) -> List[str]:
+        """The command line of this comparison, or of one of students, which ``what`` names."""
         return [
             *tool("compare_methods.py", self.root),
-            *("--config-file", short(self.config_file)),
+            *(what or ("--config-file", short(self.config_file))),
             *("--methods", ",".join(self.methods)),
             *("--seeds", ",".join(map(str, self.seeds))),
-            *("--output", short(self.output)),
+            *("--output", short(output or self.output)),
             *(("--jobs", str(self.jobs)) if self.jobs > 1 else ()),
-            *self.overrides,
+            *(self.overrides if overrides is None else overrides),
         ]
-
-
-def _stages(cfg: DictConfig) -> List[DictConfig]:
-    nodes = cfg.model.get("stages") or {}
-    return [node for node in nodes.values() if isinstance(node, DictConfig)]
 
 
 def _count_collapsed(record: Dict[str, Any]) -> None:
@@ -424,33 +370,3 @@ def _count_collapsed(record: Dict[str, Any]) -> None:
                 known = [x[task][name] for x in everything if name in x.get(task, {})]
                 if name in ("AP", "AP50", "AP75") or not np.all(np.isnan(known)):
                     metrics[name] = 0.0
-
-
-def run_comparison(
-    root: Path,
-    config_file: str,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    output: Path,
-    overrides: Sequence[str] = (),
-    shard: Tuple[int, int] = (0, 1),
-    jobs: int = 1,
-) -> Dict[str, Any]:
-    """Train what is missing, then report.
-
-    Args:
-        root, config_file, methods, seeds, output, overrides, jobs: see :class:`Comparison`.
-        shard: see :meth:`Comparison.train`.
-
-    Returns:
-        the record, see :meth:`Comparison.report`.
-
-    Raises:
-        ConfigError: see :class:`Comparison` and :meth:`Comparison.prepare`.
-    """
-    comparison = Comparison(root, config_file, methods, seeds, output, overrides, jobs)
-    comparison.prepare()
-    comparison.train(shard)
-    record = comparison.report()
-    comparison.write_events(record)
-    return record

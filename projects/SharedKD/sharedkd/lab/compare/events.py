@@ -13,27 +13,21 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from sharedkd.config.plain import leaves
-from sharedkd.lab.scores import TASKS, folder_name
+from sharedkd.lab.scores import TASKS, Record, finished_arms, folder_name, is_known, score_of
 
 __all__ = ["write_events"]
 
-FOLDER = "tensorboard"
 _PICTURES = (".", "features", "detections")  # folders
 _SETTINGS = ("model.stages.", "optimizer.lr", "train.max_iter")  # what arms may differ in
 
 
-def write_events(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write DIR/tensorboard anew: an hparams session per finished arm, and all pictures of DIR.
-
-    Args:
-        folder: of the comparison.
-        record: as :mod:`sharedkd.lab.scores` describes it.
-    """
-    target = folder / FOLDER
+def write_events(folder: Path, record: Record) -> None:
+    """Write ``folder``/tensorboard anew: an hparams session per finished arm, and its pictures."""
+    target = folder / "tensorboard"
     for old in target.glob("**/events.out.tfevents.*"):
         old.unlink()
     configs = record.get("configs") or {}
-    for arm in record["arms"]:
+    for arm in finished_arms(record):
         metrics = _metrics(arm)
         if not metrics:
             continue
@@ -58,9 +52,7 @@ def write_events(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _metrics(arm: Mapping[str, Any]) -> Dict[str, float]:
     """AP and cost of a finished arm."""
-    if arm["status"] != "finished":
-        return {}
-    found = {f"hparam/{TASKS[t]}_AP": (arm["results"].get(t) or {}).get("AP") for t in TASKS}
-    found["hparam/seconds_per_step"] = arm.get("seconds_per_step")
-    found["hparam/peak_memory_mb"] = arm.get("peak_memory_mb")
-    return {k: float(v) for k, v in found.items() if v is not None and np.isfinite(v)}
+    found = {f"hparam/{title}_AP": score_of(arm["results"], t) for t, title in TASKS.items()}
+    for cost in ("seconds_per_step", "peak_memory_mb"):
+        found[f"hparam/{cost}"] = arm.get(cost)
+    return {k: float(v) for k, v in found.items() if is_known(v)}

@@ -1,9 +1,9 @@
-"""The plots of a comparison of methods: AP, AP over the training and against its time, AP by size.
+"""The plots of a comparison of methods, each a figure with one panel per task.
 
-The records are those of :mod:`~sharedkd.lab.scores`.
+A ``record`` is one of :mod:`~sharedkd.lab.scores`.
 """
 
-from typing import IO, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from sharedkd.lab.scores import (
     TASKS,
+    Record,
     curve_of,
-    interval,
     is_known,
     mean_of,
-    minutes_of,
+    rows_of,
     score_of,
     scores_of,
     tasks_of,
@@ -30,50 +30,33 @@ PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 _BASELINE, _METHOD, _EQUAL_TIME, _TEACHER = PALETTE[:4]
 _SIZES = dict(zip(("APs", "APm", "APl"), (PALETTE[5], PALETTE[6], PALETTE[1])))
 _MARKERS = "osD^v"  # of methods that share a colour
-_Target = Optional[Union[str, IO[bytes]]]
 _ROW = 0.42  # inches, the height of one method in a plot
-_DPI = 120
 _COLUMNS = 3  # of a legend
 
 
-def plot_ap(record: Mapping[str, Any], path: _Target = None) -> Figure:
+def plot_ap(record: Record) -> Figure:
     """Draw the mean AP of each method with its 95 % interval, and the single seeds below it.
 
     The baseline's mean and the teacher are vertical lines.  A teacher so far off that the methods
     could not be told apart is left outside the axis, which its legend entry says.
-
-    Args:
-        record: as :mod:`~sharedkd.lab.scores` describes it.
-        path: the PNG file to write, its name or open in binary; None: none is written.
-
-    Returns:
-        The figure, one panel per task.
     """
     figure, panels = _method_panels(record)
     for task, axes in panels.items():
-        for row, method in enumerate(record["methods"]):
-            scores = list(scores_of(record, method, task).values())
+        for i, row in enumerate(rows_of(record, task)):
+            scores = row.scores["AP"]
             if scores:
-                mean, half_width = interval(scores)
-                style = _style(record, method)
-                axes.errorbar(mean, row, xerr=half_width, capsize=3, markersize=6, **style)
-                below = [row + 0.27] * len(scores)
+                mean, half_width = row.interval()
+                style = _style(record, row.method)
+                axes.errorbar(mean, i, xerr=half_width, capsize=3, markersize=6, **style)
+                below = [i + 0.27] * len(scores)
                 axes.plot(scores, below, ".", color=style["color"], markersize=4, alpha=0.6)
         _draw_references(axes, record, task)
         axes.set_xlabel(f"{TASKS[task]} AP (mean, 95 % interval; small dots: single seeds)")
-    return _save(figure, path)
+    return figure
 
 
-def plot_curves(record: Mapping[str, Any], path: _Target = None) -> Figure:
-    """Draw the mean AP of each method at the evaluations of its training; the teacher is a line.
-
-    Args:
-        record: as :mod:`~sharedkd.lab.scores` describes it.
-        path: the PNG file to write, its name or open in binary; None: none is written.
-
-    Returns:
-        The figure, one panel per task.
-    """
+def plot_curves(record: Record) -> Figure:
+    """Draw the mean AP of each method at the evaluations of its training; the teacher is a line."""
     figure, panels = _task_panels(tasks_of(record), len(record["methods"]))
     for task, axes in panels.items():
         for i, method in enumerate(record["methods"]):
@@ -81,61 +64,32 @@ def plot_curves(record: Mapping[str, Any], path: _Target = None) -> Figure:
             if points:
                 color, marker = _look(i)
                 axes.plot(*zip(*points), marker=marker, color=color, markersize=4, label=method)
-        teacher = score_of(record.get("teacher"), task)
-        if is_known(teacher):
-            axes.axhline(teacher, color=_TEACHER, linestyle="--", label="teacher")
-        axes.set_xlabel("iterations")
-        axes.set_ylabel(f"{TASKS[task]} AP (mean over seeds)")
-        axes.grid(alpha=0.3)
-        _legend(axes)
-    return _save(figure, path)
+        _finish(axes, score_of(record.get("teacher"), task), "iterations", task, "mean over seeds")
+    return figure
 
 
-def plot_cost(record: Mapping[str, Any], path: _Target = None) -> Figure:
-    """Draw AP with its 95 % interval against training time, one point per method.
-
-    Args:
-        record: as :mod:`~sharedkd.lab.scores` describes it.
-        path: the PNG file to write, its name or open in binary; None: none is written.
-
-    Returns:
-        The figure, one panel per task.  Methods without AP or time are left out.
-    """
+def plot_cost(record: Record) -> Figure:
+    """Draw AP with its 95 % interval against training time, where both are known."""
     figure, panels = _task_panels(tasks_of(record), len(record["methods"]))
     for task, axes in panels.items():
-        for i, method in enumerate(record["methods"]):
-            minutes = minutes_of(record, method)
-            mean, half_width = interval(list(scores_of(record, method, task).values()))
+        for i, row in enumerate(rows_of(record, task)):
+            minutes, (mean, half_width) = row.cost("minutes"), row.interval()
             if is_known(minutes) and is_known(mean):
-                color, marker = _look(i)
-                style = {"color": color, "fmt": marker, "label": method}
-                axes.errorbar(minutes, mean, yerr=half_width, capsize=3, markersize=7, **style)
+                _mark(axes, i, minutes, mean, half_width, row.method)
         axes.margins(0.12)
-        axes.set_xlabel("training minutes")
-        axes.set_ylabel(f"{TASKS[task]} AP (mean, 95 % interval)")
-        axes.grid(alpha=0.3)
-        _legend(axes)
-    return _save(figure, path)
+        _finish(axes, None, "training minutes", task)
+    return figure
 
 
-def plot_sizes(record: Mapping[str, Any], path: _Target = None) -> Figure:
-    """Draw APs, APm and APl of each method as a group of bars with 95 % intervals.
-
-    Args:
-        record: as :mod:`~sharedkd.lab.scores` describes it.
-        path: the PNG file to write, its name or open in binary; None: none is written.
-
-    Returns:
-        The figure, one panel per task, which holds one container of bars per size.
-    """
+def plot_sizes(record: Record) -> Figure:
+    """Draw APs, APm and APl of each method as a group of bars with 95 % intervals."""
     figure, panels = _method_panels(record, row_height=1.3 * _ROW)
-    rows = np.arange(len(record["methods"]))
     for task, axes in panels.items():
+        rows = rows_of(record, task)
         for offset, (metric, color) in zip((-0.26, 0, 0.26), _SIZES.items()):
-            scores = [scores_of(record, method, task, metric) for method in record["methods"]]
-            means, half_widths = zip(*(interval(list(values.values())) for values in scores))
+            means, half_widths = zip(*(row.interval(metric) for row in rows))
             axes.barh(
-                rows + offset,
+                np.arange(len(rows)) + offset,
                 means,
                 height=0.24,
                 xerr=half_widths,
@@ -147,14 +101,13 @@ def plot_sizes(record: Mapping[str, Any], path: _Target = None) -> Figure:
         axes.set_xlim(0, min(100, axes.get_xlim()[1]))
         axes.set_xlabel(f"{TASKS[task]} AP by size of the objects (mean, 95 % interval)")
         _legend(axes)
-    return _save(figure, path)
+    return figure
 
 
 def plot_tradeoff(
     points: Mapping[str, Sequence[Point]],
     teacher: Mapping[str, float],
     budget: Optional[float] = None,
-    path: _Target = None,
 ) -> Figure:
     """Draw AP with its 95 % interval against latency, with the Pareto front and the budget.
 
@@ -163,17 +116,17 @@ def plot_tradeoff(
             could not be exported.
         teacher: task -> its AP, perhaps NaN.
         budget: in milliseconds; None: no line.
-        path: the PNG file to write, its name or open in binary; None: none is written.
-
-    Returns:
-        The figure, one panel per task.
     """
     methods = list(dict.fromkeys(p.method for found in points.values() for p in found))
     figure, panels = _task_panels(list(points), len(methods) + 3)
     for task, axes in panels.items():
         found = [p for p in points.get(task, ()) if is_known(p.mean) and is_known(p.milliseconds)]
         for i, method in enumerate(methods):
-            _draw_points(axes, [p for p in found if p.method == method], method, *_look(i))
+            for exported, label in ((True, method), (False, f"{method} (eager)")):
+                some = [p for p in found if p.method == method and p.exported == exported]
+                if some:
+                    x, y = [p.milliseconds for p in some], [p.mean for p in some]
+                    _mark(axes, i, x, y, [p.half_width for p in some], label, filled=exported)
         for student in dict.fromkeys(p.student for p in found):
             top = max((p for p in found if p.student == student), key=lambda p: p.mean)
             at = (top.milliseconds, top.mean)
@@ -185,63 +138,61 @@ def plot_tradeoff(
             ring.set(fillstyle="none", markersize=14, zorder=0)
         if budget is not None:
             axes.axvline(budget, color=PALETTE[5], linestyle=":", label=f"budget: {budget:g} ms")
-        if is_known(teacher.get(task)):
-            axes.axhline(teacher[task], color=_TEACHER, linestyle="--", label="teacher")
         axes.margins(0.15)
-        axes.set_xlabel("milliseconds per image (median)")
-        axes.set_ylabel(f"{TASKS[task]} AP (mean, 95 % interval)")
-        axes.grid(alpha=0.3)
-        _legend(axes)
-    return _save(figure, path)
+        _finish(axes, teacher.get(task), "milliseconds per image (median)", task)
+    return figure
 
 
-def _draw_points(axes: Axes, found: List[Point], label: str, color: str, marker: str) -> None:
-    for exported in (True, False):
-        some = [p for p in found if p.exported == exported]
-        if some:
-            axes.errorbar(
-                [p.milliseconds for p in some],
-                [p.mean for p in some],
-                yerr=[p.half_width for p in some],
-                fmt=marker,
-                color=color,
-                markerfacecolor=color if exported else "none",
-                capsize=3,
-                markersize=7,
-                label=label if exported else f"{label} (eager)",
-            )
+def _mark(
+    axes: Axes, i: int, x: Any, y: Any, half_width: Any, label: str, filled: bool = True
+) -> None:
+    """Draw points of the method number ``i`` with their intervals."""
+    color, marker = _look(i)
+    inside = color if filled else "none"
+    style: Dict[str, Any] = {"fmt": marker, "color": color, "markerfacecolor": inside}
+    axes.errorbar(x, y, yerr=half_width, capsize=3, markersize=7, label=label, **style)
 
 
-def _method_panels(
-    record: Mapping[str, Any], row_height: float = _ROW
-) -> Tuple[Figure, Dict[str, Axes]]:
-    """One panel per task, side by side, with one row per method."""
-    tasks = tasks_of(record) or ["bbox"]
-    methods = record["methods"]
+def _finish(
+    axes: Axes,
+    teacher: Optional[float],
+    x_label: str,
+    task: str,
+    of: str = "mean, 95 % interval",
+) -> None:
+    if is_known(teacher):
+        axes.axhline(teacher, color=_TEACHER, linestyle="--", label="teacher")
+    axes.set(xlabel=x_label, ylabel=f"{TASKS[task]} AP ({of})")
+    axes.grid(alpha=0.3)
+    _legend(axes)
+
+
+def _method_panels(record: Record, row_height: float = _ROW) -> Tuple[Figure, Dict[str, Axes]]:
+    """A panel per task with one row per method."""
+    methods, tasks = record["methods"], tasks_of(record) or ["bbox"]
     size = (1.5 + 5.5 * len(tasks), 1.6 + row_height * len(methods))
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    panels = dict(zip(tasks, figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]))
+    figure, panels = _panels(tasks, size, sharey=True)
     for axes in panels.values():
         axes.set_axisbelow(True)
         axes.grid(axis="x", alpha=0.3)
-    first = panels[tasks[0]]
     has_result = [any(scores_of(record, method, task) for task in tasks) for method in methods]
     names = [name if known else f"{name} (no result)" for name, known in zip(methods, has_result)]
+    first = next(iter(panels.values()))
     first.set_yticks(range(len(methods)), names)
     first.set_ylim(len(methods) - 0.4, -0.6)  # the first one on top
     return figure, panels
 
 
-def _style(record: Mapping[str, Any], method: str) -> Dict[str, Any]:
+def _style(record: Record, method: str) -> Dict[str, Any]:
     """The style of a point: baseline, method, or student trained for another method's time."""
     if method == record["baseline"]:
         return {"color": _BASELINE, "fmt": "s"}
     return {"color": _EQUAL_TIME, "fmt": "D"} if "@" in method else {"color": _METHOD, "fmt": "o"}
 
 
-def _draw_references(axes: Axes, record: Mapping[str, Any], task: str) -> None:
+def _draw_references(axes: Axes, record: Record, task: str) -> None:
     low, high = axes.get_xlim()
-    baseline = mean_of(list(scores_of(record, record["baseline"], task).values()))
+    baseline = mean_of(scores_of(record, record["baseline"], task).values())
     if is_known(baseline):
         label = f"baseline ({record['baseline']}): {baseline:.2f}"
         axes.axvline(baseline, color=_BASELINE, linewidth=1, zorder=0, label=label)
@@ -258,9 +209,15 @@ def _draw_references(axes: Axes, record: Mapping[str, Any], task: str) -> None:
 def _task_panels(tasks: Sequence[str], entries: int) -> Tuple[Figure, Dict[str, Axes]]:
     """A panel per task, with room for a legend of so many entries below."""
     tasks, rows = tasks or ["bbox"], -(-entries // _COLUMNS)
-    size = (6.5 * len(tasks), 4.6 + 0.25 * rows)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    return figure, dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]))
+    return _panels(tasks, (6.5 * len(tasks), 4.6 + 0.25 * rows))
+
+
+def _panels(
+    tasks: Sequence[str], size: Tuple[float, float], **how: Any
+) -> Tuple[Figure, Dict[str, Axes]]:
+    """A panel per task, side by side."""
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    return figure, dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False, **how)[0]))
 
 
 def _look(i: int) -> Tuple[str, str]:
@@ -276,9 +233,3 @@ def _legend(axes: Axes) -> None:
             bbox_to_anchor=(0.5, -0.65 / axes.get_figure(root=True).get_figheight()),
             ncols=_COLUMNS,
         )
-
-
-def _save(figure: Figure, path: _Target) -> Figure:
-    if path is not None:
-        figure.savefig(path, format="png")  # whatever the path ends in
-    return figure

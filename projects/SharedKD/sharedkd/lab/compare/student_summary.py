@@ -1,13 +1,12 @@
 """The report of a comparison of students: a table per task, AP over latency, and what they show."""
 
 from pathlib import Path
-from typing import IO, Any, Callable, List, Mapping, Optional, Sequence
+from typing import List, Optional, Sequence
 
-from sharedkd.files import replace
-from sharedkd.lab.scores import TASKS, difference, is_known, mean_of, score_of, scores_of, tasks_of
-from sharedkd.lab.strict_json import strict_json
+from sharedkd.lab.output import write_json, write_png, write_text
+from sharedkd.lab.scores import TASKS, is_known, mean_of, rows_of, score_of, tasks_of
+from sharedkd.lab.tables import markdown, number, with_bounds, with_half_width
 
-from .cells import number, table, with_bounds, with_half_width
 from .plots import plot_tradeoff
 from .tradeoff import EAGER, Point, Records, capacity_gaps, front, parameters_of, points
 
@@ -21,28 +20,18 @@ def write_students(
 ) -> None:
     """Write ``students.json``, ``report.md`` and ``tradeoff.png``, each complete or not at all.
 
-    Args:
-        records: see :mod:`~sharedkd.lab.compare.tradeoff`.
-        folder: of the comparison.
-        command: the command line that made it.
-        budget: milliseconds that an image may take; None: no limit.
-        writer: see :func:`~sharedkd.files.replace`.
+    ``command`` made the records; ``budget`` is in milliseconds per image, None: no limit.
     """
-
-    def put(name: str, fill: Callable[[IO[bytes]], Any]) -> None:
-        replace(str(folder / name), fill, writer)
-
     found = {"command": command, "latency_ms": budget, "students": records}
-    put(STUDENTS, lambda f: f.write(strict_json(found)))
+    write_json(folder / STUDENTS, found, writer)
     drawn = {task: points(records, task) for task in _tasks(records)}
     teacher = {task: _teacher(records, task) for task in drawn}
-    put("tradeoff.png", lambda f: plot_tradeoff(drawn, teacher, budget, f))
-    text = report_students(records, command, budget)
-    put("report.md", lambda f: f.write(text.encode()))
+    write_png(folder / "tradeoff.png", plot_tradeoff(drawn, teacher, budget), writer)
+    write_text(folder / "report.md", report_students(records, command, budget), writer)
 
 
 def report_students(records: Records, command: str, budget: Optional[float] = None) -> str:
-    """``records`` in Markdown; the arguments are those of :func:`write_students`."""
+    """``records`` in Markdown; see :func:`write_students`."""
     parts = ["# Which student?", *_warnings(records)]
     for task in _tasks(records):
         drawn = points(records, task)
@@ -69,69 +58,59 @@ def _table(records: Records, task: str, drawn: Sequence[Point], budget: Optional
     headers += ["gain [low, high]", "verdict", "seeds", "Pareto front"]
     headers += [f"within {budget:g} ms"] if budget is not None else []
     best = {(p.student, p.method) for p in front(drawn)}
-    of = {(p.student, p.method): p for p in drawn}
+    latencies = {p.student: p.milliseconds for p in drawn}
     rows = []
     for student, record in records.items():
-        deployed, baseline = record["deployed"] or {}, record["baseline"]
-        plain = of[student, baseline]
+        deployed, milliseconds = record["deployed"] or {}, latencies[student]
         eager = f" ({EAGER})" if deployed.get("format") == EAGER else ""
-        latency = number(plain.milliseconds, ".1f") + eager
-        size = number(deployed.get("megabytes"), ".1f") + eager
-        for method in [m for m in record["methods"] if m != baseline] or [baseline]:
-            point, gain = of[student, method], difference(record, method, baseline, task)
-            is_plain = method == baseline
-            marked = [m for m in dict.fromkeys((method, baseline)) if (student, m) in best]
+        planned = len({arm["seed"] for arm in record["arms"]})
+        measured = {row.method: row for row in rows_of(record, task)}
+        plain = measured.pop(record["baseline"])
+        for row in measured.values() or [plain]:
+            marked = [m for m in dict.fromkeys((row.method, plain.method)) if (student, m) in best]
             rows.append(
                 [
                     student,
                     number(parameters_of(record), ",.0f"),
-                    size,
-                    latency,
-                    with_half_width(plain.mean, plain.half_width),
-                    method,
-                    with_half_width(point.mean, point.half_width),
-                    "-" if is_plain else with_bounds(gain),
-                    "baseline" if is_plain else gain.verdict,
-                    _seeds(record, method, task),
+                    number(deployed.get("megabytes"), ".1f") + eager,
+                    number(milliseconds, ".1f") + eager,
+                    with_half_width(*plain.interval()),
+                    row.method,
+                    with_half_width(*row.interval()),
+                    with_bounds(row.gain) if row.gain else "-",
+                    row.gain.verdict if row.gain else "baseline",
+                    f"{len(row.scores['AP'])} of {planned}",
                     ", ".join(marked) or "-",
-                    *([_within(plain, budget)] if budget is not None else []),
+                    *([_within(milliseconds, budget)] if budget is not None else []),
                 ]
             )
     if is_known(_teacher(records, task)):
         ap = number(_teacher(records, task))
         rows.append(["teacher", *["-"] * 5, ap, *["-"] * (len(headers) - 7)])
-    return table(rows, headers, left=("student", "method", "verdict", "Pareto front"))
+    return markdown(rows, headers, left=("student", "method", "verdict", "Pareto front"))
 
 
-def _seeds(record: Mapping[str, Any], method: str, task: str) -> str:
-    planned = {arm["seed"] for arm in record["arms"]}
-    return f"{len(scores_of(record, method, task))} of {len(planned)}"
-
-
-def _within(point: Point, budget: float) -> str:
-    if not is_known(point.milliseconds):
+def _within(milliseconds: float, budget: float) -> str:
+    if not is_known(milliseconds):
         return "-"
-    return "yes" if point.milliseconds <= budget else "no"
+    return "yes" if milliseconds <= budget else "no"
 
 
 def _best(drawn: Sequence[Point], budget: Optional[float], task: str) -> str:
     """Who has the highest AP within the budget."""
     if budget is None:
         return ""
-    fast = front(p for p in drawn if _within(p, budget) == "yes")
+    fast = front(p for p in drawn if _within(p.milliseconds, budget) == "yes")
     if fast:
         best = fast[-1]
         return (
             f"Within {budget:g} ms `{best.student}` with `{best.method}` has the highest mean {task} "
             f"AP, {best.mean:.2f}, in {best.milliseconds:.1f} ms."
         )
-    known = sorted(front(drawn), key=lambda p: p.milliseconds)
-    fastest = (
-        f": the fastest, `{known[0].student}`, takes {known[0].milliseconds:.1f} ms"
-        if known
-        else ""
-    )
-    return f"No student is within {budget:g} ms{fastest}."
+    text = f"No student is within {budget:g} ms"
+    for fastest in front(drawn)[:1]:
+        text += f": the fastest, `{fastest.student}`, takes {fastest.milliseconds:.1f} ms"
+    return f"{text}."
 
 
 def _gaps(records: Records, task: str) -> List[str]:
@@ -147,10 +126,9 @@ def _gaps(records: Records, task: str) -> List[str]:
 
 
 def _warnings(records: Records) -> List[str]:
-    machines = {name: r["deployed"]["hardware"] for name, r in records.items() if r["deployed"]}
-    images = {name: r["deployed"]["image"] for name, r in records.items() if r["deployed"]}
     found = []
-    for what, values in (("machines or threads", machines), ("image sizes", images)):
+    for what, key in (("machines or threads", "hardware"), ("image sizes", "image")):
+        values = {name: r["deployed"][key] for name, r in records.items() if r["deployed"]}
         if len({str(x) for x in values.values()}) > 1:
             each = "; ".join(f"`{name}`: {value}" for name, value in values.items())
             found.append(f"**Warning:** the latencies are of different {what}: {each}.")

@@ -20,13 +20,12 @@ from omegaconf import DictConfig
 from sharedkd.config import student_only
 from sharedkd.engine.hooks.record import hardware
 from sharedkd.errors import ConfigError
-from sharedkd.files import replace
 from sharedkd.lab.analysis.models import trained_student
 from sharedkd.lab.export import FORMATS, export_student
-from sharedkd.lab.export.deploy import WARM_UP
+from sharedkd.lab.export.deploy import WARM_UP, megabytes
 from sharedkd.lab.export.images import read_images
-from sharedkd.lab.runs import short, tool
-from sharedkd.lab.strict_json import strict_json
+from sharedkd.lab.output import write_json
+from sharedkd.lab.runs import short
 from sharedkd.lab.timing import spread, take_turns
 from sharedkd.methods import PLAIN
 from sharedkd.modeling.detectors import config_path, load_file
@@ -49,13 +48,7 @@ WIDTHS = (
 
 @dataclass(frozen=True)
 class Student:
-    """A detector to train.
-
-    Args:
-        text: how it was named.
-        config: its config, a path or a name in the model zoo.
-        settings: ``key=value`` of it alone, as they were given.
-    """
+    """A detector to train: how it was named, its config, and ``key=value`` of it alone."""
 
     text: str
     config: str
@@ -63,11 +56,7 @@ class Student:
 
     @classmethod
     def of(cls, text: str, config_file: Optional[str] = None) -> "Student":
-        """Read ``CONFIG``, ``CONFIG:key=value:...`` or, of ``config_file``, ``key=value:...``.
-
-        Raises:
-            ConfigError: it names no config.
-        """
+        """Read ``CONFIG``, ``CONFIG:key=value:...`` or, of ``config_file``, ``key=value:...``."""
         first, *settings = re.split(r":(?=[^:=]+=)", text)
         if "=" in first:
             first, settings = config_file, [first, *settings]
@@ -85,11 +74,7 @@ class Student:
 
     @property
     def overrides(self) -> List[str]:
-        """The settings, with those keys in place of ``depth`` and ``width`` that they stand for.
-
-        Raises:
-            ConfigError: they stand for nothing, because the config is no classic yaml.
-        """
+        """The settings, with the classic yaml's keys that ``depth`` and ``width`` stand for."""
         return [x for setting in self.settings for x in self._expanded(setting)]
 
     def _expanded(self, setting: str) -> List[str]:
@@ -118,8 +103,8 @@ def run_students(
     seeds: Sequence[int],
     output: Path,
     overrides: Sequence[str] = (),
-    shard: Tuple[int, int] = (0, 1),
     jobs: int = 1,
+    shard: Tuple[int, int] = (0, 1),
     latency_ms: Optional[float] = None,
 ) -> Dict[str, Dict[str, Any]]:
     """Train what is missing of each student, export and time it, and report after each.
@@ -127,47 +112,30 @@ def run_students(
     Args:
         root, methods, seeds, output, overrides, jobs: see :class:`~.comparison.Comparison`.
         students: each has its own baseline, folder and report.
-        shard: see :meth:`~.comparison.Comparison.train`; latencies are measured only without shards, as
-            other runs would slow them down.
+        shard: latencies are measured only without shards, as other runs would slow them down.
         latency_ms: the budget, which is drawn and marked.
 
     Returns:
         name -> record, see :mod:`~sharedkd.lab.compare.tradeoff`.
-
-    Raises:
-        ConfigError: before any training: no teacher, two students of one name, a folder that holds
-            something else, or see :class:`~.comparison.Comparison`.
     """
     _check(students, output, overrides)
-    comparisons = {
-        student.name: Comparison(
-            root,
-            student.config,
-            methods,
-            seeds,
-            output / student.name,
-            [*overrides, *student.overrides],
-            jobs,
-        )
-        for student in students
-    }
+    comparisons: Dict[str, Comparison] = {}
+    for x in students:
+        own = [*overrides, *x.overrides]
+        folder = output / x.name
+        comparisons[x.name] = Comparison(root, x.config, methods, seeds, folder, own, jobs)
     for name, comparison in comparisons.items():
         print(f"checks of {name}", flush=True)
         comparison.prepare()
-    words = [
-        "--students",
-        ",".join(x.config + "".join(f":{s}" for s in x.settings) for x in students),
-    ]
-    words += ["--methods", ",".join(methods), "--seeds", ",".join(map(str, seeds))]
-    words += ["--output", short(output)]
-    words += ["--latency-ms", f"{latency_ms:g}"] if latency_ms is not None else []
-    words += ["--jobs", str(jobs)] if jobs > 1 else []
-    command = shlex.join([*tool("compare_methods.py", root), *words, *overrides])
-    records = {name: _record(comparison, timed=False) for name, comparison in comparisons.items()}
+    named = [x.config + "".join(f":{s}" for s in x.settings) for x in students]
+    limit = [] if latency_ms is None else ["--latency-ms", f"{latency_ms:g}"]
+    what = ["--students", ",".join(named), *limit]
+    command = shlex.join(comparison.command(what, output, overrides))
+    timed = shard[1] == 1
+    records = {name: _record(x.report(), x, timed=False) for name, x in comparisons.items()}
     for number, (name, comparison) in enumerate(comparisons.items(), start=1):
         print(f"student {number} of {len(comparisons)}: {name}", flush=True)
-        comparison.train(shard)
-        records[name] = _record(comparison, timed=shard[1] == 1)
+        records[name] = _record(comparison.run(shard), comparison, timed)
         write_students(records, output, command, latency_ms, WRITER)
     return records
 
@@ -187,9 +155,7 @@ def _check(students: Sequence[Student], output: Path, overrides: Sequence[str]) 
             raise ConfigError("--students", student.text, f"has the name of {other.text}", fix)
 
 
-def _record(comparison: Comparison, timed: bool) -> Dict[str, Any]:
-    record = comparison.report()
-    comparison.write_events(record)
+def _record(record: Dict[str, Any], comparison: Comparison, timed: bool) -> Dict[str, Any]:
     del record["configs"]  # they are in the student's own results.json
     return {**record, "deployed": _deployed(comparison, timed)}
 
@@ -210,18 +176,11 @@ def measure(arm: Arm, timed: bool = True) -> Optional[Dict[str, Any]]:
 
     The result lies in the run's folder, ``deployed.json``, and the file in ``deployed/``.
 
-    Args:
-        arm: finished.
-        timed: measure it now if it was not measured before.
-
     Returns:
         ``method``, ``seed``; ``format`` (one of FORMATS, or EAGER and ``why``), ``file``,
         ``megabytes`` (of the file, or of the weights), ``milliseconds`` (``median``, ``low``,
         ``high``), ``rounds``, ``image`` (height, width) and ``hardware`` with the number of threads.
-        None if nothing was measured.
-
-    Raises:
-        ConfigError: the checkpoint or the validation images cannot be read.
+        None if it was not measured before, and is not now because of ``timed``.
     """
     path = arm.run.folder / "deployed.json"
     if path.exists():
@@ -232,7 +191,7 @@ def measure(arm: Arm, timed: bool = True) -> Optional[Dict[str, Any]]:
     cfg.train.init_checkpoint = str(arm.run.weights)
     found = _exported(cfg, arm.run.folder / "deployed")
     found = {"method": arm.method, "seed": arm.seed, "rounds": ROUNDS, **found}
-    replace(str(path), lambda f: f.write(strict_json(found)), WRITER)
+    write_json(path, found, WRITER)
     return found
 
 
@@ -249,12 +208,9 @@ def _exported(cfg: DictConfig, folder: Path) -> Dict[str, Any]:
             break
         if name in result["models"]:
             file = result["models"][name]
-            return {
-                "format": name,
-                "file": short(file["path"]),
-                **{key: file[key] for key in ("megabytes", "milliseconds")},
-                **{key: result[key] for key in ("image", "hardware")},
-            }
+            found = {"format": name, "file": short(file["path"])}
+            found.update({key: file[key] for key in ("megabytes", "milliseconds")})
+            return {**found, **{key: result[key] for key in ("image", "hardware")}}
         why = "; ".join(result["refused"])
     return {"format": EAGER, "why": " ".join(why.split()), "file": None, **_eager(cfg)}
 
@@ -266,10 +222,5 @@ def _eager(cfg: DictConfig) -> Dict[str, Any]:
     image = max(read_images(cfg).tensors, key=torch.numel)
     arms = {EAGER: lambda: student([{"image": image}])}
     spent = [1e3 * x for x in take_turns(arms, ROUNDS, WARM_UP)[EAGER]]
-    size = sum(x.numel() * x.element_size() for x in student.state_dict().values())
-    return {
-        "megabytes": size / 2**20,
-        "milliseconds": spread(spent),
-        "image": list(image.shape[-2:]),
-        "hardware": hardware(torch.device("cpu")),
-    }
+    size = {"megabytes": megabytes(student), "image": list(image.shape[-2:])}
+    return {**size, "milliseconds": spread(spent), "hardware": hardware(torch.device("cpu"))}

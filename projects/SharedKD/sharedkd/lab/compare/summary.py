@@ -6,43 +6,42 @@ The records are those of :mod:`~sharedkd.lab.scores`.
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import IO, Any, Callable, List, Mapping, Optional, Sequence
+from typing import Any, List, Mapping, Optional, Sequence, Union
 
-from sharedkd.files import replace
+from sharedkd.lab.output import write_json, write_png, write_text
 from sharedkd.lab.scores import (
     CONFIDENCE,
     MORE_METRICS,
     TASKS,
+    Record,
     costs_of,
     difference,
+    facts_of,
     finished_arms,
     gap_closed,
-    interval,
+    in_words,
     is_known,
-    loss_parameters_of,
     mean_of,
-    minutes_of,
     reached,
+    rows_of,
     score_of,
-    scores_of,
     tasks_of,
 )
-from sharedkd.lab.strict_json import strict_json
+from sharedkd.lab.tables import markdown, number, with_bounds, with_half_width
 
-from .cells import number, table, with_bounds, with_half_width
 from .plots import plot_ap, plot_cost, plot_curves, plot_sizes
 
 __all__ = ["notes", "report", "write"]
 
 
-def notes(record: Mapping[str, Any]) -> List[str]:
+def notes(record: Record) -> List[str]:
     """How to read the numbers in ``record``, as Markdown paragraphs and lists."""
     found = [*_warnings(record), *_equal_time_notes(record)]
     gaps = _gaps(record)
     return [*found, *(["\n".join(gaps)] if gaps else []), _caveats(record)]
 
 
-def report(record: Mapping[str, Any]) -> str:
+def report(record: Record) -> str:
     """``record`` in Markdown: warnings, a table per task, costs, gaps, and how to read it."""
     parts = ["# Comparison of distillation methods", *_warnings(record)]
     for task in tasks_of(record):
@@ -55,71 +54,61 @@ def report(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write(record: Mapping[str, Any], folder: str, writer: str = "") -> None:
-    """Write ``results.json``, ``report.md`` and the plots: ``ap.png`` and others.
+#: Name of a picture -> its title, and what draws it.
+PLOTS = {
+    "ap": ("AP", plot_ap),
+    "curves": ("AP over the training", plot_curves),
+    "cost": ("AP against training time", plot_cost),
+    "sizes": ("AP by size of the objects", plot_sizes),
+}
 
-    Each file appears complete or not at all.  The JSON is strict: values that are not finite become
-    null.
 
-    Args:
-        record: as :mod:`~sharedkd.lab.scores` describes it.
-        folder: created if it does not exist.
-        writer: see :func:`~sharedkd.files.replace`.
+def write(record: Record, folder: Union[str, Path], writer: str = "") -> None:
+    """Write ``results.json``, ``report.md`` and the plots, each complete or not at all.
 
-    Raises:
-        OSError: the folder cannot be created, or a file not written.
+    ``writer`` is that of :func:`~sharedkd.files.replace`.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-
-    def put(name: str, fill: Callable[[IO[bytes]], Any]) -> None:
-        replace(str(target / name), fill, writer)
-
     # The measurements first: all else can be made from them again.
-    put("results.json", lambda f: f.write(strict_json(record)))
-    plots = {"ap": plot_ap, "curves": plot_curves, "cost": plot_cost, "sizes": plot_sizes}
-    titles = {
-        "ap": "AP",
-        "curves": "AP over the training",
-        "cost": "AP against training time",
-        "sizes": "AP by size of the objects",
-    }
-    for name, plot in plots.items():
-        put(f"{name}.png", lambda f: plot(record, f))
-    links = "\n\n".join(f"![{title}]({name}.png)" for name, title in titles.items())
+    write_json(target / "results.json", record, writer)
+    for name, (_, plot) in PLOTS.items():
+        write_png(target / f"{name}.png", plot(record), writer)
+    links = [f"![{title}]({name}.png)" for name, (title, _) in PLOTS.items()]
     hint = (
         "The plots show intervals of the means. What all methods of a seed share widens these, but "
         "not those of the paired differences in the tables, which the verdicts rest on."
     )
-    text = f"{report(record)}\n## Plots\n\n{hint}\n\n{links}\n"
-    put("report.md", lambda f: f.write(text.encode()))
+    parts = [f"{report(record)}\n## Plots", hint, *links]
+    write_text(target / "report.md", "\n\n".join(parts) + "\n", writer)
 
 
-def _ap_table(record: Mapping[str, Any], task: str) -> str:
+def _ap_table(record: Record, task: str) -> str:
     headers = ["method", "AP", *MORE_METRICS]
     headers += ["difference to baseline [low, high]", "verdict", "gap closed"]
     headers += ["iterations to the baseline's AP", "seeds", "common seeds"]
     planned = len({arm["seed"] for arm in record["arms"]})
     rows = []
-    for method in record["methods"]:
-        scores = scores_of(record, method, task)
-        row = [method, with_half_width(*interval(list(scores.values())))]
-        for metric in MORE_METRICS:
-            row.append(number(mean_of(list(scores_of(record, method, task, metric).values()))))
-        if method == record["baseline"]:
-            row += ["-", "baseline", "-"]
-            common = "-"
-        else:
-            gain = difference(record, method, record["baseline"], task)
-            row += [with_bounds(gain), gain.verdict]
-            row.append(number(gap_closed(record, method, task), ".0%"))
-            common = str(gain.seeds)
-        row.append(_reached(reached(record, method, task)))
-        rows.append(row + [f"{len(scores)} of {planned}", common])
+    for row in rows_of(record, task):
+        gain, cells = row.gain, ["-", "baseline", "-"]
+        if gain:
+            closed = number(gap_closed(record, row.method, task), ".0%")
+            cells = [with_bounds(gain), gain.verdict, closed]
+        rows.append(
+            [
+                row.method,
+                with_half_width(*row.interval()),
+                *(number(row.mean(metric)) for metric in MORE_METRICS),
+                *cells,
+                _reached(reached(record, row.method, task)),
+                f"{len(row.scores['AP'])} of {planned}",
+                str(gain.seeds) if gain else "-",
+            ]
+        )
     if is_known(score_of(record.get("teacher"), task)):
         values = [number(score_of(record["teacher"], task, m)) for m in ("AP", *MORE_METRICS)]
         rows.append(["teacher", *values, *["-"] * 6])
-    return table(rows, headers, left=("method", "verdict"))
+    return markdown(rows, headers, left=("method", "verdict"))
 
 
 def _reached(iterations: Sequence[Optional[int]]) -> str:
@@ -132,39 +121,37 @@ def _reached(iterations: Sequence[Optional[int]]) -> str:
     return mean + (f" ({never} of {len(iterations)} never)" if there and never else "")
 
 
-def _cost_table(record: Mapping[str, Any]) -> str:
+def _cost_table(record: Record) -> str:
     headers = ["method", "iterations", "s / step", "its seeds", "time ratio", "training minutes"]
     headers += ["peak memory MB", "memory ratio", "parameters of the losses"]
+    plain = costs_of(record, record["baseline"])
     rows = []
     for method in record["methods"]:
-        seconds, memory = (
-            [mean_of(costs_of(record, name, cost)) for name in (method, record["baseline"])]
-            for cost in ("seconds_per_step", "peak_memory_mb")
-        )
-        spread = costs_of(record, method, "seconds_per_step")
+        costs = costs_of(record, method)
+        seconds = costs["seconds_per_step"]
         rows.append(
             [
                 method,
-                _range(costs_of(record, method, "iterations")),
-                number(seconds[0], ".3f"),
-                f"{min(spread):.3f} to {max(spread):.3f}" if spread else "-",
-                number(_ratio(*seconds)),
-                number(minutes_of(record, method), ".1f"),
-                number(memory[0], ",.0f"),
-                number(_ratio(*memory)),
-                _range(loss_parameters_of(record, method)),
+                _range(costs["iterations"]),
+                number(mean_of(seconds), ".3f"),
+                f"{min(seconds):.3f} to {max(seconds):.3f}" if seconds else "-",
+                number(_ratio(seconds, plain["seconds_per_step"])),
+                number(mean_of(costs["minutes"]), ".1f"),
+                number(mean_of(costs["peak_memory_mb"]), ",.0f"),
+                number(_ratio(costs["peak_memory_mb"], plain["peak_memory_mb"])),
+                _range(costs["loss_parameters"]),
             ]
         )
-    return table(rows, headers, left=("method",))
+    return markdown(rows, headers, left=("method",))
 
 
-def _equal_time_notes(record: Mapping[str, Any]) -> List[str]:
+def _equal_time_notes(record: Record) -> List[str]:
     notes = []
     for method in record["methods"]:
         trained, at, timed = method.partition("@")
         if at:
             who = "the plain student" if trained == record["baseline"] else f"`{trained}`"
-            iterations = costs_of(record, method, "iterations")
+            iterations = costs_of(record, method)["iterations"]
             count = f": {_range(iterations)} iterations" if iterations else ""
             notes.append(f"- `{method}` is {who} trained for the time of `{timed}`{count}.")
             for task in tasks_of(record):
@@ -176,7 +163,7 @@ def _equal_time_notes(record: Mapping[str, Any]) -> List[str]:
     return ["\n".join(notes)] if notes else []
 
 
-def _gaps(record: Mapping[str, Any]) -> List[str]:
+def _gaps(record: Record) -> List[str]:
     """A line per arm that failed, never ran, or finished without an AP."""
     lines = []
     for arm in record["arms"]:
@@ -196,7 +183,7 @@ def _gaps(record: Mapping[str, Any]) -> List[str]:
     return lines
 
 
-def _warnings(record: Mapping[str, Any]) -> List[str]:
+def _warnings(record: Record) -> List[str]:
     """A paragraph for each property in which the finished arms differ but should not."""
     found = []
     for seed in sorted({arm["seed"] for arm in record["arms"]}):
@@ -217,7 +204,7 @@ def _disagreement(arms: Sequence[Mapping[str, Any]], key: str, problem: str) -> 
     groups = defaultdict(list)
     for arm in arms:
         if arm.get(key):
-            groups[_text(arm[key])].append(_name(arm))
+            groups[in_words(arm[key])].append(_name(arm))
     if len(groups) < 2:
         return []
     # With dozens of arms, those that differ from the most are the ones to name.
@@ -226,7 +213,7 @@ def _disagreement(arms: Sequence[Mapping[str, Any]], key: str, problem: str) -> 
     return [f"**Warning:** {problem}. {'; '.join(details)}; the rest: {most}."]
 
 
-def _caveats(record: Mapping[str, Any]) -> str:
+def _caveats(record: Record) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({arm["seed"] for arm in record["arms"]}))
     baseline = record["baseline"]
     compared = [
@@ -249,22 +236,15 @@ def _caveats(record: Mapping[str, Any]) -> str:
     )
 
 
-def _origin(record: Mapping[str, Any]) -> List[str]:
+def _origin(record: Record) -> List[str]:
     overrides = " ".join(record.get("overrides") or [])
     lines = {
         "config": f"`{' '.join([record.get('config_file') or '-', overrides]).strip()}`",
         "command": f"`{record.get('command') or '-'}`",
     }
     for key in ("hardware", "versions"):
-        values = dict.fromkeys(_text(arm[key]) for arm in finished_arms(record) if arm.get(key))
-        lines[key] = "; ".join(values) or "-"
+        lines[key] = "; ".join(facts_of(finished_arms(record), key)) or "-"
     return [f"- {key}: {value}" for key, value in lines.items()]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {version}" for name, version in sorted(value.items()))
-    return str(value)
 
 
 def _name(arm: Mapping[str, Any]) -> str:
@@ -279,5 +259,6 @@ def _range(values: Sequence[float]) -> str:
     return f"{least:,}" if least == greatest else f"{least:,} to {greatest:,}"
 
 
-def _ratio(value: float, reference: float) -> float:
-    return value / reference if reference else math.nan
+def _ratio(values: Sequence[float], references: Sequence[float]) -> float:
+    """Of their means; NaN without a reference."""
+    return mean_of(values) / (mean_of(references) or math.nan)

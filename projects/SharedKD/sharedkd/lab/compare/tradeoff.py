@@ -6,33 +6,35 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Mapping, Sequence
+from typing import Iterable, List, Mapping, Sequence
 
-from sharedkd.lab.scores import Difference, finished_arms, interval, is_known, mean_of, scores_of
+from sharedkd.lab.scores import (
+    Difference,
+    Record,
+    costs_of,
+    gains,
+    is_known,
+    mean_of,
+    rows_of,
+    scores_of,
+)
 
 __all__ = ["EAGER", "Gap", "Point", "capacity_gaps", "front", "parameters_of", "points"]
 
 EAGER = "eager"  #: the format of a student that could not be exported
-Records = Mapping[str, Mapping[str, Any]]
+Records = Mapping[str, Record]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One student with one method.
-
-    Args:
-        student, method: their names.
-        mean, half_width: of AP over seeds, see :func:`~sharedkd.lab.scores.interval`; NaN if not known.
-        milliseconds: its latency; NaN before it was measured.
-        exported: whether the latency is that of an exported file.
-    """
+    """One student with one method."""
 
     student: str
     method: str
-    mean: float
-    half_width: float
-    milliseconds: float
-    exported: bool
+    mean: float  #: of AP over seeds; NaN if not known
+    half_width: float  #: of its interval
+    milliseconds: float  #: latency; NaN before it was measured
+    exported: bool  #: whether the latency is that of an exported file
 
 
 def points(records: Records, task: str) -> List[Point]:
@@ -41,9 +43,8 @@ def points(records: Records, task: str) -> List[Point]:
     for student, record in records.items():
         deployed = record["deployed"] or {"format": EAGER, "milliseconds": {"median": math.nan}}
         latency, exported = deployed["milliseconds"]["median"], deployed["format"] != EAGER
-        for method in record["methods"]:
-            scores = list(scores_of(record, method, task).values())
-            found.append(Point(student, method, *interval(scores), latency, exported))
+        for row in rows_of(record, task):
+            found.append(Point(student, row.method, *row.interval(), latency, exported))
     return found
 
 
@@ -57,27 +58,21 @@ def front(found: Iterable[Point]) -> List[Point]:
     return best
 
 
-def parameters_of(record: Mapping[str, Any]) -> float:
+def parameters_of(record: Record) -> float:
     """The number of the student's parameters; NaN before an arm is finished."""
-    counts = [(arm.get("parameters") or {}).get("student") for arm in finished_arms(record)]
-    return max(filter(is_known, counts), default=math.nan)
+    counts = [n for m in record["methods"] for n in costs_of(record, m)["student_parameters"]]
+    return max(counts, default=math.nan)
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A student that gains less by a method than a larger one.
-
-    Args:
-        method, student, larger: their names.
-        gains: of the two students, in this order, against their own plain students.
-        less: how much more the larger one gains, paired by seed; its interval excludes zero.
-    """
+    """A student that gains less by a method than a larger one."""
 
     method: str
     student: str
     larger: str
-    gains: Sequence[Difference]
-    less: Difference
+    gains: Sequence[Difference]  #: of the two, each against its own plain student
+    less: Difference  #: how much more the larger one gains; its interval excludes zero
 
 
 def capacity_gaps(records: Records, task: str) -> List[Gap]:
@@ -88,37 +83,26 @@ def capacity_gaps(records: Records, task: str) -> List[Gap]:
     A gap is named, for each student the widest, where the 95 % interval of the difference of the gains
     excludes zero, so never with one seed.
     """
-    gaps = []
+    found = []
     methods = [m for record in records.values() for m in record["methods"] if "@" not in m]
     for method in dict.fromkeys(methods):
-        gains = {s: _gains(r, method, task) for s, r in records.items() if method != r["baseline"]}
-        for small in gains:
-            wider = [
-                Gap(method, small, large, (_over(gains[small]), _over(gains[large])), less)
-                for large in gains
-                if _is_larger(records[large], records[small], task)
-                for less in [_between(gains[large], gains[small])]
-                if less.verdict == "better"
-            ]
-            gaps += sorted(wider, key=lambda gap: gap.less.mean)[-1:]
-    return gaps
+        each = {
+            student: gains(record, method, record["baseline"], task)
+            for student, record in records.items()
+            if method != record["baseline"]
+        }
+        for small, ours in each.items():
+            wider = []
+            for large, theirs in each.items():
+                less = Difference.of([theirs[seed] - ours[seed] for seed in theirs if seed in ours])
+                if less.verdict == "better" and _is_larger(records[large], records[small], task):
+                    both = [Difference.of([*x.values()]) for x in (ours, theirs)]
+                    wider.append(Gap(method, small, large, both, less))
+            found += sorted(wider, key=lambda gap: gap.less.mean)[-1:]
+    return found
 
 
-def _gains(record: Mapping[str, Any], method: str, task: str) -> Dict[int, float]:
-    """Seed -> AP above that of the plain student."""
-    ours, plain = (scores_of(record, name, task) for name in (method, record["baseline"]))
-    return {seed: ours[seed] - plain[seed] for seed in ours if seed in plain}
-
-
-def _over(gains: Mapping[int, float]) -> Difference:
-    return Difference(*interval(list(gains.values())), seeds=len(gains))
-
-
-def _between(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    return _over({seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs})
-
-
-def _is_larger(one: Mapping[str, Any], other: Mapping[str, Any], task: str) -> bool:
+def _is_larger(one: Record, other: Record, task: str) -> bool:
     """Whether ``one`` has more parameters, and as a plain student no lower AP."""
-    plain = [mean_of(list(scores_of(x, x["baseline"], task).values())) for x in (one, other)]
+    plain = [mean_of(scores_of(x, x["baseline"], task).values()) for x in (one, other)]
     return parameters_of(one) > parameters_of(other) and plain[0] >= plain[1]

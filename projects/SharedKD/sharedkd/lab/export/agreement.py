@@ -23,19 +23,13 @@ UNMATCHED = 0.01
 
 @dataclass
 class Agreement:
-    """The result of the comparisons so far.
-
-    Args:
-        images, empty: compared images, and in how many of them the eager detector detects nothing.
-        detections: of the eager detector.
-        unmatched: of either side, without a partner within :data:`TOLERANCES`.
-        largest: tensor -> largest difference of partners; of boxes in pixels.
-    """
+    """The result of the comparisons so far."""
 
     images: int = 0
-    empty: int = 0
-    detections: int = 0
-    unmatched: int = 0
+    empty: int = 0  #: images in which the eager detector detects nothing
+    detections: int = 0  #: of the eager detector
+    unmatched: int = 0  #: of either side, without a partner within :data:`TOLERANCES`
+    #: Tensor -> largest difference of partners; of boxes in pixels.
     largest: Dict[str, float] = field(default_factory=dict)
 
     @property
@@ -51,10 +45,7 @@ class Agreement:
     ) -> "Agreement":
         """Pair detections of the same class in one more image, best score first, with the nearest box.
 
-        Args:
-            names: of the tensors, see :func:`sharedkd.lab.export.formats.outputs_of`.
-            eager, exported: the tensors.
-            size: (H, W) of the image.
+        ``names`` are those of the tensors, and ``size`` is (H, W) of the image.
         """
         a, b = dict(zip(names, eager)), dict(zip(names, exported))
         bounds = {**TOLERANCES, "boxes": TOLERANCES["boxes"] * max(size)}

@@ -29,7 +29,7 @@ from .agreement import TOLERANCES, UNMATCHED, Agreement
 from .formats import FORMATS, UNSUPPORTED, NotExportable, Runner, detect, outputs_of
 from .images import Images, fit, read_images
 
-__all__ = ["export_student", "table"]
+__all__ = ["export_student", "megabytes", "table"]
 
 KEY = "train.init_checkpoint"
 WARM_UP = 3  # runs that are not counted: TorchScript compiles in its first ones
@@ -66,24 +66,22 @@ def export_student(
     """
     _check_formats(formats)
     if not cfg.train.init_checkpoint:
-        raise ConfigError(
-            KEY, "''", "is empty, there is nothing to export", "use --weights CHECKPOINT"
-        )
+        problem = "is empty, there is nothing to export"
+        raise ConfigError(KEY, "''", problem, "use --weights CHECKPOINT")
     student = trained_student(cfg, cfg.train.init_checkpoint, KEY).requires_grad_(False)
     images = read_images(student_only(cfg), files)
     example = _example(student, images)
     checked = [*images.tensors, *images.corner_cases(example)]
-    eager = [detect(student, image) for image in checked]
+    eager = [(image, detect(student, image)) for image in checked]
     about = _describe(cfg, student, images)
-    models: Dict[str, Dict[str, Any]] = {"student": {"megabytes": _megabytes(student)}}
+    models: Dict[str, Dict[str, Any]] = {"student": {"megabytes": megabytes(student)}}
     os.makedirs(output, exist_ok=True)
     runners: Dict[str, Callable[[Tensor], Any]] = {"student": partial(detect, student)}
     result: Dict[str, Any] = {"models": models, "refused": []}
     for name in formats:
         try:
-            runners[name], models[name] = _export(
-                name, student, example, checked, eager, about, output
-            )
+            exported = _export(name, student, example, eager, about, output)
+            runners[name], models[name] = exported
         except NotExportable as e:
             result["refused"].append(str(ConfigError("--format", name, str(e), e.fix)))
     largest = max(images.tensors, key=torch.numel)
@@ -94,7 +92,7 @@ def export_student(
             flips = teacher.input_format != images.about["channels"]
             runners["teacher"] = lambda x: detect(teacher.model, x.flip(0) if flips else x)
             runners["teacher"](image)
-            models["teacher"] = {"megabytes": _megabytes(teacher.model)}
+            models["teacher"] = {"megabytes": megabytes(teacher.model)}
         except (ConfigError, NotExportable) as e:
             runners.pop("teacher", None)
             result["no_teacher"] = str(e)
@@ -136,8 +134,8 @@ def _check_formats(names: Sequence[str]) -> None:
         if name in UNSUPPORTED:
             errors.append(ConfigError("--format", name, *UNSUPPORTED[name]))
         elif name not in FORMATS:
-            known = ", ".join(FORMATS)
-            errors.append(ConfigError("--format", name, "no such format", f"use any of {known}"))
+            fix = f"use any of {', '.join(FORMATS)}"
+            errors.append(ConfigError("--format", name, "no such format", fix))
         elif FORMATS[name].missing():
             missing = " and ".join(FORMATS[name].missing())
             fix = f"pip install {' '.join(FORMATS[name].packages)}"
@@ -151,16 +149,12 @@ def _example(student: nn.Module, images: Images) -> Tensor:
     try:
         counts = [len(detect(student, image)[0]) for image in images.tensors]
     except NotExportable as e:
-        raise ConfigError(
-            "model", type(student).__name__, str(e), "export a detector of instances"
-        ) from e
+        fix = "export a detector of instances"
+        raise ConfigError("model", type(student).__name__, str(e), fix) from e
     if not max(counts):
-        raise ConfigError(
-            "--images",
-            ", ".join(images.names),
-            "the student detects nothing in them, so that nothing could be compared",
-            "name images with objects, or train the student for longer",
-        )
+        problem = "the student detects nothing in them, so that nothing could be compared"
+        fix = "name images with objects, or train the student for longer"
+        raise ConfigError("--images", ", ".join(images.names), problem, fix)
     return images.tensors[counts.index(max(counts))]
 
 
@@ -168,8 +162,7 @@ def _export(
     name: str,
     student: nn.Module,
     example: Tensor,
-    checked: Sequence[Tensor],
-    eager: Sequence[Sequence[Tensor]],
+    eager: Sequence[Tuple[Tensor, Sequence[Tensor]]],
     about: Mapping[str, Any],
     output: str,
 ) -> Tuple[Runner, Dict[str, Any]]:
@@ -180,7 +173,10 @@ def _export(
         unfinished = os.path.join(folder, os.path.basename(path))
         to.convert(student, example, unfinished)
         runner = to.load(unfinished)
-        agreement = _agreement(outputs_of(student), runner, checked, eager)
+        agreement = Agreement()
+        for image, expected in eager:
+            found = _run(runner, image)
+            agreement.add(outputs_of(student), expected, found, image.shape[-2:])
         if not agreement.holds:
             raise NotExportable(
                 f"the file was dropped: {agreement.unmatched} detections differ from the eager "
@@ -201,24 +197,13 @@ def _export(
     return runner, {**size, **asdict(agreement)}
 
 
-def _agreement(
-    names: Sequence[str],
-    runner: Runner,
-    images: Sequence[Tensor],
-    eager: Sequence[Sequence[Tensor]],
-) -> Agreement:
-    """Compare the file with the ``eager`` student on every image, whatever its size."""
-    total = Agreement()
-    for image, expected in zip(images, eager):
-        size = image.shape[-2:]
-        try:
-            exported = runner(image)
-        except Exception as e:
-            reason = str(e).strip().splitlines()[-1:] or [type(e).__name__]
-            shape = "x".join(map(str, size))
-            raise NotExportable(f"the file fails on an image of {shape}: {reason[0]}") from e
-        total.add(names, expected, exported, size)
-    return total
+def _run(runner: Runner, image: Tensor) -> Sequence[Tensor]:
+    try:
+        return runner(image)
+    except Exception as e:  # whatever it runs on
+        reason = str(e).strip().splitlines()[-1:] or [type(e).__name__]
+        shape = "x".join(map(str, image.shape[-2:]))
+        raise NotExportable(f"the file fails on an image of {shape}: {reason[0]}") from e
 
 
 def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, Any]:
@@ -244,11 +229,7 @@ def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, 
 
 
 def _teacher(cfg: DictConfig) -> FrozenTeacher:
-    """The teacher, if its weights are on this disk.
-
-    Raises:
-        ConfigError: they are not, or do not fit.
-    """
+    """The teacher; a ConfigError if its weights are not on this disk, or do not fit."""
     node = cfg.model.get("teacher") or {}
     weights = node.get("weights")
     if not weights or not os.path.isfile(weights):
@@ -256,5 +237,6 @@ def _teacher(cfg: DictConfig) -> FrozenTeacher:
     return construct(node, "model.teacher")
 
 
-def _megabytes(model: nn.Module) -> float:
+def megabytes(model: nn.Module) -> float:
+    """The size of a model's parameters and buffers."""
     return sum(x.numel() * x.element_size() for x in model.state_dict().values()) / 2**20

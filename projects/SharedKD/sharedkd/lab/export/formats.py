@@ -39,11 +39,7 @@ def outputs_of(model: nn.Module) -> List[str]:
 
 @torch.no_grad()
 def detect(model: nn.Module, image: Tensor) -> List[Tensor]:
-    """Detections of the eager ``model`` in ``image`` (3, H, W), as an exported file returns them.
-
-    Raises:
-        NotExportable: the model is no detector of instances, or also detects keypoints.
-    """
+    """The eager model's detections in ``image`` (3, H, W), as an exported file returns them."""
     if not hasattr(model, "backbone") or not hasattr(model, "preprocess_image"):
         raise NotExportable(f"{type(model).__name__} is no detector of Detectron2's kind")
     if getattr(getattr(model, "roi_heads", None), "keypoint_on", False):
@@ -69,35 +65,23 @@ def _instances(model: nn.Module, inputs: List[Dict[str, Tensor]]) -> Dict[str, T
 
 @dataclass(frozen=True)
 class Format:
-    """One way to write a detector into a file.
+    """One way to write a detector into a file."""
 
-    Args:
-        suffix: of the file.
-        write: takes a traceable model, an image (3, H, W) uint8 with objects in it, the names of the
-            outputs, and the path of the file.
-        load: takes the path, returns a function that runs the file.
-        runs_with: packages that run the file.
-        packages: what is needed beyond PyTorch.
-        otherwise: what to do where it does not take a detector.
-    """
-
-    suffix: str
+    suffix: str  #: of the file
+    #: Takes a traceable model, an image (3, H, W) uint8 with objects in it, the names of the
+    #: outputs, and the path of the file.
     write: Callable[[nn.Module, Tensor, List[str], str], None]
-    load: Callable[[str], Runner]
-    runs_with: str
-    packages: Tuple[str, ...] = ()
-    otherwise: str = "leave it out"
+    load: Callable[[str], Runner]  #: takes the path
+    runs_with: str  #: packages that run the file
+    packages: Tuple[str, ...] = ()  #: what is needed beyond PyTorch
+    otherwise: str = "leave it out"  #: what to do where it does not take a detector
 
     def missing(self) -> List[str]:
         """Packages that are not installed."""
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
     def convert(self, model: nn.Module, image: Tensor, path: str) -> None:
-        """Write ``model``, in eval mode on the CPU, as it detects in ``image``, to the file ``path``.
-
-        Raises:
-            NotExportable: the model does not go into this format.
-        """
+        """Write ``model``, in eval mode on the CPU, as it detects in ``image``, or refuse it."""
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they are about code that is not the user's

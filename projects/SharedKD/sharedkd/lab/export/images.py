@@ -21,21 +21,15 @@ MOST = 4  # of a validation set
 
 @dataclass
 class Images:
-    """Images after the resizing that the config's evaluation does.
+    """Images after the resizing that the config's evaluation does."""
 
-    Args:
-        names: file names.
-        tensors: (3, H, W) uint8 each.
-        about: how they were prepared: ``channels`` (``BGR`` or ``RGB``), ``resize`` (``short_edge``
-            and ``max_size`` in pixels, bilinear; None if nothing or something else is done) and
-            ``preprocessing``, all that is done, in words.
-        fill: value per channel that becomes 0 in the network, rounded to whole numbers.
-    """
-
-    names: List[str]
-    tensors: List[Tensor]
+    names: List[str]  #: of the files
+    tensors: List[Tensor]  #: (3, H, W) uint8 each
+    #: How they were prepared: ``channels`` (``BGR`` or ``RGB``), ``resize`` (``short_edge`` and
+    #: ``max_size`` in pixels, bilinear; None if nothing or something else is done) and
+    #: ``preprocessing``, all that is done, in words.
     about: Dict[str, Any]
-    fill: List[int]
+    fill: List[int]  #: value per channel that becomes 0 in the network, rounded to whole numbers
 
     def corner_cases(self, image: Tensor) -> List[Tensor]:
         """A crop of ``image``, for another size, and an image without objects."""
@@ -56,9 +50,6 @@ def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
     """Read images through ``dataloader.test.mapper`` of ``cfg``, whose model is a plain detector.
 
     Without ``files`` they are some of ``dataloader.test.dataset``, evenly spread over it.
-
-    Raises:
-        ConfigError: no mapper, no images, or one that cannot be read.
     """
     key = "dataloader.test.mapper"
     node = OmegaConf.select(cfg, key)
@@ -71,9 +62,8 @@ def read_images(cfg: DictConfig, files: Sequence[str] = ()) -> Images:
         try:
             tensors.append(torch.as_tensor(mapper(copy.deepcopy(record))["image"]))
         except Exception as e:
-            raise ConfigError(
-                "--images", record["file_name"], f"cannot be read: {e}", "name image files"
-            ) from e
+            problem = f"cannot be read: {e}"
+            raise ConfigError("--images", record["file_name"], problem, "name image files") from e
     steps = getattr(mapper, "augmentations", [])
     steps = list(getattr(steps, "augs", steps))
     about = {

@@ -47,12 +47,8 @@ class Plot:
 def as_svg(draw: Callable[[], Figure], label: str) -> Markup:
     """An ``<svg>`` element, the same for the same figure.
 
-    Lines with the gid ``series_N`` become groups with the attribute ``data-series="N"``.
-
-    Args:
-        draw: makes the figure.
-        label: what it shows, for those who cannot see it; each figure of a page needs its own, since
-            the ids in it are made from it.
+    Lines with the gid ``series_N`` become groups with the attribute ``data-series="N"``.  ``label``
+    tells those who cannot see it; each figure of a page needs its own, as ids are made from it.
     """
     file = BytesIO()
     with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": label}]):
@@ -62,9 +58,7 @@ def as_svg(draw: Callable[[], Figure], label: str) -> Markup:
     inner = text[text.index(">", text.index("<svg")) + 1 :]
     inner = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", inner, flags=re.S)
     inner = re.sub(r' id="series_(\d+)"', r' data-series="\1"', inner)
-    inner = re.sub(
-        r' id="\w+_\d+"', "", inner
-    )  # the same in each figure, and nothing refers to them
+    inner = re.sub(r' id="\w+_\d+"', "", inner)  # nothing refers to them
     inner = re.sub(r"#[0-9a-f]{6}(?=[;\"])", lambda x: _VARIABLES.get(x[0], x[0]), inner)
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" style="--width:{width}px" role="img" '

@@ -11,29 +11,19 @@ from typing import Optional
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sharedkd.files import replace
 from sharedkd.lab.compare.plots import PALETTE
 from sharedkd.lab.compare.student_summary import STUDENTS
 from sharedkd.lab.compare.summary import notes
+from sharedkd.lab.output import write_text
 from sharedkd.lab.runs import short
-from sharedkd.lab.scores import (
-    MORE_METRICS,
-    TASKS,
-    Difference,
-    Row,
-    is_known,
-    measured,
-    score_of,
-)
-from sharedkd.lab.tables import number
+from sharedkd.lab.scores import MORE_METRICS, TASKS, Difference, Row, is_known, measured, score_of
+from sharedkd.lab.tables import number, with_bounds
 
 from . import documents, settings, summary, training
 from .figures import DASHES
 from .source import Source, read_source
 
 __all__ = ["as_html", "write_report"]
-
-_KINDS = {"comparison": "Comparison", "runs": "Runs", "run": "Run"}
 
 
 def write_report(
@@ -46,33 +36,21 @@ def write_report(
 
     Args:
         folder: its output folder.
-        output: the HTML file; default: report.html in that folder.
+        output: the HTML file, which is returned; default: report.html in that folder.
         features, detections: where tools/analyze_features.py and tools/visualize_pair.py wrote;
             default: ``features`` and ``detections`` in that folder.
-
-    Returns:
-        the HTML file.
-
-    Raises:
-        ConfigError: there is nothing to report in the folder.
     """
     text = as_html(folder, features, detections)
     output = output or folder / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    replace(str(output), lambda f: f.write(text.encode()))
+    write_text(output, text)
     return output
 
 
 def as_html(
     folder: Path, features: Optional[Path] = None, detections: Optional[Path] = None
 ) -> str:
-    """The report as one HTML document, the same bytes for the same files.
-
-    ``folder``, ``features`` and ``detections`` are those of :func:`write_report`.
-
-    Raises:
-        ConfigError: there is nothing to report in the folder.
-    """
+    """The report as one HTML document, the same bytes for the same files."""
     page = Environment(
         loader=PackageLoader(__package__),
         autoescape=True,
@@ -91,11 +69,14 @@ def as_html(
     between, shots = documents.read_gallery(detections)
     without = "side_by_side.jpg" if shots else ""  # the same pictures in one
     page.filters.update(
-        gained=summary.gained, number=partial(number, unknown="–"), score=summary.score, short=short
+        gained=partial(with_bounds, unknown="–"),
+        number=partial(number, unknown="–"),
+        score=summary.score,
+        short=short,
     )
     script = page.get_template("script.js").render()
     return page.get_template("report.html").render(
-        title=f"{_KINDS[source.kind]}: {folder.resolve().name}",
+        title=f"{source.kind.capitalize()}: {folder.resolve().name}",
         source=source,
         record=source.record,
         summary=summary.summary(source),
@@ -116,6 +97,7 @@ def as_html(
         features=documents.read_document(features / "features.md"),
         differences=settings.differences(source),
         origin=settings.origin(source),
+        metrics=MORE_METRICS,
         colors=len(PALETTE),
         dashes=DASHES,
         script=Markup(script),
@@ -126,8 +108,7 @@ def as_html(
 
 def _teacher(source: Source, task: str) -> Optional[Row]:
     """The teacher as a row of the results; None if its AP is not known."""
-    ap, *more = (score_of(source.record.get("teacher"), task, m) for m in ("AP", *MORE_METRICS))
-    if not is_known(ap):
-        return None
+    results = source.record.get("teacher")
+    scores = {m: [score_of(results, task, m)] for m in ("AP", *MORE_METRICS)}
     nothing = Difference(math.nan, math.nan, 0)
-    return Row("teacher", ap, dict(zip(MORE_METRICS, more)), gain=nothing)
+    return Row("teacher", scores, nothing) if is_known(scores["AP"][0]) else None

@@ -1,10 +1,11 @@
 """The settings that differ between runs, and their hardware, versions and commands."""
 
 import os
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 from sharedkd.config.plain import leaves
 from sharedkd.lab.runs import short
+from sharedkd.lab.scores import facts_of
 
 from .source import Source, is_distilled
 
@@ -60,24 +61,10 @@ def origin(source: Source) -> List[Tuple[str, str]]:
     record, runs = source.record, [run.record for run in source.runs]
     arms = [*runs, *record["arms"]]
     config = [record.get("config_file") or "", *(record.get("overrides") or [])]
-    rows = [
-        ("config", " ".join(config)),
-        ("hardware", _distinct(arm.get("hardware") for arm in arms)),
-        ("processes", _distinct(arm.get("processes") for arm in arms)),
-        ("versions", _distinct(_versions(arm.get("versions") or {}) for arm in arms)),
-        ("initial weights", _distinct(arm.get("initial_weights") for arm in arms)),
-        ("command", record.get("command") or ""),
-    ]
+    rows = [("config", " ".join(config))]
+    for name in ("hardware", "processes", "versions", "initial weights"):
+        rows.append((name, "; ".join(facts_of(arms, name.replace(" ", "_")))))
+    rows.append(("command", record.get("command")))
     if not record.get("command"):
-        rows += [
-            (f"command of {run.method}", run.record.get("command") or "") for run in source.runs
-        ]
+        rows += [(f"command of {x.method}", x.record.get("command")) for x in source.runs]
     return [(name, text) for name, text in rows if text]
-
-
-def _versions(found: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in sorted(found.items()))
-
-
-def _distinct(values: Iterable[Optional[Any]]) -> str:
-    return "; ".join(dict.fromkeys(str(x) for x in values if x))

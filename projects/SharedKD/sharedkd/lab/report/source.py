@@ -10,7 +10,7 @@ from sharedkd.config.plain import read_plain
 from sharedkd.engine.hooks.record import read_record
 from sharedkd.errors import ConfigError
 from sharedkd.lab.metrics import read_metrics, seconds_per_step
-from sharedkd.lab.scores import TASKS, folder_name, read_comparison
+from sharedkd.lab.scores import TASKS, Record, folder_name, read_comparison
 from sharedkd.modeling.stages import Stage
 
 __all__ = ["RunData", "Source", "is_distilled", "read_source"]
@@ -18,24 +18,15 @@ __all__ = ["RunData", "Source", "is_distilled", "read_source"]
 
 @dataclass
 class RunData:
-    """One training run.
-
-    Args:
-        method, seed: which arm it is.
-        folder: its output folder.
-        record: its run.json; empty if there is none.
-        curves: its metrics.json, see :func:`~sharedkd.lab.metrics.read_curves`; empty if there is none.
-        config: its config.yaml as plain values, references unresolved; None if there is none.
-        problems: what could not be read, a sentence each.
-    """
+    """The files of one training run; of one that is not there, nothing."""
 
     method: str
     seed: int
     folder: Path
-    record: Mapping[str, Any] = field(default_factory=dict)
-    curves: Mapping[str, np.ndarray] = field(default_factory=dict)
-    config: Optional[Mapping[str, Any]] = None
-    problems: List[str] = field(default_factory=list)
+    record: Mapping[str, Any] = field(default_factory=dict)  #: run.json
+    curves: Mapping[str, np.ndarray] = field(default_factory=dict)  #: metrics.json
+    config: Optional[Mapping[str, Any]] = None  #: config.yaml, references unresolved
+    problems: List[str] = field(default_factory=list)  #: what could not be read, a sentence each
 
     @property
     def iterations_done(self) -> int:
@@ -87,21 +78,13 @@ class RunData:
 
 @dataclass
 class Source:
-    """The runs of a report.
+    """The runs of a report."""
 
-    Args:
-        folder: the folder that the user named.
-        kind: "comparison", "runs" (a folder of them, one seed each) or "run".
-        record: as :mod:`sharedkd.lab.scores` describes it.
-        runs: of the arms that have a folder.
-        configs: method to its config; methods without one are not there.
-    """
-
-    folder: Path
-    kind: str
-    record: Mapping[str, Any]
-    runs: List[RunData]
-    configs: Mapping[str, Mapping[str, Any]]
+    folder: Path  #: that the user named
+    kind: str  #: "comparison", "runs" (a folder of them, one seed each) or "run"
+    record: Record  #: as :mod:`sharedkd.lab.scores` describes it
+    runs: List[RunData]  #: of the arms that have a folder
+    configs: Mapping[str, Mapping[str, Any]]  #: of the methods that have one
 
     @property
     def is_single(self) -> bool:
@@ -115,11 +98,7 @@ class Source:
 
 
 def read_source(folder: Path) -> Source:
-    """Read ``folder``: that of a run or a comparison, or one with runs right below it.
-
-    Raises:
-        ConfigError: there is nothing to report in it, or its results.json is damaged.
-    """
+    """Read ``folder``: that of a run or a comparison, or one with runs right below it."""
     if (folder / "results.json").is_file():
         return _comparison(folder)
     inner = [path for path in sorted(folder.glob("*/")) if _is_run(path)]
@@ -127,12 +106,8 @@ def read_source(folder: Path) -> Source:
     if _has_trained(folder) or (_is_run(folder) and not inner):
         return _of_runs(folder, "run", [_run(folder, folder.resolve().name)])
     if not inner:
-        raise ConfigError(
-            "DIR",
-            folder,
-            "holds neither a run nor a comparison",
-            "name the train.output_dir of a run, or the --output of tools/compare_methods.py",
-        )
+        fix = "name the train.output_dir of a run, or the --output of tools/compare_methods.py"
+        raise ConfigError("DIR", folder, "holds neither a run nor a comparison", fix)
     return _of_runs(folder, "runs", [_run(path, path.name) for path in inner])
 
 
@@ -210,22 +185,18 @@ def _arm(run: RunData) -> Dict[str, Any]:
 
 def _run(folder: Path, method: str, seed: int = 0) -> RunData:
     """Read a run's folder; a file that cannot be read is reported, and the others are used."""
-    run = RunData(method, seed, folder)
+    run = RunData(method, seed, folder, config=read_plain(folder / "config.yaml"))
+    broken, tell = 0, run.problems.append
     if (folder / "metrics.json").is_file():
         run.curves, broken = read_metrics(str(folder / "metrics.json"))
-        if broken:
-            run.problems.append(
-                f"{broken} line(s) of metrics.json cannot be read and are left out."
-            )
     else:
-        run.problems.append("there is no metrics.json, so it has no curves.")
+        tell("there is no metrics.json, so it has no curves.")
+    if broken:
+        tell(f"{broken} line(s) of metrics.json cannot be read and are left out.")
     try:
         run.record = read_record(folder)
     except ConfigError as e:
-        run.problems.append(f"{e}.")
-    run.config = read_plain(folder / "config.yaml")
+        tell(f"{e}.")
     if run.config is None:
-        run.problems.append(
-            "config.yaml is missing or cannot be read, so its settings are unknown."
-        )
+        tell("config.yaml is missing or cannot be read, so its settings are unknown.")
     return run

@@ -6,12 +6,12 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from sharedkd.engine.run import DEV_RUN_IMAGES
 from sharedkd.lab.runs import short, tool
-from sharedkd.lab.scores import TASKS, Difference, Row, difference, is_known, measured, score_of
-from sharedkd.lab.tables import number
+from sharedkd.lab.scores import TASKS, Record, Row, difference, is_known, measured, score_of
+from sharedkd.lab.tables import with_bounds, with_half_width
 
 from .source import RunData, Source, is_distilled
 
-__all__ = ["commands", "gained", "repairs", "score", "summary", "warnings"]
+__all__ = ["commands", "repairs", "score", "summary", "warnings"]
 
 Pairs = List[Tuple[str, str]]
 
@@ -48,8 +48,8 @@ def _teacher(name: str) -> str:
 
 def repairs(source: Source) -> List[str]:
     """What was repaired in the data of the runs, a line each."""
-    found = [x for run in source.runs for x in run.record.get("repairs") or ()]
-    return list(dict.fromkeys(str(x) for x in found))
+    found = (str(x) for run in source.runs for x in run.record.get("repairs") or ())
+    return list(dict.fromkeys(found))
 
 
 def _scores(results: Optional[Mapping[str, Any]]) -> str:
@@ -97,8 +97,10 @@ def _of_methods(source: Source, tasks: Mapping[str, Sequence[Row]]) -> Pairs:
         gain = rows[best.method].gain
         if gain and gain.seeds:
             over = f" paired over {gain.seeds} seeds" if gain.seeds > 1 else ""
-            text = f"{score(rows[best.method])} {TASKS[task]} AP, {gained(gain)} against {baseline}"
-            found.append((label, f"{best.method}: {text}{over}: {gain.verdict}"))
+            text = (
+                f"{best.method}: {score(rows[best.method])} {TASKS[task]} AP, {with_bounds(gain)}"
+            )
+            found.append((label, f"{text} against {baseline}{over}: {gain.verdict}"))
     if len(compared) > 1:
         verdicts = [row.gain.verdict for row in compared]
         counts = [f"{verdicts.count(x)} {x}" for x in dict.fromkeys(sorted(verdicts))]
@@ -106,20 +108,24 @@ def _of_methods(source: Source, tasks: Mapping[str, Sequence[Row]]) -> Pairs:
     return found + _price(best, by_name[first].get(plain), record, first)
 
 
-def _price(best: Row, plain: Optional[Row], record: Mapping[str, Any], task: str) -> Pairs:
+def score(row: Row) -> str:
+    """The mean AP of a method with its interval."""
+    return with_half_width(*row.interval(), "–")
+
+
+def _price(best: Row, plain: Optional[Row], record: Record, task: str) -> Pairs:
     found = []
     if plain:
-        time = best.seconds_per_step / plain.seconds_per_step
-        memory = best.peak_memory_mb / plain.peak_memory_mb
-        known = [(time, "time of a step"), (memory, "memory")]
-        costs = [f"{ratio:.2f} times the {what}" for ratio, what in known if is_known(ratio)]
+        named = {"seconds_per_step": "time of a step", "peak_memory_mb": "memory"}
+        ratios = {what: best.cost(name) / plain.cost(name) for name, what in named.items()}
+        costs = [f"{x:.2f} times the {what}" for what, x in ratios.items() if is_known(x)]
         text = f"{' and '.join(costs) or 'an unknown share'} of {_name(plain.method)}"
         found.append((f"Cost of {best.method}", text))
     equal = f"{record['baseline']}@{best.method}"
     if equal in record["methods"]:
         gain = difference(record, best.method, equal, task)
-        text = f"{gained(gain)} {TASKS[task]} AP against the plain student trained for as long"
-        found.append(("In the same time", f"{text}: {gain.verdict}"))
+        text = f"{with_bounds(gain, '–')} {TASKS[task]} AP against the plain student"
+        found.append(("In the same time", f"{text} trained for as long: {gain.verdict}"))
     return found
 
 
@@ -156,16 +162,3 @@ def _measured_run(source: Source) -> List[str]:
 def _name(method: str) -> str:
     """In a sentence; a comparison calls the plain student "none"."""
     return "the plain student" if method == "none" else method
-
-
-def score(row: Row) -> str:
-    """The mean AP of a method with its interval."""
-    return number(row.mean, unknown="–") + (
-        f" ± {row.half_width:.2f}" if is_known(row.half_width) else ""
-    )
-
-
-def gained(gain: Difference) -> str:
-    """A difference with its interval."""
-    bounds = f" [{gain.low:+.2f}, {gain.high:+.2f}]" if is_known(gain.half_width) else ""
-    return number(gain.mean, "+.2f", "–") + bounds

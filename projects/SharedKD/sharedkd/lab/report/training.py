@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from sharedkd.lab.compare.plots import plot_ap, plot_cost, plot_sizes
 from sharedkd.lab.metrics import detector_loss
-from sharedkd.lab.scores import TASKS, is_known, measured
+from sharedkd.lab.scores import TASKS, measured, tasks_of
 from sharedkd.modeling.stages import Stage
 
 from .figures import Curve, Plot, as_svg, draw_curves
@@ -43,18 +43,16 @@ def bars(source: Source) -> List[Plot]:
     """AP of the methods with intervals and single seeds, and AP by size of the objects."""
     if source.kind != "comparison":
         return []
-    rows = [row for rows in measured(source.record).values() for row in rows]
-    sized = any(is_known(row.metrics["APs"]) for row in rows)
+    sized = any(x.scores["APs"] for rows in measured(source.record).values() for x in rows)
     return _of_record(source, {"AP": plot_ap, **({"AP by size": plot_sizes} if sized else {})})
 
 
 def _of_record(source: Source, draws: Mapping[str, Callable[..., Figure]]) -> List[Plot]:
     """Plots of the results, by their captions; none without results."""
-    if not measured(source.record):
-        return []
     return [
         Plot(caption, as_svg(partial(draw, source.record), f"{caption} of the methods"))
         for caption, draw in draws.items()
+        if tasks_of(source.record)
     ]
 
 
