@@ -74,11 +74,13 @@ def three_steps(trainer_class, model, **options):
     return [p.detach().numpy().tobytes() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("family", ["mask_rcnn", "retinanet"])
+@pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn", "retinanet"])
 def test_without_distillation_it_is_detectron2s_trainer(family):
     """A plain detector, and a pair all of whose stages weigh zero, end with the same bytes."""
     expected = three_steps(SimpleTrainer, tiny.detector(family))
-    assert three_steps(SharedKDTrainer, tiny.detector(family), max_iter=3) == expected
+    plain = tiny.detector(family)
+    classes = [*map(type, plain.modules())]
+    assert three_steps(SharedKDTrainer, plain, max_iter=3) == expected
     stages = {
         "off": Stage(IdenticalLayer(), weight=0.0),
         "late": Stage(IdenticalLayer(), start=1.0),
@@ -87,6 +89,8 @@ def test_without_distillation_it_is_detectron2s_trainer(family):
     three_steps(SharedKDTrainer, model, max_iter=3)
     student = [p.detach().numpy().tobytes() for p in model.student.parameters()]
     assert student == expected
+    for trained in (plain, model.student):
+        assert [*map(type, trained.modules())] == classes
 
 
 def test_accumulation_is_the_mean_of_its_batches():

@@ -21,10 +21,10 @@ pytestmark = [
 ]
 
 
-def pair(family, device=DEVICE, step_dtype=None):
+def pair(family, device=DEVICE, step_dtype=None, stages=None):
     student = tiny.detector(family)
     teacher = FrozenTeacher(tiny.detector(family, seed=1), weights="", input_format="RGB")
-    stages = instantiate(shared_kd_stages())
+    stages = stages or tiny.shared_kd()
     model = SharedKD(student=student, teacher=teacher, stages=stages, input_format="RGB")
     model.to(device).train()
     teacher.prepare(step_dtype)
@@ -68,9 +68,11 @@ def test_a_step_of_each_family_in_mixed_precision(family, dtype):
 def test_nothing_but_the_students_own_forward_waits_for_the_gpu(family, dtype):
     """Detectron2's detectors read numbers from the GPU; teacher, losses and trainer do not.
 
-    float16 is left out: PyTorch's GradScaler reads one number a step.
+    float16 is left out: PyTorch's GradScaler reads one number a step.  The steps measure weights, too.
     """
-    model = pair(family, step_dtype=dtype)
+    stages = shared_kd_stages()
+    stages.cross.weight = "auto"
+    model = pair(family, step_dtype=dtype, stages=instantiate(stages))
     trainer = trainer_of(model, dtype)
     trainer.train(0, 3)
     student, allow = model.student, torch.cuda.set_sync_debug_mode
