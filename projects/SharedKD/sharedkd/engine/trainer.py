@@ -129,10 +129,12 @@ class SharedKDTrainer(SimpleTrainer):
         self.log = StepLog(period, on_nonfinite, max_skipped_steps)
         self.outgrown = Outgrown()
         self.register_hooks([self.log, self.outgrown])
-        for detector in self.detectors.values():
-            if amp_dtype is not None and isinstance(detector, DenseDetector):
-                # fvcore's box losses are not written for half precision.
-                detector.head.register_forward_hook(_to_float32)
+        # fvcore's box losses are not written for half precision.
+        self._casts = [
+            detector.head.register_forward_hook(_to_float32)
+            for detector in self.detectors.values()
+            if amp_dtype is not None and isinstance(detector, DenseDetector)
+        ]
 
     @property
     def detector(self) -> nn.Module:
@@ -277,6 +279,8 @@ class SharedKDTrainer(SimpleTrainer):
         torch.manual_seed(int(words[2]))
 
     def after_train(self) -> None:
+        for cast in self._casts:
+            cast.remove()
         # Detectron2 counts one iteration too many if none was left to train.
         self.iter = min(self.iter, self.max_iter)
         super().after_train()

@@ -122,6 +122,10 @@ class Benchmark:
         """A distillation step with all stages on."""
         return self._step(self.pair)
 
+    def measuring(self) -> Arm:
+        """A distillation step that measures weights, as a run's first ones do."""
+        return self._step(self._new_pair(known=False))
+
     def losses(self) -> Arm:
         """Forward and backward of the losses alone, down to the student's maps."""
         pair, batches = self.pair, {}
@@ -153,13 +157,17 @@ class Benchmark:
     @cached_property
     def pair(self) -> SharedKD:
         """The pair as a run trains it, with all stages on in every iteration."""
+        return self._new_pair(known=True)
+
+    def _new_pair(self, known: bool) -> SharedKD:
+        """A pair whose weights are ``known``, or still to be measured."""
         node = self.cfg.model
         stages = construct(node.stages, "model.stages")
         pair = SharedKD(
             student=self._new_student(),
             teacher=self._new_teacher(),
             teachers=_group(node, "teachers"),
-            stages={k: _always(x) for k, x in stages.items()},
+            stages={k: _always(x, known) for k, x in stages.items()},
             peers=_group(node, "peers"),
             input_format=node.input_format,
         )
@@ -252,7 +260,9 @@ def measure(
         peak of each step.  The arms are those of ``bench``, and ``NAME`` and ``losses/NAME`` the
         distillation step and the losses of another method or setting.
     """
-    plain = ("student", "teacher_eager", "student_sharedkd", "teacher")
+    plain = ["student", "teacher_eager", "student_sharedkd", "teacher"]
+    if any(stage.auto for stage in construct(bench.cfg.model.stages, "model.stages").values()):
+        plain.append("measuring")
     arms = {name: getattr(bench, name)() for name in plain}
     others = {**methods, **variants}
     for name, each in {"distill": bench, **others}.items():
@@ -265,6 +275,7 @@ def measure(
         "plain": ratio(seconds, "student_sharedkd", "student"),
         "teacher": ratio(seconds, "teacher", "teacher_eager"),
         "losses": ratio(seconds, "losses/distill", "distill"),
+        **{name: ratio(seconds, name, "distill") for name in plain if name == "measuring"},
         **{f"distill/{name}": ratio(seconds, "distill", name) for name in methods},
         **{name: ratio(seconds, name, "distill") for name in variants},
     }
@@ -341,9 +352,10 @@ def _record(shape: Sequence[int], seed: int) -> Dict[str, Any]:
     return {"image": image, "height": height, "width": width, "instances": truth}
 
 
-def _always(stage: Stage) -> Stage:
-    """A stage that is on in every iteration, with a weight that is known: all but a run's first steps."""
-    return replace(stage, weight=stage.full, start=0, ramp=0, decay=0, end=None)
+def _always(stage: Stage, known: bool) -> Stage:
+    """A stage that is on in every iteration, with a weight that is ``known`` if it sets itself."""
+    weight = stage.full if known else stage.weight
+    return replace(stage, weight=weight, start=0, ramp=0, decay=0, end=None)
 
 
 def _tame(model: nn.Module) -> nn.Module:

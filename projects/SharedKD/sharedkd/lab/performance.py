@@ -37,10 +37,12 @@ def pairs(results: Mapping[str, Result]) -> str:
     """
     rows = []
     for name, result in results.items():
-        ratios = [_spread(result["ratios"][key]) for key in ("overhead", "added", "losses")]
+        known = result["ratios"]
+        keys = ("overhead", "added", "losses", "measuring")
+        ratios = [_spread(known[key]) if key in known else "-" for key in keys]
         peaks = [_memory(result, arm) for arm in ("student_sharedkd", "distill")]
         rows.append([name, *ratios, *peaks])
-    titles = ["pair", "overhead", "added / teacher's forward", "losses / step"]
+    titles = ["pair", "overhead", "added / teacher's forward", "losses / step", "measuring / step"]
     return markdown(rows, [*titles, "MB, plain step", "MB, distilled step"])
 
 
