@@ -241,7 +241,7 @@ def test_a_failed_arm_is_shown_and_the_others_are_trained(overrides, tmp_path, c
     capsys.readouterr()
     again = compare(output, overrides, [str(bad), "none"], seeds=[0])  # is tried again
     assert again["arms"][0]["status"] == "failed"
-    assert capsys.readouterr().out.count("kept") == 1
+    assert capsys.readouterr().out.count("already finished") == 1
 
 
 def tool(output, overrides, methods, *flags, config=CONFIG):
@@ -340,7 +340,7 @@ def test_an_interrupted_comparison_continues(overrides, tmp_path):
     process.wait()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("kept") == 1
+    assert done.stdout.count("already finished") == 1
     record = json.loads((tmp_path / "out/results.json").read_text())
     assert [a["status"] for a in record["arms"]] == ["finished"] * 2
     assert len({a["initial_weights"] for a in record["arms"]}) == 1
