@@ -598,10 +598,13 @@ def outcomes(row: Row) -> Tuple[Outcome, Outcome]:
 HEAD = """# Families of detectors
 
 Each row was built at reduced size and trained for a step on the CPU, as the student and as the teacher of a small
-detector of the row's own kind (a Faster R-CNN, where no other is named), with Shared-KD and every recipe that
+detector of the row's own kind (a Faster R-CNN, where no other is named), with every recipe that
 `tools/compare_methods.py --list` has for the student's family. *Works* means that all its losses were finite and
-reached the student's backbone. `make nightly` runs the table again, and fails where this page says otherwise; all rows
-were also run with Detectron2's main of June 2026 (02b5c4e), those of ViTDet, MViTv2, Swin and timm (1.0.31) there alone.
+reached the student's backbone. `make nightly` runs the table again, and fails where this page says otherwise.
+
+All rows were also run with Detectron2's main of June 2026 (02b5c4e), with the 18 recipes of that time. ViTDet, MViTv2,
+Swin and timm (1.0.31) were run there alone: their rows do not cover the recipes added since, `bckd`, `crosskd`, `dist`,
+`foundation`, `pgd` and `self_reflection`.
 
 A detector of a family without published settings takes those of Faster R-CNN, or those of RetinaNet if its pyramid
 begins at stride 8. Strides of a recipe that the pair does not have are left out, and named in the log.
@@ -613,7 +616,7 @@ begins at stride 8. Strides of a recipe that the pair does not have are left out
 TAIL = """
 ## What the refusals say
 
-Each comes in one line, before training starts (a backbone that runs twice: in the first step).
+Each is one line, before training starts (for a backbone that runs twice: in the first step).
 
 """
 

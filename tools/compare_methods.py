@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a pair's student with several distillation methods, all else equal, and compare them.
 
-What is finished is kept, and what was interrupted is continued, when the command runs again.
+When the command runs again, it skips finished runs and continues an interrupted one.
 
     tools/compare_methods.py --config-file configs/custom_coco.py --methods none,shared_kd,fgd \\
         --seeds 0,1,2 --output output/comparison data.train_json=... (the pair's other keys)

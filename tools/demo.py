@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The embedded example: draw data, train a teacher, a plain and a distilled student, compare them.
 
-What is finished is kept, and what was interrupted is continued, when it runs again.  Overrides go
-to all three runs, for example:
+When it runs again, it skips finished runs and continues an interrupted one.  Overrides go to all
+three runs, for example:
 
     tools/demo.py --output output/demo_short train.max_iter=20
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Distil a large detector into ever smaller ones, each the teacher of the next (teacher assistants).
 
-What is finished is kept, and what was interrupted is continued, when the command runs again.
+When the command runs again, it skips finished runs and continues an interrupted one.
 Overrides go to the runs of all students. R101 -> R50 -> R18:
 
     tools/distill_chain.py --teacher r101.yaml --teacher-weights r101.pth --students r50.yaml,r18.yaml \\

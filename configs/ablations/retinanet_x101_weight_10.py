@@ -1,4 +1,4 @@
-"""The published weight study: raw distances, both parts at weight 10."""
+"""The published weight study: raw distances, both losses at weight 10."""
 
 from sharedkd.config import published_stages
 

@@ -1,4 +1,4 @@
-"""The published weight study: raw distances, both parts at weight 5."""
+"""The published weight study: raw distances, both losses at weight 5."""
 
 from sharedkd.config import published_stages
 

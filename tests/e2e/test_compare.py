@@ -84,7 +84,7 @@ def test_every_arm_is_recorded(finished):
     assert [f"[{i}/6]" in console for i in range(1, 7)] == [True] * 6
     # two jobs, half of the arms each
     assert console.count("[1/3] ") == console.count("[3/3] ") == 2
-    assert console.count("finished before, kept") >= 4
+    assert console.count("already finished") >= 4
     assert len(record["arms"]) == 6 and record["methods"] == METHODS
     assert record["teacher"]["bbox"]["AP"] >= 0
     for each in record["arms"]:
@@ -197,7 +197,7 @@ def test_what_is_finished_is_kept_and_more_is_added(finished, overrides, capsys)
     output, _, record = finished
     before = weights(output)
     again = compare(output, overrides, METHODS[:2])  # fewer methods: the others are left alone
-    assert capsys.readouterr().out.count("finished before, kept") == 4
+    assert capsys.readouterr().out.count("already finished") == 4
     assert weights(output) == before
     for method in METHODS[:2]:
         now, then = (arm(x, method, 1)["results"]["bbox"] for x in (again, record))
@@ -241,7 +241,7 @@ def test_a_failed_arm_is_shown_and_the_others_are_trained(overrides, tmp_path, c
     capsys.readouterr()
     again = compare(output, overrides, [str(bad), "none"], seeds=[0])  # is tried again
     assert again["arms"][0]["status"] == "failed"
-    assert capsys.readouterr().out.count("kept") == 1
+    assert capsys.readouterr().out.count("already finished") == 1
 
 
 def tool(output, overrides, methods, *flags, config=CONFIG):
@@ -259,7 +259,7 @@ def test_jobs_are_processes(overrides, tmp_path):
     command = tool(tmp_path, overrides, ["none", "pkd"], "--jobs", "2")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[1/1] ") == done.stdout.count("finished before, kept") == 2
+    assert done.stdout.count("[1/1] ") == done.stdout.count("already finished") == 2
 
 
 @pytest.mark.nightly
@@ -340,7 +340,7 @@ def test_an_interrupted_comparison_continues(overrides, tmp_path):
     process.wait()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("kept") == 1
+    assert done.stdout.count("already finished") == 1
     record = json.loads((tmp_path / "out/results.json").read_text())
     assert [a["status"] for a in record["arms"]] == ["finished"] * 2
     assert len({a["initial_weights"] for a in record["arms"]}) == 1
@@ -482,7 +482,7 @@ def test_students_from_end_to_end(shared, tmp_path):
     assert forms == ["torchscript", "eager"]
     before = weights(tmp_path)
     again = subprocess.run([*command, "--latency-ms", "1e6"], capture_output=True, text=True)
-    assert again.stdout.count("finished before, kept") == 4 and weights(tmp_path) == before
+    assert again.stdout.count("already finished") == 4 and weights(tmp_path) == before
     assert "Within 1e+06 ms `custom_coco_plain`" in again.stdout
     later = json.loads((tmp_path / "students.json").read_text())["students"]
     assert [r["deployed"] for r in later.values()] == [r["deployed"] for r in records.values()]

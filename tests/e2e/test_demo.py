@@ -103,7 +103,7 @@ def test_second_run_reuses_everything(demo, overrides, capsys):
     output, _ = demo
     before = {arm: (output / arm / "model_final.pth").stat().st_mtime_ns for arm in TITLES}
     rows = _rows(run_demo(ROOT, output, overrides))
-    assert capsys.readouterr().out.count("finished before, kept") == 3
+    assert capsys.readouterr().out.count("already finished") == 3
     assert before == {arm: (output / arm / "model_final.pth").stat().st_mtime_ns for arm in TITLES}
     first = _rows((output / "table.md").read_text())
     assert [row["box AP"] for row in rows] == [row["box AP"] for row in first]

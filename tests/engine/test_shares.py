@@ -210,7 +210,7 @@ def test_a_term_with_most_of_its_stage_is_named_once(mine, sharedkd_log, monkeyp
     (bark,) = barks(sharedkd_log)
     assert "term s8 has 5" in bark  # a window of 0.2, 0.3 and 0.3: 53 %
     assert bark.endswith(
-        "model.stages.mine.weight=auto model.stages.mine.balance=levels gives all its terms the same"
+        "model.stages.mine.weight=auto model.stages.mine.balance=levels sets equal shares for all its terms"
     )
 
 

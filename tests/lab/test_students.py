@@ -102,7 +102,7 @@ def test_a_capacity_gap_is_said_where_the_seeds_show_it(records):
     assert (gap.method, gap.student, gap.larger) == ("fgd", "small", "middle")
     assert (gap.less.mean, gap.less.half_width, gap.less.seeds) == pytest.approx((2, 0, 3))
     assert (
-        "`fgd` gives `small` (11,000,000 parameters) +1.00 [-0.24, +2.24] box AP, and the larger "
+        "With `fgd`, `small` (11,000,000 parameters) gains +1.00 [-0.24, +2.24] box AP, and the larger "
         "`middle` (21,000,000) +3.00 [+1.76, +4.24]: +2.00 [+2.00, +2.00] more. The teacher may be "
         "too strong for `small`" in report_students(records, "")
     )

@@ -17,7 +17,7 @@ _channels = L(Stage)(loss=L(CWD)(temperature=1.0), weight=10.0)
 _review = L(CrossLayer)(
     tap="backbone", pairs="adjacent", direction="deep_to_shallow", normalize="instance"
 )
-# Weights: as in the recipes cwd, dkd and shared_kd.
+# Weights: as in the recipes cwd and dkd; those of the review are ours.
 _two_stage = L(stage_dict)(
     channels=_channels,
     responses=L(Stage)(loss=L(DKD)(alpha=1.0, beta=0.25), weight=1.0),

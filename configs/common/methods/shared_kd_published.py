@@ -1,4 +1,4 @@
-"""Shared-KD as published: raw distances of all levels, both parts at weight 2, learning mutually."""
+"""Shared-KD as published: raw distances of all levels, both losses at weight 2, learning mutually."""
 
 from sharedkd.config import published_stages
 

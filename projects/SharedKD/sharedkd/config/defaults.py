@@ -97,7 +97,7 @@ class Train:
     # compute activations of the student's blocks again: less memory, more time
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile for the student's bottom-up network
-    # largest norm of the whole gradient; None: it is not clipped
+    # largest norm of the gradient of all parameters together; None: it is not clipped
     clip_grad_norm: Optional[float] = limited(None, above=0)
     accumulate: int = limited(1, least=1)  # batches per optimizer step
     # what an infinite or NaN loss or gradient does: stop, skip_step

@@ -14,7 +14,7 @@ __all__ = ["published_stages", "shared_kd_stages"]
 def published_stages(weight: float = 2.0) -> DictConfig:
     """Shared-KD as published: raw mean squared errors of all levels, weight 2, from start to end.
 
-    Each of the two parts has this ``weight``.  Cross-layer distillation takes the backbone's
+    Each of the two losses has this ``weight``.  Cross-layer distillation takes the backbone's
     stages, whose widths differ (our reading).
     """
     return L(stage_dict)(
@@ -26,11 +26,11 @@ def published_stages(weight: float = 2.0) -> DictConfig:
 def shared_kd_stages(weight: Union[float, str] = "auto", share: float = 0.3) -> DictConfig:
     """Shared-KD with this project's defaults; docs/results.md has the measurements behind them.
 
-    The cross-layer part is in the config, and off: no measurement has shown that it helps.
+    The cross-layer loss is in the config, and off: no measurement has shown that it helps.
     ``model.stages.cross.weight=auto`` switches it on.
 
     Args:
-        weight: of the identical-layer part.
+        weight: of the identical-layer loss.
         share: what its gradient is of the detector's own, with the weight ``auto``.
     """
     return L(stage_dict)(

@@ -132,8 +132,10 @@ class CocoData:
         self.files = [replace(x, refused=bool(self.errors)) for x in self.files]
 
     def raise_errors(self) -> None:
-        """Raises:
-        ConfigError: the one error there is, or all of them; nothing if there is none.
+        """Raise the errors that were found; do nothing if there are none.
+
+        Raises:
+            ConfigError: the only error, or all of them.
         """
         if self.errors:
             raise self.errors[0] if len(self.errors) == 1 else ConfigErrors(self.errors)

@@ -164,8 +164,10 @@ class TestLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[List[Any]]:
-        """Raises:
-        DataError: a sample cannot be loaded, or a loading process died.
+        """Yield the batches.
+
+        Raises:
+            DataError: a sample cannot be loaded, or a loading process died.
         """
         try:
             for batch in batches_of(self._loader):
@@ -327,8 +329,10 @@ class TrainLoader:
             yield batch[rank::processes] + mine
 
     def check_batch_size(self) -> None:
-        """Raises:
-        ConfigError: a batch, or its part without labels, cannot be shared out among the processes.
+        """Check that the processes can share out a batch evenly.
+
+        Raises:
+            ConfigError: they cannot share out a batch, or its images without labels.
         """
         batch, processes = self.total_batch_size, comm.get_world_size()
         if batch % processes:

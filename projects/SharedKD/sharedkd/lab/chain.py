@@ -20,8 +20,8 @@ def run_chain(
 ) -> str:
     """Train each student with the one before it as its teacher, and return a table of them.
 
-    Improved Knowledge Distillation via Teacher Assistant (AAAI 2020).  A link that is finished is kept,
-    one that was interrupted goes on.
+    Improved Knowledge Distillation via Teacher Assistant (AAAI 2020).  Started again, it skips
+    finished links and continues an interrupted one.
 
     Args:
         root: the repository.

@@ -87,7 +87,7 @@ class Run:
     def finish(self, root: Path) -> None:
         """:meth:`train` it if it is not finished, with its progress on the console."""
         if self.finished:
-            print(f"      finished before, kept: {short(self.weights)}")
+            print(f"      already finished: {short(self.weights)}")
             return
         print(f"      {shlex.join(self.command(root))}", flush=True)
         start, live = time.perf_counter(), LiveLine()

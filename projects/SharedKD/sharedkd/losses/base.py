@@ -207,7 +207,8 @@ class DistillationLoss(nn.Module):
     published = False  # whether strides that a pair does not have are left out; see Stage
 
     def __init__(self, tap: str = "fpn", strides: Optional[List[int]] = None):
-        """
+        """Set where the maps are taken, and of which levels.
+
         Args:
             tap: where maps are taken: ``fpn``, ``backbone``, or another of :data:`TAPS`.
             strides: the levels to use, by stride; None: every common level.

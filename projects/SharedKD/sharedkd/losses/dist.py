@@ -51,7 +51,7 @@ class DIST(DistillationLoss):
         model.stages.dist = L(Stage)(loss=L(DIST)(beta=1.0, gamma=1.0), weight=1.0)
 
     Args:
-        beta, gamma: weights of the two parts, 0 or more.
+        beta, gamma: weights of the two terms, 0 or more.
         temperature: T, above 0.
 
     Raises:

@@ -224,7 +224,8 @@ class Distance:
         check_choice("normalize", self.normalize, NORMALIZATIONS)
 
     def __call__(self, x: Tensor, y: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """
+        """Compare two maps.
+
         Args:
             x, y: (N, C, H, W) of any floating type.
             mask: (N, 1, H, W), one where a position counts; None counts all.

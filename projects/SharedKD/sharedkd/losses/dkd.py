@@ -30,7 +30,7 @@ def bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
-    """Split KL(softmax(teacher) || softmax(student)) into its two parts, row by row.
+    """Split KL(softmax(teacher) || softmax(student)) into its two terms, row by row.
 
     ``softmax(z)_t = sigmoid(z_t - logsumexp_{j != t} z_j)``: the target class against all others is
     a Bernoulli variable with that logit.  KL = TCKD + (1 - p_t^T) NCKD.
@@ -78,7 +78,7 @@ class DKD(DistillationLoss):
         model.stages.dkd = L(Stage)(loss=L(DKD)(alpha=1.0, beta=0.25), weight=1.0)
 
     Args:
-        alpha, beta: weights of the two parts, 0 or more.
+        alpha, beta: weights of the two terms, 0 or more.
         temperature: T, above 0.
 
     Raises:
@@ -141,7 +141,7 @@ class DenseDKD(DistillationLoss):
         model.stages.dkd = L(Stage)(loss=L(DenseDKD)(alpha=1.0, beta=0.25), weight=1.0)
 
     Args:
-        alpha, beta: weights of the two parts, 0 or more.
+        alpha, beta: weights of the two terms, 0 or more.
         gamma: 0, or 1 or more (in between, its gradient is infinite where p^T = p^S).
         strides: see :class:`DistillationLoss`.
 

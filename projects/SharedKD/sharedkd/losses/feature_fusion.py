@@ -37,7 +37,7 @@ class FeatureFusion(DistillationLoss):
     concatenated into a more representative map, from which knowledge goes back through features and
     through responses.  There both networks are trained and teach each other, on image
     classification, with a regularisation that is left out here.  OURS is all else: the teacher is
-    frozen, so that only the student is taught; the fusion per pyramid level, its start, the
+    frozen, so that only the student learns; the fusion per pyramid level, its start, the
     foreground classifier as the response and the three losses.
 
     Means go over the positions of the batch's images, without padding.  Shapes per level: student

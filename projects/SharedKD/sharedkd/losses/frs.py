@@ -28,7 +28,7 @@ class FRS(DistillationLoss):
     code (duzhixing/FRS, both detectors, and the configs' weights), which computes the BCE on
     sigmoids; here it is computed on logits, the same number, which autocast allows.  A BCE of soft
     targets has its minimum at their entropy, not at zero.  The student of a two-stage detector
-    distils its RPN: objectness (K = 1) takes the place of the class scores in both parts.  Padding
+    distils its RPN: objectness (K = 1) takes the place of the class scores in both terms.  Padding
     counts, as published.  A level where S underflows to zero everywhere gives zero.
 
     Parameters: per level 9 * C_s * C_t + C_t (3x3 convolution), 590,080 at 256 channels; five levels
@@ -39,7 +39,7 @@ class FRS(DistillationLoss):
         model.stages.frs = L(Stage)(loss=L(FRS)(feature=0.005, response=0.02), weight=1.0, ramp=500)
 
     Args:
-        feature, response: the weights of the two parts, 0 or more.
+        feature, response: the weights of the two terms, 0 or more.
         adapter: kernel of the convolution on the student's maps, see
             :func:`~sharedkd.losses.adapter.adapters`.
         strides: see :class:`DistillationLoss`.

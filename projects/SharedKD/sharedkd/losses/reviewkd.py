@@ -100,9 +100,10 @@ class Fusion(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-        """
+        """Fuse a level's map with the fused map of the next coarser level.
+
         Args:
-            x: (N, C_s, H, W)
+            x: (N, C_s, H, W), the student's map.
             residual: (N, M, h, w), the fused map of the next coarser level.
 
         Returns:

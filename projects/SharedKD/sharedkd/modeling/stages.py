@@ -49,8 +49,8 @@ class Stage:
         share: with ``auto``, the norm of its gradient at the student's maps over that of the detector's
             own losses.
         every: with ``auto``, steps from one measurement to the next; 0: only at the start.
-        balance: with ``auto``, ``levels`` gives each term, which is one level of most losses, the same
-            share; None: the terms stay as they are to each other.
+        balance: with ``auto``, ``levels`` sets an equal share for each term, which is one level of most
+            losses; None: the terms keep their ratios.
         published: the strides of the loss are those of its publication, and what the pair does not have of
             them is left out, with a warning.  False: it is refused.
         decay: over how many iterations before its end the weight falls linearly, to ``weight / decay`` in

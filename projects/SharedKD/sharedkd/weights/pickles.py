@@ -45,7 +45,7 @@ def check_pickle(file: Any, size: int, names: Optional[re.Pattern] = None) -> No
     for count, (instruction, argument, _) in enumerate(pickletools.genops(file)):
         tuples += instruction.name.startswith("TUPLE")
         if count > MOST_INSTRUCTIONS or tuples > MOST_TUPLES:
-            raise ValueError("it is made of too many parts")
+            raise ValueError("it has too many instructions")
         if instruction.name in _RESERVING and argument > min(size, MOST_INSTRUCTIONS):
             raise ValueError("it claims more than it holds, or is cut short")
         if instruction.name == "GLOBAL" and names and not names.fullmatch(argument):

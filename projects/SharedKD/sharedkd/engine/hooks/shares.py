@@ -87,7 +87,7 @@ class Watchdog(hooks.HookBase):
         auto = "" if self.trainer.stages[stage].auto else f"{key}.weight=auto "
         logger.warning(
             f"Watchdog: term {term} has {100 * share:.0f} % of the gradient norms of stage {stage}; "
-            f"{auto}{key}.balance=levels gives all its terms the same"
+            f"{auto}{key}.balance=levels sets equal shares for all its terms"
         )
 
     def _report(self, name: str, window: Deque[Tuple[int, float]]) -> None:

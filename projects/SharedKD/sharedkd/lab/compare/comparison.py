@@ -250,12 +250,12 @@ class Comparison:
             for arm in self.arms
             if (self.methods.index(arm.method) + self.seeds.index(arm.seed)) % shard[1] == shard[0]
         ]
-        live, kept = LiveLine(), sum(arm.run.finished for arm in mine)
-        remaining, tried = Remaining(len(mine) - kept), 0
+        live, finished = LiveLine(), sum(arm.run.finished for arm in mine)
+        remaining, tried = Remaining(len(mine) - finished), 0
         for number, arm in enumerate(mine, start=1):
             title = f"[{number}/{len(mine)}] {arm.method}, seed {arm.seed}"
             if arm.run.finished:
-                print(f"{title}: finished before, kept", flush=True)
+                print(f"{title}: already finished", flush=True)
                 continue
             if self.jobs > 1 and arm.status == "failed":
                 continue  # just now

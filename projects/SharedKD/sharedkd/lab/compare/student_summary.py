@@ -116,8 +116,8 @@ def _best(drawn: Sequence[Point], budget: Optional[float], task: str) -> str:
 def _gaps(records: Records, task: str) -> List[str]:
     """A sentence per capacity gap."""
     return [
-        f"`{gap.method}` gives `{gap.student}` ({parameters_of(records[gap.student]):,.0f} parameters) "
-        f"{with_bounds(gap.gains[0])} {TASKS[task]} AP, and the larger `{gap.larger}` "
+        f"With `{gap.method}`, `{gap.student}` ({parameters_of(records[gap.student]):,.0f} parameters) "
+        f"gains {with_bounds(gap.gains[0])} {TASKS[task]} AP, and the larger `{gap.larger}` "
         f"({parameters_of(records[gap.larger]):,.0f}) {with_bounds(gap.gains[1])}: "
         f"{with_bounds(gap.less)} more. The teacher may be too strong for `{gap.student}` (a capacity "
         "gap): try a weaker one, or an assistant between the two."

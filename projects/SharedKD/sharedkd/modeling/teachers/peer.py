@@ -54,7 +54,7 @@ class Peer:
 class StudentMaps(Teacher):
     """The maps of a student that trains in the same step, without gradient.
 
-    It runs once a step, by its own forward, and gives them then to all who asked for them before.
+    The student runs once a step, by its own forward; its maps then go to all who asked for them before.
 
     Args:
         student: the plain detector.
