@@ -17,6 +17,7 @@ model = L(SharedKD)(
         config=str(Path(__file__).with_name("teacher.py")),
         weights=str(_runs / "teacher/model_final.pth"),
     ),
-    stages=shared_kd_stages(),
+    # Ten times the default: this run stops early, when a strong teacher is ahead.
+    stages=shared_kd_stages(share=3.0),
     input_format="${dataloader.train.mapper.image_format}",
 )

@@ -79,7 +79,7 @@ class SharedKDTrainer(SimpleTrainer):
             repeats the uninterrupted one, and a loss that draws random numbers does not change the
             detector's draws in later steps.  None: the generators are left alone.
         amp_dtype: ``torch.float16``, ``torch.bfloat16`` or None (no autocast).
-        clip_grad_norm: largest norm of the whole gradient of a student; None: no clipping.
+        clip_grad_norm: largest norm of a student's gradient, over all its parameters; None: no clipping.
         accumulate: batches per optimizer step, each counting 1/accumulate.
         log_period: on a GPU, losses are read every ``log_period`` steps, in the last step and before a
             checkpoint, so that a step does not wait for the one before.  On a CPU, and if steps may
@@ -252,7 +252,7 @@ class SharedKDTrainer(SimpleTrainer):
         return dict(zip(losses, vector.unbind()))
 
     def _finish_gradient(self, step: Step) -> None:
-        """Unscale, measure and clip the whole gradient, each student's by itself."""
+        """Unscale, measure and clip the gradient of each student, over all its parameters."""
         self.scaler.unscale_(self.optimizer)
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
         peers = [{*pair.parameters()} for owner, pair in self.pairs.items() if owner]
@@ -316,7 +316,7 @@ class SharedKDTrainer(SimpleTrainer):
         Raises:
             ConfigError: it did.
         """
-        # Earlier versions kept the first teacher and student apart from the others.
+        # Earlier versions stored the first teacher and student apart from the others.
         then = {None: state_dict.get("teacher"), **state_dict.get("teachers", {})}
         now = self._teacher_fingerprints()
         for name in dict.fromkeys([*then, *now]):

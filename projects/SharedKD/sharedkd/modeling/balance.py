@@ -57,7 +57,7 @@ class AutoWeight(nn.Module):
             maps: the student's maps that the stage reads.
 
         Raises:
-            RunError: the stage has had no gradient in a whole window.
+            RunError: the stage had no gradient in any of the measured steps.
         """
         if self.factors:
             self._move(detector.device)  # a resumed run's are on the CPU

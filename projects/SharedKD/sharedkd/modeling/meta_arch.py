@@ -303,7 +303,7 @@ class SharedKD(nn.Module):
         Args:
             batched_inputs: Detectron2's records, as for the student.  Those with ``unlabelled=True`` are
                 seen by losses of maps alone: each of these terms is the mean over all images, the
-                detector's losses are those of the others.  A batch norm sees the two parts one after the other.
+                detector's losses are those of the others.  A batch norm sees the labelled images first, then the others.
             weights: stage name -> weight in this step, in training; a stage that is left out or
                 weighs zero is not computed.  A peer's stage is named ``peer/<peer>/<stage>``.  None: by
                 the stages' schedules and the iteration of Detectron2's EventStorage; losses of relative
@@ -350,7 +350,9 @@ class SharedKD(nn.Module):
         stage = self.stages[name]
         source = self.sources.get(stage.teacher)
         pyramids = [self.pyramid, source.pyramid if isinstance(source, StudentMaps) else None]
-        heads = any(pyramids) and stage.loss.taps & HEAD_TAPS  # these take a whole forward
+        heads = (
+            any(pyramids) and stage.loss.taps & HEAD_TAPS
+        )  # these take the detector's full forward
         return stage.loss.needs <= {"teacher"} and not heads
 
     @property
@@ -413,8 +415,8 @@ class SharedKD(nn.Module):
     ) -> Dict[str, Dict[str, Tensor]]:
         """Run teachers and students on images without labels, up to the maps that stages read.
 
-        After the students' own forward, which gives peers the maps of the labelled images, and their
-        terms, which set the automatic weights.
+        Runs after the students' own forward, from which peers take the maps of the labelled images, and
+        after their terms, which set the automatic weights.
 
         Returns:
             the terms of each student's stages that see these images.
