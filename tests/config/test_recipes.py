@@ -296,6 +296,13 @@ def test_none_is_the_plain_student():
     assert with_method(plain, "none").model == plain.model
 
 
+def test_none_leaves_out_images_without_labels():
+    cfg = pair_config()
+    cfg.data = {"unlabelled_images": "more", "unlabelled_json": "more.json"}
+    data = {name: with_method(cfg, name).data for name in ("none", "shared_kd")}
+    assert set(data["none"].values()) == {None} and data["shared_kd"] == cfg.data
+
+
 def test_config_keeps_its_own_stages():
     cfg = pair_config()
     cfg.model.stages.identical.weight = 7

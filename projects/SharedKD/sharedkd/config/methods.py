@@ -55,7 +55,7 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
 
     Args:
         cfg: of a pair, or of a plain detector.
-        name: ``none``, ``config``, or as :func:`~sharedkd.modeling.recipes.stages_of` takes it;
+        name: ``none``, which leaves out images without labels, too; ``config``; or as :func:`~sharedkd.modeling.recipes.stages_of` takes it;
             ``fgd:key=value`` sets a key of the config, too.
 
     Raises:
@@ -72,6 +72,8 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
         ):  # it decides whether the plain student has a teacher
             override(cfg, setting, "the config")
     if names == PLAIN:
+        if OmegaConf.select(cfg, "data.unlabelled_images"):  # nothing learns from them
+            cfg.data.update(unlabelled_images=None, unlabelled_json=None)
         if OmegaConf.select(cfg, "train.inherit"):  # it starts from the teacher as the others do
             cfg.model.stages = L(stage_dict)()
         else:
