@@ -13,18 +13,14 @@ from sharedkd.lab.schemes import PLAIN, benches, measure_schemes
 
 #: Scheme -> how many teachers are in memory, how often one runs in a step, and which stages learn.
 STEPS = {
-    "one frozen teacher": (1, 1, {"identical", "cross"}),
-    "two teachers": (2, 2, {"identical", "cross", "other"}),
-    "mean of two teachers": (2, 2, {"identical", "cross"}),
-    "sequence of two teachers": (2, 1, {"identical_near", "cross_near"}),
-    "average of the student": (1, 1, {"identical", "cross"}),
+    "one frozen teacher": (1, 1, {"identical"}),
+    "two teachers": (2, 2, {"identical", "other"}),
+    "mean of two teachers": (2, 2, {"identical"}),
+    "sequence of two teachers": (2, 1, {"identical_near"}),
+    "average of the student": (1, 1, {"identical"}),
     "two peers": (0, 0, {"other", "peer/other/back"}),
     "self-reflection": (1, 1, {"channels", "responses", "review"}),
-    "as many images without labels": (
-        1,
-        2,
-        {"identical", "cross"},
-    ),  # labelled ones, and the others
+    "as many images without labels": (1, 2, {"identical"}),  # labelled ones, and the others
 }
 
 
