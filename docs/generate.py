@@ -12,7 +12,6 @@ import textwrap
 import tokenize
 from dataclasses import is_dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple, get_type_hints
 
 from sharedkd import losses
@@ -20,7 +19,18 @@ from sharedkd.config import defaults
 from sharedkd.config.structure import defaults_of
 from sharedkd.data.loader import build_train_loader
 from sharedkd.lab.performance import schemes
-from sharedkd.lab.scores import difference, interval
+from sharedkd.lab.scores import (
+    TASKS,
+    Difference,
+    curve_of,
+    difference,
+    mean_of,
+    rows_of,
+    score_of,
+    scores_of,
+    tasks_of,
+)
+from sharedkd.lab.tables import number, with_bounds
 from sharedkd.losses import DistillationLoss
 from sharedkd.methods import known_methods
 from sharedkd.modeling.stages import Stage
@@ -217,12 +227,12 @@ def _precision(records: Sequence[Mapping[str, Any]]) -> str:
     for record in [*records, together]:
         whole = record is together
         row = ["together" if whole else record["arms"][0]["hardware"]]
-        row.append(str(len(_finished(record, lower))))
+        row.append(str(len(scores_of(record, lower, "bbox"))))
         for task in ("bbox", "segm"):
             for method in (exact, lower):
-                mean = fmean(x["results"][task]["AP"] for x in _finished(record, method))
-                row.append("" if whole else f"{mean:.1f}")
-            row.append(_gain(record, lower, task, exact))
+                mean = mean_of(scores_of(record, method, task).values())
+                row.append("" if whole else number(mean, ".1f"))
+            row.append(_gain(difference(record, lower, exact, task)))
         rows.append(tuple(row))
     titles = [
         f"{task} AP, {x}" for task in ("box", "mask") for x in ("float32", "bfloat16", "difference")
@@ -233,58 +243,38 @@ def _precision(records: Sequence[Mapping[str, Any]]) -> str:
 def _over_training(record: Mapping[str, Any]) -> str:
     """AP of every method at each evaluation, the mean over its seeds."""
     tables = []
-    for task, title in _tasks(record).items():
+    for task in tasks_of(record):
         rows = []
-        for method in record["methods"]:
-            arms = _finished(record, method)
-            curves = [[ap for _, ap in arm["curve"][task]] for arm in arms]
-            means = [f"{fmean(aps):.1f}" for aps in zip(*curves)]
-            rows.append((method, str(len(arms)), *means))
-        after = [f"after {i}" for i, _ in arms[0]["curve"][task]]
-        tables.append(_table(" | ".join([title, "seeds", *after]), rows))
+        for row in rows_of(record, task):
+            curve = curve_of(record, row.method, task)
+            means = (number(ap, ".1f") for _, ap in curve)
+            rows.append((row.method, str(len(row.scores["AP"])), *means))
+        titles = [f"{TASKS[task]} AP", "seeds", *(f"after {i}" for i, _ in curve)]
+        tables.append(_table(" | ".join(titles), rows))
     return "\n\n".join(tables)
-
-
-def _tasks(record: Mapping[str, Any]) -> Dict[str, str]:
-    tasks = {"bbox": "box AP", "segm": "mask AP"}
-    return {task: title for task, title in tasks.items() if record["teacher"].get(task)}
 
 
 def _zoo(record: Mapping[str, Any]) -> str:
     """Every finished method of a comparison: AP, what it gains, what it costs."""
-    tasks = _tasks(record)
-    titles = ["recipe"]
-    for title in tasks.values():
-        titles += [title, f"gain in {title} [95 % interval]"]
+    tasks = tasks_of(record)
+    titles, teacher = ["recipe"], ["the teacher"]
+    for task in tasks:
+        titles += [f"{TASKS[task]} AP", f"gain in {TASKS[task]} AP [95 % interval]"]
+        teacher += [number(score_of(record["teacher"], task), ".1f"), "-"]
     titles += ["training memory MB", "parameters of the losses", "seeds"]
     rows = []
-    for method in record["methods"]:
-        arms = _finished(record, method)
-        row = [Path(method).name]
-        for task in tasks:
-            mean, _ = interval([arm["results"][task]["AP"] for arm in arms])
-            gain = "-" if method == record["baseline"] else _gain(record, method, task)
-            row += [f"{mean:.1f}", gain]
-        memory = fmean(arm["peak_memory_mb"] for arm in arms)
-        row += [f"{memory:,.0f}", f"{arms[0]['parameters']['losses']:,}", str(len(arms))]
-        rows.append(tuple(row))
-    teacher = ["the teacher"]
-    for task in tasks:
-        teacher += [f"{record['teacher'][task]['AP']:.1f}", "-"]
+    for of_method in zip(*(rows_of(record, task) for task in tasks)):
+        first, cells = of_method[0], []
+        for row in of_method:
+            cells += [number(row.mean(), ".1f"), _gain(row.gain) if row.gain else "-"]
+        costs = [number(first.cost(x), ",.0f") for x in ("peak_memory_mb", "loss_parameters")]
+        rows.append((Path(first.method).name, *cells, *costs, str(len(first.scores["AP"]))))
     rows.append((*teacher, "-", "-", "1"))
     return _table(" | ".join(titles), rows)
 
 
-def _finished(record: Mapping[str, Any], method: str) -> List[Mapping[str, Any]]:
-    arms = record["arms"]
-    return [arm for arm in arms if arm["method"] == method and arm["status"] == "finished"]
-
-
-def _gain(record: Mapping[str, Any], method: str, task: str, reference: str = "") -> str:
-    gain = difference(record, method, reference or record["baseline"], task)
-    if gain.seeds == 1:
-        return f"{gain.mean:+.1f}"
-    return f"{gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]"
+def _gain(gain: Difference) -> str:
+    return with_bounds(gain, layout="+.1f")
 
 
 def fill(page: str, name: str, table: str) -> str:

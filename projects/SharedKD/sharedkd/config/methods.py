@@ -55,8 +55,9 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
 
     Args:
         cfg: of a pair, or of a plain detector.
-        name: ``none``, which leaves out images without labels, too; ``config``; or as :func:`~sharedkd.modeling.recipes.stages_of` takes it;
-            ``fgd:key=value`` sets a key of the config, too.
+        name: ``none``, which leaves out images without labels, too; ``config``; or as
+            :func:`~sharedkd.modeling.recipes.stages_of` takes it; ``fgd:key=value`` sets a key of the
+            config, too.
 
     Raises:
         ConfigError: a method that needs a pair where there is none, a key or value that cannot be set,
@@ -67,9 +68,8 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
     names = "+".join(":".join(x for x in part if "=" not in x) for part in parts)
     settings = [x for part in parts for x in part[1:] if "=" in x]
     for setting in settings:
-        if setting.startswith(
-            "train.inherit="
-        ):  # it decides whether the plain student has a teacher
+        # It decides whether the plain student has a teacher.
+        if setting.startswith("train.inherit="):
             override(cfg, setting, "the config")
     if names == PLAIN:
         if OmegaConf.select(cfg, "data.unlabelled_images"):  # nothing learns from them

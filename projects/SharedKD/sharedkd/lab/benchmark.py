@@ -260,10 +260,10 @@ def measure(
         peak of each step.  The arms are those of ``bench``, and ``NAME`` and ``losses/NAME`` the
         distillation step and the losses of another method or setting.
     """
-    plain = ["student", "teacher_eager", "student_sharedkd", "teacher"]
-    if any(stage.auto for stage in construct(bench.cfg.model.stages, "model.stages").values()):
-        plain.append("measuring")
-    arms = {name: getattr(bench, name)() for name in plain}
+    plain = ("student", "teacher_eager", "student_sharedkd", "teacher")
+    stages = construct(bench.cfg.model.stages, "model.stages").values()
+    measuring = ["measuring"] if any(stage.auto for stage in stages) else []
+    arms = {name: getattr(bench, name)() for name in (*plain, *measuring)}
     others = {**methods, **variants}
     for name, each in {"distill": bench, **others}.items():
         arms.update({name: each.distill(), f"losses/{name}": each.losses()})
@@ -275,9 +275,8 @@ def measure(
         "plain": ratio(seconds, "student_sharedkd", "student"),
         "teacher": ratio(seconds, "teacher", "teacher_eager"),
         "losses": ratio(seconds, "losses/distill", "distill"),
-        **{name: ratio(seconds, name, "distill") for name in plain if name == "measuring"},
         **{f"distill/{name}": ratio(seconds, "distill", name) for name in methods},
-        **{name: ratio(seconds, name, "distill") for name in variants},
+        **{name: ratio(seconds, name, "distill") for name in (*measuring, *variants)},
     }
     peaks = {
         name: bench.peak_mb(name, starts) for name in ("student", "student_sharedkd", "distill")

@@ -15,7 +15,7 @@ from typing import IO, Any, Callable, Dict, List, Optional, Sequence, Union
 from omegaconf import DictConfig
 
 from sharedkd.config import load_config
-from sharedkd.engine.checkpoint import has_run
+from sharedkd.engine.checkpoint import POINTER, has_run
 from sharedkd.engine.hooks.record import read_record
 from sharedkd.engine.lock import BusyError, check_free, locked
 from sharedkd.engine.resume import changes
@@ -71,7 +71,7 @@ class Run:
         raise ConfigError("--output", short(self.folder), problem, fix)
 
     def _is_younger(self, teacher: "Run") -> bool:
-        latest = self.folder / "last_checkpoint"
+        latest = self.folder / POINTER
         return teacher.finished and teacher.weights.stat().st_mtime < latest.stat().st_mtime
 
     def command(self, root: Path) -> Sequence[str]:

@@ -38,12 +38,10 @@ __all__ = [
     "costs_of",
     "difference",
     "curve_of",
-    "facts_of",
     "finished_arms",
     "folder_name",
     "gains",
     "gap_closed",
-    "in_words",
     "interval",
     "is_known",
     "mean_of",
@@ -55,6 +53,8 @@ __all__ = [
     "score_of",
     "scores_of",
     "tasks_of",
+    "text_of",
+    "texts_of",
 ]
 
 CONFIDENCE = 0.95  #: of every interval
@@ -219,12 +219,12 @@ def _finished_of(record: Record, method: str) -> List[Mapping[str, Any]]:
     return [arm for arm in finished_arms(record) if arm["method"] == method]
 
 
-def facts_of(arms: Iterable[Mapping[str, Any]], key: str) -> List[str]:
+def texts_of(arms: Iterable[Mapping[str, Any]], key: str) -> List[str]:
     """What ``arms`` say of "hardware", "versions" or the like, each once, in words."""
-    return list(dict.fromkeys(in_words(arm[key]) for arm in arms if arm.get(key)))
+    return list(dict.fromkeys(text_of(arm[key]) for arm in arms if arm.get(key)))
 
 
-def in_words(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A text, or the items of a mapping such as versions."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {version}" for name, version in sorted(value.items()))

@@ -28,9 +28,9 @@ def with_half_width(mean: float, half_width: float, unknown: str = "-") -> str:
     return number(mean, unknown=unknown) + (f" ± {half_width:.2f}" if is_known(half_width) else "")
 
 
-def with_bounds(gain: Difference, unknown: str = "-") -> str:
+def with_bounds(gain: Difference, unknown: str = "-", layout: str = "+.2f") -> str:
     """A mean difference with the bounds of its interval, if it has one."""
-    return _bounded(gain.mean, gain.low, gain.high, "+.2f", unknown)
+    return _bounded(gain.mean, gain.low, gain.high, layout, unknown)
 
 
 def between(difference: Mapping[str, Any]) -> str:

@@ -303,7 +303,8 @@ class SharedKD(nn.Module):
         Args:
             batched_inputs: Detectron2's records, as for the student.  Those with ``unlabelled=True`` are
                 seen by losses of maps alone: each of these terms is the mean over all images, the
-                detector's losses are those of the others.  A batch norm sees the labelled images first, then the others.
+                detector's losses are those of the others.  A batch norm sees the labelled images first,
+                then the others.
             weights: stage name -> weight in this step, in training; a stage that is left out or
                 weighs zero is not computed.  A peer's stage is named ``peer/<peer>/<stage>``.  None: by
                 the stages' schedules and the iteration of Detectron2's EventStorage; losses of relative
@@ -350,9 +351,8 @@ class SharedKD(nn.Module):
         stage = self.stages[name]
         source = self.sources.get(stage.teacher)
         pyramids = [self.pyramid, source.pyramid if isinstance(source, StudentMaps) else None]
-        heads = (
-            any(pyramids) and stage.loss.taps & HEAD_TAPS
-        )  # these take the detector's full forward
+        # Taps of the head take the detector's full forward.
+        heads = any(pyramids) and stage.loss.taps & HEAD_TAPS
         return stage.loss.needs <= {"teacher"} and not heads
 
     @property

@@ -16,16 +16,16 @@ from sharedkd.lab.scores import (
     Record,
     costs_of,
     difference,
-    facts_of,
     finished_arms,
     gap_closed,
-    in_words,
     is_known,
     mean_of,
     reached,
     rows_of,
     score_of,
     tasks_of,
+    text_of,
+    texts_of,
 )
 from sharedkd.lab.tables import markdown, number, with_bounds, with_half_width
 
@@ -204,7 +204,7 @@ def _disagreement(arms: Sequence[Mapping[str, Any]], key: str, problem: str) -> 
     groups = defaultdict(list)
     for arm in arms:
         if arm.get(key):
-            groups[in_words(arm[key])].append(_name(arm))
+            groups[text_of(arm[key])].append(_name(arm))
     if len(groups) < 2:
         return []
     # With dozens of arms, those that differ from the most are the ones to name.
@@ -243,7 +243,7 @@ def _origin(record: Record) -> List[str]:
         "command": f"`{record.get('command') or '-'}`",
     }
     for key in ("hardware", "versions"):
-        lines[key] = "; ".join(facts_of(finished_arms(record), key)) or "-"
+        lines[key] = "; ".join(texts_of(finished_arms(record), key)) or "-"
     return [f"- {key}: {value}" for key, value in lines.items()]
 
 

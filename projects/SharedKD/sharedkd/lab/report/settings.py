@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 from sharedkd.config.plain import leaves
 from sharedkd.lab.runs import short
-from sharedkd.lab.scores import facts_of
+from sharedkd.lab.scores import texts_of
 
 from .source import Source, is_distilled
 
@@ -63,7 +63,7 @@ def origin(source: Source) -> List[Tuple[str, str]]:
     config = [record.get("config_file") or "", *(record.get("overrides") or [])]
     rows = [("config", " ".join(config))]
     for name in ("hardware", "processes", "versions", "initial weights"):
-        rows.append((name, "; ".join(facts_of(arms, name.replace(" ", "_")))))
+        rows.append((name, "; ".join(texts_of(arms, name.replace(" ", "_")))))
     rows.append(("command", record.get("command")))
     if not record.get("command"):
         rows += [(f"command of {x.method}", x.record.get("command")) for x in source.runs]

@@ -129,9 +129,8 @@ class FoundationTeacher(Teacher):
         height, width = images.shape[-2:]
         rows, columns = height // self.patch, width // self.patch
         if isinstance(found, Tensor) and found.dim() == 4:
-            _, a, b, c = (
-                found.shape
-            )  # the sides are to each other as the image's; a Swin's come first
+            # The sides are to each other as the image's; a Swin's come first.
+            _, a, b, c = found.shape
             last = a * width == b * height and b * width != c * height
             return found.permute(0, 3, 1, 2) if last else found
         if isinstance(found, Tensor) and found.dim() == 3 and found.shape[1] >= rows * columns:

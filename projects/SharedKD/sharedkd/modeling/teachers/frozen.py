@@ -375,12 +375,12 @@ class FrozenTeacher(Teacher):
     def finish_regions(self, hidden: Hidden, left: int) -> Tuple[Tensor, Tensor]:
         """The student's gradient goes through it; its own parameters get none."""
         with self._arithmetic():
-            return finish_regions(self.model, _precise(hidden), left)
+            return finish_regions(self.model, _precise(hidden, left), left)
 
     def finish_head(self, hidden: Hidden, left: int) -> Maps:
         """See :meth:`finish_regions`."""
         with self._arithmetic():
-            maps = finish_head(self.model, _precise(hidden), left)
+            maps = finish_head(self.model, _precise(hidden, left), left)
         return self._in_students_pixels(maps)
 
     @torch.no_grad()
@@ -440,8 +440,9 @@ def _tf32(device: torch.device, allowed: Optional[bool]) -> Iterator[None]:
             switch.allow_tf32 = value
 
 
-def _precise(hidden: Hidden) -> Hidden:
-    return {key: [precise(x) for x in levels] for key, levels in hidden.items()}
+def _precise(hidden: Hidden, left: int) -> Hidden:
+    """What is before the last ``left`` layers, in float32."""
+    return {key: [precise(x) for x in levels] for key, levels in hidden.items() if key[1] == left}
 
 
 def _change(before: Dict[int, Tensor], after: Dict[int, Tensor]) -> Dict[int, float]:
