@@ -9,9 +9,7 @@ from .custom_coco_plain import data, dataloader, lr_multiplier, model, optimizer
 
 model = L(SharedKD)(
     student=model,
-    teacher=L(FrozenTeacher)(
-        config="output/teacher/config.yaml", weights="output/teacher/model_final.pth"
-    ),
+    teacher=L(FrozenTeacher)(config="output/teacher"),
     stages=shared_kd_stages(),
     input_format="${dataloader.train.mapper.image_format}",
 )

@@ -1,7 +1,5 @@
 """FCOS R101 -> R50, 2x; train the teacher first, see its config: the model zoo has no weights."""
 
-from pathlib import Path
-
 from detectron2.config import LazyCall as L
 
 from sharedkd import FrozenTeacher, SharedKD
@@ -11,10 +9,7 @@ from .fcos_plain import dataloader, lr_multiplier, model, optimizer, train
 
 model = L(SharedKD)(
     student=model,
-    teacher=L(FrozenTeacher)(
-        config=str(Path(__file__).with_name("teachers") / "fcos_r101.py"),
-        weights="output/fcos_r101/model_final.pth",
-    ),
+    teacher=L(FrozenTeacher)(config="output/fcos_r101"),
     stages=shared_kd_stages(),
     input_format="${dataloader.train.mapper.image_format}",
 )

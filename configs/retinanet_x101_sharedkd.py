@@ -1,7 +1,5 @@
 """RetinaNet X101 -> R50, 2x: the published weight study; train the teacher first, see its config."""
 
-from pathlib import Path
-
 from detectron2.config import LazyCall as L
 
 from sharedkd import FrozenTeacher, SharedKD
@@ -11,10 +9,7 @@ from .retinanet_plain import dataloader, lr_multiplier, model, optimizer, train
 
 model = L(SharedKD)(
     student=model,
-    teacher=L(FrozenTeacher)(
-        config=str(Path(__file__).with_name("teachers") / "retinanet_x101.py"),
-        weights="output/retinanet_x101/model_final.pth",
-    ),
+    teacher=L(FrozenTeacher)(config="output/retinanet_x101"),
     stages=shared_kd_stages(),
     input_format="${dataloader.train.mapper.image_format}",
 )

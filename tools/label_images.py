@@ -20,7 +20,6 @@ import argparse
 
 from arguments import add_teacher_arguments
 
-from sharedkd.config.pair import Pairing
 from sharedkd.errors import SharedKDError
 from sharedkd.lab.label import label_images
 
@@ -46,10 +45,11 @@ def main():
     args = parser.parse_intermixed_args()
     try:
         found = label_images(
-            Pairing(args.teacher, args.teacher_weights),
+            args.teacher,
             args.images,
             args.output,
             args.threshold,
+            args.teacher_weights,
             args.data_json,
             args.data_images,
             args.list,

@@ -60,18 +60,6 @@ def test_a_pair_gets_another_teacher_and_its_stages_stay():
     assert cfg.model.teacher.weights == "x.pth" and cfg.model.stages == before.model.stages
 
 
-def test_the_folder_of_a_run_is_a_teacher(tmp_path):
-    with pytest.raises(ConfigError, match="no folder of a finished run"):
-        load("retinanet_plain.py", f"distill.teacher={tmp_path}")
-    (tmp_path / "config.yaml").touch()
-    (tmp_path / "last_checkpoint").write_text("model_final.pth")
-    teacher = load("retinanet_plain.py", f"distill.teacher={tmp_path}").model.teacher
-    assert (teacher.config, teacher.weights) == (
-        str(tmp_path / "config.yaml"),
-        str(tmp_path / "model_final.pth"),
-    )
-
-
 def test_what_has_no_meaning_is_refused():
     with pytest.raises(ConfigError, match="--teacher-weights"):
         load("retinanet_plain.py", "distill.weights=x.pth")

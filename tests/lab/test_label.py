@@ -10,7 +10,6 @@ import torch
 from detectron2.data.transforms import ResizeShortestEdge
 from PIL import Image
 
-from sharedkd.config.pair import Pairing
 from sharedkd.data.coco import read_coco
 from sharedkd.errors import ConfigError
 from sharedkd.lab.label import label_images, thresholds_of
@@ -116,10 +115,11 @@ def test_a_labelled_image_is_left_out_under_any_name_of_its_file(place, tmp_path
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     config = str(tiny.ROOT / "configs/custom_coco_mask_plain.py")
     label_images(
-        Pairing(config, str(root / "teacher.pth")),
+        config,
         str(root / "more"),
         str(tmp_path / "out.json"),
         "0",
+        str(root / "teacher.pth"),
         str(tmp_path / "labels.json"),
         overrides=KEYS,
     )
@@ -129,13 +129,12 @@ def test_a_labelled_image_is_left_out_under_any_name_of_its_file(place, tmp_path
 
 def test_what_cannot_be_labelled_is_refused(place, tmp_path):
     root, _ = place
-    teacher = Pairing(
-        str(tiny.ROOT / "configs/custom_coco_mask_plain.py"), str(root / "teacher.pth")
-    )
+    teacher = str(tiny.ROOT / "configs/custom_coco_mask_plain.py")
 
     def label(threshold="0.5", keys=KEYS, **options):
         images, output = str(root / "more"), str(tmp_path / "out.json")
-        label_images(teacher, images, output, threshold, overrides=keys, **options)
+        weights = str(root / "teacher.pth")
+        label_images(teacher, images, output, threshold, weights, overrides=keys, **options)
 
     with pytest.raises(ConfigError, match="--threshold=1.0: no detection is as sure"):
         label("1.0")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import tiny
@@ -133,6 +134,19 @@ def test_by_path_to_a_saved_lazyconfig(small, py_config, tmp_path):
     teacher = FrozenTeacher(saved, weights)
     assert same_tensors(teacher.model, model)
     assert teacher.input_format == "RGB"
+
+
+def test_by_the_folder_of_a_run(small, py_config, tmp_path):
+    """Its config and its last checkpoint; one without a checkpoint is refused."""
+    _, model, weights = small
+    LazyConfig.save(LazyConfig.load(py_config), str(tmp_path / "config.yaml"))
+    with pytest.raises(ConfigError, match="model.teacher.weights=None: .* with a checkpoint"):
+        FrozenTeacher(str(tmp_path))
+    shutil.copy(weights, tmp_path / "model_0000004.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+    teacher = FrozenTeacher(str(tmp_path))
+    assert same_tensors(teacher.model, model)
+    assert teacher.weights == str(tmp_path / "model_0000004.pth")
 
 
 def test_by_node_by_whole_config_and_by_model(small):
@@ -274,7 +288,9 @@ def test_no_weights_for_a_teacher_that_is_not_in_the_zoo(small, tmp_path):
 def test_unknown_names(name, weights):
     with pytest.raises(ConfigError) as error:
         FrozenTeacher(name, weights)
-    assert str(error.value).startswith(f"model.teacher.config={name}: is neither a file nor a name")
+    assert str(error.value).startswith(
+        f"model.teacher.config={name}: is neither a file, the folder"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A distillation pair made of a plain detector's config."""
 
-import os
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
@@ -68,8 +67,7 @@ class Pairing:
             cfg: with the group ``model``; not changed.
 
         Raises:
-            ConfigError: weights without a teacher, a folder without a run, or see
-                :func:`~sharedkd.config.methods.with_method`.
+            ConfigError: weights without a teacher, or see :func:`~sharedkd.config.methods.with_method`.
         """
         if not self:
             return cfg
@@ -78,37 +76,17 @@ class Pairing:
         if self.teacher is None and self.weights is not None and own is not None:
             own.weights = self.weights
             return with_method(cfg, method or OWN)
-        teacher, weights = self.source()
+        if self.teacher is None and self.weights is not None:
+            fix = "name its config by --teacher"
+            raise ConfigError("--teacher-weights", self.weights, "there is no teacher", fix)
         if "student" not in cfg.model:
-            cfg.model = distill(cfg.model, teacher, weights)
+            cfg.model = distill(cfg.model, self.teacher, self.weights)
             if OmegaConf.select(cfg, IMAGE_FORMAT) is None:  # a mapper that does not say it
                 cfg.model.input_format = cfg.model.student.get("input_format", "BGR")
             method = method or "shared_kd"
-        elif teacher is not None:
-            cfg.model.teacher = _teacher_node(teacher, weights)
+        elif self.teacher is not None:
+            cfg.model.teacher = _teacher_node(self.teacher, self.weights)
         return with_method(cfg, method or OWN)
-
-    def source(self) -> Tuple[Optional[str], Optional[str]]:
-        """The config and the weights of the teacher."""
-        if self.teacher is None:
-            if self.weights is not None:
-                fix = "name its config by --teacher"
-                raise ConfigError("--teacher-weights", self.weights, "there is no teacher", fix)
-            return None, None
-        folder = os.path.expanduser(self.teacher)
-        if not os.path.isdir(folder):
-            return self.teacher, self.weights
-        config, last = (os.path.join(folder, x) for x in ("config.yaml", "last_checkpoint"))
-        if not os.path.isfile(config) or not (self.weights or os.path.isfile(last)):
-            problem, fix = (
-                "is no folder of a finished run",
-                "name its config, and --teacher-weights",
-            )
-            raise ConfigError("--teacher", self.teacher, problem, fix)
-        if self.weights:
-            return config, self.weights
-        with open(last) as f:
-            return config, os.path.join(folder, f.read().strip())
 
 
 def distill(

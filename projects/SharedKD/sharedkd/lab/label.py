@@ -14,14 +14,13 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from sharedkd.config import load_config
 from sharedkd.config.own_data import class_names, reading_of, some_of
-from sharedkd.config.pair import Pairing
 from sharedkd.data.coco import PSEUDO, read_classes
 from sharedkd.data.notes import Notes
 from sharedkd.data.unlabelled import images_of, read_unlabelled
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.files import replace
 from sharedkd.lab.analysis.models import trained_student
-from sharedkd.modeling.detectors import zoo_weights
+from sharedkd.modeling.detectors import weights_of
 from sharedkd.values import check_number
 
 __all__ = ["Labels", "label_images", "thresholds_of"]
@@ -60,10 +59,11 @@ def thresholds_of(text: str, classes: Sequence[str], default: float = 0.5) -> Di
 
 @torch.no_grad()
 def label_images(
-    teacher: Pairing,
+    teacher: str,
     images: str,
     output: str,
     threshold: str = "0.5",
+    weights: Optional[str] = None,
     data_json: Optional[str] = None,
     data_images: Optional[str] = None,
     listed: Optional[str] = None,
@@ -73,10 +73,12 @@ def label_images(
     """Write a COCO json of a teacher's detections with their ``score``, and masks if there are any.
 
     Args:
-        teacher: its name and weights; it runs on images as in its own evaluation.
+        teacher: a model-zoo name, a config's path or the folder of a run; it runs on images as in its own
+            evaluation.
         images: their folder, to which the json's file names are relative.
         output: the json.
         threshold: see :func:`thresholds_of`.
+        weights: the teacher's; None: those of a model-zoo name, or the last of a run's folder.
         data_json: the labels to train on beside them: classes are matched by name with its own, and its images
             are left out.  None: the teacher's classes.
         data_images: the folder of its images; None: ``images``.
@@ -84,17 +86,16 @@ def label_images(
         overrides: ``key=value`` for the teacher's config.
         say: receives a line for what is left out, and for progress.
     """
-    config, weights = teacher.source()
-    cfg = load_config(config, overrides, without_data=True)
+    cfg = load_config(teacher, overrides, without_data=True)
     theirs = class_names(cfg)
     if not theirs:
         fix = "name the folder of its run, or register its data"
-        raise ConfigError("--teacher", config, "the names of its classes are unknown", fix)
+        raise ConfigError("--teacher", teacher, "the names of its classes are unknown", fix)
     ours = theirs if data_json is None else read_classes([data_json])
     if not ours:
         fix = "name a COCO json with categories"
         raise ConfigError("--data-json", data_json, "cannot be read, or has no class", fix)
-    _compare(config, theirs, ours, data_json, say)
+    _compare(teacher, theirs, ours, data_json, say)
     least = thresholds_of(threshold, ours)
     labelled: List[str] = []
     if data_json is not None:
@@ -109,7 +110,7 @@ def label_images(
     for warning in warnings:
         say(str(warning))
 
-    model = trained_student(cfg, weights or zoo_weights(config) or "", "--teacher-weights")
+    model = trained_student(cfg, weights or weights_of(teacher) or "", "--teacher-weights")
     model.to(cfg.train.device)
     mapper = instantiate(cfg.dataloader.test.mapper)
 
@@ -137,7 +138,7 @@ def label_images(
     if not found.images:
         fix = "use a lower one, or a better teacher"
         raise ConfigError("--threshold", threshold, "no detection is as sure", fix)
-    about = {PSEUDO: True, "teacher": config, "thresholds": least}
+    about = {PSEUDO: True, "teacher": teacher, "thresholds": least}
     categories = [{"id": i, "name": name} for name, i in ids.items()]
     document = {"info": about, **rows, "categories": categories}
     replace(output, lambda f: f.write(json.dumps(document).encode()))

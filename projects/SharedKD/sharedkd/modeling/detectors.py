@@ -24,7 +24,7 @@ __all__ = [
     "num_classes",
     "load_file",
     "read_config",
-    "zoo_weights",
+    "weights_of",
 ]
 
 KEY = "model.teacher"
@@ -34,7 +34,8 @@ def read_config(name: str) -> Union[CfgNode, DictConfig]:
     """Read a detector's config.
 
     Args:
-        name: in the model zoo, or a path: a LazyConfig as Python or YAML, or a classic config.
+        name: in the model zoo, or a path: a LazyConfig as Python or YAML, a classic config, or the folder
+            of a run.
 
     Raises:
         ConfigError: there is no such config, or it cannot be read.
@@ -44,7 +45,7 @@ def read_config(name: str) -> Union[CfgNode, DictConfig]:
         raise ConfigError(
             f"{KEY}.config",
             name,
-            "is neither a file nor a name in Detectron2's model zoo",
+            "is neither a file, the folder of a run, nor a name in Detectron2's model zoo",
             "train that teacher first if it is your own; or use the path of another config, or a "
             "name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
         )
@@ -52,9 +53,10 @@ def read_config(name: str) -> Union[CfgNode, DictConfig]:
 
 
 def config_path(name: str) -> Optional[str]:
-    """Where the config ``name``, a path or a name in the model zoo, is; None: nowhere."""
-    if os.path.isfile(name):
-        return name
+    """Where the config ``name``, a file, the folder of a run or a name in the model zoo, is; None: nowhere."""
+    path = os.path.join(name, "config.yaml") if os.path.isdir(name) else name
+    if os.path.isfile(path):
+        return path
     try:
         return model_zoo.get_config_file(name)
     except RuntimeError:
@@ -85,8 +87,16 @@ def _is_lazy_yaml(path: str) -> bool:
         return any(re.match(r"[{\s]*model:", line) for line in f)
 
 
-def zoo_weights(name: str) -> Optional[str]:
-    """Where the model zoo has the weights of the config ``name``; None: nowhere."""
+def weights_of(name: str) -> Optional[str]:
+    """Where the weights of the config ``name`` are; None: nowhere.
+
+    Args:
+        name: in the model zoo; or the folder of a run, whose last checkpoint is meant.
+    """
+    last = os.path.join(name, "last_checkpoint")
+    if os.path.isfile(last):
+        with open(last) as f:
+            return os.path.join(name, f.read().strip())
     try:
         return model_zoo.get_checkpoint_url(name)
     except RuntimeError:

@@ -21,7 +21,7 @@ from sharedkd.files import replace
 from sharedkd.lab.analysis.models import trained_student
 from sharedkd.lab.tables import markdown
 from sharedkd.lab.timing import spread, take_turns
-from sharedkd.modeling.detectors import num_classes
+from sharedkd.modeling.detectors import num_classes, weights_of
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 from sharedkd.weights.loading import fingerprint
 
@@ -231,7 +231,7 @@ def _describe(cfg: DictConfig, student: nn.Module, images: Images) -> Dict[str, 
 def _teacher(cfg: DictConfig) -> FrozenTeacher:
     """The teacher; a ConfigError if its weights are not on this disk, or do not fit."""
     node = cfg.model.get("teacher") or {}
-    weights = node.get("weights")
+    weights = node.get("weights") or weights_of(str(node.get("config")))
     if not weights or not os.path.isfile(weights):
         raise ConfigError("model.teacher.weights", weights, "no such file", "name it, to time it")
     return construct(node, "model.teacher")

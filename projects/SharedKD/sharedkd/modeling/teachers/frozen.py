@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sharedkd.errors import ConfigError
 from sharedkd.losses.base import HEAD_TAPS, Maps, precise
 from sharedkd.modeling.backbones import compile_backbone
-from sharedkd.modeling.detectors import KEY, build_detector, read_config, zoo_weights
+from sharedkd.modeling.detectors import KEY, build_detector, read_config, weights_of
 from sharedkd.modeling.folding import fold_norms
 from sharedkd.modeling.heads import Hidden, finish_head, finish_regions, region_predictions
 from sharedkd.modeling.layout import keep_keypoints_contiguous
@@ -52,11 +52,11 @@ class FrozenTeacher(Teacher):
 
     Args:
         config: a model-zoo name (``COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml``, or a LazyConfig
-            ``.py``), a path to such a file (a run's saved ``config.yaml`` too), a config object, a
-            LazyConfig model node, or a model.  Of a distillation config, the student is taken.
+            ``.py``), a path to such a file, the folder of a run, a config object, a LazyConfig model
+            node, or a model.  Of a distillation config, the student is taken.
         weights: ``detectron2://...``, URL, ``.pkl``, ``.pth`` or ``.safetensors``.  None: the zoo's
-            weights of a zoo name.  An empty string leaves the model as built (to try things out; it
-            is logged).
+            weights of a zoo name, the last checkpoint of a run's folder.  An empty string leaves the
+            model as built (to try things out; it is logged).
         input_format: channel order the teacher was trained with, ``BGR`` or ``RGB``.  None: as its
             config or the model says, else by its means if they are ImageNet's, else ``BGR`` (which is
             logged).
@@ -101,12 +101,12 @@ class FrozenTeacher(Teacher):
         if isinstance(config, str):
             # Before the weights, so that a misspelt name is reported as one.
             config = read_config(config)
-            weights = zoo_weights(self.name) if weights is None else weights
+            weights = weights_of(self.name) if weights is None else weights
         if weights is None:
             raise ConfigError(
                 f"{KEY}.weights",
                 None,
-                "this teacher is not in the model zoo, so it has no weights",
+                "this teacher is neither in the model zoo nor the folder of a run with a checkpoint",
                 "set it to the teacher's .pth or .pkl file",
             )
         self.weights = weights
