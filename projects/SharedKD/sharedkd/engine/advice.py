@@ -10,6 +10,7 @@ from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.hardware import has_bfloat16
 from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.stages import iterations
 from sharedkd.modeling.teachers import teacher_key
 from sharedkd.weights.conventions import convention_of_model
 
@@ -205,13 +206,14 @@ def _stages(parts: Parts) -> Iterator[ConfigError]:
     }
     for key, stage in stages.items():
         start, end = stage.span(max_iter)
-        ramp = stage.ramp * max_iter if isinstance(stage.ramp, float) else stage.ramp
+        ramp, decay = (iterations(x, max_iter) for x in (stage.ramp, stage.decay))
         if stage.full == 0:
             continue  # off, as its config says
         if start == end:
             problem = f"never begins within train.max_iter={max_iter}"
             fix = "start earlier or train longer"
             yield ConfigError(f"{key}.start", stage.start, problem, fix)
-        elif ramp > end - start:
+        elif max(ramp, 1) + max(decay, 1) - 1 > end - start:
             problem = f"does not reach its full weight: it is on for {end - start} iterations"
-            yield ConfigError(f"{key}.ramp", stage.ramp, problem, "use a shorter ramp")
+            time, value = ("ramp", stage.ramp) if ramp else ("decay", stage.decay)
+            yield ConfigError(f"{key}.{time}", value, problem, f"use a shorter {time}")

@@ -16,7 +16,7 @@ from sharedkd.errors import FAILED
 from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.meta_arch import SharedKD, of_students
 from sharedkd.modeling.preparation import size_divisibility
-from sharedkd.modeling.stages import Stage
+from sharedkd.modeling.stages import Stage, iterations
 from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers import Teacher
 
@@ -184,7 +184,8 @@ def _stage(name: str, stage: Stage, max_iter: int) -> Dict[str, Any]:
         "strides": list(stage.loss.strides or []),
         "weight": str(stage).removeprefix("weight "),
         "start": start,
-        "ramp": round(stage.ramp * max_iter) if isinstance(stage.ramp, float) else stage.ramp,
+        "ramp": iterations(stage.ramp, max_iter),
+        "decay": iterations(stage.decay, max_iter),
         "end": end,
         "parameters": count_parameters(stage.loss),
     }
@@ -242,6 +243,7 @@ def _stage_row(found: Mapping[str, Any], x: Mapping[str, Any]) -> Dict[str, Any]
         "weight": x["weight"],
         "iterations": f"{x['start']} - {x['end']}" if x["end"] else "never",
         "ramp": x["ramp"],
+        "decay": x["decay"],
         "parameters": f"{x['parameters']:,}",
     }
 

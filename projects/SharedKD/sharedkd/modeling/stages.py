@@ -14,6 +14,7 @@ __all__ = [
     "DISTILL",
     "PEER",
     "Stage",
+    "iterations",
     "own_losses",
     "owner_of",
     "scale_relative",
@@ -141,15 +142,9 @@ class Stage:
 
         They are equal if no iteration uses it.
         """
-        start, end = (self._iteration(x, max_iter) for x in (self.start, self.end))
+        start, end = (iterations(x, max_iter) for x in (self.start, self.end))
         end = max_iter if end is None else min(end, max_iter)
         return (start, end) if self.full > 0 and start < end else (0, 0)
-
-    @staticmethod
-    def _iteration(time: Optional[Union[int, float, str]], max_iter: int) -> Optional[int]:
-        if isinstance(time, str):  # no time, see the trainer
-            return None
-        return round(time * max_iter) if isinstance(time, float) else time
 
     def weight_at(self, iteration: int, max_iter: int) -> float:
         """The weight at ``iteration`` of ``max_iter``, counted from 0; zero when the stage is off.
@@ -163,12 +158,19 @@ class Stage:
         [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5]
         """
         times = (self.start, self.ramp, self.decay, self.end)
-        start, ramp, decay, end = (self._iteration(x, max_iter) for x in times)
+        start, ramp, decay, end = (iterations(x, max_iter) for x in times)
         if iteration < start or (end is not None and iteration >= end):
             return 0.0
         grown = (iteration - start + 1) / max(ramp, 1)
         left = ((max_iter if end is None else end) - iteration) / max(decay, 1) if decay else 1.0
         return self.full * max(0.0, min(1.0, grown, left))
+
+
+def iterations(time: Optional[Union[int, float, str]], max_iter: int) -> Optional[int]:
+    """A stage's time in iterations of ``max_iter``; None: of no time, or until the teacher is outgrown."""
+    if isinstance(time, str):
+        return None
+    return round(time * max_iter) if isinstance(time, float) else time
 
 
 def owner_of(name: str) -> str:
