@@ -42,7 +42,17 @@ RESULTS = ROOT / "docs/results"
 PRECISION = ("precision", "precision_rounded")
 
 #: Comparisons by :doc:`protocol`, one for each set and pair.
-PAIRS = ("cards", "bccd", "nuclei", "animals", "animals_retinanet", "facade")
+PAIRS = (
+    "cards",
+    "cards_share",
+    "cards_long",
+    "bccd",
+    "bccd_fifth",
+    "nuclei",
+    "animals",
+    "animals_retinanet",
+    "facade",
+)
 
 __all__ = [
     "arguments",
