@@ -130,9 +130,12 @@ def learned(loss):
 def check_who_learns(loss, student, teacher, **options):
     """Gradients reach the student's maps and the loss's parameters, all of them, never the teacher.
 
-    Returns the gradients by (tap, stride).
+    It is given the taps that it declares alone.  Returns the gradients by (tap, stride).
     """
-    student, teacher = leaves(student), leaves(teacher)
+    student, teacher = (
+        leaves({tap: x for tap, x in m.items() if tap in (loss.taps or m)})
+        for m in (student, teacher)
+    )
     terms = loss(batch(student, teacher, **options))
     for term in terms.values():
         assert term.shape == () and torch.isfinite(term)
@@ -146,6 +149,17 @@ def check_who_learns(loss, student, teacher, **options):
         if s in loss.strides and tap in learned(loss):
             assert g is not None and torch.isfinite(g).all(), (tap, s)
     return gradients
+
+
+def learners(term, **owners):
+    """Those, named with their tensors, that learn from a term: all of their tensors, or none."""
+    found = set()
+    for name, tensors in owners.items():
+        gradients = torch.autograd.grad(term, [*tensors], retain_graph=True, allow_unused=True)
+        moved = [g is not None and bool(g.any()) for g in gradients]
+        assert all(moved) or not any(moved), name
+        found |= {name} if all(moved) else set()
+    return found
 
 
 def check_gradients(loss, student, teacher, **options):
@@ -195,6 +209,18 @@ def convolved(p, name, x, stride=1):
     for o, r, c in np.ndindex(out.shape):
         y, z = stride * r, stride * c
         out[o, r, c] = (weight[o] * around[:, y : y + size, z : z + size]).sum() + bias[o]
+    return out
+
+
+def averaged(x, height, width):
+    """An array (..., H, W) in cells of height x width, each the mean of all that it overlaps."""
+    out = np.zeros((*x.shape[:-2], height, width))
+    for r, c in np.ndindex(height, width):
+        rows, columns = (
+            slice(i * size // cells, -(-(i + 1) * size // cells))
+            for i, size, cells in ((r, x.shape[-2], height), (c, x.shape[-1], width))
+        )
+        out[..., r, c] = x[..., rows, columns].mean((-2, -1))
     return out
 
 

@@ -201,7 +201,6 @@ def test_dense_value(alpha, beta, gamma):
         dict(a=1, k=1),
         dict(a=1, k=4, images=1, padded=(8, 40)),
         dict(a=3, k=2, strides=(8, 128), padded=(16, 8)),  # one pixel
-        dict(fill=0.0),
         dict(scale=100.0),  # p of 0 and 1
     ],
 )
