@@ -1,9 +1,5 @@
 """What every loss's test needs: pyramids, ground truth, and the checks that hold for any loss."""
 
-from collections import defaultdict
-from itertools import product
-from math import sqrt
-
 import numpy as np
 import pytest
 import torch
@@ -224,6 +220,29 @@ def averaged(x, height, width):
     return out
 
 
+def on_image(x, size, stride):
+    """The part of a map (..., H, W) whose positions begin on an image of (height, width) pixels."""
+    return x[..., : -(-size[0] // stride), : -(-size[1] // stride)]
+
+
+def iou(a, b):
+    """Of two boxes XYXY; 0 if they have no area."""
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    both = max(width, 0) * max(height, 0)
+    either = sum((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)) - both
+    return both / either if either else 0.0
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+    """Over the last axis."""
+    powers = np.exp(x - np.max(x, -1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
 def parameters(loss):
     return sum(p.numel() for p in loss.parameters())
 
@@ -254,61 +273,30 @@ class Written(TorchDispatchMode):
         return out
 
 
-# --- reference of Distance: python loops over the formula ----------------------------------------
+# --- reference of Distance -----------------------------------------------------------------------
 
-#: Which elements share a mean and a variance, by (n, c, y, x).
-GROUPS = {
-    "channel": lambda n, c, y, x: c,
-    "instance": lambda n, c, y, x: (n, c),
-    "position": lambda n, c, y, x: (n, y, x),
-}
+#: Over which axes of (N, C, H, W) elements share a mean and a variance.
+AXES = {"channel": (0, 2, 3), "instance": (2, 3), "position": (1,)}
 ELEMENT = {
     "mse": lambda d: d * d,
-    "l1": abs,
-    "smooth_l1": lambda d: 0.5 * d * d if abs(d) < 1 else abs(d) - 0.5,
+    "l1": np.abs,
+    "smooth_l1": lambda d: np.where(abs(d) < 1, 0.5 * d * d, abs(d) - 0.5),
 }
-
-
-def _standardised(values, normalize):
-    """{(n, c, y, x): value} with zero mean and unit variance per group."""
-    if normalize == "none":
-        return values
-    groups = defaultdict(list)
-    for index, value in values.items():
-        groups[GROUPS[normalize](*index)].append(value)
-    moments = {}
-    for key, group in groups.items():
-        mean = sum(group) / len(group)
-        moments[key] = mean, sqrt(sum((v - mean) ** 2 for v in group) / len(group) + 1e-6)
-    result = {}
-    for index, value in values.items():
-        mean, deviation = moments[GROUPS[normalize](*index)]
-        result[index] = (value - mean) / deviation
-    return result
 
 
 def distance_by_hand(a, b, mask=None, distance="mse", normalize="none"):
     """Mean distance of two tensors (N, C, H, W) over the positions of the mask (N, 1, H, W)."""
-    a, b = (x.detach().double().tolist() for x in (a, b))
-    inside = None if mask is None else mask.tolist()
-    n, channels, height, width = len(a), len(a[0]), len(a[0][0]), len(a[0][0][0])
-    where = [
-        (i, y, x)
-        for i, y, x in product(range(n), range(height), range(width))
-        if inside is None or inside[i][0][y][x]
-    ]
-    a, b = (
-        _standardised(
-            {(i, c, y, x): m[i][c][y][x] for i, y, x in where for c in range(channels)}, normalize
-        )
-        for m in (a, b)
-    )
+    a, b = (x.detach().double().numpy() for x in (a, b))
+    inside = np.ones_like(a[:, :1]) if mask is None else mask.numpy()
+    inside = np.broadcast_to(inside.astype(bool), a.shape)
+    if normalize != "none":
+        # Positions stand for themselves, on an image or not.
+        counted = True if normalize == "position" else inside
+        over = dict(axis=AXES[normalize], where=counted, keepdims=True)
+        a, b = ((x - x.mean(**over)) / np.sqrt(x.var(**over) + 1e-6) for x in (a, b))
     if distance != "cosine":
-        return sum(ELEMENT[distance](a[i] - b[i]) for i in a) / len(a)
-    each = []
-    for i, y, x in where:
-        u, v = ([m[i, c, y, x] for c in range(channels)] for m in (a, b))
-        lengths = sqrt(sum(p * p for p in u)) * sqrt(sum(q * q for q in v))
-        # A vector of zeros is at right angles to everything.
-        each.append(1 - (sum(p * q for p, q in zip(u, v)) / lengths if lengths else 0))
-    return sum(each) / len(each)
+        return ELEMENT[distance](a - b)[inside].mean()
+    lengths = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    # A vector of zeros is at right angles to everything.
+    cosines = np.divide((a * b).sum(1), lengths, out=np.zeros_like(lengths), where=lengths != 0)
+    return (1 - cosines)[inside[:, 0]].mean()

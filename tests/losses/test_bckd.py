@@ -7,7 +7,18 @@ import pytest
 import tiny
 import torch
 from detectron2.utils.events import EventStorage
-from losses.harness import ANCHORS, CLASSES, batch, bound, detector, leaves, matched, same, total
+from losses.harness import (
+    ANCHORS,
+    CLASSES,
+    batch,
+    bound,
+    detector,
+    iou,
+    leaves,
+    matched,
+    same,
+    total,
+)
 
 from sharedkd import FrozenTeacher, SharedKD, Stage
 from sharedkd.losses import BCKD
@@ -27,12 +38,11 @@ def run(student, teacher, more, **options):
 
 
 def overlap(a, b):
-    """The generalised IoU of two boxes."""
-    area = lambda x: max(x[2] - x[0], 0) * max(x[3] - x[1], 0)  # noqa: E731
-    both = area([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
-    either = area(a) + area(b) - both
-    around = area([min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])])
-    return both / either - (around - either) / around
+    """The generalised IoU of two boxes: less the share of the box around both that neither covers."""
+    whole = [*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:])]
+    area, first, second = ((x[2] - x[0]) * (x[3] - x[1]) for x in (whole, a, b))
+    either = (first + second) / (1 + iou(a, b))  # as the IoU is both / either
+    return iou(a, b) - (area - either) / area
 
 
 def by_hand(student, teacher, more):

@@ -1,4 +1,4 @@
-"""Every distance with every normalisation against plain float64 loops over the formula."""
+"""Every distance with every normalisation against the formula in numpy and float64."""
 
 import pytest
 import torch

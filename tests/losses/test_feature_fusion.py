@@ -1,12 +1,10 @@
 """Feature fusion: values by hand, where it starts, and what learns from which term."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from losses import harness
-from losses.harness import numbers, pair
+from losses.harness import convolved, numbers, on_image, pair, sigmoid
 
 from sharedkd.losses.feature_fusion import FeatureFusion
 
@@ -31,12 +29,6 @@ def bound(loss, student, teacher, moved=True):
     return loss
 
 
-def linear(p, x):
-    if not p:
-        return x
-    return np.einsum("oi,i->o", p["weight"][:, :, 0, 0], x) + p["bias"]
-
-
 def by_hand(loss, student, teacher, boxes, sizes):
     terms = {}
     for stride in loss.strides:
@@ -45,21 +37,19 @@ def by_hand(loss, student, teacher, boxes, sizes):
         )
         s, t = (x["fpn"][stride].double().numpy() for x in (student, teacher))
         fits, features, responses = [], [], []
-        for b in range(len(s)):
-            for r in range(min(s.shape[2], math.ceil(sizes[b][0] / stride))):
-                for c in range(min(s.shape[3], math.ceil(sizes[b][1] / stride))):
-                    x, y = (c + 0.5) * stride, (r + 0.5) * stride
-                    is_object = any(x1 <= x < x2 and y1 <= y < y2 for x1, y1, x2, y2 in boxes[b])
-                    fused = linear(fusion, np.concatenate([s[b, :, r, c], t[b, :, r, c]]))
-                    adapted = linear(adapter, s[b, :, r, c])
-                    p = 1 / (1 + math.exp(-linear(classifier, fused)[0]))
-                    q = 1 / (1 + math.exp(-linear(classifier, adapted)[0]))
-                    fits.append(-math.log(p) if is_object else -math.log(1 - p))
-                    features.extend((adapted - fused) ** 2)
-                    responses.append(-p * math.log(q) - (1 - p) * math.log(1 - q))
-        terms[f"s{stride}_fit"] = loss.fit * np.mean(fits)
-        terms[f"s{stride}_feature"] = loss.feature * np.mean(features)
-        terms[f"s{stride}_response"] = loss.response * np.mean(responses)
+        for maps, found, size in zip(zip(s, t), boxes, sizes):
+            a, b = (on_image(x, size, stride) for x in maps)
+            y, x = (np.indices(a.shape[1:]) + 0.5) * stride
+            inside = [(x1 <= x) & (x < x2) & (y1 <= y) & (y < y2) for x1, y1, x2, y2 in found]
+            fused = convolved(fusion, "", np.concatenate([a, b]))
+            adapted = convolved(adapter, "", a)
+            p, q = (sigmoid(convolved(classifier, "", m)[0]) for m in (fused, adapted))
+            fits.append(-np.log(np.where(np.any(inside, 0), p, 1 - p)).ravel())
+            features.append(((adapted - fused) ** 2).ravel())
+            responses.append((-p * np.log(q) - (1 - p) * np.log(1 - q)).ravel())
+        terms[f"s{stride}_fit"] = loss.fit * np.concatenate(fits).mean()
+        terms[f"s{stride}_feature"] = loss.feature * np.concatenate(features).mean()
+        terms[f"s{stride}_response"] = loss.response * np.concatenate(responses).mean()
     return terms
 
 

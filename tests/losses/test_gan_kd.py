@@ -1,12 +1,10 @@
 """GAN-KD: values by hand, and who learns from which term."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from losses import harness
-from losses.harness import convolved, numbers, pair
+from losses.harness import convolved, numbers, on_image, pair, sigmoid
 
 from sharedkd.losses.gan_kd import GanKD
 
@@ -33,13 +31,12 @@ def by_hand(loss, student, teacher, sizes=None):
         caught = fooled = 0.0
         for b in range(len(s)):
             a = convolved(f, "", s[b])
-            h, w = s.shape[2:]
-            if sizes is not None and loss.ignore_padding:
-                h, w = (math.ceil(n / stride) for n in sizes[b])
-            real = 1 / (1 + math.exp(-logit(p, t[b][:, :h, :w], loss.layers)))
-            fake = 1 / (1 + math.exp(-logit(p, a[:, :h, :w], loss.layers)))
-            caught -= math.log(real) + math.log(1 - fake)
-            fooled -= math.log(fake)
+            size = sizes[b] if sizes is not None and loss.ignore_padding else (1000, 1000)
+            real, fake = (
+                sigmoid(logit(p, on_image(x, size, stride), loss.layers)) for x in (t[b], a)
+            )
+            caught -= np.log(real) + np.log(1 - fake)
+            fooled -= np.log(fake)
         terms[f"s{stride}_discriminator"] = loss.discriminator * caught / len(s)
         terms[f"s{stride}_student"] = fooled / len(s)
     return terms

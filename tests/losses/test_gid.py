@@ -13,6 +13,7 @@ from losses.harness import (
     cast,
     check_gradients,
     check_who_learns,
+    iou,
     learners,
     leaves,
     maps,
@@ -62,14 +63,6 @@ def small(seed, **options):
 
 
 # --- by hand ---------------------------------------------------------------------------------
-
-
-def iou(a, b):
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    inner = max(width, 0) * max(height, 0)
-    union = sum((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)) - inner
-    return inner / union if union else 0.0
 
 
 def clip(box, size):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from losses.harness import batch, bound, convolved, detector, numbers, same, truth
+from losses.harness import batch, bound, convolved, detector, iou, numbers, same, truth
 
 from sharedkd.losses import PGD
 from sharedkd.losses.pgd import JITTER, gaussian, quality
@@ -25,12 +25,6 @@ def run(student, teacher, inputs, **options):
     given = batch(student, teacher, sizes=SIZES)
     given.inputs = inputs
     return loss(given), loss
-
-
-def iou(a, b):
-    area = lambda x: max(x[2] - x[0], 0) * max(x[3] - x[1], 0)  # noqa: E731
-    both = area([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
-    return both / (area(a) + area(b) - both)
 
 
 def guided(teacher, box, kind, image, xi, positions=5):

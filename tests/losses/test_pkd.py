@@ -1,40 +1,32 @@
 """PKD: values by loops, Pearson's r, and what padding does."""
 
-from math import sqrt
-
 import numpy as np
 import pytest
-from losses.harness import batch, bound, check_who_learns, maps, pair, same
+from losses.harness import batch, bound, check_who_learns, maps, on_image, pair, same
 
 from sharedkd.losses.pkd import PKD
 
 SIZES = [(64, 96), (40, 33)]  # of two images on a canvas of 64 x 96 pixels
 
 
-def z(values):
-    mean = sum(values) / len(values)
-    squares = sum((v - mean) ** 2 for v in values)
-    std = sqrt(squares / (len(values) - 1)) if len(values) > 1 else 0.0
-    return [(v - mean) / (std + 1e-6) for v in values]
+def z(x):
+    """Rows (C, P) with zero mean and unit variance."""
+    std = x.std(1, ddof=1, keepdims=True) if x.shape[1] > 1 else 0.0
+    return (x - x.mean(1, keepdims=True)) / (std + 1e-6)
 
 
 def reference(s, t, stride, statistics="batch", sizes=None):
-    n, channels, height, width = t.shape
-    groups = [range(n)] if statistics == "batch" else [[i] for i in range(n)]
-    total, count = 0.0, 0
-    for group in groups:
-        where = [
-            (i, y, x)
-            for i in group
-            for y in range(height)
-            for x in range(width)
-            if not sizes or (y * stride < sizes[i][0] and x * stride < sizes[i][1])
+    ours, theirs = (
+        [
+            on_image(x, size, stride).reshape(len(x), -1)
+            for x, size in zip(m.numpy(), sizes or [(64, 96)] * len(m))
         ]
-        for c in range(channels):
-            a, b = (z([m[i, c, y, x].item() for i, y, x in where]) for m in (s, t))
-            total += sum((u - v) ** 2 for u, v in zip(a, b))
-            count += len(where)
-    return total / count / 2
+        for m in (s, t)
+    )
+    if statistics == "batch":
+        ours, theirs = [np.concatenate(ours, 1)], [np.concatenate(theirs, 1)]
+    squares = [(z(a) - z(b)) ** 2 for a, b in zip(ours, theirs)]
+    return sum(x.sum() for x in squares) / sum(x.size for x in squares) / 2
 
 
 def expected(student, teacher, *options):

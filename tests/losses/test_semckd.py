@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from losses import harness
-from losses.harness import convolved, numbers, pair
+from losses.harness import convolved, numbers, on_image, pair, softmax
 
 from sharedkd.losses.semckd import SemCKD
 
@@ -63,8 +63,7 @@ def by_hand(loss, student, teacher, sizes=None):
                 for maps, out in ((student, s), (teacher, t)):
                     x = maps[loss.tap][k][b].double().numpy()
                     if sizes is not None and loss.ignore_padding:  # the image as if never padded
-                        h, w = sizes[b]
-                        x = x[:, : math.ceil(h / k), : math.ceil(w / k)]
+                        x = on_image(x, sizes[b], k)
                     out[k] = x
             q = embedded(numbers(loss.queries[str(i)]), described(s[i], loss.grid))
             energy = [
@@ -72,8 +71,7 @@ def by_hand(loss, student, teacher, sizes=None):
                 / loss.temperature
                 for j in loss.strides
             ]
-            for j, e in zip(loss.strides, energy):
-                share = math.exp(e) / sum(math.exp(x) for x in energy)
+            for j, share in zip(loss.strides, softmax(np.array(energy))):
                 size = s[max(i, j)].shape[1:]
                 x = pooled(s[i], size, max(1, j // i))
                 y = pooled(t[j], size, max(1, i // j))
