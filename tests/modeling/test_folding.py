@@ -30,12 +30,14 @@ def wrapped(norm, bias=False):
     return nn.Sequential(conv, Conv2d(8, 4, 1))
 
 
-NORM_KINDS = [FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("norm", NORM_KINDS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "norm, bias, layout",
+    [
+        (FrozenBatchNorm2d, False, torch.channels_last),
+        (nn.BatchNorm2d, True, torch.contiguous_format),
+        (nn.SyncBatchNorm, True, torch.channels_last),
+    ],
+)
 def test_maps_stay_equal(norm, bias, layout):
     model = statistics(wrapped(norm, bias)).eval().requires_grad_(False).double()
     model.to(memory_format=layout)
@@ -87,12 +89,11 @@ def test_norms_beside_their_convolutions(norm):
         torch.testing.assert_close(y, before[name], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-def test_detectors_keep_their_maps(depth):
-    backbone = statistics(tiny.detector("retinanet", depth)).eval().backbone.requires_grad_(False)
+def test_detectors_keep_their_maps():
+    backbone = statistics(tiny.detector("retinanet", 50)).eval().backbone.requires_grad_(False)
     x = torch.randn(1, 3, 64, 64)
     before = backbone(x)
-    assert fold_norms(backbone) >= depth
+    assert fold_norms(backbone) >= 50
     for name, y in backbone(x).items():
         error = (y - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt()
         assert error < 1e-5, name
