@@ -186,7 +186,7 @@ def same(found, expected, rel=1e-9):
     assert list(found) == list(expected)
     for name, value in expected.items():
         assert found[name].shape == ()
-        assert found[name].item() == pytest.approx(value, rel=rel, abs=1e-9), name
+        assert found[name].item() == pytest.approx(value, rel=rel, abs=1e-12), name
 
 
 def numbers(module):

@@ -126,21 +126,6 @@ def blocks(x):
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
-def test_blocks_follow_the_size_of_a_map_and_its_layout(monkeypatch):
-    read_in_blocks_of(2**20, monkeypatch)
-    for layout in LAYOUTS:
-        small = torch.zeros(2, 64, 90, 90).contiguous(memory_format=layout).flatten(2)
-        assert blocks(small) == [small.numel()]
-    # channels whose positions lie side by side stay whole, in parts of about one size
-    first, last = (
-        torch.zeros(2, 64, 200, 100).contiguous(memory_format=x).flatten(2) for x in LAYOUTS
-    )
-    assert blocks(first) == [2 * channels * 20000 for channels in (22, 21, 21)]
-    assert all(2**19 < each <= 2**20 for each in blocks(last)[:-1])
-    assert [part.shape[1] for (part,) in _channels(last)] == [64]
-    assert [part.shape[1] for part, _ in _channels(first, last)] == [64]  # of one map they do not
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_of_equal_large_maps_rounding_is_left(layout):
     x = torch.randn(1, 8, 200, 334, generator=torch.Generator().manual_seed(0)) * 3 + 7

@@ -164,6 +164,14 @@ def test_constant_maps_have_finite_values_and_gradients(kind):
             harness.check_who_learns(loss, student, teacher, **more)
 
 
+@every_loss
+def test_a_bound_loss_takes_batches_of_any_size(kind):
+    loss = harness.bound(build(kind), *pair())
+    for images, padded in ((1, (32, 32)), (3, (80, 48)), (2, (8, 8))):
+        student, teacher = pair(images=images, padded=padded)
+        harness.check_who_learns(loss, student, teacher, **given(student, images, padded=padded))
+
+
 @pytest.mark.parametrize("kind", [ImprovedKD, MGD])
 def test_draws_follow_torchs_generator_and_differ_from_step_to_step(kind):
     student, teacher = pair()
@@ -380,11 +388,8 @@ def test_numbers_above_zero(kind, key):
         refused(f"{key}={value!r}: ", lambda v=value: build(kind, **{key: v}), "use a ")
 
 
+#: Beside those of Shared-KD, which tests/misconfigurations.py has.
 BAD_OPTIONS = [
-    (IdenticalLayer, "tap", "neck", "fpn, backbone"),
-    (IdenticalLayer, "share", "some", "dense, adjacent, none"),
-    (CrossLayer, "pairs", "all", "dense, adjacent"),
-    (CrossLayer, "direction", "up", "deep_to_shallow, shallow_to_deep, mutual"),
     (BCKD, "overlap", -1.0, ""),
     (CrossKD, "left", 0.5, ""),
     (CrossKD, "score", -1.0, ""),

@@ -18,6 +18,7 @@ from losses.harness import (
     leaves,
     maps,
     same,
+    sigmoid,
 )
 
 from sharedkd.losses.gid import GID
@@ -99,7 +100,7 @@ def select(
     ours, theirs = anchors_of(student, image), anchors_of(teacher, image)
     scored = []
     for i, (s, t) in enumerate(zip(ours, theirs)):
-        p, q = (1 / (1 + math.exp(-max(v[1]))) for v in (s, t))
+        p, q = (sigmoid(max(v[1])) for v in (s, t))
         scored.append((abs(p - q), i, clip(t[3] if q > p else s[3], size)))
     scored.sort(key=lambda v: -v[0])
     chosen = []
@@ -153,7 +154,15 @@ def crop(fpn, image, box, size):
 
 
 def smooth_l1(x, beta):
-    return 0.5 * x * x / beta if abs(x) < beta else abs(x) - beta / 2
+    return np.where(abs(x) < beta, 0.5 * x * x / beta, abs(x) - beta / 2).sum()
+
+
+def relations(crops):
+    """Distances between instances, over their mean."""
+    flat = crops.reshape(len(crops), -1)
+    found = np.linalg.norm(flat[:, None] - flat, axis=-1)
+    mean = found.sum() / (len(crops) * (len(crops) - 1))
+    return found / mean if mean > 1e-6 else found
 
 
 def by_hand(student, teacher, sizes, crop_size=10, beta=0.1, **options):
@@ -165,27 +174,15 @@ def by_hand(student, teacher, sizes, crop_size=10, beta=0.1, **options):
             crops_t.append(crop(teacher["fpn"], image, box, crop_size))
         anchors += len(matched)
         for i in matched:
-            for z_s, z_t in zip(ours[i][1], theirs[i][1]):
-                p, q = 1 / (1 + math.exp(-z_s)), 1 / (1 + math.exp(-z_t))
-                entropy -= q * math.log(p) + (1 - q) * math.log(1 - p)
-            regression += sum(smooth_l1(a - b, beta) for a, b in zip(ours[i][2], theirs[i][2]))
-    n = len(crops_s)
-    feature = sum(((s - t) ** 2).sum() for s, t in zip(crops_s, crops_t))
-    relation = 0.0
+            p, q = (sigmoid(np.array(m[i][1])) for m in (ours, theirs))
+            entropy -= (q * np.log(p) + (1 - q) * np.log(1 - p)).sum()
+            regression += smooth_l1(np.subtract(ours[i][2], theirs[i][2]), beta)
+    n, feature, relation = len(crops_s), 0.0, 0.0
+    if n:
+        crops_s, crops_t = np.stack(crops_s), np.stack(crops_t)
+        feature = ((crops_s - crops_t) ** 2).sum()
     if n >= 3:
-
-        def distances(crops):
-            d = {
-                (i, j): math.sqrt(((crops[i] - crops[j]) ** 2).sum())
-                for i in range(n)
-                for j in range(n)
-                if i != j
-            }
-            mean = sum(d.values()) / (n * n - n)
-            return {pair: x / mean for pair, x in d.items()} if mean > 1e-6 else d
-
-        d_s, d_t = distances(crops_s), distances(crops_t)
-        relation = sum(smooth_l1(d_s[pair] - d_t[pair], 1.0) for pair in d_s) / (n * n - n)
+        relation = smooth_l1(relations(crops_s) - relations(crops_t), 1.0) / (n * n - n)
     return {
         "feature": WEIGHTS["feature"] * feature / max(n * crop_size**2, 1),
         "relation": WEIGHTS["relation"] * relation,

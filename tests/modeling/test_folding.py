@@ -1,10 +1,10 @@
 """Folding of frozen batch norms: equal maps, nothing left to fold, nothing folded that must not be."""
 
+import families
 import pytest
 import tiny
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
-from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from torch import nn
 
 from sharedkd.modeling.folding import NORMS, fold_norms
@@ -61,25 +61,9 @@ def test_values_of_one_channel():
     assert conv.bias.item() == 11.0  # (5 - 3) * 10 / 2 + 1
 
 
-def regnet(norm):
-    return RegNet(
-        stem_class=SimpleStem,
-        stem_width=16,
-        block_class=ResBottleneckBlock,
-        depth=4,
-        w_a=24.48,
-        w_0=24,
-        w_m=2.54,
-        group_width=8,
-        norm=norm,
-        se_ratio=0.25,
-        out_features=["s1", "s2"],
-    )
-
-
-@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
-def test_norms_beside_their_convolutions(norm):
-    model = statistics(regnet(norm)).eval().requires_grad_(False).double()
+def test_norms_beside_their_convolutions():
+    regnet = families.model_of(families.BY_NAME["RegNet"], 0).backbone.bottom_up
+    model = statistics(regnet).eval().requires_grad_(False).double()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     before = model(x)
     norms = sum(isinstance(m, NORMS) for m in model.modules())

@@ -298,12 +298,6 @@ def test_each_stage_gets_the_maps_of_the_source_that_it_names():
     assert found == alone and found["distill/a/s8"] != found["distill/b/s8"]
 
 
-def test_a_source_that_is_not_there():
-    words = "^model.stages.a.teacher=other: is no source of maps.*model.teachers: far$"
-    with pytest.raises(ConfigError, match=words):
-        sourced({"far": 2}, a="other")
-
-
 # --- which pixels ----------------------------------------------------------------------------
 
 
@@ -386,14 +380,8 @@ def fails(start, build):
     assert str(error.value).startswith(start) and "\n" not in str(error.value)
 
 
-def test_contradicting_image_formats():
-    detector = tiny.detector("retinanet")
-    fails(
-        "dataloader.train.mapper.image_format=BGR: contradicts the student's input_format=RGB",
-        lambda: SharedKD(student=detector, input_format="BGR"),
-    )
-    fcos = tiny.detector("fcos")  # does not say
-    assert SharedKD(student=fcos, input_format="BGR").input_format == "BGR"
+def test_a_student_that_does_not_say_its_image_format_takes_any():
+    assert SharedKD(student=tiny.detector("fcos"), input_format="BGR").input_format == "BGR"
 
 
 def test_a_student_of_one_level_has_nothing_to_compare_across():
