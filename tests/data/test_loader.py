@@ -5,8 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
@@ -232,11 +230,3 @@ def test_impossible_options_are_config_errors(dicts, options):
 def test_empty_dataset_is_a_config_error():
     with pytest.raises(ConfigError, match="dataloader.train.dataset="):
         loader_of([])
-
-
-def test_lazy_config(dicts):
-    config = L(build_train_loader)(
-        dataset=L(list)(), mapper=L(image_mapper)(), total_batch_size=2, num_workers=0, seed=3
-    )
-    config.dataset = dicts
-    assert_same(take(instantiate(config), 2), take(loader_of(dicts), 2))

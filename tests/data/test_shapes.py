@@ -6,12 +6,8 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from coco_files import reading_of
-from detectron2.data import DatasetMapper, detection_utils
-from detectron2.data.datasets.coco import load_coco_json
 
 from sharedkd.data import shapes as shapes_module
-from sharedkd.data.coco import read_coco
 from sharedkd.data.shapes import CLASSES, make_shapes
 
 ARGUMENTS = dict(train=30, val=6, size=(128, 160), seed=3)
@@ -109,40 +105,6 @@ def test_nothing_behind_is_painted_over_what_is_in_front(tmp_path, monkeypatch):
             # One colour but for the noise, whose deviation is 10 at the most.
             if inside.sum() > 50:
                 assert picture[inside].std(0).max() < 15
-
-
-def test_every_record_goes_through_the_mapper_with_masks(root):
-    reading_of(root / "train.json", root / "train").register("own_of_test_shapes")
-    mapper = DatasetMapper(
-        is_train=True,
-        augmentations=[],
-        image_format="BGR",
-        use_instance_mask=True,
-        instance_mask_format="bitmask",
-    )
-    records = load_coco_json(str(root / "train.json"), str(root / "train"), "own_of_test_shapes")
-    assert len(records) == ARGUMENTS["train"]
-    for record in records:
-        mapped = mapper(record)
-        instances = mapped["instances"]
-        assert mapped["image"].shape[1:] == (record["height"], record["width"])
-        assert len(instances) == len(record["annotations"])
-        if len(instances):
-            assert instances.gt_masks.tensor.flatten(1).any(1).all()
-            boxes = instances.gt_masks.get_bounding_boxes().tensor
-            assert (boxes - instances.gt_boxes.tensor).abs().max() == 0
-    detection_utils.check_metadata_consistency("thing_classes", ["own_of_test_shapes"])
-
-
-def test_passes_the_checks(root):
-    classes = None
-    for split in ("train", "val"):
-        files = [str(root / f"{split}.json")], [str(root / split)]
-        data = read_coco(*files, "k", "i", train=split == "train", classes=classes)
-        assert data.errors == [] and data.document is None
-        classes = data.categories
-        assert data.classes == list(CLASSES) and data.files[0].has_masks
-    assert data.warnings == []
 
 
 def test_complete_folder_is_left_alone(tmp_path):

@@ -1,9 +1,5 @@
 """What every loss's test needs: pyramids, ground truth, and the checks that hold for any loss."""
 
-from collections import defaultdict
-from itertools import product
-from math import sqrt
-
 import numpy as np
 import pytest
 import torch
@@ -130,9 +126,12 @@ def learned(loss):
 def check_who_learns(loss, student, teacher, **options):
     """Gradients reach the student's maps and the loss's parameters, all of them, never the teacher.
 
-    Returns the gradients by (tap, stride).
+    It is given the taps that it declares alone.  Returns the gradients by (tap, stride).
     """
-    student, teacher = leaves(student), leaves(teacher)
+    student, teacher = (
+        leaves({tap: x for tap, x in m.items() if tap in (loss.taps or m)})
+        for m in (student, teacher)
+    )
     terms = loss(batch(student, teacher, **options))
     for term in terms.values():
         assert term.shape == () and torch.isfinite(term)
@@ -146,6 +145,17 @@ def check_who_learns(loss, student, teacher, **options):
         if s in loss.strides and tap in learned(loss):
             assert g is not None and torch.isfinite(g).all(), (tap, s)
     return gradients
+
+
+def learners(term, **owners):
+    """Those, named with their tensors, that learn from a term: all of their tensors, or none."""
+    found = set()
+    for name, tensors in owners.items():
+        gradients = torch.autograd.grad(term, [*tensors], retain_graph=True, allow_unused=True)
+        moved = [g is not None and bool(g.any()) for g in gradients]
+        assert all(moved) or not any(moved), name
+        found |= {name} if all(moved) else set()
+    return found
 
 
 def check_gradients(loss, student, teacher, **options):
@@ -176,7 +186,7 @@ def same(found, expected, rel=1e-9):
     assert list(found) == list(expected)
     for name, value in expected.items():
         assert found[name].shape == ()
-        assert found[name].item() == pytest.approx(value, rel=rel, abs=1e-9), name
+        assert found[name].item() == pytest.approx(value, rel=rel, abs=1e-12), name
 
 
 def numbers(module):
@@ -196,6 +206,41 @@ def convolved(p, name, x, stride=1):
         y, z = stride * r, stride * c
         out[o, r, c] = (weight[o] * around[:, y : y + size, z : z + size]).sum() + bias[o]
     return out
+
+
+def averaged(x, height, width):
+    """An array (..., H, W) in cells of height x width, each the mean of all that it overlaps."""
+    out = np.zeros((*x.shape[:-2], height, width))
+    for r, c in np.ndindex(height, width):
+        rows, columns = (
+            slice(i * size // cells, -(-(i + 1) * size // cells))
+            for i, size, cells in ((r, x.shape[-2], height), (c, x.shape[-1], width))
+        )
+        out[..., r, c] = x[..., rows, columns].mean((-2, -1))
+    return out
+
+
+def on_image(x, size, stride):
+    """The part of a map (..., H, W) whose positions begin on an image of (height, width) pixels."""
+    return x[..., : -(-size[0] // stride), : -(-size[1] // stride)]
+
+
+def iou(a, b):
+    """Of two boxes XYXY; 0 if they have no area."""
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    both = max(width, 0) * max(height, 0)
+    either = sum((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)) - both
+    return both / either if either else 0.0
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+    """Over the last axis."""
+    powers = np.exp(x - np.max(x, -1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
 
 
 def parameters(loss):
@@ -228,61 +273,30 @@ class Written(TorchDispatchMode):
         return out
 
 
-# --- reference of Distance: python loops over the formula ----------------------------------------
+# --- reference of Distance -----------------------------------------------------------------------
 
-#: Which elements share a mean and a variance, by (n, c, y, x).
-GROUPS = {
-    "channel": lambda n, c, y, x: c,
-    "instance": lambda n, c, y, x: (n, c),
-    "position": lambda n, c, y, x: (n, y, x),
-}
+#: Over which axes of (N, C, H, W) elements share a mean and a variance.
+AXES = {"channel": (0, 2, 3), "instance": (2, 3), "position": (1,)}
 ELEMENT = {
     "mse": lambda d: d * d,
-    "l1": abs,
-    "smooth_l1": lambda d: 0.5 * d * d if abs(d) < 1 else abs(d) - 0.5,
+    "l1": np.abs,
+    "smooth_l1": lambda d: np.where(abs(d) < 1, 0.5 * d * d, abs(d) - 0.5),
 }
-
-
-def _standardised(values, normalize):
-    """{(n, c, y, x): value} with zero mean and unit variance per group."""
-    if normalize == "none":
-        return values
-    groups = defaultdict(list)
-    for index, value in values.items():
-        groups[GROUPS[normalize](*index)].append(value)
-    moments = {}
-    for key, group in groups.items():
-        mean = sum(group) / len(group)
-        moments[key] = mean, sqrt(sum((v - mean) ** 2 for v in group) / len(group) + 1e-6)
-    result = {}
-    for index, value in values.items():
-        mean, deviation = moments[GROUPS[normalize](*index)]
-        result[index] = (value - mean) / deviation
-    return result
 
 
 def distance_by_hand(a, b, mask=None, distance="mse", normalize="none"):
     """Mean distance of two tensors (N, C, H, W) over the positions of the mask (N, 1, H, W)."""
-    a, b = (x.detach().double().tolist() for x in (a, b))
-    inside = None if mask is None else mask.tolist()
-    n, channels, height, width = len(a), len(a[0]), len(a[0][0]), len(a[0][0][0])
-    where = [
-        (i, y, x)
-        for i, y, x in product(range(n), range(height), range(width))
-        if inside is None or inside[i][0][y][x]
-    ]
-    a, b = (
-        _standardised(
-            {(i, c, y, x): m[i][c][y][x] for i, y, x in where for c in range(channels)}, normalize
-        )
-        for m in (a, b)
-    )
+    a, b = (x.detach().double().numpy() for x in (a, b))
+    inside = np.ones_like(a[:, :1]) if mask is None else mask.numpy()
+    inside = np.broadcast_to(inside.astype(bool), a.shape)
+    if normalize != "none":
+        # Positions stand for themselves, on an image or not.
+        counted = True if normalize == "position" else inside
+        over = dict(axis=AXES[normalize], where=counted, keepdims=True)
+        a, b = ((x - x.mean(**over)) / np.sqrt(x.var(**over) + 1e-6) for x in (a, b))
     if distance != "cosine":
-        return sum(ELEMENT[distance](a[i] - b[i]) for i in a) / len(a)
-    each = []
-    for i, y, x in where:
-        u, v = ([m[i, c, y, x] for c in range(channels)] for m in (a, b))
-        lengths = sqrt(sum(p * p for p in u)) * sqrt(sum(q * q for q in v))
-        # A vector of zeros is at right angles to everything.
-        each.append(1 - (sum(p * q for p, q in zip(u, v)) / lengths if lengths else 0))
-    return sum(each) / len(each)
+        return ELEMENT[distance](a - b)[inside].mean()
+    lengths = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    # A vector of zeros is at right angles to everything.
+    cosines = np.divide((a * b).sum(1), lengths, out=np.zeros_like(lengths), where=lengths != 0)
+    return (1 - cosines)[inside[:, 0]].mean()

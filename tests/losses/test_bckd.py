@@ -1,13 +1,24 @@
 """BCKD: binary scores and overlaps of boxes, anchor by anchor."""
 
-import math
-
 import numpy as np
 import pytest
 import tiny
 import torch
 from detectron2.utils.events import EventStorage
-from losses.harness import ANCHORS, CLASSES, batch, bound, detector, leaves, matched, same, total
+from losses.harness import (
+    ANCHORS,
+    CLASSES,
+    batch,
+    bound,
+    detector,
+    iou,
+    leaves,
+    matched,
+    on_image,
+    same,
+    sigmoid,
+    total,
+)
 
 from sharedkd import FrozenTeacher, SharedKD, Stage
 from sharedkd.losses import BCKD
@@ -27,35 +38,42 @@ def run(student, teacher, more, **options):
 
 
 def overlap(a, b):
-    """The generalised IoU of two boxes."""
-    area = lambda x: max(x[2] - x[0], 0) * max(x[3] - x[1], 0)  # noqa: E731
-    both = area([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
-    either = area(a) + area(b) - both
-    around = area([min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])])
-    return both / either - (around - either) / around
+    """The generalised IoU of two boxes: less the share of the box around both that neither covers."""
+    whole = [*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:])]
+    area, first, second = ((x[2] - x[0]) * (x[3] - x[1]) for x in (whole, a, b))
+    either = (first + second) / (1 + iou(a, b))  # as the IoU is both / either
+    return iou(a, b) - (area - either) / area
+
+
+def anchor_by_anchor(student, teacher, labels, sizes):
+    """Yield each level's stride, scores and cross-entropies (N, A, K, H, W), and per anchor (N, A, H, W)
+    one less the overlap of its boxes, its label, and whether it is on the image."""
+    for stride, label in labels.items():
+        q, p = (
+            sigmoid(m["logits"][stride].unflatten(1, (-1, CLASSES)).numpy())
+            for m in (student, teacher)
+        )
+        entropy = -(p * np.log(q) + (1 - p) * np.log(1 - q))
+        boxes = [m["boxes"][stride].unflatten(1, (-1, 4)).numpy() for m in (student, teacher)]
+        apart, inside = np.zeros(label.shape), np.zeros(label.shape, bool)
+        for n, a, y, x in np.ndindex(*label.shape):
+            apart[n, a, y, x] = 1 - overlap(*(b[n, a, :, y, x].tolist() for b in boxes))
+        for shown, size in zip(inside, sizes):
+            on_image(shown, size, stride)[:] = True
+        yield stride, q, p, entropy, apart, label.numpy(), inside
+
+
+def foreground_of(labels):
+    return sum(((x >= 0) & (x < CLASSES)).sum().item() for x in labels.values())
 
 
 def by_hand(student, teacher, more):
-    labels, found = more["labels"], {}
-    foreground = sum(0 <= x < CLASSES for each in labels.values() for x in each.flatten().tolist())
-    for stride, each in labels.items():
-        score = boxes = 0.0
-        for n, a, y, x in np.ndindex(*each.shape):
-            height, width = SIZES[n]
-            if each[n, a, y, x] < 0 or y * stride >= height or x * stride >= width:
-                continue
-            gaps = []
-            for k in range(a * CLASSES, (a + 1) * CLASSES):
-                z, p = (m["logits"][stride][n, k, y, x].item() for m in (student, teacher))
-                q, p = 1 / (1 + math.exp(-z)), 1 / (1 + math.exp(-p))
-                gaps.append(abs(p - q))
-                score -= gaps[-1] * (p * math.log(q) + (1 - p) * math.log(1 - q))
-            corners = (
-                m["boxes"][stride][n, 4 * a : 4 * a + 4, y, x].tolist() for m in (student, teacher)
-            )
-            boxes += max(gaps) * (1 - overlap(*corners))
-        found[f"s{stride}_score"] = 0.7 * score / max(foreground, 1)
-        found[f"s{stride}_overlap"] = 1.3 * boxes / max(foreground, 1)
+    found, count = {}, max(foreground_of(more["labels"]), 1)
+    levels = anchor_by_anchor(student, teacher, more["labels"], SIZES)
+    for stride, q, p, entropy, apart, label, inside in levels:
+        gap, counted = abs(p - q), inside & (label >= 0)
+        found[f"s{stride}_score"] = 0.7 * (gap * entropy).sum(2)[counted].sum() / count
+        found[f"s{stride}_overlap"] = 1.3 * (gap.max(2) * apart)[counted].sum() / count
     return found
 
 

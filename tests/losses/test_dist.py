@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from losses.harness import batch, bound, maps, same
+from losses.harness import batch, bound, maps, same, softmax
 from losses.test_dkd import FPN, anchors, regions
 
 from sharedkd.losses import DIST, DenseDIST
@@ -15,11 +15,6 @@ def dist(given, beta=0.7, gamma=1.3, temperature=2.0):
 
 def apart(a, b):
     return 1 - np.corrcoef(a, b)[0, 1]
-
-
-def softmax(z):
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
 
 
 def test_value():

@@ -1,4 +1,4 @@
-"""Every distance with every normalisation against plain float64 loops over the formula."""
+"""Every distance with every normalisation against the formula in numpy and float64."""
 
 import pytest
 import torch
@@ -55,22 +55,7 @@ def test_value_and_gradient(kind, normalize):
             assert x.grad[index].item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_padding_has_no_influence_and_no_gradient(kind, normalize):
-    x, y = maps()
-    mask = padding_mask()
-    other_x, other_y = (t.masked_fill(~mask, 50.0) for t in (x, y))
-    x.requires_grad_()
-    loss = Distance(kind, normalize)(x, y, mask)
-    loss.backward()
-    assert Distance(kind, normalize)(other_x, other_y, mask).item() == pytest.approx(loss.item())
-    assert not x.grad[(~mask).expand(SHAPE)].any()
-    assert x.grad[mask.expand(SHAPE)].all()
-
-
-@pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, normalize", zip(KINDS, NORMALIZATIONS))
 def test_half_precision_is_computed_in_float32(kind, normalize):
     """bfloat16 has 8 bits: a result of that type would be off by up to 0.4 %."""
     x, y = (t.bfloat16() for t in maps())
@@ -81,7 +66,7 @@ def test_half_precision_is_computed_in_float32(kind, normalize):
         assert result.item() == pytest.approx(reference(x, y, kind, normalize, None), rel=2e-5)
 
 
-@pytest.mark.parametrize("value, other", [(0.0, 0.0), (5.0, 5.0), (5.0, -2.0), (1e3, -1e3)])
+@pytest.mark.parametrize("value, other", [(0.0, 0.0), (5.0, -2.0), (1e3, -1e3)])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_constant_maps_are_finite(normalize, value, other):
     for kind in KINDS:
@@ -93,13 +78,21 @@ def test_constant_maps_are_finite(normalize, value, other):
                 assert loss.isfinite() and x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "transposed"])
-@pytest.mark.parametrize("positions", [3, 100])
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("normalize", ["channel", "instance"])
+@pytest.mark.parametrize(
+    "normalize, mask, positions, layout",
+    [
+        ("channel", "mask", 3, torch.contiguous_format),
+        ("channel", "no mask", 3, torch.channels_last),
+        ("channel", "mask", 100, "transposed"),
+        ("instance", "no mask", 3, "transposed"),
+        ("instance", "mask", 3, torch.channels_last),
+        ("instance", "no mask", 100, torch.contiguous_format),
+    ],
+)
 def test_large_maps_are_read_in_blocks(monkeypatch, normalize, mask, positions, layout):
     """Blocks of which the last is smaller, or which hold all: the same numbers in every layout."""
     x, y = (each.double() for each in maps(2))
+    mask = MASKS[mask]
     if layout == "transposed":  # height and width cannot be flattened without a copy
         x, y = (each.transpose(2, 3).contiguous().transpose(2, 3) for each in (x, y))
     else:
@@ -131,21 +124,6 @@ def blocks(x):
 
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-def test_blocks_follow_the_size_of_a_map_and_its_layout(monkeypatch):
-    read_in_blocks_of(2**20, monkeypatch)
-    for layout in LAYOUTS:
-        small = torch.zeros(2, 64, 90, 90).contiguous(memory_format=layout).flatten(2)
-        assert blocks(small) == [small.numel()]
-    # channels whose positions lie side by side stay whole, in parts of about one size
-    first, last = (
-        torch.zeros(2, 64, 200, 100).contiguous(memory_format=x).flatten(2) for x in LAYOUTS
-    )
-    assert blocks(first) == [2 * channels * 20000 for channels in (22, 21, 21)]
-    assert all(2**19 < each <= 2**20 for each in blocks(last)[:-1])
-    assert [part.shape[1] for (part,) in _channels(last)] == [64]
-    assert [part.shape[1] for part, _ in _channels(first, last)] == [64]  # of one map they do not
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -216,10 +194,15 @@ def test_gradients_of_constant_maps_are_not_rounding(normalize, size):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("mask", [None, True])
-@pytest.mark.parametrize("normalize", ["channel", "instance"])
-@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "normalize, mask, student, teacher",
+    [
+        ("channel", None, torch.float32, torch.bfloat16),
+        ("channel", True, torch.bfloat16, torch.float32),
+        ("instance", None, torch.bfloat16, torch.bfloat16),
+        ("instance", True, torch.float32, torch.float32),
+    ],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_of_full_size_is_written_but_the_gradient(
     monkeypatch, normalize, mask, student, teacher, layout

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from losses import harness
-from losses.harness import convolved, numbers, pair
+from losses.harness import convolved, numbers, pair, softmax
 
 from sharedkd.losses.fkd import FKD, NonLocal
 
@@ -34,33 +34,24 @@ def nonlocal_by_hand(p, x, pool):
         theta = convolved(p, "theta", image)
         keys = pooled(convolved(p, "phi", image), pool)
         values = pooled(convolved(p, "g", image), pool)
-        y = np.zeros_like(theta)
-        for r in range(y.shape[1]):
-            for c in range(y.shape[2]):
-                for key, value in zip(keys, values):
-                    y[:, r, c] += float(theta[:, r, c] @ key) / len(keys) * value
+        y = sum(
+            np.einsum("chw,c->hw", theta, key) / len(keys) * value[:, None, None]
+            for key, value in zip(keys, values)
+        )
         ys.append(convolved(p, "out", y))
-    y = np.stack(ys)
-    for c in range(y.shape[1]):
-        channel = y[:, c]
-        y[:, c] = (channel - channel.mean()) / math.sqrt(channel.var() + 1e-5)
-        y[:, c] = p["norm.weight"][c] * y[:, c] + p["norm.bias"][c]
-    return x + y
-
-
-def softmax(values, temperature):
-    powers = [math.exp((v - max(values)) / temperature) for v in values]
-    return [len(values) * p / sum(powers) for p in powers]
+    y, over = np.stack(ys), dict(axis=(0, 2, 3), keepdims=True)
+    y = (y - y.mean(**over)) / np.sqrt(y.var(**over) + 1e-5)
+    weight, bias = (p[f"norm.{k}"][:, None, None] for k in ("weight", "bias"))
+    return x + weight * y + bias
 
 
 def spatial_mask(image, temperature):
-    height, width = image.shape[1:]
-    means = [np.abs(image[:, r, c]).mean() for r in range(height) for c in range(width)]
-    return np.array(softmax(means, temperature)).reshape(height, width)
+    means = np.abs(image).mean(0)
+    return means.size * softmax(means.ravel() / temperature).reshape(means.shape)
 
 
 def channel_mask(image, temperature):
-    return np.array(softmax([np.abs(channel).mean() for channel in image], temperature))
+    return len(image) * softmax(np.abs(image).mean((1, 2)) / temperature)
 
 
 def by_hand(loss, student, teacher):
@@ -83,13 +74,8 @@ def by_hand(loss, student, teacher):
             sums["feature"] += (mask * (b - adapted) ** 2).sum()
             means = channel["weight"] @ a.mean((1, 2)) + channel["bias"]
             sums["channel"] += ((b.mean((1, 2)) - means) ** 2).sum()
-            height, width = a.shape[1:]
-            around = np.pad(a.mean(0), 1)
-            for y in range(height):
-                for x in range(width):
-                    window = (around[y : y + 3, x : x + 3] * spatial["weight"][0, 0]).sum()
-                    got = b[:, y, x].mean()
-                    sums["spatial"] += (got - window - spatial["bias"][0]) ** 2
+            means = convolved(spatial, "", a.mean(0, keepdims=True))
+            sums["spatial"] += ((b.mean(0) - means) ** 2).sum()
             sums["nonlocal"] += ((q - convolved(again, "", r)) ** 2).sum()
         for part, weight in zip(PARTS, WEIGHTS.values()):
             expected[f"s{stride}_{part}"] = weight * math.sqrt(sums[part])
@@ -98,17 +84,12 @@ def by_hand(loss, student, teacher):
 
 CASES = {
     "plain": ({}, {}, {}),
-    "one image": ({}, {}, dict(images=1)),
-    "wider teacher": ({}, dict(ours=2, theirs=5), {}),
+    "wider teacher": ({}, dict(ours=2, theirs=5), dict(images=1)),
     "narrower teacher": (dict(channel_mask=True), dict(ours=5, theirs=3), {}),
     "channel mask": (dict(channel_mask=True, temperature=0.1), {}, {}),
     "options": (dict(pool=[3, 2], reduction=[1, 2], temperature=2.0), {}, {}),
     "not divisible": (dict(pool=[4, 3]), {}, dict(padded=(40, 72))),
-    "one pixel": (dict(strides=[128]), dict(strides=(128,)), dict(padded=(128, 128))),
-    "one pixel of one": (dict(strides=[128]), dict(strides=(128,)), dict(padded=(9, 9), images=1)),
-    "one channel": ({}, dict(ours=1, theirs=1), {}),
-    "zeros": ({}, {}, dict(fill=0.0)),
-    "constant": ({}, {}, dict(fill=-2.5)),
+    "one pixel": (dict(strides=[128]), dict(strides=(128,)), dict(padded=(9, 9), images=1)),
 }
 
 

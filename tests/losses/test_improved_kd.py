@@ -7,6 +7,7 @@ import pytest
 import torch
 from losses.harness import (
     TWO_STAGE,
+    averaged,
     batch,
     bound,
     maps,
@@ -32,16 +33,9 @@ def attention_by_hand(x):
 def resized_by_hand(x, h, w):
     """(C, H, W) array -> (C, h, w): means of the cells below, or the cell at the same place."""
     _, height, width = x.shape
-    y = np.empty((len(x), h, w))
-    for i in range(h):
-        for j in range(w):
-            if h * w <= height * width:
-                rows = slice(i * height // h, -(-(i + 1) * height // h))
-                columns = slice(j * width // w, -(-(j + 1) * width // w))
-                y[:, i, j] = x[:, rows, columns].mean((1, 2))
-            else:
-                y[:, i, j] = x[:, i * height // h, j * width // w]
-    return y
+    if h * w <= height * width:
+        return averaged(x, h, w)
+    return x[:, np.arange(h) * height // h][:, :, np.arange(w) * width // w]
 
 
 def by_hand(loss, student, teacher, reach, weights):
@@ -84,12 +78,9 @@ CASES = {
     "two-stage strides": dict(strides=TWO_STAGE, images=1, padded=(64, 64)),
     "own levels only": dict(reach=0),
     "reach two, few samples": dict(reach=2, samples=0.1),
-    "every level": dict(reach=9, samples=1.0),
+    "every level": dict(reach=9, samples=1.0, ours=4),
     "one image, not whole cells": dict(padded=(72, 40), images=1),
     "one pixel": dict(strides=(32, 64, 128), padded=(64, 32)),
-    "same width": dict(ours=4),
-    "one channel": dict(ours=1, theirs=1),
-    "zeros": dict(fill=0.0),
     "constant": dict(fill=3.0),
 }
 

@@ -1,12 +1,10 @@
 """MGD: masked generation against loops."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from losses import harness
-from losses.harness import convolved, numbers, pair
+from losses.harness import convolved, numbers, on_image, pair
 
 from sharedkd.losses.mgd import MGD
 
@@ -26,34 +24,24 @@ def by_hand(loss, student, teacher, sizes, seed):
         images, _, height, width = s.shape
         draw = torch.rand(images, 1, height, width).numpy()
         total = 0.0
-        for i in range(images):
-            a = convolved(adapt, "", s[i])
-            real = (height, width)
-            if loss.ignore_padding:
-                real = [math.ceil(n / stride) for n in sizes[i]]
-            kept = np.zeros_like(a)
-            for r in range(height):
-                for c in range(width):
-                    if draw[i, 0, r, c] >= loss.masked and r < real[0] and c < real[1]:
-                        kept[:, r, c] = a[:, r, c]
+        for i, size in enumerate(sizes):
+            real = size if loss.ignore_padding else (height * stride, width * stride)
+            shown = on_image(draw[i] >= loss.masked, real, stride)
+            kept = convolved(adapt, "", s[i])
+            kept = kept * np.pad(
+                shown, [(0, a - b) for a, b in zip((1, height, width), shown.shape)]
+            )
             made = convolved(generate, "2", np.maximum(convolved(generate, "0", kept), 0))
-            for r in range(min(real[0], height)):
-                for c in range(min(real[1], width)):
-                    total += ((t[i][:, r, c] - made[:, r, c]) ** 2).sum()
+            total += on_image((t[i] - made) ** 2, real, stride).sum()
         expected[f"s{stride}"] = ALPHA * total / images
     return expected
 
 
 CASES = {
     "plain": ({}, {}, {}, {}),
-    "one image": ({}, {}, dict(images=1), {}),
-    "wider teacher": ({}, dict(ours=2, theirs=4), {}, {}),
-    "narrower teacher": ({}, dict(ours=4, theirs=1), {}, {}),
+    "wider teacher": ({}, dict(ours=2, theirs=4), dict(images=1), {}),
     "nothing masked": (dict(masked=0), {}, {}, {}),
     "all masked": (dict(masked=1), {}, {}, {}),
-    "one pixel": (dict(strides=[128]), dict(strides=(128,)), {}, {}),
-    "zeros": ({}, {}, dict(fill=0.0), {}),
-    "constant": ({}, {}, dict(fill=-2.5), {}),
     "padding counts": ({}, {}, {}, dict(sizes=[(64, 96), (41, 50)])),
     "ignored": (dict(ignore_padding=True), {}, {}, dict(sizes=[(64, 96), (41, 50)])),
 }

@@ -1,25 +1,17 @@
 """ReviewKD: values by loops, the context loss, and one-pixel levels."""
 
-from math import ceil, exp, floor
-
 import numpy as np
 import pytest
 import torch
-from losses.harness import batch, bound, maps
+from losses.harness import averaged, batch, bound, convolved, maps, same
 
 from sharedkd.losses.reviewkd import ReviewKD, hierarchical_context
 
 
-def convolve(x, weight, bias=None):
-    """Convolution with zeros around the map, output value by output value."""
-    n, _, height, width = x.shape
-    size = weight.shape[-1]
-    padded = np.pad(x, ((0, 0), (0, 0), (size // 2,) * 2, (size // 2,) * 2))
-    out = np.zeros((n, len(weight), height, width))
-    for i, c, y, k in np.ndindex(out.shape):
-        out[i, c, y, k] = (padded[i, :, y : y + size, k : k + size] * weight[c]).sum()
-        out[i, c, y, k] += 0 if bias is None else bias[c]
-    return out
+def convolve(x, p, name):
+    """A convolution of several images; one without a bias has none."""
+    p = {f"{name}.bias": np.zeros(len(p[f"{name}.weight"])), **p}
+    return np.stack([convolved(p, name, image) for image in x])
 
 
 def normalise(x, p, name):
@@ -37,23 +29,8 @@ def normalise(x, p, name):
 
 
 def enlarge(x, size):
-    out = np.zeros((*x.shape[:2], *size))
-    for y in range(size[0]):
-        for k in range(size[1]):
-            out[:, :, y, k] = x[:, :, y * x.shape[2] // size[0], k * x.shape[3] // size[1]]
-    return out
-
-
-def pool(x, size):
-    out = np.zeros((*x.shape[:2], size, size))
-    h, w = x.shape[2:]
-    for i in range(size):
-        for j in range(size):
-            rows = range(floor(i * h / size), ceil((i + 1) * h / size))
-            columns = range(floor(j * w / size), ceil((j + 1) * w / size))
-            cells = [x[:, :, y, k] for y in rows for k in columns]
-            out[:, :, i, j] = sum(cells) / len(cells)
-    return out
+    rows, columns = (np.arange(n) * old // n for n, old in zip(size, x.shape[2:]))
+    return x[:, :, rows][..., columns]
 
 
 def context(x, y):
@@ -62,7 +39,7 @@ def context(x, y):
 
     h, w = x.shape[2:]
     sizes = [size for size in (4, 2, 1) if h > size and w > size]
-    parts = [mse(x, y)] + [mse(pool(x, size), pool(y, size)) for size in sizes]
+    parts = [mse(x, y)] + [mse(averaged(x, size, size), averaged(y, size, size)) for size in sizes]
     weights = [1, 0.5, 0.25, 0.125][: len(parts)]
     return sum(w * p for w, p in zip(weights, parts)) / sum(weights)
 
@@ -73,15 +50,12 @@ def reference(student, teacher, state):
     for stride in sorted(student, reverse=True):
         start = f"fusions.{stride}."
         p = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
-        x = normalise(convolve(student[stride], p["reduce.0.weight"]), p, "reduce.1")
+        x = normalise(convolve(student[stride], p, "reduce.0"), p, "reduce.1")
         if residual is not None:
             up = enlarge(residual, x.shape[2:])
-            logits = convolve(
-                np.concatenate([x, up], 1), p["attention.weight"], p["attention.bias"]
-            )
-            gates = np.vectorize(lambda v: 1 / (1 + exp(-v)))(logits)
+            gates = 1 / (1 + np.exp(-convolve(np.concatenate([x, up], 1), p, "attention")))
             x = gates[:, 0:1] * x + gates[:, 1:2] * up
-        out = normalise(convolve(x, p["output.0.weight"]), p, "output.1")
+        out = normalise(convolve(x, p, "output.0"), p, "output.1")
         terms[f"s{stride}"] = context(out, teacher[stride])
         residual = x
     return terms
@@ -100,33 +74,28 @@ def scrambled(loss):
 CASES = {
     "random": dict(strides=(8, 16, 32)),
     "sizes that do not divide": dict(strides=(16, 32, 64), padded=(112, 80)),
-    "one image": dict(strides=(16, 64), images=1, padded=(112, 240)),
+    "levels that are apart": dict(strides=(16, 64), images=1, padded=(112, 240)),
     "one-pixel level": dict(strides=(32, 64), images=1, padded=(64, 64)),
     "one-pixel level, two images": dict(strides=(32, 64), padded=(64, 64)),
     "one level": dict(strides=(16,)),
-    "flat map": dict(strides=(16, 32), padded=(32, 160)),
-    "zeros": dict(strides=(16, 32), fill=0.0),
     "constant": dict(strides=(16, 32), fill=-2.0),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("widths", [(3, 3, 3), (2, 4, 3)])
-def test_value(case, widths):
-    student = {"fpn": maps(channels=widths[0], **case)}
-    teacher = {"fpn": maps(channels=widths[2], seed=1, **{**case, "fill": None})}
-    loss = scrambled(bound(ReviewKD(mid_channels=widths[1]), student, teacher))
+def test_value(case):
+    student = {"fpn": maps(channels=2, **case)}
+    teacher = {"fpn": maps(channels=3, seed=1, **{**case, "fill": None})}
+    loss = scrambled(bound(ReviewKD(mid_channels=4), student, teacher))
     state = {k: v.clone().numpy() for k, v in loss.state_dict().items()}
     terms = loss(batch(student, teacher, padded=case.get("padded", (64, 96))))
     expected = reference(
         *({k: x.numpy() for k, x in m["fpn"].items()} for m in (student, teacher)), state
     )
-    assert list(terms) == [f"s{stride}" for stride in case["strides"]]
-    for name, value in expected.items():
-        assert terms[name].item() == pytest.approx(value, rel=1e-9)
+    same(terms, {f"s{stride}": expected[f"s{stride}"] for stride in case["strides"]})
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (3, 9), (9, 3), (4, 4), (5, 5), (13, 8)])
+@pytest.mark.parametrize("size", [(1, 7), (2, 2), (3, 9), (4, 4), (5, 5), (13, 8)])
 def test_hierarchical_context(size):
     x, y = torch.randn(2, 2, 3, *size, dtype=torch.float64).unbind()
     expected = context(x.numpy(), y.numpy())

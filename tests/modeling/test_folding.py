@@ -1,10 +1,10 @@
 """Folding of frozen batch norms: equal maps, nothing left to fold, nothing folded that must not be."""
 
+import families
 import pytest
 import tiny
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
-from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from torch import nn
 
 from sharedkd.modeling.folding import NORMS, fold_norms
@@ -30,12 +30,14 @@ def wrapped(norm, bias=False):
     return nn.Sequential(conv, Conv2d(8, 4, 1))
 
 
-NORM_KINDS = [FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("norm", NORM_KINDS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "norm, bias, layout",
+    [
+        (FrozenBatchNorm2d, False, torch.channels_last),
+        (nn.BatchNorm2d, True, torch.contiguous_format),
+        (nn.SyncBatchNorm, True, torch.channels_last),
+    ],
+)
 def test_maps_stay_equal(norm, bias, layout):
     model = statistics(wrapped(norm, bias)).eval().requires_grad_(False).double()
     model.to(memory_format=layout)
@@ -59,25 +61,9 @@ def test_values_of_one_channel():
     assert conv.bias.item() == 11.0  # (5 - 3) * 10 / 2 + 1
 
 
-def regnet(norm):
-    return RegNet(
-        stem_class=SimpleStem,
-        stem_width=16,
-        block_class=ResBottleneckBlock,
-        depth=4,
-        w_a=24.48,
-        w_0=24,
-        w_m=2.54,
-        group_width=8,
-        norm=norm,
-        se_ratio=0.25,
-        out_features=["s1", "s2"],
-    )
-
-
-@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
-def test_norms_beside_their_convolutions(norm):
-    model = statistics(regnet(norm)).eval().requires_grad_(False).double()
+def test_norms_beside_their_convolutions():
+    regnet = families.model_of(families.BY_NAME["RegNet"], 0).backbone.bottom_up
+    model = statistics(regnet).eval().requires_grad_(False).double()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     before = model(x)
     norms = sum(isinstance(m, NORMS) for m in model.modules())
@@ -87,12 +73,11 @@ def test_norms_beside_their_convolutions(norm):
         torch.testing.assert_close(y, before[name], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-def test_detectors_keep_their_maps(depth):
-    backbone = statistics(tiny.detector("retinanet", depth)).eval().backbone.requires_grad_(False)
+def test_detectors_keep_their_maps():
+    backbone = statistics(tiny.detector("retinanet", 50)).eval().backbone.requires_grad_(False)
     x = torch.randn(1, 3, 64, 64)
     before = backbone(x)
-    assert fold_norms(backbone) >= depth
+    assert fold_norms(backbone) >= 50
     for name, y in backbone(x).items():
         error = (y - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt()
         assert error < 1e-5, name

@@ -83,14 +83,11 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("kind", OWN)
-def test_maps_are_those_of_its_own_preparation_and_backbone(kind, prepared):
+def test_maps_are_those_of_its_own_preparation_and_backbone(kind):
     build, channels, canvas = OWN[kind]
     model = build()
     teacher = FrozenTeacher(copy.deepcopy(model), "")
-    if prepared:
-        teacher.prepare()
     records = images(channels)
     with torch.no_grad():
         own = model.preprocess_image(records).tensor
@@ -98,9 +95,11 @@ def test_maps_are_those_of_its_own_preparation_and_backbone(kind, prepared):
     assert own.shape[-2:] == canvas
     for divisor in (0, 32, 256):  # the student's has no say
         assert torch.equal(teacher.preprocess(records, "RGB", divisor).tensor, own)
-    found = teacher.features(records, FPN, "RGB", 32)["fpn"]
-    for stride, name in NAMES.items():
-        torch.testing.assert_close(found[stride], expected[name], rtol=1e-4, atol=1e-4)
+    for prepare in (lambda: None, teacher.prepare):
+        prepare()
+        found = teacher.features(records, FPN, "RGB", 32)["fpn"]
+        for stride, name in NAMES.items():
+            torch.testing.assert_close(found[stride], expected[name], rtol=1e-4, atol=1e-4)
 
 
 def test_six_channels_stay_in_order():
@@ -123,7 +122,6 @@ def test_one_channel_becomes_three():
     [
         (3, "RGB", 1, "L"),
         (6, "RGB", 3, "RGB"),
-        (3, "RGB", 6, "RGB"),
         (1, "L", 6, "L"),
         (3, "YUV-BT.601", 3, "RGB"),
     ],
@@ -169,7 +167,7 @@ def step(student, teacher, records=None, **options):
     return {k: v.item() for k, v in losses.items() if k.startswith("distill/")}
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", ["padding_constraints", "six"])
 def test_twins_agree_however_they_pad(kind):
     """Two models that prepare alike are never refused, and equal maps differ by nothing."""
     build, channels, _ = OWN[kind]
@@ -284,6 +282,14 @@ def test_channels_are_read_from_the_means_or_the_first_convolution():
 # --- a teacher that sees more -------------------------------------------------------------------
 
 
+def at_twice_the_size(records):
+    options = dict(scale_factor=2, mode="bilinear")
+    return [
+        {"image": nn.functional.interpolate(x["image"][None].float(), **options)[0]}
+        for x in records
+    ]
+
+
 def test_scale_shows_the_teacher_larger_images():
     """Level p3 of images at twice the size covers the pixels of stride 4."""
     model = tiny.detector("retinanet", seed=1).eval()
@@ -291,14 +297,7 @@ def test_scale_shows_the_teacher_larger_images():
     teacher = FrozenTeacher(copy.deepcopy(model), "", "RGB", scale=2)
     found = teacher.features(records, frozenset(TAPS), "RGB", 32)
     assert sorted(teacher.shapes["fpn"]) == sorted(found["fpn"]) == [4, 8, 16, 32, 64]
-    larger = [
-        {
-            "image": nn.functional.interpolate(
-                x["image"][None].float(), scale_factor=2, mode="bilinear"
-            )[0]
-        }
-        for x in records
-    ]
+    larger = at_twice_the_size(records)
     with torch.no_grad():
         pyramid = model.backbone(model.preprocess_image(larger).tensor)
     for stride, name in zip((4, 8, 16, 32, 64), "p3 p4 p5 p6 p7".split()):
@@ -328,14 +327,7 @@ def test_regions_of_a_scaled_teacher():
     teacher = FrozenTeacher(model, "", "RGB", scale=2)
     found = teacher.region_predictions(teacher.features(images(), FPN, "RGB"), boxes)
     plain = FrozenTeacher(model, "", "RGB")
-    larger = [
-        {
-            "image": nn.functional.interpolate(
-                x["image"][None].float(), scale_factor=2, mode="bilinear"
-            )[0]
-        }
-        for x in images()
-    ]
+    larger = at_twice_the_size(images())
     twice = [Boxes(2 * x.tensor) for x in boxes]
     expected = plain.region_predictions(plain.features(larger, FPN, "RGB"), twice)
     torch.testing.assert_close(found, expected)

@@ -31,7 +31,7 @@ def hooks(detector):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in detector.modules())
 
 
-def write_into_maps(detector, change, when=lambda step: True):
+def relu_its_maps(detector, when=lambda step: True):
     """Make the detector's head write into the maps that it is given."""
     steps = iter(range(1000))
     original = detector.head.forward
@@ -39,7 +39,7 @@ def write_into_maps(detector, change, when=lambda step: True):
     def forward(features):
         if when(next(steps)):
             for x in features:
-                change(x)
+                x.relu_()
         return original(features)
 
     detector.head.forward = forward
@@ -84,20 +84,6 @@ def test_shapes_are_those_of_the_maps(retinanet):
     }
 
 
-def test_only_the_taps_asked_for(retinanet):
-    with FeatureTap(retinanet).capture({BACKBONE}) as maps:
-        train_step(retinanet)
-    assert list(maps) == [BACKBONE]
-
-
-def test_maps_are_attached_to_the_students_graph(retinanet):
-    with FeatureTap(retinanet).capture({FPN}) as maps:
-        train_step(retinanet)
-    sum(x.sum() for x in maps[FPN].values()).backward()
-    assert retinanet.backbone.bottom_up.stem.conv1.weight.grad.any()
-    assert retinanet.head.cls_score.weight.grad is None
-
-
 def test_a_map_that_nobody_writes_into_is_handed_out_itself(retinanet):
     tap, seen = FeatureTap(retinanet), []
     retinanet.head.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
@@ -107,9 +93,8 @@ def test_a_map_that_nobody_writes_into_is_handed_out_itself(retinanet):
         assert maps[FPN][8] is seen[step]
 
 
-@pytest.mark.parametrize("change", [torch.Tensor.relu_, lambda x: x.mul_(0)], ids=["relu_", "mul_"])
-def test_a_head_that_writes_into_its_maps(retinanet, change):
-    write_into_maps(retinanet, change)
+def test_a_head_that_writes_into_its_maps(retinanet):
+    relu_its_maps(retinanet)
     tap = FeatureTap(retinanet)
     retinanet.eval()
     for step in range(3):
@@ -118,11 +103,11 @@ def test_a_head_that_writes_into_its_maps(retinanet, change):
         pyramid, _ = direct(retinanet)
         for stride, name in {8: "p3", 16: "p4", 32: "p5", 64: "p6", 128: "p7"}.items():
             assert torch.equal(maps[FPN][stride], pyramid[name]), (step, stride)
-            assert (maps[FPN][stride] < 0).any()  # no relu_ and no zeros
+            assert (maps[FPN][stride] < 0).any()
 
 
 def test_a_writing_head_can_be_trained(retinanet):
-    write_into_maps(retinanet, torch.Tensor.relu_)
+    relu_its_maps(retinanet)
     with FeatureTap(retinanet).capture({FPN}) as maps:
         losses = train_step(retinanet)
     (sum(losses.values()) + sum(x.square().mean() for x in maps[FPN].values())).backward()
@@ -146,7 +131,7 @@ def test_an_fpn_that_writes_into_the_backbones_maps():
 
 
 def test_a_detector_that_begins_to_write_later_is_an_error(retinanet):
-    write_into_maps(retinanet, torch.Tensor.relu_, when=lambda step: step > 0)
+    relu_its_maps(retinanet, when=lambda step: step > 0)
     tap = FeatureTap(retinanet)
     with tap.capture({FPN}):
         train_step(retinanet)
@@ -170,7 +155,7 @@ def test_nothing_stays_hooked(retinanet):
 
 def test_an_error_leaves_the_tap_usable(retinanet):
     """A step that died says nothing about whether the detector writes."""
-    write_into_maps(retinanet, torch.Tensor.relu_)
+    relu_its_maps(retinanet)
     tap = FeatureTap(retinanet)
     with pytest.raises(KeyError):
         with tap.capture({FPN}):

@@ -1,7 +1,6 @@
 """The teacher: every way to name one, verified weights, frozen, fed with the right pixels."""
 
 import copy
-import pickle
 import shutil
 
 import pytest
@@ -113,33 +112,28 @@ NODE = 'tiny.node("retinanet")'
 DISTILLED = f'distill({NODE}, teacher="a/teacher.yaml", weights="its.pth")'
 
 
-@pytest.fixture(params=[NODE, DISTILLED], ids=["plain", "distillation"])
-def py_config(request, tmp_path):
+def py_config(tmp_path, model):
     path = tmp_path / "config.py"
-    path.write_text(PY_CONFIG.format(tests=str(tiny.ROOT / "tests"), model=request.param))
+    path.write_text(PY_CONFIG.format(tests=str(tiny.ROOT / "tests"), model=model))
     return str(path)
 
 
-def test_by_path_to_a_py(small, py_config):
+@pytest.mark.parametrize("kind", [NODE, DISTILLED], ids=["plain", "distillation"])
+def test_by_path_to_a_py_or_what_a_run_saved_of_it(small, tmp_path, kind):
     _, model, weights = small
-    teacher = FrozenTeacher(py_config, weights)
-    assert same_tensors(teacher.model, model)
-    assert teacher.input_format == "RGB"
+    path, saved = py_config(tmp_path, kind), str(tmp_path / "config.yaml")
+    LazyConfig.save(LazyConfig.load(path), saved)
+    for config in (path, saved):
+        teacher = FrozenTeacher(config, weights)
+        assert same_tensors(teacher.model, model)
+        assert teacher.input_format == "RGB"
 
 
-def test_by_path_to_a_saved_lazyconfig(small, py_config, tmp_path):
-    _, model, weights = small
-    saved = str(tmp_path / "config.yaml")
-    LazyConfig.save(LazyConfig.load(py_config), saved)
-    teacher = FrozenTeacher(saved, weights)
-    assert same_tensors(teacher.model, model)
-    assert teacher.input_format == "RGB"
-
-
-def test_by_the_folder_of_a_run(small, py_config, tmp_path):
+def test_by_the_folder_of_a_run(small, tmp_path):
     """Its config and its last checkpoint; one without a checkpoint is refused."""
     _, model, weights = small
-    LazyConfig.save(LazyConfig.load(py_config), str(tmp_path / "config.yaml"))
+    path = py_config(tmp_path, DISTILLED)
+    LazyConfig.save(LazyConfig.load(path), str(tmp_path / "config.yaml"))
     with pytest.raises(ConfigError, match="model.teacher.weights=None: .* with a checkpoint"):
         FrozenTeacher(str(tmp_path))
     shutil.copy(weights, tmp_path / "model_0000004.pth")
@@ -159,7 +153,7 @@ def test_by_node_by_whole_config_and_by_model(small):
     assert FrozenTeacher(pair, weights).model is pair.student
 
 
-def test_input_format_comes_from_config_or_model_unless_given(small, zoo):
+def test_input_format_comes_from_config_or_model_unless_given(small):
     node, model, weights = small
     assert FrozenTeacher(node, weights).input_format == "RGB"  # the model's own
     assert FrozenTeacher(node, weights, "BGR").input_format == "BGR"
@@ -195,83 +189,12 @@ def test_a_zoo_name_brings_its_own_weights(monkeypatch, name):
     assert teacher.weights == ZOO_URL
 
 
-def test_pkl_of_the_zoo(small, tmp_path):
-    node, model, _ = small
-    arrays = {k: v.numpy() for k, v in model.state_dict().items() if "num_batches" not in k}
-    path = tmp_path / "model_final.pkl"
-    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
-    state = FrozenTeacher(node, str(path)).model.state_dict()
-    assert all(torch.equal(state[k], torch.from_numpy(v)) for k, v in arrays.items())
-
-
 def test_empty_weights_leave_the_model_as_built(sharedkd_log):
     teacher = FrozenTeacher(tiny.detector("retinanet", seed=5), "")
     assert same_tensors(teacher.model, tiny.detector("retinanet", seed=5))
     assert not sharedkd_log.text  # a model that somebody has built may be trained
     FrozenTeacher(tiny.node("retinanet"), "")
     assert "model.teacher.weights is empty" in sharedkd_log.text
-
-
-def bad_file(kind, small, tmp_path):
-    path = tmp_path / ("weights.pkl" if kind.endswith("pkl") else "weights.pth")
-    good = open(small[2], "rb").read()
-    if kind.startswith("garbage"):
-        path.write_bytes(bytes(range(256)) * 40)
-    elif kind.startswith("empty"):
-        path.write_bytes(b"")
-    elif kind.startswith("truncated"):
-        data = good if kind.endswith("pth") else pickle.dumps({"model": {}, "__author__": "x"})
-        path.write_bytes(data[: len(data) // 2])
-    elif kind == "list pkl":
-        path.write_bytes(pickle.dumps([1, 2]))
-    elif kind == "numbers pth":
-        torch.save({"model": {"lr": 0.1}}, path)
-    elif kind == "half pth":
-        state = small[1].state_dict()
-        torch.save({"model": {k: state[k] for k in list(state)[::2]}}, path)
-    elif kind == "surplus pth":
-        torch.save({"model": {**small[1].state_dict(), "head.extra.weight": torch.ones(1)}}, path)
-    elif kind == "depth 50 pth":
-        save(tiny.detector("retinanet", depth=50), path)
-    elif kind == "depth 34 pth":
-        save(tiny.detector("retinanet", depth=34), path)
-    elif kind == "classes pth":
-        save(tiny.detector("retinanet", num_classes=7), path)
-    elif kind == "family pth":
-        save(tiny.detector("fcos"), path)
-    return str(path)
-
-
-UNREADABLE = ("garbage", "empty", "truncated")
-BAD_WEIGHTS = {
-    **{f"{kind} {end}": "cannot be read" for kind in UNREADABLE for end in ("pth", "pkl")},
-    "list pkl": "cannot be read",
-    "numbers pth": "cannot be read",
-    "missing pth": "no such file",
-    "half pth": "missing in the file",
-    "surplus pth": "1 unknown to the model: head.extra.weight",
-    "depth 50 pth": "of another shape",
-    "depth 34 pth": "unknown to the model",
-    "classes pth": "2 of another shape: head.cls_score.bias (63,) against (27,)",
-    "family pth": "missing in the file",
-}
-
-
-@pytest.mark.parametrize("kind", BAD_WEIGHTS)
-def test_weights_that_cannot_be_used(small, tmp_path, kind):
-    path = bad_file(kind, small, tmp_path)
-    with pytest.raises(ConfigError) as error:
-        FrozenTeacher(small[0], path)
-    message = str(error.value)
-    assert message.startswith(f"model.teacher.weights={path}: ")
-    assert BAD_WEIGHTS[kind] in message
-    assert "\n" not in message
-
-
-def test_a_misshapen_tensor_is_not_also_called_missing(small, tmp_path):
-    with pytest.raises(ConfigError) as error:
-        FrozenTeacher(small[0], bad_file("classes pth", small, tmp_path))
-    assert "missing" not in str(error.value)
 
 
 def test_no_weights_for_a_teacher_that_is_not_in_the_zoo(small, tmp_path):
@@ -283,29 +206,19 @@ def test_no_weights_for_a_teacher_that_is_not_in_the_zoo(small, tmp_path):
 # --- configs that cannot be used -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", [None, "", "some.pth"])
-@pytest.mark.parametrize("name", ["COCO-Detection/faster_rcnn_R_11_FPN.yaml", "no/such/file.py"])
-def test_unknown_names(name, weights):
-    with pytest.raises(ConfigError) as error:
-        FrozenTeacher(name, weights)
-    assert str(error.value).startswith(
-        f"model.teacher.config={name}: is neither a file, the folder"
-    )
-
-
 @pytest.mark.parametrize(
-    "file, text, problem",
+    "text, problem",
     [
-        ("a.yaml", "MODEL:\n  NO_SUCH_KEY: 1\n", "cannot be read"),
-        ("a.yaml", "MODEL: [", "cannot be read"),
-        ("a.py", "model = 1 / 0\n", "cannot be read"),
-        ("a.yaml", "model:\n  _target_: no.such.Thing\n", "cannot be built"),
+        ("MODEL:\n  NO_SUCH_KEY: 1\n", "cannot be read"),
+        ("MODEL: [", "cannot be read"),
+        ("model:\n  _target_: no.such.Thing\n", "cannot be built"),
     ],
 )
-def test_broken_configs(tmp_path, file, text, problem):
-    (tmp_path / file).write_text(text)
+def test_broken_configs(tmp_path, text, problem):
+    """tests/misconfigurations.py has other names, weights and precisions that mean nothing."""
+    (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError) as error:
-        FrozenTeacher(str(tmp_path / file), "")
+        FrozenTeacher(str(tmp_path / "a.yaml"), "")
     message = str(error.value)
     assert message.startswith("model.teacher.config=") and problem in message
     assert "\n" not in message
@@ -347,7 +260,6 @@ def test_teacher_stays_frozen_and_in_eval_mode(pair):
 @pytest.mark.parametrize(
     "move, attribute, expected",
     [
-        (lambda m: m.to(torch.float64), "dtype", torch.float64),
         (lambda m: m.double(), "dtype", torch.float64),
         (lambda m: m.to("meta"), "device", torch.device("meta")),
     ],
@@ -396,20 +308,6 @@ def test_channel_order_by_hand():
 
 def flipped(records):
     return [{**x, "image": x["image"].flip(0)} for x in records]
-
-
-@pytest.mark.parametrize("teacher_format", ["RGB", "BGR"])
-@pytest.mark.parametrize("loader_format", ["RGB", "BGR"])
-def test_channel_order_and_normalisation_are_the_teachers(
-    small, zoo, loader_format, teacher_format
-):
-    model = {"RGB": small[1], "BGR": zoo[0]}[teacher_format]
-    records = tiny.batch()
-    result = FrozenTeacher(model, "").preprocess(records, loader_format, 32)
-    own = records if loader_format == teacher_format else flipped(records)
-    expected = model.preprocess_image(own)
-    assert torch.equal(result.tensor, expected.tensor)
-    assert result.image_sizes == expected.image_sizes == [(64, 96), (72, 64)]
 
 
 def test_predictions_see_the_same_flip(small):
@@ -525,16 +423,10 @@ def test_a_prepared_teacher_still_detects(raw, precision):
     torch.testing.assert_close(found.scores[:5].float(), expected.scores[:5], rtol=0.05, atol=0.01)
 
 
-@pytest.mark.parametrize("kind", ["float16", "tf32"])
-def test_what_a_cpu_cannot_do_is_refused(raw, kind):
-    teacher = raw(precision=kind)
-    with pytest.raises(ConfigError, match=f"model.teacher.precision={kind}.*train.device=cpu"):
+def test_what_a_cpu_cannot_do_is_refused(raw):
+    teacher = raw(precision="tf32")
+    with pytest.raises(ConfigError, match="model.teacher.precision=tf32.*train.device=cpu"):
         teacher.prepare()
-
-
-def test_unknown_precision(raw):
-    with pytest.raises(ConfigError, match="model.teacher.precision=int8.*use one of float32"):
-        raw(precision="int8")
 
 
 def test_folding_that_changes_maps_is_refused(raw, monkeypatch):

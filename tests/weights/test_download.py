@@ -188,12 +188,13 @@ def test_a_local_file_is_verified(tmp_path):
         load_trained(model, str(renamed), "train.init_checkpoint")
 
 
-@pytest.mark.parametrize("wrong", ["1a2b3c", "xyz" * 5, 12345678, "a" * 65])
 @pytest.mark.parametrize(
-    "key, sha256_key",
+    "key, sha256_key, wrong",
     [
-        ("model.teacher.weights", "model.teacher.sha256"),
-        ("train.init_checkpoint", "train.init_sha256"),
+        ("train.init_checkpoint", "train.init_sha256", "1a2b3c"),
+        ("model.teacher.weights", "model.teacher.sha256", "xyz" * 5),
+        ("model.teacher.weights", "model.teacher.sha256", 12345678),
+        ("model.teacher.weights", "model.teacher.sha256", "a" * 65),
     ],
 )
 def test_no_sha256(key, sha256_key, wrong):

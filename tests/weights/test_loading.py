@@ -10,9 +10,8 @@ import pytest
 import tiny
 import torch
 import torchvision
-from detectron2.checkpoint import DetectionCheckpointer
 
-from sharedkd import ConfigError, CrossLayer, SharedKD, Stage
+from sharedkd import ConfigError
 from sharedkd.engine.checkpoint import StudentCheckpointer
 from sharedkd.weights.conventions import convention_of_file, convention_of_model
 from sharedkd.weights.loading import inherit, initialise, load_trained
@@ -56,14 +55,6 @@ def model():
     return tiny.detector("faster_rcnn", seed=0)
 
 
-@pytest.mark.parametrize("bare", [False, True], ids=["under model", "bare state"])
-def test_load_trained_fills_every_tensor(model, trained, tmp_path, bare):
-    path = tmp_path / "a.pth"
-    torch.save(dict(trained) if bare else {"model": trained, "iteration": 5}, path)
-    load_trained(model, str(path), "key")
-    assert all(torch.equal(v, trained[k]) for k, v in model.state_dict().items())
-
-
 ANCHORS = "proposal_generator.anchor_generator.cell_anchors.0"
 CLS = "roi_heads.box_predictor.cls_score.weight"
 STRICT = {
@@ -100,7 +91,8 @@ def test_load_trained_is_strict(model, trained, tmp_path, edit, problem):
         kept = {k for k in trained if "pixel" not in k and "num_batches" not in k}
         assert all(torch.equal(model.state_dict()[k], trained[k]) for k in kept)
     else:
-        fails(f"^key={path}: .*{problem}", load_trained, model, path, "key")
+        said = fails(f"^key={path}: .*{problem}", load_trained, model, path, "key")
+        assert ("missing" in said) == ("missing" in problem)
 
 
 # --- initialise ------------------------------------------------------------------------------
@@ -124,8 +116,7 @@ def imagenet_pkl(path, depth, fc=True, **entries):
     return str(path), arrays
 
 
-@pytest.mark.parametrize("fc", [True, False])
-@pytest.mark.parametrize("family", ["retinanet", "mask_rcnn"])
+@pytest.mark.parametrize("family, fc", [("retinanet", True), ("mask_rcnn", False)])
 def test_initialise_with_an_imagenet_backbone(tmp_path, family, fc):
     path, arrays = imagenet_pkl(tmp_path / "R-18.pkl", 18, fc)
     assert "stem.conv1.weight" in arrays and "res2.0.conv1.weight" in arrays
@@ -137,11 +128,10 @@ def test_initialise_with_an_imagenet_backbone(tmp_path, family, fc):
     assert all(name.startswith(BOTTOM_UP) for name in changed(model, before))
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-def test_torchvisions_own_file(tmp_path, depth):
+def test_torchvisions_own_file(tmp_path):
     """It is refused with the advice to convert it; converted, it fills the whole backbone."""
-    state = getattr(torchvision.models, f"resnet{depth}")().state_dict()
-    model = tiny.detector("retinanet", depth)
+    state = torchvision.models.resnet50().state_dict()
+    model = tiny.detector("retinanet", 50)
     for given in (state, {"model": state}, {f"module.{k}": x for k, x in state.items()}):
         torch.save(given, tmp_path / "resnet.pth")
         message = fails(
@@ -165,21 +155,20 @@ def test_torchvisions_own_file(tmp_path, depth):
 
 
 @pytest.mark.parametrize(
-    "file, model, problem",
+    "whole, file, model, problem",
     [
-        (18, 34, "16 of its convolutions missing, 0 of another shape, 0 too many"),
-        (34, 18, "0 of its convolutions missing, 0 of another shape, 16 too many"),
-        (50, 18, "convolutions missing"),
+        (False, 18, 34, "16 of its convolutions missing, 0 of another shape, 0 too many"),
+        (False, 34, 18, "0 of its convolutions missing, 0 of another shape, 16 too many"),
+        (True, 50, 18, ""),
     ],
 )
-@pytest.mark.parametrize("whole", [False, True], ids=["a backbone", "a detector"])
-def test_weights_of_another_depth(tmp_path, file, model, problem, whole):
+def test_weights_of_another_depth(tmp_path, whole, file, model, problem):
     path = str(tmp_path / "a.pth")
     if whole:
         save(tiny.detector("retinanet", depth=file).state_dict(), path)
     else:
         path, _ = imagenet_pkl(tmp_path / "other.pkl", file)
-    message = f"^key={path}: was made for another backbone .*{problem if not whole else ''}"
+    message = f"^key={path}: was made for another backbone .*{problem}"
     fails(message, initialise, tiny.detector("retinanet", depth=model), path, "key")
 
 
@@ -375,69 +364,9 @@ def test_inherit_errors():
 # --- StudentCheckpointer ---------------------------------------------------------------------
 
 
-@pytest.fixture
-def pair():
-    stages = {"cross": Stage(CrossLayer())}
-    return SharedKD(student=tiny.detector("retinanet"), stages=stages, input_format="RGB")
-
-
-def test_a_file_is_a_plain_students(pair, tmp_path):
-    optimizer = torch.optim.SGD(pair.parameters(), 0.1, momentum=0.9)
-    StudentCheckpointer(pair, str(tmp_path), trainer=optimizer).save("model_0000004", iteration=4)
-    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000004.pth"]
-    data = torch.load(tmp_path / "model_0000004.pth")
-    plain = tiny.detector("retinanet", seed=8)
-    assert data["model"].keys() == plain.state_dict().keys()
-    assert data["iteration"] == 4 and "param_groups" in data["trainer"]
-    # Detectron2 itself, without this package, fills a plain detector with it
-    incompatible = DetectionCheckpointer(plain).load(str(tmp_path / "model_0000004.pth"))
-    assert incompatible["iteration"] == 4
-    assert all(torch.equal(v, pair.student.state_dict()[k]) for k, v in plain.state_dict().items())
-
-
-def test_save_and_load_back(pair, tmp_path):
-    optimizer = torch.optim.SGD(pair.parameters(), 0.1, momentum=0.9)
-    checkpointer = StudentCheckpointer(pair, str(tmp_path), trainer=optimizer)
-    before = snapshot(pair)
-    checkpointer.save("a")
-    for p in pair.parameters():
-        p.data += 1
-    optimizer.param_groups[0]["lr"] = 7
-    assert checkpointer.has_checkpoint()
-    checkpointer.load(checkpointer.get_checkpoint_file())
-    assert not changed(pair, before)
-    assert optimizer.param_groups[0]["lr"] == 0.1
-
-
-def dying_save(data, f):
-    f.write(b"half of a file")
-    raise OSError("No space left on device")
-
-
-@pytest.mark.parametrize("name", ["model_final", "next"], ids=["over the same name", "a new name"])
-def test_a_save_that_dies_half_way_leaves_the_previous_file(pair, tmp_path, monkeypatch, name):
-    checkpointer = StudentCheckpointer(pair, str(tmp_path))
-    checkpointer.save("model_final")
-    good = (tmp_path / "model_final.pth").read_bytes()
-    state = snapshot(pair)
-    for p in pair.parameters():
-        p.data += 1
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", dying_save)
-        with pytest.raises(OSError, match="No space left"):
-            checkpointer.save(name)
-    assert (tmp_path / "model_final.pth").read_bytes() == good
-    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
-    assert not (tmp_path / "next.pth").exists()
-    checkpointer.load(checkpointer.get_checkpoint_file())
-    assert not changed(pair, state)
-    checkpointer.save(name)  # what was left behind is no obstacle
-    assert (tmp_path / "last_checkpoint").read_text() == f"{name}.pth"
-    assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
-
-
-def test_last_checkpoint_is_replaced_at_once(pair, tmp_path, monkeypatch):
-    checkpointer = StudentCheckpointer(pair, str(tmp_path))
+def test_last_checkpoint_is_replaced_at_once(tmp_path, monkeypatch):
+    """tests/engine/test_checkpoint.py breaks off the saving itself."""
+    checkpointer = StudentCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
     checkpointer.save("first")
 
     def dying_replace(source, target):
@@ -449,6 +378,6 @@ def test_last_checkpoint_is_replaced_at_once(pair, tmp_path, monkeypatch):
     assert (tmp_path / "last_checkpoint").read_text() == "first.pth"
 
 
-def test_only_the_main_process_writes(pair, tmp_path):
-    StudentCheckpointer(pair, str(tmp_path), save_to_disk=False).save("a")
+def test_only_the_main_process_writes(tmp_path):
+    StudentCheckpointer(torch.nn.Linear(1, 1), str(tmp_path), save_to_disk=False).save("a")
     assert not os.listdir(tmp_path)

@@ -118,7 +118,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("core", [b"core", b"_core"], ids=["numpy 1", "numpy 2"])
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
 def test_arrays_of_any_numpy_and_protocol(tmp_path, protocol, core):
     rest = [1, (2, "x"), {"y": None}, 2**70, 1.5, b"z", np.float32(3), OrderedDict(a=1)]
     pickled = pickle.dumps({**ARRAYS, "again": ARRAYS["matrix"], "rest": rest}, protocol)
@@ -225,9 +225,6 @@ def test_a_trainers_state_comes_back(tmp_path):
 
 
 BACKBONES = {
-    "torchvision.pkl": lambda a: pickle.dumps(
-        {"model": a, "__author__": "torchvision", "matching_heuristics": True}
-    ),
     "bare.pth": lambda a: torch_bytes({k: torch.from_numpy(v) for k, v in a.items()}),
     "bare.safetensors": None,
     "pycls.pyth": lambda a: torch_bytes(
