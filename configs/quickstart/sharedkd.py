@@ -10,7 +10,8 @@ from sharedkd.config import shared_kd_stages
 from .plain import data, dataloader, lr_multiplier, model, optimizer, shapes, train
 
 _runs = Path(train.output_dir).parent
-train.output_dir = str(_runs / "sharedkd")
+# It starts with copies of the teacher's FPN and heads.
+train.update(output_dir=str(_runs / "sharedkd"), inherit=["neck", "head"])
 model = L(SharedKD)(
     student=model,
     teacher=L(FrozenTeacher)(
