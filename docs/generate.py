@@ -43,6 +43,7 @@ PRECISION = ("precision", "precision_rounded")
 
 #: Comparisons by :doc:`protocol`, one for each set and pair.
 PAIRS = (
+    "quickstart",
     "cards",
     "cards_share",
     "cards_long",

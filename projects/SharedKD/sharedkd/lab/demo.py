@@ -55,8 +55,9 @@ def run_demo(root: Path, output: Path, overrides: Sequence[str] = ()) -> str:
     print(f"\n{table(found)}\n\n{found['sentence']}\n")
     print(
         f"A small example: {shapes.train} drawn images, {student.cfg.train.max_iter} iterations a student, "
-        f"random initial weights, and one seed.\n{shapes.val} validation images and one seed cannot tell "
-        "small differences from chance; docs/results.md has measurements.\n"
+        "random initial weights, and one seed.\nThe Shared-KD student starts with the teacher's FPN and heads; "
+        f"docs/results.md has what that alone gains.\n{shapes.val} validation images and one seed cannot tell "
+        "small differences from chance.\n"
     )
     for path in (output / "table.md", output / "detections/detections.md", write_report(output)):
         print(short(path))
