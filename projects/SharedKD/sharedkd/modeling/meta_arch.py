@@ -265,9 +265,14 @@ class SharedKD(nn.Module):
             fix = "use MODEL.SHAREDKD.METHOD: shared_kd_published"
             raise ConfigError("MODEL.SHAREDKD.PUBLISHED", keys.PUBLISHED, "this key is gone", fix)
         student = META_ARCH_REGISTRY.get(keys.STUDENT)(cfg)
-        method = "+".join(f"{part}:{keys.WEIGHT}" for part in keys.METHOD.split("+"))
-        stages = instantiate(stages_of(method, family(student)))
+        stages = instantiate(stages_of(keys.METHOD, family(student)))
         for stage in stages.values():
+            if (
+                stage.auto
+            ):  # `METHOD: fgd:auto` keeps its own share; a factor in the name would replace it
+                stage.share *= keys.WEIGHT
+            else:
+                stage.weight *= keys.WEIGHT
             for time in ("start", "ramp", "end"):
                 if keys[time.upper()] is not None:
                     setattr(stage, time, keys[time.upper()])
