@@ -33,6 +33,7 @@ from sharedkd.engine.checkpoint import has_run
 from sharedkd.errors import SharedKDError
 from sharedkd.files import replace
 from sharedkd.lab.export import FORMATS, export_student, table
+from sharedkd.modeling.detectors import weights_of
 
 
 def names(text: str):
@@ -59,7 +60,7 @@ def config(args):
     elif not any(x.startswith("train.init_checkpoint=") for x in args.overrides):
         run = Path(args.config_file).parent
         if Path(args.config_file).name == "config.yaml" and has_run(run):
-            cfg.train.init_checkpoint = str(run / (run / "last_checkpoint").read_text().strip())
+            cfg.train.init_checkpoint = weights_of(str(run))
     return cfg
 
 
