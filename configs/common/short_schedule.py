@@ -13,7 +13,7 @@ train.checkpointer.update(period=300, max_to_keep=2)
 
 optimizer = L(torch.optim.AdamW)(
     params=get_config("common/optim.py").SGD.params,
-    lr=2e-4,
+    lr=5e-4,
     weight_decay=0.01,
     fused=True,  # the same update, in less time
 )

@@ -18,8 +18,10 @@ def _small_backbone(model, depth, width=FPN_WIDTH):
     model.backbone.out_channels = width
     bottom_up = model.backbone.bottom_up
     bottom_up.freeze_at = 0
-    bottom_up.stem.norm = "BN"
-    bottom_up.stages.update(depth=depth, norm="BN")
+    bottom_up.stem.norm = "${..stages.norm}"
+    # With the weights' own statistics: those of a few small images a step are worse.  From random
+    # weights, BN.
+    bottom_up.stages.update(depth=depth, norm="FrozenBN")
     if depth < 50:
         del bottom_up.stages.stride_in_1x1  # basic blocks have no 1x1 convolution
     else:
@@ -50,7 +52,7 @@ def small_mask_rcnn(depth, num_classes, width=FPN_WIDTH):
 def tiny_mask_rcnn(depth, num_classes, width=64):
     """Mask R-CNN for images of about 100 pixels that learns within minutes from random weights."""
     model = small_mask_rcnn(depth, num_classes, width)
-    model.backbone.norm = "BN"
+    model.backbone.norm = model.backbone.bottom_up.stages.norm = "BN"
     heads = model.roi_heads
     heads.batch_size_per_image = 32
     # Anchors are half as large as Detectron2's, so the sizes that share a level are, too.

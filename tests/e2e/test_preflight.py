@@ -295,7 +295,19 @@ def test_no_warning_without_a_reason(good, workspace, tmp_path):
     start = [f"train.output_dir={tmp_path}/run", f"train.init_checkpoint={workspace.weights}"]
     found = preflight(good["pair"], [*start, *QUIET], measure=False)
     assert found["ok"] and found["warnings"] == []
-    assert "verified: 158 of 158 tensors" in found["student"]["weights"]
+    assert "verified: 138 of 138 tensors" in found["student"]["weights"]
+
+
+def test_frozen_norms_of_random_weights_are_warned_of(good, tmp_path):
+    """The remedy that the warning names removes it."""
+    output, key = f"train.output_dir={tmp_path}/run", "model.backbone.bottom_up.stages.norm"
+
+    def remedy(norm):
+        found = preflight(good["plain"], [output, f"{key}={norm}"], measure=False)
+        return {x["key"]: x["fix"] for x in found["warnings"]}["train.init_checkpoint"]
+
+    assert f"{key}=BN" in remedy("FrozenBN")
+    assert key not in remedy("BN")
 
 
 def test_validation_on_the_training_data_is_warned_of(good, workspace, tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
+from detectron2.layers import FrozenBatchNorm2d
 from omegaconf import OmegaConf
 
 from sharedkd.errors import ConfigError
@@ -41,6 +42,10 @@ def _weights(parts: Parts) -> Iterator[ConfigError]:
     if not parts.resuming and not train.init_checkpoint and not train.inherit:
         problem = "the student starts from random weights"
         fix = "set it to an ImageNet backbone or a detector if there is one"
+        stages = key_of(parts.cfg.model, "stages")
+        if stages and any(isinstance(x, FrozenBatchNorm2d) for x in parts.student.modules()):
+            problem += ", whose frozen norms never learn"
+            fix += f"; else use {stages}.norm=BN"
         yield ConfigError("train.init_checkpoint", "''", problem, fix)
     elif parts.loaded:
         yield from _convention(parts)
