@@ -480,7 +480,9 @@ def test_classic_config_with_the_published_weights(tmp_path):
     assert [s.weight for s in model.stages.values()] == [2, 2]
     assert all(s.loss.distance.normalize == "none" for s in model.stages.values())
     cfg.MODEL.SHAREDKD.METHOD, cfg.MODEL.SHAREDKD.WEIGHT = "pkd:auto", 2.0
-    assert [s.share for s in build_model(cfg).stages.values()] == [2 * Stage.share]
+    cfg.MODEL.SHAREDKD.DECAY = 0.2
+    stages = build_model(cfg).stages.values()
+    assert [(s.share, s.decay) for s in stages] == [(2 * Stage.share, 0.2)]
     cfg.MODEL.SHAREDKD.PUBLISHED = True
     with pytest.raises(ConfigError, match="use MODEL.SHAREDKD.METHOD: shared_kd_published"):
         build_model(cfg)

@@ -64,7 +64,7 @@ def add_sharedkd_config(cfg: CfgNode) -> None:
       them; an empty CONFIG: no teacher, for a method that needs none.
     * ``METHOD``: as :func:`~sharedkd.modeling.recipes.stages_of` takes it.
     * ``WEIGHT``: multiplies the weights of the method's stages, or the shares of those that are ``auto``.
-    * ``START``, ``RAMP``, ``END``: see :class:`~sharedkd.modeling.stages.Stage`, for all of them.
+    * ``START``, ``RAMP``, ``DECAY``, ``END``: see :class:`~sharedkd.modeling.stages.Stage`, for all of them.
     """
     cfg.MODEL.SHAREDKD = CfgNode(
         dict(
@@ -76,6 +76,7 @@ def add_sharedkd_config(cfg: CfgNode) -> None:
             WEIGHT=1.0,
             START=None,
             RAMP=None,
+            DECAY=None,
             END=None,
             PUBLISHED=None,  # gone, see SharedKD.from_config
         )

@@ -29,8 +29,8 @@ from .heads import (
 )
 from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
-from .recipes import stages_of
-from .stages import DISTILL, PEER, Stage, scale_relative
+from .recipes import multiply, stages_of
+from .stages import DISTILL, PEER, TIMES, Stage, scale_relative
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
 from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher, teacher_key
 
@@ -265,21 +265,15 @@ class SharedKD(nn.Module):
             fix = "use MODEL.SHAREDKD.METHOD: shared_kd_published"
             raise ConfigError("MODEL.SHAREDKD.PUBLISHED", keys.PUBLISHED, "this key is gone", fix)
         student = META_ARCH_REGISTRY.get(keys.STUDENT)(cfg)
-        stages = instantiate(stages_of(keys.METHOD, family(student)))
-        for stage in stages.values():
-            if (
-                stage.auto
-            ):  # `METHOD: fgd:auto` keeps its own share; a factor in the name would replace it
-                stage.share *= keys.WEIGHT
-            else:
-                stage.weight *= keys.WEIGHT
-            for time in ("start", "ramp", "end"):
-                if keys[time.upper()] is not None:
-                    setattr(stage, time, keys[time.upper()])
+        stages = stages_of(keys.METHOD, family(student))
+        times = {x: keys[x.upper()] for x in TIMES if keys[x.upper()] is not None}
+        for name in stages.keys() - {"_target_"}:
+            multiply(stages[name], keys.WEIGHT)
+            stages[name].update(times)
         return dict(
             student=student,
             teacher=_teacher_of(cfg) if keys.TEACHER.CONFIG else None,
-            stages=stages,
+            stages=instantiate(stages),
             input_format=cfg.INPUT.FORMAT,
             max_iter=cfg.SOLVER.MAX_ITER,
         )
@@ -638,7 +632,7 @@ def _check_times(key: str, stage: Stage, max_iter: Optional[int]) -> None:
     if stage.end == "teacher":
         problem, fix = "is known to this package's trainer only", "use a time or null"
         raise ConfigError(f"{key}.end", "teacher", problem, fix)
-    for time in ("start", "ramp", "decay", "end") if max_iter is None else ():
+    for time in TIMES if max_iter is None else ():
         value = getattr(stage, time)
         if isinstance(value, float) or time == "decay" and value and stage.end is None:
             problem = "is a part of the run, whose length is unknown"

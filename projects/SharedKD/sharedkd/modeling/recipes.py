@@ -131,18 +131,24 @@ def stages_of(name: str, kind: str) -> DictConfig:
 def _weigh(stage: DictConfig, factors: Sequence[str]) -> None:
     """Apply what follows a recipe's name: ``4`` multiplies weights, ``auto`` and ``auto:0.1`` set shares.
 
-    A stage that is off stays off; the weight of one that sets itself is its share.
+    A stage that is off stays off.
     """
     numbers = [_factor(x) for x in factors if x != "auto"]
-    weight = stage.get("weight", 1.0)
-    if "auto" in factors and weight:
+    if "auto" in factors and stage.get("weight", 1.0):
         stage.weight = "auto"
         if numbers:
             stage.share = prod(numbers)
-    elif weight == "auto":
-        stage.share = stage.get("share", Stage.share) * prod(numbers)
     else:
-        stage.weight = weight * prod(numbers)
+        multiply(stage, prod(numbers))
+
+
+def multiply(stage: DictConfig, factor: float) -> None:
+    """Multiply the weight of a stage's config node by ``factor``; of one that sets itself, its share."""
+    weight = stage.get("weight", 1.0)
+    if weight == "auto":
+        stage.share = stage.get("share", Stage.share) * factor
+    else:
+        stage.weight = weight * factor
 
 
 def _factor(text: str) -> float:

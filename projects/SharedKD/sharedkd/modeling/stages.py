@@ -13,6 +13,7 @@ from sharedkd.values import check_choice, check_number, check_switch, check_text
 __all__ = [
     "DISTILL",
     "PEER",
+    "TIMES",
     "Stage",
     "iterations",
     "own_losses",
@@ -25,6 +26,7 @@ __all__ = [
 
 DISTILL = "distill/"  #: what the names of distillation losses begin with
 PEER = "peer/"  #: what the names of a peer's losses and stages begin with: ``peer/<its name>/``
+TIMES = ("start", "ramp", "decay", "end")  #: a stage's schedule
 
 
 @dataclass
@@ -113,9 +115,10 @@ class Stage:
         if isinstance(self.end, str) and self.end != "teacher":
             fix = "use a time, teacher or null"
             findings.add(ConfigError(f"{key}.end", self.end, "is no time", fix))
-        numbers = [x for x in ("weight", "end") if not isinstance(getattr(self, x), str)]
-        for name in ("start", "ramp", "decay", *numbers):
+        for name in ("weight", *TIMES):
             value = getattr(self, name)
+            if name in ("weight", "end") and isinstance(value, str):
+                continue  # checked above
             findings.step(check_number, f"{key}.{name}", value, least=0, or_null=name == "end")
         for name in ("relative", "published"):
             findings.step(check_switch, f"{key}.{name}", getattr(self, name))

@@ -11,7 +11,7 @@ from sharedkd.engine.hooks.record import read_record
 from sharedkd.errors import ConfigError
 from sharedkd.lab.metrics import read_metrics, seconds_per_step
 from sharedkd.lab.scores import TASKS, Record, folder_name, read_comparison
-from sharedkd.modeling.stages import Stage
+from sharedkd.modeling.stages import TIMES, Stage
 
 __all__ = ["RunData", "Source", "is_distilled", "read_source"]
 
@@ -67,7 +67,7 @@ class RunData:
         for name, node in nodes.items():
             if not isinstance(node, Mapping):  # the dict's own _target_
                 continue
-            keys = ("weight", "start", "ramp", "decay", "end", "relative")
+            keys = ("weight", *TIMES, "relative")
             times = {key: node[key] for key in keys if key in node}
             # Other text is a reference to another key.
             words = {("weight", "auto"), ("end", "teacher")}
