@@ -13,3 +13,4 @@ model = L(SharedKD)(
     stages=shared_kd_stages(),
     input_format="${dataloader.train.mapper.image_format}",
 )
+train.inherit = ["neck", "head"]  # starts with the teacher's FPN and heads

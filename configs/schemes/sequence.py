@@ -7,6 +7,5 @@ from sharedkd.config import sequence
 
 from ..custom_coco import data, dataloader, lr_multiplier, model, optimizer, train
 
-model.teachers = dict(near=L(FrozenTeacher)(config="output/near"), far=model.teacher)
-model.teacher = None
-model.stages = sequence(model.stages, ["near", "far"])
+model.teachers = dict(near=L(FrozenTeacher)(config="output/near"))
+model.stages = sequence(model.stages, ["near", None])

@@ -272,7 +272,7 @@ QUIET = ["train.eval_period=2", "train.checkpointer.period=2"]
         ),
         (
             False,
-            ["model.stages.identical.weight=0", "train.amp.enabled=True"],
+            ["model.stages.identical.weight=0", "train.inherit=[]", "train.amp.enabled=True"],
             ["model.teacher", "train.amp.enabled"],
         ),
         (False, ["model.teacher.precision=bfloat16"], ["model.teacher.precision"]),
@@ -357,6 +357,7 @@ def test_no_stride_in_common(good, tmp_path):
     torch.save({"model": instantiate(LazyConfig.load(str(config)).model).state_dict()}, weights)
     cfg = LazyConfig.load(good["pair"])
     cfg.model.student = tiny.node("retinanet", 18, "${data.num_classes}")
+    cfg.train.inherit = []  # nothing fits
     path = tmp_path / "retinanet.yaml"
     LazyConfig.save(cfg, str(path))
     pair = [f"model.teacher.config={config}", f"model.teacher.weights={weights}"]

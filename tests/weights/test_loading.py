@@ -325,6 +325,20 @@ def test_inherit(sharedkd_log, parts, depth, classes, names):
     assert not changed(teacher, source)
 
 
+def test_what_the_initial_weights_have_is_not_inherited(sharedkd_log, tmp_path):
+    """A backbone has neither part; a detector has both; one of other classes has a head that fits in part."""
+    path = str(tmp_path / "initial.pth")
+    for classes, copied in ((None, LATERALS | TOP | TOWERS | SCORES), (3, set()), (7, set())):
+        student, teacher = tiny.detector("retinanet", 34), tiny.detector("retinanet", 34, seed=1)
+        source = tiny.detector("retinanet", 34, classes or 3, seed=2)
+        torch.save((source if classes else source.backbone.bottom_up).state_dict(), path)
+        found = initialise(student, path)
+        assert set(inherit(student, teacher, ["neck", "head"], trained=found.names)) == copied
+    assert (
+        "train.init_checkpoint has the student's neck and head: not inherited" in sharedkd_log.text
+    )
+
+
 def test_inherit_from_a_two_stage_teacher():
     student, teacher = tiny.detector("faster_rcnn"), tiny.detector("mask_rcnn", 34, seed=1)
     copied = inherit(student, teacher, ["head"])

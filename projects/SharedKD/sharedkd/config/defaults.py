@@ -84,7 +84,7 @@ class Train:
     init_sha256: str = ""  # of that file, verified; at least 8 hexadecimal digits
     trust_checkpoint: bool = False  # let that file, or the one to resume from, run what it asks for
     safetensors: bool = False  # write model_final.safetensors beside model_final.pth
-    # what the student copies from the teacher at the start: neck, head
+    # what the student copies from the teacher at the start, unless init_checkpoint has it: neck, head
     inherit: List[str] = limited([])
     # evaluate the teacher before the first iteration, and say when the student is level with it;
     # None: if its classes are as many as the data's

@@ -266,12 +266,19 @@ def _registered(names: Any) -> Optional[List[str]]:
     return None
 
 
-def check_class_names(key: str, value: str, theirs: Sequence[str], ours: Sequence[str]) -> None:
+def check_class_names(
+    key: str,
+    value: str,
+    theirs: Sequence[str],
+    ours: Sequence[str],
+    otherwise: str = "use another model",
+) -> None:
     """Compare the classes of a model that was trained elsewhere with those of the data.
 
     Args:
         key, value: the config key that names the model, and what it holds.
         theirs, ours: class names of the model and of the data, in order.
+        otherwise: the second remedy.
 
     Raises:
         ConfigError: they differ, or have another order.
@@ -283,7 +290,7 @@ def check_class_names(key: str, value: str, theirs: Sequence[str], ours: Sequenc
         key,
         value,
         f"was trained for the classes {some_of(theirs)}, the data have {some_of(ours)}: {how}",
-        "give the categories of the json the ids that they had there, or use another model",
+        f"give the categories of the json the ids that they had there, or {otherwise}",
     )
 
 

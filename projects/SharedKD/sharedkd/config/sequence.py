@@ -1,6 +1,6 @@
 """Several teachers one after the other, as stages of a config."""
 
-from typing import Sequence
+from typing import Optional, Sequence
 
 from detectron2.config import LazyCall as L
 from omegaconf import DictConfig
@@ -11,7 +11,7 @@ from sharedkd.modeling.stages import stage_dict
 __all__ = ["sequence"]
 
 
-def sequence(stages: DictConfig, teachers: Sequence[str]) -> DictConfig:
+def sequence(stages: DictConfig, teachers: Sequence[Optional[str]]) -> DictConfig:
     """The same stages with one teacher after the other, from near to the student to far from it.
 
     Teachers take turns of equal length, each stage under the name ``<stage>_<teacher>``.  A loss with
@@ -26,7 +26,7 @@ def sequence(stages: DictConfig, teachers: Sequence[str]) -> DictConfig:
 
     Args:
         stages: config node of the stages, without times of their own.
-        teachers: their names in ``model.teachers``, in order.
+        teachers: their names in ``model.teachers``, in order; None is ``model.teacher``.
 
     Raises:
         ConfigError: no teachers, one of them twice, or a stage that has a start or an end.
@@ -44,5 +44,5 @@ def sequence(stages: DictConfig, teachers: Sequence[str]) -> DictConfig:
         for turn, teacher in enumerate(teachers):
             ends = None if turn == turns - 1 else (turn + 1) / turns
             times = {"start": turn / turns, "end": ends}
-            found[f"{name}_{teacher}"] = {**stage, **times, "teacher": teacher}
+            found[f"{name}_{teacher or 'teacher'}"] = {**stage, **times, "teacher": teacher}
     return found

@@ -119,11 +119,17 @@ def check_classes(
 
 
 def check_class_order(
-    cfg: DictConfig, model: nn.Module, classes: Sequence[str], eval_only: bool, findings: Findings
+    cfg: DictConfig,
+    model: nn.Module,
+    inherited: Sequence[str],
+    classes: Sequence[str],
+    eval_only: bool,
+    findings: Findings,
 ) -> None:
     """Compare class names with those that a teacher or checkpoint was trained for, if they are known.
 
     Args:
+        inherited: the student's tensors that are copies of its teacher's.
         classes: class names of the data, in order.
         eval_only: ``train.init_checkpoint`` is evaluated.
         findings: receives an error for each model whose class scores are used and mean other classes.
@@ -142,14 +148,16 @@ def check_class_order(
     stages = getattr(model, "stages", {}).values()
     dense = not hasattr(getattr(model, "student", model), "roi_heads")
     readers = {stage.teacher for stage in stages if _reads_scores(stage.loss, dense)}
-    if "head" in cfg.train.inherit:
-        readers.add(None)
+    head = any(not name.startswith("backbone.") for name in inherited)
+    otherwise = [] if None in readers or not head else ["set train.inherit=[neck]"]
+    readers |= {None} if head else set()
     for name, teacher in getattr(model, "sources", {}).items():
         path = getattr(teacher, "name", None)
         if name in readers and path and num_classes(model.student) == num_classes(teacher.detector):
             key = f"{teacher_key(name)}.config"
             names = names_of(path)
-            findings.step(check_class_names, key, path, names or classes, classes)
+            remedy = otherwise if name is None else []
+            findings.step(check_class_names, key, path, names or classes, classes, *remedy)
 
 
 def _reads_scores(loss: DistillationLoss, dense: bool) -> bool:

@@ -132,7 +132,9 @@ def assemble(
         for key, student in parts.students.items():
             step(check_classes, cfg, student, summary, key)
         if parts.model is not FAILED:
-            check_class_order(cfg, parts.model, summary.classes, eval_only, findings)
+            check_class_order(
+                cfg, parts.model, parts.inherited, summary.classes, eval_only, findings
+            )
     if comm.is_main_process():
         check_evaluation(cfg, data, findings)
     if eval_only:
@@ -194,7 +196,8 @@ def _build(parts: Parts, eval_only: bool, classes_known: bool, findings: Finding
     elif not parts.resuming:
         parts.loaded = step(initialise, student, cfg.train.init_checkpoint, *_source(cfg))
         if cfg.train.inherit:
-            parts.inherited = step(_inherit, cfg, student, parts.teachers.get(None))
+            teacher = parts.teachers.get(None)
+            parts.inherited = step(_inherit, cfg, student, teacher, parts.loaded) or []
         for name, x in parts.peers.items():
             key = f"model.peers.{name}.init_checkpoint"
             step(initialise, x.student, x.init_checkpoint, key, x.trust_checkpoint, x.sha256)
@@ -287,13 +290,13 @@ def _source(cfg: DictConfig) -> Tuple[str, bool, str]:
     return "train.init_checkpoint", cfg.train.trust_checkpoint, cfg.train.init_sha256
 
 
-def _inherit(cfg: DictConfig, student: nn.Module, teacher: Any) -> List[str]:
+def _inherit(cfg: DictConfig, student: nn.Module, teacher: Any, loaded: Initial) -> List[str]:
     if not isinstance(teacher, FrozenTeacher):
         kind = type(teacher).__name__
         problem = "there is no teacher" if teacher is None else f"a {kind} is no trained detector"
         fix = "set model.teacher or use train.inherit=[]"
         raise ConfigError("train.inherit", list(cfg.train.inherit), problem, fix)
-    return inherit(student, teacher.model, cfg.train.inherit, teacher.scale)
+    return inherit(student, teacher.model, cfg.train.inherit, teacher.scale, loaded.names)
 
 
 def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:

@@ -5,7 +5,18 @@ import logging
 import math
 import os
 import re
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Collection,
+    Dict,
+    FrozenSet,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import numpy as np
 import torch
@@ -177,11 +188,11 @@ class Initial(NamedTuple):
     """What initial weights have done.
 
     Args:
-        tensors: the number of the model's tensors that the file filled.
+        names: the model's tensors that the file filled.
         convention: how the images were prepared that the file was trained on.
     """
 
-    tensors: int
+    names: FrozenSet[str]
     convention: Convention
 
 
@@ -204,7 +215,7 @@ def initialise(
         ConfigError: see :func:`load_trained`; or it was made for another bottom-up network.
     """
     if not path:
-        return Initial(0, Convention())
+        return Initial(frozenset(), Convention())
     checkpointer, _ = _load(model, path, key, trusted, sha256)
     found = checkpointer.incompatible
     backbone = getattr(model, "backbone", model)
@@ -238,23 +249,29 @@ def initialise(
             "use weights of the student's backbone, or an empty string to start from scratch",
         )
     unfilled = {*found.missing_keys, *(x[0] for x in found.incorrect_shapes)}
-    return Initial(len(model.state_dict().keys() - unfilled), checkpointer.convention)
+    return Initial(frozenset(model.state_dict()) - unfilled, checkpointer.convention)
 
 
 #: The convolutions of an FPN's level, by its number.
 _LEVEL = re.compile(r"(backbone\.fpn_(?:lateral|output))(\d+)")
 
 #: What can be inherited: part -> the beginnings of its parameters' names.
-PARTS: Dict[str, Sequence[str]] = {
+PARTS: Dict[str, Tuple[str, ...]] = {
     "neck": ("backbone.",),
     "head": ("head.", "proposal_generator.", "roi_heads."),
 }
 
 
 def inherit(
-    student: nn.Module, teacher: nn.Module, parts: Sequence[str], scale: float = 1
+    student: nn.Module,
+    teacher: nn.Module,
+    parts: Sequence[str],
+    scale: float = 1,
+    trained: Collection[str] = (),
 ) -> List[str]:
     """Copy the teacher's neck and head into the student where names and shapes agree.
+
+    A part of which the student has trained tensors already stays as it is.
 
     Args:
         student, teacher: plain detectors.
@@ -262,6 +279,7 @@ def inherit(
         scale: the teacher sees the images enlarged so many times; 2: an object that the student finds on
             its level 2 is one of the teacher's level 3, so that the student's ``fpn_output2`` is a copy
             of ``fpn_output3``.
+        trained: the student's tensors that come from ``train.init_checkpoint``.
 
     Returns:
         the names of the tensors copied, which are also logged.
@@ -272,12 +290,13 @@ def inherit(
     unknown = [p for p in parts if p not in PARTS]
     if unknown:
         raise ConfigError("train.inherit", unknown, "no such part", f"use any of {list(PARTS)}")
-    beginnings = tuple(b for part in parts for b in PARTS[part])
+    kept = [part for part in parts if any(_is_of(part, name) for name in trained)]
+    if kept:
+        logger.info(f"train.init_checkpoint has the student's {' and '.join(kept)}: not inherited")
+    parts = [part for part in parts if part not in kept]
     source, target = teacher.state_dict(), student.state_dict()
     names = {
-        name: _at_scale(name, scale)
-        for name in target
-        if name.startswith(beginnings) and not name.startswith("backbone.bottom_up.")
+        name: _at_scale(name, scale) for name in target if any(_is_of(part, name) for part in parts)
     }
     copied = [
         name
@@ -294,8 +313,14 @@ def inherit(
     with torch.no_grad():
         for name in copied:
             target[name].copy_(source[names[name]])
-    logger.info(f"The student inherits {len(copied)} tensors from the teacher: {', '.join(copied)}")
+    if copied:
+        listed = ", ".join(copied)
+        logger.info(f"The student inherits {len(copied)} tensors from the teacher: {listed}")
     return copied
+
+
+def _is_of(part: str, name: str) -> bool:
+    return name.startswith(PARTS[part]) and not name.startswith("backbone.bottom_up.")
 
 
 def _at_scale(name: str, scale: float) -> Optional[str]:
