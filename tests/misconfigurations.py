@@ -437,11 +437,7 @@ PAIR = {
     "option of the teacher": (["model.teacher.speed=9"], "model.teacher", ["speed"]),
     "part to inherit": (["train.inherit=[tail]"], "train.inherit", ["tail", "neck"]),
     "teachers as a list": (["model.teachers=[a]"], "model.teachers", ["is no group of nodes"]),
-    "no teacher for a stage": (
-        ["model.teacher=null", "train.inherit=[]"],
-        f"{SAME}.loss",
-        ["needs a teacher"],
-    ),
+    "no teacher for a stage": (["model.teacher=null"], f"{SAME}.loss", ["needs a teacher"]),
     "no such teacher for a stage": (
         [f"{SAME}.teacher=large"],
         f"{SAME}.teacher",

@@ -7,4 +7,3 @@ from sharedkd.modeling.teachers import StudentAverage
 from ..custom_coco import data, dataloader, lr_multiplier, model, optimizer, train
 
 model.teacher = L(StudentAverage)(decay=0.998)
-train.inherit = []  # there is no trained teacher

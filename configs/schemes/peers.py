@@ -9,7 +9,6 @@ from ..common.small_models import small_faster_rcnn
 from ..custom_coco import data, dataloader, lr_multiplier, model, optimizer, train
 
 model.teacher = None
-train.inherit = []  # there is no trained teacher
 for _stage in (model.stages.identical, model.stages.cross):
     _stage.teacher = "large"
 model.peers = dict(

@@ -357,7 +357,6 @@ def test_no_stride_in_common(good, tmp_path):
     torch.save({"model": instantiate(LazyConfig.load(str(config)).model).state_dict()}, weights)
     cfg = LazyConfig.load(good["pair"])
     cfg.model.student = tiny.node("retinanet", 18, "${data.num_classes}")
-    cfg.train.inherit = []  # nothing fits
     path = tmp_path / "retinanet.yaml"
     LazyConfig.save(cfg, str(path))
     pair = [f"model.teacher.config={config}", f"model.teacher.weights={weights}"]

@@ -106,9 +106,9 @@ def test_a_vit_without_a_detector_teaches_by_a_config(train, tmp_path):
     assert {"distill/cosine/s8", "distill/cosine/s16", "distill/cosine/s32"} <= set(lines[0])
     saved = torch.load(output / "model_final.pth", weights_only=True)["model"]
     assert not any("vit" in name or "encoder" in name or "adapters" in name for name in saved)
-    with pytest.raises(
-        ConfigError, match="^train.inherit=.*: a FoundationTeacher is no trained det"
-    ):
-        train(str(config), "train.inherit=[neck]", output=tmp_path / "teacher_none")
+    assert (
+        "a FoundationTeacher is no trained detector: nothing is inh"
+        in (output / "log.txt").read_text()
+    )
     again = shutil.copy(output / "config.yaml", tmp_path / "saved_teacher.yaml")
     train(str(again), "train.max_iter=3", output=output, flags=("--resume",))

@@ -109,8 +109,8 @@ def load(
     _expand_home(cfg)
     if cfg.train.fast_dev_run:
         _shorten(cfg)
-    if not (keep_teacher or cfg.train.inherit or cfg.train.eval_teacher):
-        _drop_idle_teachers(cfg.model, findings)
+    if not (keep_teacher or cfg.train.eval_teacher):
+        _drop_idle_teachers(cfg, findings)
     show_larger_images(cfg)
     if cfg.model.get("student") is not None and OmegaConf.select(cfg, IMAGE_FORMAT) is not None:
         cfg.model.setdefault("input_format", f"${{{IMAGE_FORMAT}}}")
@@ -208,11 +208,12 @@ def _shorten(cfg: DictConfig) -> None:
 # --- teachers that no stage learns from -----------------------------------------------------------
 
 
-def _drop_idle_teachers(model: DictConfig, findings: Findings) -> None:
-    """Remove the teachers that no stage learns from, so that they are neither loaded nor run."""
-    wanted = _wanted_teachers(model)
+def _drop_idle_teachers(cfg: DictConfig, findings: Findings) -> None:
+    """Remove the teachers that nothing learns or inherits from, so that they are neither loaded nor run."""
+    model, wanted = cfg.model, _wanted_teachers(cfg.model)
     if wanted is None:
         return
+    wanted |= {None} if cfg.train.inherit else set()
     fix = "give a stage that needs a teacher a weight above 0"
     problem = "no stage learns from it, so it is neither loaded nor run"
     if model.get("teacher") is not None and None not in wanted:

@@ -3,7 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Collection, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from detectron2.utils import comm
@@ -23,7 +23,7 @@ from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher, teacher_key
 from sharedkd.values import check_number
-from sharedkd.weights.loading import Initial, inherit, initialise, load_trained
+from sharedkd.weights.loading import Initial, inherit, initialise, load_trained, parts_of
 
 from .checkpoint import has_run
 from .checks import (
@@ -196,8 +196,8 @@ def _build(parts: Parts, eval_only: bool, classes_known: bool, findings: Finding
     elif not parts.resuming:
         parts.loaded = step(initialise, student, cfg.train.init_checkpoint, *_source(cfg))
         if cfg.train.inherit:
-            teacher = parts.teachers.get(None)
-            parts.inherited = step(_inherit, cfg, student, teacher, parts.loaded) or []
+            teacher, trained = parts.teachers.get(None), parts.loaded.names if parts.loaded else ()
+            parts.inherited = step(_inherit, cfg, student, teacher, trained, findings) or []
         for name, x in parts.peers.items():
             key = f"model.peers.{name}.init_checkpoint"
             step(initialise, x.student, x.init_checkpoint, key, x.trust_checkpoint, x.sha256)
@@ -290,13 +290,33 @@ def _source(cfg: DictConfig) -> Tuple[str, bool, str]:
     return "train.init_checkpoint", cfg.train.trust_checkpoint, cfg.train.init_sha256
 
 
-def _inherit(cfg: DictConfig, student: nn.Module, teacher: Any, loaded: Initial) -> List[str]:
-    if not isinstance(teacher, FrozenTeacher):
+def _inherit(
+    cfg: DictConfig,
+    student: nn.Module,
+    teacher: Any,
+    trained: Collection[str],
+    findings: Findings,
+) -> List[str]:
+    """Copy what ``cfg.train.inherit`` names, but for the parts of tensors that are ``trained`` already."""
+    if cfg.model.get("student") is None:
+        fix = "add --teacher, or use train.inherit=[]"
+        raise ConfigError("train.inherit", list(cfg.train.inherit), "there is no teacher", fix)
+    there = parts_of(trained)
+    kept = [part for part in cfg.train.inherit if part in there]
+    if kept:
+        logger.info(f"train.init_checkpoint has the student's {' and '.join(kept)}: not inherited")
+    parts = [part for part in cfg.train.inherit if part not in kept]
+    copied = []
+    if isinstance(teacher, FrozenTeacher):
+        copied = inherit(student, teacher.model, parts, teacher.scale)
+        problem = f"nothing of {type(teacher.model).__name__} fits {type(student).__name__}"
+    else:
         kind = type(teacher).__name__
         problem = "there is no teacher" if teacher is None else f"a {kind} is no trained detector"
-        fix = "set model.teacher or use train.inherit=[]"
-        raise ConfigError("train.inherit", list(cfg.train.inherit), problem, fix)
-    return inherit(student, teacher.model, cfg.train.inherit, teacher.scale, loaded.names)
+    if parts and not copied:
+        fix = "use train.inherit=[]"
+        findings.warn("train.inherit", parts, f"{problem}: nothing is inherited", fix)
+    return copied
 
 
 def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:

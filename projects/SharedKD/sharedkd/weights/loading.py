@@ -40,6 +40,7 @@ __all__ = [
     "inherit",
     "initialise",
     "load_trained",
+    "parts_of",
 ]
 
 logger = logging.getLogger("detectron2.sharedkd")
@@ -262,16 +263,15 @@ PARTS: Dict[str, Tuple[str, ...]] = {
 }
 
 
+def parts_of(names: Collection[str]) -> List[str]:
+    """The parts that some of a detector's tensors belong to."""
+    return [part for part in PARTS if any(_is_of(part, name) for name in names)]
+
+
 def inherit(
-    student: nn.Module,
-    teacher: nn.Module,
-    parts: Sequence[str],
-    scale: float = 1,
-    trained: Collection[str] = (),
+    student: nn.Module, teacher: nn.Module, parts: Sequence[str], scale: float = 1
 ) -> List[str]:
     """Copy the teacher's neck and head into the student where names and shapes agree.
-
-    A part of which the student has trained tensors already stays as it is.
 
     Args:
         student, teacher: plain detectors.
@@ -279,21 +279,16 @@ def inherit(
         scale: the teacher sees the images enlarged so many times; 2: an object that the student finds on
             its level 2 is one of the teacher's level 3, so that the student's ``fpn_output2`` is a copy
             of ``fpn_output3``.
-        trained: the student's tensors that come from ``train.init_checkpoint``.
 
     Returns:
         the names of the tensors copied, which are also logged.
 
     Raises:
-        ConfigError: an unknown part, or nothing that agrees.
+        ConfigError: an unknown part.
     """
     unknown = [p for p in parts if p not in PARTS]
     if unknown:
         raise ConfigError("train.inherit", unknown, "no such part", f"use any of {list(PARTS)}")
-    kept = [part for part in parts if any(_is_of(part, name) for name in trained)]
-    if kept:
-        logger.info(f"train.init_checkpoint has the student's {' and '.join(kept)}: not inherited")
-    parts = [part for part in parts if part not in kept]
     source, target = teacher.state_dict(), student.state_dict()
     names = {
         name: _at_scale(name, scale) for name in target if any(_is_of(part, name) for part in parts)
@@ -303,13 +298,6 @@ def inherit(
         for name, theirs in names.items()
         if theirs in source and source[theirs].shape == target[name].shape
     ]
-    if parts and not copied:
-        raise ConfigError(
-            "train.inherit",
-            list(parts),
-            f"no tensor of {type(teacher).__name__} fits {type(student).__name__}",
-            "use train.inherit=[]",
-        )
     with torch.no_grad():
         for name in copied:
             target[name].copy_(source[names[name]])
