@@ -45,9 +45,6 @@ PRECISION = ("precision", "precision_rounded")
 PAIRS = (
     "quickstart",
     "cards",
-    "cards_share",
-    "cards_long",
-    "bccd",
     "bccd_fifth",
     "nuclei",
     "animals",

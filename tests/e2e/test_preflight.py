@@ -298,12 +298,13 @@ def test_no_warning_without_a_reason(good, workspace, tmp_path):
     assert "verified: 138 of 138 tensors" in found["student"]["weights"]
 
 
-def test_frozen_norms_of_random_weights_are_warned_of(good, tmp_path):
-    """The remedy that the warning names removes it."""
-    output, key = f"train.output_dir={tmp_path}/run", "model.backbone.bottom_up.stages.norm"
+@pytest.mark.parametrize("kind, student", [("plain", "model"), ("pair", "model.student")])
+def test_frozen_norms_of_random_weights_are_warned_of(good, tmp_path, kind, student):
+    """The remedy that the warning names removes it; what a student inherits is no backbone."""
+    output, key = f"train.output_dir={tmp_path}/run", f"{student}.backbone.bottom_up.stages.norm"
 
     def remedy(norm):
-        found = preflight(good["plain"], [output, f"{key}={norm}"], measure=False)
+        found = preflight(good[kind], [output, f"{key}={norm}"], measure=False)
         return {x["key"]: x["fix"] for x in found["warnings"]}["train.init_checkpoint"]
 
     assert f"{key}=BN" in remedy("FrozenBN")

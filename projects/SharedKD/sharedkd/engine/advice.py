@@ -39,7 +39,7 @@ def advise(parts: Parts) -> List[ConfigError]:
 
 def _weights(parts: Parts) -> Iterator[ConfigError]:
     train = parts.cfg.train
-    if not parts.resuming and not train.init_checkpoint and not train.inherit:
+    if not parts.resuming and not train.init_checkpoint:
         problem = "the student starts from random weights"
         fix = "set it to an ImageNet backbone or a detector if there is one"
         stages = key_of(parts.cfg.model, "stages")
