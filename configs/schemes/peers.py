@@ -9,8 +9,8 @@ from ..common.small_models import small_faster_rcnn
 from ..custom_coco import data, dataloader, lr_multiplier, model, optimizer, train
 
 model.teacher = None
-for _stage in (model.stages.identical, model.stages.cross):
-    _stage.teacher = "large"
+train.inherit = []  # from no trained teacher
+model.stages.identical.teacher = "large"
 model.peers = dict(
     large=L(Peer)(
         student=small_faster_rcnn(depth=50, num_classes="${data.num_classes}"),

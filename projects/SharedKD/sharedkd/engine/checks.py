@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -19,6 +19,7 @@ from sharedkd.modeling.detectors import num_classes, read_config
 from sharedkd.modeling.meta_arch import SharedKD, of_students
 from sharedkd.modeling.teachers import teacher_key
 from sharedkd.values import check_number
+from sharedkd.weights.loading import parts_of
 
 __all__ = [
     "DataSets",
@@ -147,17 +148,18 @@ def check_class_order(
         findings.warn("train.init_checkpoint", path, problem, fix)
     stages = getattr(model, "stages", {}).values()
     dense = not hasattr(getattr(model, "student", model), "roi_heads")
-    readers = {stage.teacher for stage in stages if _reads_scores(stage.loss, dense)}
-    head = any(not name.startswith("backbone.") for name in inherited)
-    otherwise = [] if None in readers or not head else ["set train.inherit=[neck]"]
-    readers |= {None} if head else set()
+    # Source -> the remedies of its own.
+    readers: Dict[Optional[str], Tuple[str, ...]] = {
+        stage.teacher: () for stage in stages if _reads_scores(stage.loss, dense)
+    }
+    if "head" in parts_of(inherited):
+        readers.setdefault(None, ("set train.inherit=[neck]",))
     for name, teacher in getattr(model, "sources", {}).items():
         path = getattr(teacher, "name", None)
         if name in readers and path and num_classes(model.student) == num_classes(teacher.detector):
             key = f"{teacher_key(name)}.config"
             names = names_of(path)
-            remedy = otherwise if name is None else []
-            findings.step(check_class_names, key, path, names or classes, classes, *remedy)
+            findings.step(check_class_names, key, path, names or classes, classes, *readers[name])
 
 
 def _reads_scores(loss: DistillationLoss, dense: bool) -> bool:

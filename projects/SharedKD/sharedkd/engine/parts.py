@@ -301,8 +301,7 @@ def _inherit(
     if cfg.model.get("student") is None:
         fix = "add --teacher, or use train.inherit=[]"
         raise ConfigError("train.inherit", list(cfg.train.inherit), "there is no teacher", fix)
-    there = parts_of(trained)
-    kept = [part for part in cfg.train.inherit if part in there]
+    kept = [part for part in parts_of(trained) if part in cfg.train.inherit]
     if kept:
         logger.info(f"train.init_checkpoint has the student's {' and '.join(kept)}: not inherited")
     parts = [part for part in cfg.train.inherit if part not in kept]
