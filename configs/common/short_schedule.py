@@ -1,4 +1,4 @@
-"""A schedule for small data: AdamW, cosine after a short warm-up, whatever `train.max_iter` is."""
+"""A schedule for small data: AdamW, cosine after a short warm-up, whatever the length of the run is."""
 
 import torch
 from detectron2.config import LazyCall as L
@@ -8,8 +8,8 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 
 from .train import train
 
-train.update(max_iter=600, eval_period=300, clip_grad_norm=10.0)
-train.checkpointer.update(period=300, max_to_keep=2)
+train.update(max_iter=None, epochs=50, eval_period=None, clip_grad_norm=10.0)
+train.checkpointer.update(period=None, max_to_keep=2)
 
 optimizer = L(torch.optim.AdamW)(
     params=get_config("common/optim.py").SGD.params,

@@ -33,6 +33,6 @@ data.update(
 dataloader.train.total_batch_size = 8
 model = tiny_mask_rcnn(depth=18, num_classes="${data.num_classes}")
 optimizer.lr = 1e-3  # from random weights
-train.update(max_iter=200, eval_period=0, output_dir=str(_root / "output/demo/plain"))
+train.update(max_iter=200, epochs=None, eval_period=0, output_dir=str(_root / "output/demo/plain"))
 train.amp.enabled = torch.cuda.is_available() or has_bfloat16()
 train.checkpointer.update(period=50, max_to_keep=1)

@@ -79,7 +79,7 @@ def test_all_mistakes_of_a_group_at_once_and_defaults_stand_in():
 def test_values_may_refer_to_keys_that_a_config_leaves_out(tmp_path):
     """A pair also reads images as its loader delivers them: else its teacher would see other colours."""
     cfg = tiny.config("custom_coco.py")
-    del cfg.model.input_format, cfg.train.max_iter
+    del cfg.model.input_format, cfg.train.max_iter, cfg.train.epochs
     LazyConfig.save(cfg, str(tmp_path / "pair.yaml"))
     period = ["train.eval_period=${train.max_iter}"]
     loaded = load_config(str(tmp_path / "pair.yaml"), period, without_data=True)

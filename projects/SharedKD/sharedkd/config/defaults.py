@@ -69,7 +69,8 @@ class DDP:
 class Checkpointer:
     """When checkpoints are saved and deleted."""
 
-    period: int = limited(5000, least=1)  # iterations between checkpoints
+    # iterations between checkpoints; None: a tenth of the run, at least 100
+    period: Optional[int] = limited(5000, least=1)
     max_to_keep: Optional[int] = limited(100, least=1)  # older ones are deleted; None: keep all
 
 
@@ -90,7 +91,9 @@ class Train:
     # None: if its classes are as many as the data's
     eval_teacher: Optional[bool] = None
     # length in optimizer steps; the schedule scales with it
-    max_iter: int = limited(90000, least=1)
+    max_iter: Optional[int] = limited(90000, least=1)
+    # length in passes over own data, in place of max_iter, which is None then
+    epochs: Optional[float] = limited(None, above=0)
     amp: Amp = field(default_factory=Amp)
     # memory layout of student and maps, equal up to rounding; None: the faster one
     channels_last: Optional[bool] = None
@@ -111,7 +114,8 @@ class Train:
     ddp: DDP = field(default_factory=DDP)
     checkpointer: Checkpointer = field(default_factory=Checkpointer)
     force_resume: bool = False  # resume although the model, its teacher or its stages have changed
-    eval_period: int = limited(5000, least=0)  # iterations between evaluations; 0: only at the end
+    # iterations between evaluations; 0: only at the end; None: a tenth of the run, at least 100
+    eval_period: Optional[int] = limited(5000, least=0)
     log_period: int = limited(20, least=1)  # iterations between log lines
     # what else gets the logged values, if it is installed: wandb, mlflow
     writers: List[str] = limited([], choices=WRITERS, check=_check_installed)

@@ -17,6 +17,7 @@ from .adopt import adopt_loaders, show_larger_images, use_own_data
 from .build import missing_keys, not_set, target_of
 from .classic import check_classic, expanded, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
+from .length import alone, settle_length
 from .overrides import joined, override
 from .own_data import add_unlabelled, has_own_data, read_own_data
 from .pair import IMAGE_FORMAT, Pairing
@@ -93,6 +94,7 @@ def load(
     adopt_loaders(cfg)
     use_own_data(cfg, overrides)
     overrides = [x for text in overrides for x in (expanded(text) if is_classic(cfg) else [text])]
+    overrides = [x for text in overrides for x in alone(text)]
     # What the pairing makes may depend on the detector, and be overridden itself.
     late = [text for text in overrides if PAIRS.match(text)] if pairing else []
     for text in overrides:
@@ -114,13 +116,15 @@ def load(
     show_larger_images(cfg)
     if cfg.model.get("student") is not None and OmegaConf.select(cfg, IMAGE_FORMAT) is not None:
         cfg.model.setdefault("input_format", f"${{{IMAGE_FORMAT}}}")
-    data = {}
+    data, images = {}, 0 if without_data else None
     if "data" in cfg:
         if without_data:
             cfg.data.num_classes = cfg.data.num_classes or 80
         else:
             data = read_own_data(cfg, findings) if has_own_data(cfg) else {}
+            images = sum(x.images for x in data["train"] if x) if data else None
             findings.step(add_unlabelled, cfg, findings)
+    findings.step(settle_length, cfg, images)
     return Loaded(cfg, data)
 
 
@@ -171,6 +175,8 @@ def _settle(cfg: DictConfig, findings: Findings) -> None:
         if isinstance(given, DictConfig):
             for name in missing_keys(given):
                 findings.add(not_set(f"{key}.{name}"))
+            if "epochs" in given and given.epochs is not None:  # not beside the default of the other length
+                given.setdefault("max_iter", None)
             cfg[key] = OmegaConf.merge(OmegaConf.create(defaults, flags=objects), given)
     for key, (structure, _) in groups.items():
         settled = settle(structure, cfg[key], key, findings)
@@ -198,7 +204,7 @@ def _expand_home(cfg: DictConfig) -> None:
 
 def _shorten(cfg: DictConfig) -> None:
     """Shorten a config for ``train.fast_dev_run``."""
-    cfg.train.update(max_iter=20, eval_period=20, log_period=1, eval_teacher=False)
+    cfg.train.update(max_iter=20, epochs=None, eval_period=20, log_period=1, eval_teacher=False)
     cfg.train.checkpointer.period = 10**9  # the final one is the only one
     batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
     if isinstance(batch, int):

@@ -7,6 +7,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from omegaconf import OmegaConf
 
+from sharedkd.config.length import images_per_step
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.hardware import has_bfloat16
@@ -18,7 +19,7 @@ from sharedkd.weights.conventions import convention_of_model
 from .checks import key_of
 from .hooks.outgrown import ap_of
 from .hooks.record import read_record
-from .parts import Parts, images_per_step
+from .parts import Parts
 
 __all__ = ["advise"]
 

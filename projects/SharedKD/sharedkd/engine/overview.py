@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
+from sharedkd.config.length import images_per_step
 from sharedkd.data.coco import CocoSummary
 from sharedkd.data.loader import TrainLoader
 from sharedkd.errors import FAILED
@@ -21,7 +22,7 @@ from sharedkd.modeling.taps import pyramid_shapes
 from sharedkd.modeling.teachers import Teacher
 
 from .hooks.cost import in_words
-from .parts import Parts, images_per_step
+from .parts import Parts
 
 __all__ = ["as_text", "describe"]
 

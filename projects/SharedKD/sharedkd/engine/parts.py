@@ -47,7 +47,6 @@ __all__ = [
     "amp_dtype",
     "assemble",
     "build",
-    "images_per_step",
     "memory_layout",
     "rewire",
 ]
@@ -341,12 +340,6 @@ def rewire(cfg: DictConfig, student: nn.Module) -> None:
         logger.info(f"{recompute_blocks(student)} blocks of the student keep no activations")
     if cfg.train.compile:
         compile_backbone(student)
-
-
-def images_per_step(cfg: DictConfig) -> Optional[int]:
-    """Images per step of all processes together; None: the loader does not say."""
-    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
-    return batch * cfg.train.accumulate if isinstance(batch, int) else None
 
 
 def amp_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
