@@ -103,10 +103,11 @@ def _commented(structure: type, prefix: str) -> Iterator[Tuple[str, str, str]]:
         if is_dataclass(types[name]):
             yield from _commented(types[name], f"{prefix}{name}.")
             continue
-        lines = [x for x in range(node.lineno, node.end_lineno + 1) if x in comments]
-        above = node.lineno - 1
-        if not lines and source.splitlines()[above - 1].lstrip().startswith("#"):
-            lines = [above]
+        beside = [x for x in range(node.lineno, node.end_lineno + 1) if x in comments]
+        first = node.lineno
+        while source.splitlines()[first - 2].lstrip().startswith("#"):
+            first -= 1
+        lines = beside or range(first, node.lineno)
         yield f"{prefix}{name}", repr(values[name]), " ".join(comments[x] for x in lines)
 
 

@@ -50,7 +50,9 @@ def test_of_two_lengths_the_later_override_counts(tmp_path):
     assert max_iter("train.max_iter=7") == 7
     assert max_iter("train.max_iter=7", "train.epochs=3") == 3
     assert max_iter("train.epochs=3", "train.max_iter=7") == 7
-    assert load_config("configs/faster_rcnn_plain.py", [*data, "train.epochs=3"]).train.max_iter == 1
+    assert (
+        load_config("configs/faster_rcnn_plain.py", [*data, "train.epochs=3"]).train.max_iter == 1
+    )
 
 
 def test_epochs_of_a_config_without_max_iter_are_not_beside_its_default(tmp_path):

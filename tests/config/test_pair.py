@@ -65,3 +65,14 @@ def test_what_has_no_meaning_is_refused():
         load("retinanet_plain.py", "distill.weights=x.pth")
     with pytest.raises(ConfigError, match="distill.teacher, distill.weights, distill.method"):
         Pairing.of(["distill.techer=x"])
+
+
+def test_a_plain_detector_starts_from_the_teacher_that_it_is_given():
+    given = f"distill.teacher={ZOO}"
+    assert load("COCO-Detection/retinanet_R_50_FPN_1x.yaml", given).train.inherit == [
+        "neck",
+        "head",
+    ]
+    assert load("retinanet_plain.py", given).train.inherit == ["neck", "head"]
+    assert load("retinanet_plain.py", "train.inherit=[]", given).train.inherit == []
+    assert load("retinanet_sharedkd.py", given).train.inherit == []  # as the pair's config says

@@ -335,10 +335,20 @@ def test_a_method_sets_keys_of_its_own():
     assert changed.model.teacher.precision == "bfloat16"
     assert changed.model.stages.pkd.weight == 20.0 and changed.model.stages.cwd.weight == 3
     assert with_method(cfg, "none:optimizer.lr=7").optimizer.lr == 7
-    inherits = with_method(cfg, "none:train.inherit=[neck,head]")  # from the teacher, so it has one
-    assert inherits.train.inherit == ["neck", "head"]
-    assert inherits.model.teacher == cfg.model.teacher and [*inherits.model.stages] == ["_target_"]
     assert "precision" not in cfg.model.teacher and cfg.optimizer.lr != 7
+    with pytest.raises(ConfigError, match="pkd:train.epochs=3: has epochs of its own"):
+        with_method(cfg, "pkd:train.epochs=3")
+
+
+def test_the_plain_student_has_no_teacher_and_another_only_starts_from_it():
+    cfg = pair_config()
+    cfg.train.inherit = ["neck"]
+    plain, starts = (with_method(cfg, name) for name in ("none", "inherit"))
+    assert plain.model == cfg.model.student and plain.train.inherit == []
+    assert starts.model.teacher == cfg.model.teacher and [*starts.model.stages] == ["_target_"]
+    assert starts.train.inherit == ["neck"]  # as the config's other methods
+    cfg.train.inherit = []
+    assert with_method(cfg, "inherit").train.inherit == ["neck", "head"]
 
 
 def test_stages_of_one_name_are_both_kept():

@@ -39,7 +39,8 @@ IN_A_PROCESS = f"{IDLE}/seed1"
 
 @pytest.fixture(scope="module")
 def overrides(workspace):
-    return [*workspace.data, *workspace.pair, "train.clip_grad_norm=5"]
+    """All students start with the same weights: none copies its teacher's."""
+    return [*workspace.data, *workspace.pair, "train.clip_grad_norm=5", "train.inherit=[]"]
 
 
 def compare(output, overrides, methods=METHODS, seeds=(0, 1), config=CONFIG):
@@ -95,7 +96,7 @@ def test_every_arm_is_recorded(finished):
         assert each["versions"]["torch"] == torch.__version__ and each["hardware"]
     assert list(record["configs"]) == METHODS
     assert "pkd" in record["configs"][IDLE]["model"]["stages"]
-    assert record["configs"]["none"]["model"]["stages"].keys() == {"_target_"}
+    assert record["configs"]["none"]["model"] == record["configs"][IDLE]["model"]["student"]
     assert all(each["parameters"]["losses"] == 0 for each in record["arms"])
     for name in ("ap.png", "cost.png", "sizes.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
@@ -158,7 +159,7 @@ def test_arms_differ_by_the_distillation_alone(finished):
     plain, distilled = (
         LazyConfig.load(str(output / "configs" / f"{m}.yaml")) for m in ("none", IDLE)
     )
-    del plain.model.stages, distilled.model.stages
+    distilled.model = distilled.model.student
     assert plain == distilled
     assert plain.train.clip_grad_norm == 5
 
@@ -325,10 +326,10 @@ def test_an_arm_is_trained_by_one_process_at_a_time(overrides, tmp_path):
 
 @pytest.mark.nightly
 def test_an_interrupted_comparison_continues(overrides, tmp_path):
-    """Of Mask R-CNNs; the plain student inherits as the other does."""
+    """Of Mask R-CNNs; one only starts from the teacher, as the other does."""
     longer = [*overrides, "train.max_iter=8", "train.checkpointer.period=2", "train.inherit=[neck]"]
     config = ROOT / "configs/custom_coco_mask.py"
-    command = tool(tmp_path / "out", longer, ["none", "fitnets"], config=config)
+    command = tool(tmp_path / "out", longer, ["none", "inherit", "fitnets"], config=config)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     begun = tmp_path / "out/fitnets/seed0/last_checkpoint"
     deadline = time.time() + 120
@@ -339,12 +340,16 @@ def test_an_interrupted_comparison_continues(overrides, tmp_path):
     process.wait()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("already finished") == 1
+    assert done.stdout.count("already finished") == 2
     record = json.loads((tmp_path / "out/results.json").read_text())
-    assert [a["status"] for a in record["arms"]] == ["finished"] * 2
-    assert len({a["initial_weights"] for a in record["arms"]}) == 1
+    assert [a["status"] for a in record["arms"]] == ["finished"] * 3
+    plain, *starts = (a["initial_weights"] for a in record["arms"])
+    assert len({*starts}) == 1 and plain not in starts
+    assert [a["inherited"] > 0 for a in record["arms"]] == [False, True, True]
     assert all(a["results"]["segm"]["AP"] >= 0 for a in record["arms"])
-    assert "Mask AP" in (tmp_path / "out/report.md").read_text()
+    report = (tmp_path / "out/report.md").read_text()
+    assert "Mask AP" in report and "initial weights" not in report
+    assert "`fitnets` has " in report
 
 
 @pytest.mark.parametrize(

@@ -372,6 +372,19 @@ def test_no_stride_in_common(good, tmp_path):
     assert "[8, 16, 32, 64, 128]" in error["problem"] and "[4]" in error["problem"]
 
 
+def test_a_student_of_other_widths_than_its_teacher_inherits_little_and_is_told(good, tmp_path):
+    cfg = LazyConfig.load(good["pair"])
+    cfg.model.student = tiny._models().tiny_mask_rcnn(18, "${data.num_classes}", width=64)
+    path = tmp_path / "narrow.yaml"
+    LazyConfig.save(cfg, str(path))
+    found = preflight(str(path), [f"train.output_dir={tmp_path}/run"], measure=False)
+    (warned,) = [x["message"] for x in found["warnings"] if x["key"] == "train.inherit"]
+    # fc2 and the two biases of the heads' predictors with their scores fit; fc1 is most of the rest.
+    assert "the teacher's have other shapes: " in warned and "give the student" in warned
+    fitting = preflight(good["pair"], [f"train.output_dir={tmp_path}/run"], measure=False)
+    assert not [x for x in fitting["warnings"] if x["key"] == "train.inherit"]
+
+
 # --- the command lines ----------------------------------------------------------------------------
 
 

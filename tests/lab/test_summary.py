@@ -206,6 +206,17 @@ def test_no_baseline(baseline):
     assert axes.get_legend() is None and len(errorbars(axes)) == 2
 
 
+def test_what_methods_add_to_a_student_that_only_starts_from_the_teacher():
+    aps = {"none": (30.0, 31.0), "inherit": (33.0, 35.0), "pkd": (34.0, 36.0)}
+    arms = [arm(method, seed, ap) for method, of in aps.items() for seed, ap in enumerate(of)]
+    for each in arms[2:]:
+        each.update(initial_weights=f"other{each['seed']}", inherited=26)
+    text = report(make(arms, methods=[*aps]))
+    assert "- `inherit` starts from the teacher, and learns without it." in text
+    assert "\n  `pkd` has +1.00 [+1.00, +1.00] box AP against it: " in text
+    assert "`none` has" not in text and "**Warning:**" not in text
+
+
 def test_report_warns_of_arms_that_do_not_compare(three):
     three["arms"][4]["initial_weights"] = "other"
     three["arms"][7]["hardware"] = "B"

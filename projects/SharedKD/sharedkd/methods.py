@@ -1,6 +1,15 @@
 """Distillation methods by name: what code outside of this package imports."""
 
-from sharedkd.config.methods import OWN, PLAIN, with_method
+from sharedkd.config.methods import OWN, PLAIN, START, with_method
 from sharedkd.modeling.recipes import FAMILIES, Method, known_methods, stages_of
 
-__all__ = ["FAMILIES", "OWN", "PLAIN", "Method", "known_methods", "stages_of", "with_method"]
+__all__ = [
+    "FAMILIES",
+    "OWN",
+    "PLAIN",
+    "START",
+    "Method",
+    "known_methods",
+    "stages_of",
+    "with_method",
+]

@@ -93,6 +93,7 @@ def load(
     _check_groups(cfg, path)
     adopt_loaders(cfg)
     use_own_data(cfg, overrides)
+    overrides = [*pairing.start(cfg), *overrides]
     overrides = [x for text in overrides for x in (expanded(text) if is_classic(cfg) else [text])]
     overrides = [x for text in overrides for x in alone(text)]
     # What the pairing makes may depend on the detector, and be overridden itself.
@@ -175,7 +176,9 @@ def _settle(cfg: DictConfig, findings: Findings) -> None:
         if isinstance(given, DictConfig):
             for name in missing_keys(given):
                 findings.add(not_set(f"{key}.{name}"))
-            if "epochs" in given and given.epochs is not None:  # not beside the default of the other length
+            if (
+                "epochs" in given and given.epochs is not None
+            ):  # not beside the default of the other length
                 given.setdefault("max_iter", None)
             cfg[key] = OmegaConf.merge(OmegaConf.create(defaults, flags=objects), given)
     for key, (structure, _) in groups.items():

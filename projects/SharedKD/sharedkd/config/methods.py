@@ -12,14 +12,16 @@ from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import family
 from sharedkd.modeling.recipes import stages_of
 from sharedkd.modeling.stages import stage_dict
+from sharedkd.weights.loading import PARTS
 
 from .build import target_of
 from .classic import build_detector
 from .overrides import override
 
-__all__ = ["OWN", "PLAIN", "family_of", "with_method"]
+__all__ = ["OWN", "PLAIN", "START", "family_of", "with_method"]
 
-PLAIN = "none"  #: the student without distillation
+PLAIN = "none"  #: the student without a teacher
+START = "inherit"  #: the student that starts from its teacher, and learns without it
 OWN = "config"  #: the stages that the config itself has
 
 _KNOWN = {GeneralizedRCNN: "faster_rcnn", RetinaNet: "retinanet", FCOS: "fcos"}
@@ -55,32 +57,32 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
 
     Args:
         cfg: of a pair, or of a plain detector.
-        name: ``none``, which leaves out images without labels, too; ``config``; or as
+        name: ``none`` or ``inherit``, which leave out images without labels, too; ``config``; or as
             :func:`~sharedkd.modeling.recipes.stages_of` takes it; ``fgd:key=value`` sets a key of the
             config, too.
 
     Raises:
         ConfigError: a method that needs a pair where there is none, a key or value that cannot be set,
-            or see :func:`~sharedkd.modeling.recipes.stages_of`.
+            epochs, or see :func:`~sharedkd.modeling.recipes.stages_of`.
     """
     cfg = cfg.copy()
     parts = [part.split(":") for part in name.split("+")]
     names = "+".join(":".join(x for x in part if "=" not in x) for part in parts)
     settings = [x for part in parts for x in part[1:] if "=" in x]
-    for setting in settings:
-        # It decides whether the plain student has a teacher.
-        if setting.startswith("train.inherit="):
-            override(cfg, setting, "the config")
+    if any(x.startswith("train.epochs=") for x in settings):  # they were counted for all
+        fix = "set train.epochs for all, or train.max_iter here"
+        raise ConfigError("--methods", name, "has epochs of its own", fix)
+    if names in (PLAIN, START) and OmegaConf.select(cfg, "data.unlabelled_images"):
+        cfg.data.update(unlabelled_images=None, unlabelled_json=None)  # nothing learns from them
     if names == PLAIN:
-        if OmegaConf.select(cfg, "data.unlabelled_images"):  # nothing learns from them
-            cfg.data.update(unlabelled_images=None, unlabelled_json=None)
-        if OmegaConf.select(cfg, "train.inherit"):  # it starts from the teacher as the others do
-            cfg.model.stages = L(stage_dict)()
-        else:
-            cfg.model = cfg.model.get("student", cfg.model)
+        cfg.model = cfg.model.get("student", cfg.model)
+        cfg.train.inherit = []
     elif "student" not in cfg.model:
         fix = "add --teacher, or use a pair's config, see configs/"
         raise ConfigError("--config-file", "model", "is a plain detector", fix)
+    elif names == START:
+        cfg.model.stages = L(stage_dict)()
+        cfg.train.inherit = cfg.train.inherit or [*PARTS]
     elif names != OWN:
         cfg.model.stages = stages_of(names, family_of(cfg.model.student))
     if names != OWN:  # peers are a part of the config's own method

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.teachers import FrozenTeacher
+from sharedkd.weights.loading import PARTS
 
 from .methods import OWN, with_method
 from .shared_kd import shared_kd_stages
@@ -59,6 +60,12 @@ class Pairing:
 
     def __bool__(self) -> bool:
         return self != Pairing()
+
+    def start(self, cfg: DictConfig) -> List[str]:
+        """The overrides before all others: a plain detector starts from the teacher that it is given."""
+        if self.teacher is None or "student" in cfg.model:
+            return []
+        return [f"train.inherit=[{','.join(PARTS)}]"]
 
     def apply(self, cfg: DictConfig) -> DictConfig:
         """Make a pair of a plain detector's config, or give a pair another teacher or method.

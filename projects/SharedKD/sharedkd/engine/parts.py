@@ -23,7 +23,7 @@ from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher, teacher_key
 from sharedkd.values import check_number
-from sharedkd.weights.loading import Initial, inherit, initialise, load_trained, parts_of
+from sharedkd.weights.loading import Initial, inherit, initialise, load_trained, of_parts, parts_of
 
 from .checkpoint import has_run
 from .checks import (
@@ -54,6 +54,7 @@ __all__ = [
 logger = logging.getLogger("detectron2.sharedkd")
 
 OPTIMIZER_NUMBERS = ("lr", "weight_decay", "momentum")
+LEAST_INHERITED = 0.5  # of the weights of the parts to inherit; less is warned of
 
 
 @dataclass
@@ -304,7 +305,7 @@ def _inherit(
     if kept:
         logger.info(f"train.init_checkpoint has the student's {' and '.join(kept)}: not inherited")
     parts = [part for part in cfg.train.inherit if part not in kept]
-    copied = []
+    copied, fix = [], "use train.inherit=[]"
     if isinstance(teacher, FrozenTeacher):
         copied = inherit(student, teacher.model, parts, teacher.scale)
         problem = f"nothing of {type(teacher.model).__name__} fits {type(student).__name__}"
@@ -312,8 +313,14 @@ def _inherit(
         kind = type(teacher).__name__
         problem = "there is no teacher" if teacher is None else f"a {kind} is no trained detector"
     if parts and not copied:
-        fix = "use train.inherit=[]"
         findings.warn("train.inherit", parts, f"{problem}: nothing is inherited", fix)
+    elif copied:
+        size = {name: tensor.numel() for name, tensor in student.state_dict().items()}
+        share = sum(size[x] for x in copied) / sum(size[x] for x in of_parts(size, parts))
+        if share < LEAST_INHERITED:
+            problem = f"the teacher's have other shapes: {share:.0%} of these weights are inherited"
+            fix = f"give the student an FPN and heads of the teacher's widths, or {fix}"
+            findings.warn("train.inherit", parts, problem, fix)
     return copied
 
 

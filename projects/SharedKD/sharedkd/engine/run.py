@@ -116,6 +116,7 @@ def _started(args: Namespace, parts: Parts) -> Dict[str, Any]:
         "overrides": list(args.opts),
         "repairs": parts.data.repairs,
         "unlabelled_images": getattr(parts.loader, "unlabelled", 0),
+        "inherited": len(parts.inherited),
     }
 
 

@@ -7,7 +7,8 @@ All functions but :func:`read_comparison` take one record, a plain dict as ``res
 * "arms": one mapping per training run, with "method", "seed" and "status" ("finished", "failed" or
   "missing").  A finished one has "results" (task "bbox" or "segm" to metric name to percentage) and
   may have "curve" (task to [iteration, AP] of each evaluation), "iterations", "seconds_per_step",
-  "peak_memory_mb", "parameters" ("student", "losses"), "initial_weights" (a digest), "hardware",
+  "peak_memory_mb", "parameters" ("student", "losses"), "initial_weights" (a digest),
+  "inherited" (how many tensors are the teacher's at the start), "hardware",
   "versions" and "collapsed" (tasks in which it finds nothing, so that its AP is zero); the others
   may have "error";
 * optionally "teacher", its results; "config_file", "overrides", "command", and "configs": method to its config.

@@ -11,6 +11,7 @@ from typing import (
     Collection,
     Dict,
     FrozenSet,
+    Iterable,
     List,
     NamedTuple,
     Optional,
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
     from fvcore.common.checkpoint import _IncompatibleKeys
 
 __all__ = [
+    "PARTS",
     "DataCheckpointer",
     "Initial",
     "fingerprint",
     "inherit",
     "initialise",
     "load_trained",
+    "of_parts",
     "parts_of",
 ]
 
@@ -268,6 +271,11 @@ def parts_of(names: Collection[str]) -> List[str]:
     return [part for part in PARTS if any(_is_of(part, name) for name in names)]
 
 
+def of_parts(names: Iterable[str], parts: Sequence[str]) -> List[str]:
+    """The tensors among ``names``, of a detector, that belong to one of ``parts``."""
+    return [name for name in names if any(_is_of(part, name) for part in parts)]
+
+
 def inherit(
     student: nn.Module, teacher: nn.Module, parts: Sequence[str], scale: float = 1
 ) -> List[str]:
@@ -290,9 +298,7 @@ def inherit(
     if unknown:
         raise ConfigError("train.inherit", unknown, "no such part", f"use any of {list(PARTS)}")
     source, target = teacher.state_dict(), student.state_dict()
-    names = {
-        name: _at_scale(name, scale) for name in target if any(_is_of(part, name) for part in parts)
-    }
+    names = {name: _at_scale(name, scale) for name in of_parts(target, parts)}
     copied = [
         name
         for name, theirs in names.items()

@@ -38,7 +38,7 @@ class RunRecord(hooks.HookBase):
 
     Keys: ``validation`` (the data that it is evaluated on), ``command``, ``config_file`` and ``overrides``
     (with which it was started), ``repairs`` (of its data, a line each), ``unlabelled_images`` (how many it
-    learns from), ``fast_dev_run``, ``initial_weights`` (fingerprint of the student before its first step),
+    learns from), ``inherited`` (tensors that are the teacher's at the start), ``fast_dev_run``, ``initial_weights`` (fingerprint of the student before its first step),
     ``stages`` (their names; none: a plain run), ``parameters`` (``student``, ``losses``), ``hardware``,
     ``processes``, ``versions``, and at the end ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on
     a CPU the resident memory of the training process), ``skipped`` (numbers of ``steps`` and ``images`` that
@@ -49,7 +49,7 @@ class RunRecord(hooks.HookBase):
     Args:
         folder: the run's output folder.
         trainer: of the run, before its first step.
-        started: the first seven keys.
+        started: the first eight keys.
         resuming: keep the first entries of the run's own record.
     """
 

@@ -28,6 +28,7 @@ from sharedkd.lab.scores import (
     texts_of,
 )
 from sharedkd.lab.tables import markdown, number, with_bounds, with_half_width
+from sharedkd.methods import START
 
 from .plots import plot_ap, plot_cost, plot_curves, plot_sizes
 
@@ -36,7 +37,7 @@ __all__ = ["notes", "report", "write"]
 
 def notes(record: Record) -> List[str]:
     """How to read the numbers in ``record``, as Markdown paragraphs and lists."""
-    found = [*_warnings(record), *_equal_time_notes(record)]
+    found = [*_warnings(record), *_equal_time_notes(record), *_start_notes(record)]
     gaps = _gaps(record)
     return [*found, *(["\n".join(gaps)] if gaps else []), _caveats(record)]
 
@@ -47,6 +48,7 @@ def report(record: Record) -> str:
     for task in tasks_of(record):
         parts += [f"## {TASKS[task].capitalize()} AP", _ap_table(record, task)]
     parts += ["## Cost", _cost_table(record), *_equal_time_notes(record)]
+    parts += _start_notes(record)
     gaps = _gaps(record)
     if gaps:
         parts += ["## Arms to check", "\n".join(gaps)]
@@ -163,6 +165,20 @@ def _equal_time_notes(record: Record) -> List[str]:
     return ["\n".join(notes)] if notes else []
 
 
+def _start_notes(record: Record) -> List[str]:
+    """What every method adds to the student that only starts from its teacher."""
+    if START not in record["methods"]:
+        return []
+    notes = [f"- `{START}` starts from the teacher, and learns without it."]
+    for method in record["methods"]:
+        for task in tasks_of(record) if method not in (START, record["baseline"]) else ():
+            gain = difference(record, method, START, task)
+            notes.append(
+                f"  `{method}` has {with_bounds(gain)} {TASKS[task]} AP against it: {gain.verdict}."
+            )
+    return ["\n".join(notes)]
+
+
 def _gaps(record: Record) -> List[str]:
     """A line per arm that failed, never ran, or finished without an AP."""
     lines = []
@@ -186,10 +202,14 @@ def _gaps(record: Record) -> List[str]:
 def _warnings(record: Record) -> List[str]:
     """A paragraph for each property in which the finished arms differ but should not."""
     found = []
-    for seed in sorted({arm["seed"] for arm in record["arms"]}):
-        arms = [arm for arm in finished_arms(record) if arm["seed"] == seed]
+    starts = {(arm["seed"], arm.get("inherited", 0)) for arm in finished_arms(record)}
+    for seed, inherited in sorted(starts):
         found += _disagreement(
-            arms,
+            [
+                arm
+                for arm in finished_arms(record)
+                if (arm["seed"], arm.get("inherited", 0)) == (seed, inherited)
+            ],
             "initial_weights",
             f"the initial weights of seed {seed} differ, so its differences between methods are "
             "not those of students that start alike",
