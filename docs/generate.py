@@ -1,6 +1,7 @@
 """What the documentation says about keys, options and methods, read from the code that has them.
 
-Run as a program, it fills tables of MODEL_ZOO.md, docs/results.md and docs/schemes.md from docs/results.
+Run as a program, it fills tables of MODEL_ZOO.md, docs/results.md and docs/schemes.md from docs/results, and draws
+docs/images/curves.svg.
 """
 
 import ast
@@ -14,10 +15,14 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple, get_type_hints
 
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+
 from sharedkd import losses
 from sharedkd.config import defaults
 from sharedkd.config.structure import defaults_of
 from sharedkd.data.loader import build_train_loader
+from sharedkd.lab.compare.plots import draw_curves
 from sharedkd.lab.performance import schemes
 from sharedkd.lab.scores import (
     TASKS,
@@ -32,7 +37,7 @@ from sharedkd.lab.scores import (
 )
 from sharedkd.lab.tables import number, with_bounds
 from sharedkd.losses import DistillationLoss
-from sharedkd.methods import known_methods
+from sharedkd.methods import PLAIN, START, known_methods
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers.frozen import FrozenTeacher
 
@@ -43,13 +48,13 @@ PRECISION = ("precision", "precision_rounded")
 
 #: Comparisons by :doc:`protocol`, one for each set and pair.
 PAIRS = (
-    "quickstart",
-    "cards",
-    "bccd_fifth",
-    "nuclei",
     "animals",
     "animals_retinanet",
     "facade",
+    "cards",
+    "nuclei",
+    "bccd_fifth",
+    "quickstart",
 )
 
 __all__ = [
@@ -265,17 +270,20 @@ def _over_training(record: Mapping[str, Any]) -> str:
 
 def _zoo(record: Mapping[str, Any]) -> str:
     """Every finished method of a comparison: AP, what it gains, what it costs."""
-    tasks = tasks_of(record)
+    tasks, bases = tasks_of(record), [x for x in (PLAIN, START) if x in record["methods"]]
     titles, teacher = ["recipe"], ["the teacher"]
     for task in tasks:
-        titles += [f"{TASKS[task]} AP", f"gain in {TASKS[task]} AP [95 % interval]"]
-        teacher += [number(score_of(record["teacher"], task), ".1f"), "-"]
+        titles += [f"{TASKS[task]} AP", *(f"against `{x}` [95 % interval]" for x in bases)]
+        teacher += [number(score_of(record["teacher"], task), ".1f"), *["-"] * len(bases)]
     titles += ["training memory MB", "parameters of the losses", "seeds"]
     rows = []
     for of_method in zip(*(rows_of(record, task) for task in tasks)):
         first, cells = of_method[0], []
-        for row in of_method:
-            cells += [number(row.mean(), ".1f"), _gain(row.gain) if row.gain else "-"]
+        for task, row in zip(tasks, of_method):
+            cells.append(number(row.mean(), ".1f"))
+            for base in bases:
+                own = row.method in (PLAIN, base)
+                cells.append("-" if own else _gain(difference(record, row.method, base, task)))
         costs = [number(first.cost(x), ",.0f") for x in ("peak_memory_mb", "loss_parameters")]
         rows.append((Path(first.method).name, *cells, *costs, str(len(first.scores["AP"]))))
     rows.append((*teacher, "-", "-", "1"))
@@ -299,7 +307,23 @@ def fill(page: str, name: str, table: str) -> str:
     return f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
 
 
+def curves() -> Figure:
+    """AP over the iterations of every comparison of photographs, a panel for each."""
+    there = [x for x in PAIRS if x != "quickstart" and (RESULTS / f"{x}.json").exists()]
+    records = {name: _record(name) for name in there}
+    figure = Figure(figsize=(6.5 * len(records), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(records), squeeze=False)[0]
+    for axes, (name, record) in zip(panels, records.items()):
+        draw_curves(axes, record, "bbox")
+        axes.set_title(name)
+    return figure
+
+
 if __name__ == "__main__":
+    rcParams.update(
+        {"svg.hashsalt": "sharedkd", "svg.fonttype": "none"}
+    )  # equal records, equal files
+    curves().savefig(ROOT / "docs/images/curves.svg", metadata={"Date": None})
     for (page, name), table in measured().items():
         path = ROOT / page
         path.write_text(fill(path.read_text(), name, table))

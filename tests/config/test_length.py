@@ -1,8 +1,8 @@
 """The length of a run, in iterations or in epochs of its own data."""
 
 import pytest
-from detectron2.config import LazyConfig
 from coco_files import Folder
+from detectron2.config import LazyConfig
 from omegaconf import OmegaConf
 
 from sharedkd.config import load_config

@@ -1,6 +1,7 @@
 """Weights in and out: strict loading, initialisation, inheritance, and saves that cannot be torn."""
 
 import copy
+import functools
 import os
 import pickle
 import re
@@ -128,30 +129,30 @@ def test_initialise_with_an_imagenet_backbone(tmp_path, family, fc):
     assert all(name.startswith(BOTTOM_UP) for name in changed(model, before))
 
 
-def test_torchvisions_own_file(tmp_path):
-    """It is refused with the advice to convert it; converted, it fills the whole backbone."""
-    state = torchvision.models.resnet50().state_dict()
-    model = tiny.detector("retinanet", 50)
+@pytest.mark.parametrize("depth", [18, 50])
+def test_torchvisions_own_file(tmp_path, depth):
+    """Its ResNet and ours compute the same maps, whatever wraps the names in the file."""
+    torch.manual_seed(3)
+    classifier = getattr(torchvision.models, f"resnet{depth}")()
+    x = torch.rand(2, 3, 64, 64)
+    for _ in range(2):  # statistics that are not those of its initialisation
+        classifier(x)
+    classifier.eval()
+    with torch.no_grad():
+        stem = classifier.maxpool(classifier.relu(classifier.bn1(classifier.conv1(x))))
+        layers = (classifier.layer1, classifier.layer2, classifier.layer3, classifier.layer4)
+        expected = functools.reduce(lambda found, layer: layer(found), layers, stem)
+    state = classifier.state_dict()
     for given in (state, {"model": state}, {f"module.{k}": x for k, x in state.items()}):
         torch.save(given, tmp_path / "resnet.pth")
-        message = fails(
-            "^train.init_checkpoint=.*", initialise, model, str(tmp_path / "resnet.pth")
-        )
-        assert "torchvision" in message and "tools/convert-torchvision-to-d2.py" in message
-
-    converted = {}
-    for name, x in state.items():
-        name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
-        name = re.sub(r"bn(\d)", r"conv\1.norm", name)
-        name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-        converted[name if name.startswith("res") else f"stem.{name}"] = x.numpy()
-    data = {"model": converted, "__author__": "torchvision", "matching_heuristics": True}
-    (tmp_path / "converted.pkl").write_bytes(pickle.dumps(data))
-    filled = initialise(model, str(tmp_path / "converted.pkl"))
-    bottom_up = model.backbone.bottom_up.state_dict()
-    assert len(filled.names) == len(bottom_up)
-    for name, x in bottom_up.items():
-        assert torch.equal(x, torch.from_numpy(converted[name])), name
+        model = tiny.detector("retinanet", depth).eval()
+        filled = initialise(model, str(tmp_path / "resnet.pth"))
+        assert filled.convention.maker == "torchvision's" and filled.convention.order == "RGB"
+        with torch.no_grad():
+            found = model.backbone.bottom_up(x)["res5"]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    other = tiny.detector("retinanet", 68 - depth)
+    fails("was made for another backbone", initialise, other, str(tmp_path / "resnet.pth"))
 
 
 @pytest.mark.parametrize(

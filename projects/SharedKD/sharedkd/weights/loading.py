@@ -28,6 +28,7 @@ from sharedkd.errors import ConfigError
 
 from .conventions import OF_DETECTOR, Convention, convention_of_file, convention_of_model
 from .download import fetch
+from .names import is_torchvisions_resnet, renamed
 from .pickles import Refused, plain_name
 from .reading import read_weights
 
@@ -70,9 +71,12 @@ class DataCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         data = read_weights(filename, self.trusted)
+        ours = self.model.state_dict()
+        state = {name.removeprefix("module."): x for name, x in data["model"].items()}
+        if is_torchvisions_resnet(state) and not any("layer1." in name for name in ours):
+            data.update(model=renamed(state), __author__="torchvision")
         self.convention = convention_of_file(data)
-        names = {name.removeprefix("module.") for name in data["model"]}
-        if names.isdisjoint(self.model.state_dict()):
+        if state.keys().isdisjoint(ours):
             data["matching_heuristics"] = True
         return data
 
@@ -235,14 +239,6 @@ def initialise(
     surplus = [
         k for k in found.unexpected_keys if k.startswith((bottom_up, *stages)) and is_convolution(k)
     ]
-    if missing and any(k.startswith("layer1.") for k in found.unexpected_keys):
-        raise ConfigError(
-            key,
-            path,
-            "names its tensors as torchvision does (layer1.0.conv1.weight), and not as Detectron2 "
-            "(res2.0.conv1.weight)",
-            "convert it with tools/convert-torchvision-to-d2.py of Detectron2's repository",
-        )
     if missing or reshaped or surplus:
         raise ConfigError(
             key,

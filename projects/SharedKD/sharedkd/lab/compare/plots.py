@@ -23,7 +23,15 @@ from sharedkd.lab.scores import (
 
 from .tradeoff import Point, front
 
-__all__ = ["PALETTE", "plot_ap", "plot_cost", "plot_curves", "plot_sizes", "plot_tradeoff"]
+__all__ = [
+    "PALETTE",
+    "draw_curves",
+    "plot_ap",
+    "plot_cost",
+    "plot_curves",
+    "plot_sizes",
+    "plot_tradeoff",
+]
 
 #: Okabe and Ito's colours, which people with any colour vision can tell apart.
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
@@ -59,13 +67,18 @@ def plot_curves(record: Record) -> Figure:
     """Draw the mean AP of each method at the evaluations of its training; the teacher is a line."""
     figure, panels = _task_panels(tasks_of(record), len(record["methods"]))
     for task, axes in panels.items():
-        for i, method in enumerate(record["methods"]):
-            points = curve_of(record, method, task)
-            if points:
-                color, marker = _look(i)
-                axes.plot(*zip(*points), marker=marker, color=color, markersize=4, label=method)
-        _finish(axes, score_of(record.get("teacher"), task), "iterations", task, "mean over seeds")
+        draw_curves(axes, record, task)
     return figure
+
+
+def draw_curves(axes: Axes, record: Record, task: str) -> None:
+    """Draw the panel of one task of :func:`plot_curves`."""
+    for i, method in enumerate(record["methods"]):
+        points = curve_of(record, method, task)
+        if points:
+            color, marker = _look(i)
+            axes.plot(*zip(*points), marker=marker, color=color, markersize=4, label=method)
+    _finish(axes, score_of(record.get("teacher"), task), "iterations", task, "mean over seeds")
 
 
 def plot_cost(record: Record) -> Figure:
