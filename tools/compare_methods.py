@@ -7,13 +7,15 @@ When the command runs again, it skips finished runs and continues an interrupted
         --seeds 0,1,2 --output output/comparison data.train_json=... (the pair's other keys)
     tools/compare_methods.py --list
 
-A method is a recipe's name (--list), a recipe's path, `none` (the plain student, always listed),
-`inherit` (starts from the teacher's FPN and heads, without a loss), `config` (the config's own
-stages), several joined by + (fgd+dkd), one with its weights times a number (fgd:4), one with a key of
-its own (fgd:optimizer.lr=0.01), or `none@fgd`: the plain student, trained for as long as fgd takes. With --shard 0/2 and --shard 1/2 the same command, on two machines
-that share the folder or with two CUDA_VISIBLE_DEVICES, splits the work; run it once more for arms
-such as none@fgd, which wait for others. --jobs 2 trains two arms side by side: each needs the memory
-of one, and takes longer.
+A method is a recipe's name (--list), the path of a recipe or of a config, `none` (the student without a
+teacher, always listed), `inherit` (starts from the teacher's FPN and heads, without a loss), `config`
+(the config's own stages), several joined by + (fgd+dkd), one with its weights times a number (fgd:4), one
+with a key of its own (fgd:optimizer.lr=0.01), or `none@fgd`: the plain student, trained for as long as
+fgd takes.
+
+With --shard 0/2 and --shard 1/2 the same command, on two machines that share the folder or with two
+CUDA_VISIBLE_DEVICES, splits the work; run it once more for arms such as none@fgd, which wait for others.
+--jobs 2 trains two arms side by side: each needs the memory of one, and takes longer.
 
 --students trains several detectors with the same teacher, and shows AP against latency and size:
 

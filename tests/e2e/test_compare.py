@@ -154,6 +154,19 @@ def test_a_method_may_need_the_teacher_that_the_config_does_not(overrides, tmp_p
     assert LazyConfig.load(str(tmp_path / "configs/pkd.yaml")).model.teacher is not None
 
 
+def test_a_method_may_be_a_config_of_its_own(workspace, overrides, tmp_path):
+    two = f"{ROOT}/configs/schemes/two_teachers.py"
+    for key, value in (text.split("=", 1) for text in workspace.pair if "model.teacher." in text):
+        two += f":{key.replace('model.teacher.', 'model.teachers.near.')}={value}"
+    methods = ["none", "config", two]
+    comparison = Comparison(ROOT, CONFIG, methods, [0], tmp_path, overrides)
+    comparison.prepare()
+    saved = [LazyConfig.load(str(path)) for path in sorted((tmp_path / "configs").glob("*.yaml"))]
+    assert [[*cfg.model.get("teachers", {})] for cfg in saved] == [[], [], ["near"]]
+    assert {"identical", "near"} < {*saved[2].model.stages}
+    assert all(cfg.train.clip_grad_norm == 5 for cfg in saved)  # the overrides are for all
+
+
 def test_arms_differ_by_the_distillation_alone(finished):
     output, _, _ = finished
     plain, distilled = (

@@ -36,6 +36,7 @@ from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.lab.scores import TASKS, costs_of, folder_name, is_known, mean_of
 from sharedkd.methods import PLAIN, with_method
+from sharedkd.modeling.detectors import load_file
 from sharedkd.modeling.meta_arch import SharedKD
 
 from .events import write_events
@@ -94,8 +95,8 @@ class Comparison:
     Args:
         root: the repository.
         config_file: of a pair.
-        methods: names as :func:`~sharedkd.config.methods.with_method` takes them, and ``a@b``: method a,
-            trained for the time that b takes.
+        methods: names as :func:`~sharedkd.config.methods.with_method` takes them; paths of configs, which get
+            the same overrides; and ``a@b``: method a, trained for the time that b takes.
         seeds: one arm each per method.
         output: folder of the arms and the report.
         overrides: ``key=value`` for all arms.
@@ -122,9 +123,14 @@ class Comparison:
         self._check_names()
         self.cfg = load_config(config_file, overrides, keep_teacher=True)
         self.configs = {
-            method: with_method(self.cfg, method.split(FOR_THE_TIME_OF)[0])
-            for method in self.methods
+            method: self._config_of(method.split(FOR_THE_TIME_OF)[0]) for method in self.methods
         }
+
+    def _config_of(self, method: str) -> DictConfig:
+        path, *settings = method.split(":")
+        if _is_config(path):
+            return load_config(path, [*self.overrides, *settings], keep_teacher=True)
+        return with_method(self.cfg, method)
 
     def _check_names(self) -> None:
         if PLAIN not in self.methods:
@@ -150,8 +156,8 @@ class Comparison:
         model = build(self.cfg)
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
-            if "=" in method:
-                build(cfg)  # its keys may change any part of the model
+            if "=" in method or _is_config(method):
+                build(cfg)  # any part of the model may be another
             elif "student" in cfg.model:
                 stages = construct(cfg.model.stages, "model.stages")
                 student, form = model.student, model.input_format
@@ -350,6 +356,11 @@ class Comparison:
             *(("--jobs", str(self.jobs)) if self.jobs > 1 else ()),
             *(self.overrides if overrides is None else overrides),
         ]
+
+
+def _is_config(path: str) -> bool:
+    """Whether a method is the path of a config, not of a recipe, which has no model."""
+    return path.endswith(".py") and os.path.isfile(path) and "model" in load_file(path, "--methods")
 
 
 def _count_collapsed(record: Dict[str, Any]) -> None:
