@@ -8,6 +8,7 @@ from same import assert_same
 
 from sharedkd.config.load import load
 from sharedkd.data.shapes import CLASSES
+from sharedkd.engine.advice import advise
 from sharedkd.engine.parts import assemble
 from sharedkd.weights.loading import load_trained
 
@@ -57,6 +58,13 @@ def test_peers_from_the_config_to_their_checkpoints(workspace, train, tmp_path):
     lr = parts.cfg.optimizer.lr
     learning = [{p for p in x.parameters() if p.requires_grad} for x in (parts.student, peer)]
     assert groups == {lr: learning[0], lr / 2: learning[1]}
+    said = {x.key: x.fix for x in advise(parts)}
+    assert "use model.student.backbone.bottom_up.stages.norm=BN" in said["train.init_checkpoint"]
+    assert "model.peers.other.init_checkpoint" not in said
+    parts.peers["other"].init_checkpoint = ""
+    said = {x.key: x.fix for x in advise(parts)}
+    remedy = "use model.peers.other.student.backbone.bottom_up.stages.norm=BN"
+    assert remedy in said["model.peers.other.init_checkpoint"]
 
     whole, _ = train(str(config), *options, output=tmp_path / "whole")
     shutil.copytree(whole, tmp_path / "part")

@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from omegaconf import OmegaConf
+from torch import nn
 
 from sharedkd.config.length import images_per_step
 from sharedkd.errors import ConfigError
@@ -39,17 +40,28 @@ def advise(parts: Parts) -> List[ConfigError]:
 
 
 def _weights(parts: Parts) -> Iterator[ConfigError]:
-    train = parts.cfg.train
-    if not parts.resuming and not train.init_checkpoint:
-        problem = "the student starts from random weights"
-        fix = "set it to an ImageNet backbone or a detector if there is one"
-        stages = key_of(parts.cfg.model, "stages")
-        if stages and any(isinstance(x, FrozenBatchNorm2d) for x in parts.student.modules()):
-            problem += ", whose frozen norms never learn"
-            fix += f"; else use {stages}.norm=BN"
-        yield ConfigError("train.init_checkpoint", "''", problem, fix)
-    elif parts.loaded:
+    model = parts.cfg.model
+    if not parts.resuming:
+        given = parts.cfg.train.init_checkpoint
+        yield from _random("train", given, parts.student, key_of(model, "stages"))
+        for name, x in parts.peers.items():
+            key = f"model.peers.{name}"
+            stages = key_of(model.peers[name], "stages", key)
+            yield from _random(key, x.init_checkpoint, x.student, stages)
+    if parts.loaded:
         yield from _convention(parts)
+
+
+def _random(group: str, given: str, student: nn.Module, stages: str) -> Iterator[ConfigError]:
+    """A student without initial weights; ``stages`` is the key of its ResNet's stages, if it has one."""
+    if given:
+        return
+    problem = "the student starts from random weights"
+    fix = "set it to an ImageNet backbone or a detector if there is one"
+    if stages and any(isinstance(x, FrozenBatchNorm2d) for x in student.modules()):
+        problem += ", whose frozen norms never learn"
+        fix += f"; else use {stages}.norm=BN"
+    yield ConfigError(f"{group}.init_checkpoint", "''", problem, fix)
 
 
 def _convention(parts: Parts) -> Iterator[ConfigError]:
