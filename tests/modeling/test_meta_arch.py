@@ -477,6 +477,10 @@ def test_classic_config_with_the_published_weights(tmp_path):
     model = build_model(cfg)
     assert type(model) is SharedKD and type(model.student) is type(teacher)
     assert model.teacher.fingerprint == fingerprint(teacher)  # of the weights as loaded
+    scores = [x.head.cls_score.weight for x in (teacher, model.student)]
+    assert torch.equal(*scores)
+    cfg.MODEL.SHAREDKD.INHERIT = []
+    assert not torch.equal(scores[0], build_model(cfg).student.head.cls_score.weight)
     assert [s.weight for s in model.stages.values()] == [2, 2]
     assert all(s.loss.distance.normalize == "none" for s in model.stages.values())
     cfg.MODEL.SHAREDKD.METHOD, cfg.MODEL.SHAREDKD.WEIGHT = "pkd:auto", 2.0

@@ -62,6 +62,8 @@ def add_sharedkd_config(cfg: CfgNode) -> None:
     * ``STUDENT``: the plain detector's META_ARCHITECTURE.
     * ``TEACHER``: CONFIG, WEIGHTS, PRECISION, SHA256 and TRUST_CHECKPOINT as :class:`FrozenTeacher` takes
       them; an empty CONFIG: no teacher, for a method that needs none.
+    * ``INHERIT``: what the student starts with of the teacher, ``neck`` and ``head``, where shapes agree and
+      ``MODEL.WEIGHTS``, which are loaded later, have none.
     * ``METHOD``: as :func:`~sharedkd.modeling.recipes.stages_of` takes it.
     * ``WEIGHT``: multiplies the weights of the method's stages, or the shares of those that are ``auto``.
     * ``START``, ``RAMP``, ``DECAY``, ``END``: see :class:`~sharedkd.modeling.stages.Stage`, for all of them.
@@ -72,6 +74,7 @@ def add_sharedkd_config(cfg: CfgNode) -> None:
             TEACHER=dict(
                 CONFIG="", WEIGHTS=None, PRECISION=None, SHA256=None, TRUST_CHECKPOINT=False
             ),
+            INHERIT=["neck", "head"],
             METHOD="shared_kd",
             WEIGHT=1.0,
             START=None,

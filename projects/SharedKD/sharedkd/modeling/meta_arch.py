@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.losses.base import HEAD_TAPS, UNLABELLED, Batch, Maps, Regions
+from sharedkd.weights.loading import inherit
 
 from .balance import AutoWeight, held
 from .detectors import family
@@ -272,7 +273,7 @@ class SharedKD(nn.Module):
             stages[name].update(times)
         return dict(
             student=student,
-            teacher=_teacher_of(cfg) if keys.TEACHER.CONFIG else None,
+            teacher=_teacher_of(cfg, student) if keys.TEACHER.CONFIG else None,
             stages=instantiate(stages),
             input_format=cfg.INPUT.FORMAT,
             max_iter=cfg.SOLVER.MAX_ITER,
@@ -671,9 +672,9 @@ def _maps_of(name: str, peer: Peer) -> StudentMaps:
     return StudentMaps(peer.student, tap, peer.pyramid)
 
 
-def _teacher_of(cfg: CfgNode) -> FrozenTeacher:
-    """The teacher that a classic config names, ready on its device."""
-    keys = cfg.MODEL.SHAREDKD.TEACHER
+def _teacher_of(cfg: CfgNode, student: nn.Module) -> FrozenTeacher:
+    """The teacher that a classic config names, ready on its device; the student starts from it."""
+    keys, parts = cfg.MODEL.SHAREDKD.TEACHER, cfg.MODEL.SHAREDKD.INHERIT
     teacher = FrozenTeacher(
         keys.CONFIG,
         keys.WEIGHTS,
@@ -681,6 +682,8 @@ def _teacher_of(cfg: CfgNode) -> FrozenTeacher:
         sha256=keys.SHA256,
         trust_checkpoint=keys.TRUST_CHECKPOINT,
     ).to(cfg.MODEL.DEVICE)
+    if parts:
+        inherit(student, teacher.model, parts, teacher.scale)
     # Detectron2's AMPTrainer computes in float16.
     teacher.prepare(torch.float16 if cfg.SOLVER.AMP.ENABLED else None)
     return teacher
