@@ -249,8 +249,11 @@ def test_a_failed_arm_is_shown_and_the_others_are_trained(overrides, tmp_path, c
     broken, plain, timed = record["arms"]
     assert (broken["status"], plain["status"]) == ("failed", "finished")
     assert timed["status"] == "failed" and "no time to take" in timed["error"]
-    assert "not finite" in broken["error"] and "bad" in (output / "report.md").read_text()
-    assert "not finite" in (output / "report.md").read_text()
+    assert (
+        "training stops before the weights change" in broken["error"]
+        and "bad" in (output / "report.md").read_text()
+    )
+    assert "training stops before the weights change" in (output / "report.md").read_text()
     capsys.readouterr()
     again = compare(output, overrides, [str(bad), "none"], seeds=[0])  # is tried again
     assert again["arms"][0]["status"] == "failed"
@@ -492,7 +495,9 @@ def test_students_from_end_to_end(shared, tmp_path):
     assert list(records) == ["custom_coco_plain", "custom_coco_retinanet_plain"]
     for name, record in records.items():
         assert [arm["status"] for arm in record["arms"]] == ["finished"] * 2
-        assert len({arm["initial_weights"] for arm in record["arms"]}) == 1
+        plain, distilled = record["arms"]  # which starts from the teacher where shapes agree
+        same = plain["initial_weights"] == distilled["initial_weights"]
+        assert plain["inherited"] == 0 and same == (distilled["inherited"] == 0)
         assert f"| {name}" in done.stdout and "within" not in done.stdout
         assert (tmp_path / name / "report.html").is_file()
     forms = [record["deployed"]["format"] for record in records.values()]
