@@ -323,9 +323,8 @@ def curves() -> Figure:
 
 
 if __name__ == "__main__":
-    rcParams.update(
-        {"svg.hashsalt": "sharedkd", "svg.fonttype": "none"}
-    )  # equal records, equal files
+    # Equal records make equal files.
+    rcParams.update({"svg.hashsalt": "sharedkd", "svg.fonttype": "none"})
     curves().savefig(ROOT / "docs/images/curves.svg", metadata={"Date": None})
     for (page, name), table in measured().items():
         path = ROOT / page

@@ -349,6 +349,9 @@ def test_the_plain_student_has_no_teacher_and_another_only_starts_from_it():
     assert starts.train.inherit == ["neck"]  # as the config's other methods
     cfg.train.inherit = []
     assert with_method(cfg, "inherit").train.inherit == ["neck", "head"]
+    del cfg.train  # of a project's own config, which --method may meet before it has all keys
+    assert with_method(cfg, "inherit").train.inherit == ["neck", "head"]
+    assert with_method(cfg, "none").train.inherit == []
 
 
 def test_stages_of_one_name_are_both_kept():

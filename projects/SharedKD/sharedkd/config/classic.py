@@ -36,6 +36,7 @@ from sharedkd.data.images import ImageMapper
 from sharedkd.data.loader import TrainLoader, build_test_loader, build_train_loader
 from sharedkd.errors import ConfigError
 from sharedkd.modeling import detectors
+from sharedkd.weights.loading import PARTS
 
 from .defaults import TRAIN_DEFAULTS
 
@@ -74,7 +75,7 @@ def add_sharedkd_config(cfg: CfgNode) -> None:
             TEACHER=dict(
                 CONFIG="", WEIGHTS=None, PRECISION=None, SHA256=None, TRUST_CHECKPOINT=False
             ),
-            INHERIT=["neck", "head"],
+            INHERIT=[*PARTS],
             METHOD="shared_kd",
             WEIGHT=1.0,
             START=None,

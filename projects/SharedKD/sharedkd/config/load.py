@@ -176,10 +176,8 @@ def _settle(cfg: DictConfig, findings: Findings) -> None:
         if isinstance(given, DictConfig):
             for name in missing_keys(given):
                 findings.add(not_set(f"{key}.{name}"))
-            if (
-                "epochs" in given and given.epochs is not None
-            ):  # not beside the default of the other length
-                given.setdefault("max_iter", None)
+            if "epochs" in given and given.epochs is not None:
+                given.setdefault("max_iter", None)  # not the default, a length beside this one
             cfg[key] = OmegaConf.merge(OmegaConf.create(defaults, flags=objects), given)
     for key, (structure, _) in groups.items():
         settled = settle(structure, cfg[key], key, findings)

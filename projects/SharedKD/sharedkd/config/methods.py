@@ -66,9 +66,9 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
             epochs, or see :func:`~sharedkd.modeling.recipes.stages_of`.
     """
     cfg = cfg.copy()
-    parts = [part.split(":") for part in name.split("+")]
-    names = "+".join(":".join(x for x in part if "=" not in x) for part in parts)
-    settings = [x for part in parts for x in part[1:] if "=" in x]
+    words = [part.split(":") for part in name.split("+")]
+    names = "+".join(":".join(x for x in part if "=" not in x) for part in words)
+    settings = [x for part in words for x in part[1:] if "=" in x]
     if any(x.startswith("train.epochs=") for x in settings):  # they were counted for all
         fix = "set train.epochs for all, or train.max_iter here"
         raise ConfigError("--methods", name, "has epochs of its own", fix)
@@ -76,13 +76,14 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
         cfg.data.update(unlabelled_images=None, unlabelled_json=None)  # nothing learns from them
     if names == PLAIN:
         cfg.model = cfg.model.get("student", cfg.model)
-        cfg.train.inherit = []
+        OmegaConf.update(cfg, "train.inherit", [], force_add=True)
     elif "student" not in cfg.model:
         fix = "add --teacher, or use a pair's config, see configs/"
         raise ConfigError("--config-file", "model", "is a plain detector", fix)
     elif names == START:
         cfg.model.stages = L(stage_dict)()
-        cfg.train.inherit = cfg.train.inherit or [*PARTS]
+        parts = OmegaConf.select(cfg, "train.inherit") or [*PARTS]
+        OmegaConf.update(cfg, "train.inherit", parts, force_add=True)
     elif names != OWN:
         cfg.model.stages = stages_of(names, family_of(cfg.model.student))
     if names != OWN:  # peers are a part of the config's own method

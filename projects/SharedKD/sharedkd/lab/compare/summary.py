@@ -5,6 +5,7 @@ The records are those of :mod:`~sharedkd.lab.scores`.
 
 import math
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, List, Mapping, Optional, Sequence, Union
 
@@ -202,14 +203,12 @@ def _gaps(record: Record) -> List[str]:
 def _warnings(record: Record) -> List[str]:
     """A paragraph for each property in which the finished arms differ but should not."""
     found = []
-    starts = {(arm["seed"], arm.get("inherited", 0)) for arm in finished_arms(record)}
-    for seed, inherited in sorted(starts):
+    starts = defaultdict(list)
+    for arm in finished_arms(record):
+        starts[arm["seed"], arm.get("inherited", 0)].append(arm)
+    for (seed, _), arms in sorted(starts.items(), key=itemgetter(0)):
         found += _disagreement(
-            [
-                arm
-                for arm in finished_arms(record)
-                if (arm["seed"], arm.get("inherited", 0)) == (seed, inherited)
-            ],
+            arms,
             "initial_weights",
             f"the initial weights of seed {seed} differ, so its differences between methods are "
             "not those of students that start alike",
