@@ -479,6 +479,9 @@ def test_classic_config_with_the_published_weights(tmp_path):
     assert model.teacher.fingerprint == fingerprint(teacher)  # of the weights as loaded
     scores = [x.head.cls_score.weight for x in (teacher, model.student)]
     assert torch.equal(*scores)
+    cfg.MODEL.SHAREDKD.INHERIT = ["tail"]
+    with pytest.raises(ConfigError, match=r"^MODEL.SHAREDKD.INHERIT=\['tail'\]: no such part"):
+        build_model(cfg)
     cfg.MODEL.SHAREDKD.INHERIT = []
     assert not torch.equal(scores[0], build_model(cfg).student.head.cls_score.weight)
     assert [s.weight for s in model.stages.values()] == [2, 2]

@@ -683,7 +683,7 @@ def _teacher_of(cfg: CfgNode, student: nn.Module) -> FrozenTeacher:
         trust_checkpoint=keys.TRUST_CHECKPOINT,
     ).to(cfg.MODEL.DEVICE)
     if parts:
-        inherit(student, teacher.model, parts, teacher.scale)
+        inherit(student, teacher.model, parts, teacher.scale, "MODEL.SHAREDKD.INHERIT")
     # Detectron2's AMPTrainer computes in float16.
     teacher.prepare(torch.float16 if cfg.SOLVER.AMP.ENABLED else None)
     return teacher

@@ -273,9 +273,15 @@ def of_parts(names: Iterable[str], parts: Sequence[str]) -> List[str]:
 
 
 def inherit(
-    student: nn.Module, teacher: nn.Module, parts: Sequence[str], scale: float = 1
+    student: nn.Module,
+    teacher: nn.Module,
+    parts: Sequence[str],
+    scale: float = 1,
+    key: str = "train.inherit",
 ) -> List[str]:
-    """Copy the teacher's neck and head into the student where names and shapes agree.
+    """Copy the layers of the teacher's neck and head into the student where names and shapes agree.
+
+    A layer with a tensor of another shape is not copied at all.
 
     Args:
         student, teacher: plain detectors.
@@ -283,6 +289,7 @@ def inherit(
         scale: the teacher sees the images enlarged so many times; 2: an object that the student finds on
             its level 2 is one of the teacher's level 3, so that the student's ``fpn_output2`` is a copy
             of ``fpn_output3``.
+        key: the config key that holds the parts, for messages.
 
     Returns:
         the names of the tensors copied, which are also logged.
@@ -292,14 +299,15 @@ def inherit(
     """
     unknown = [p for p in parts if p not in PARTS]
     if unknown:
-        raise ConfigError("train.inherit", unknown, "no such part", f"use any of {list(PARTS)}")
+        raise ConfigError(key, unknown, "no such part", f"use any of {list(PARTS)}")
     source, target = teacher.state_dict(), student.state_dict()
     names = {name: _at_scale(name, scale) for name in of_parts(target, parts)}
-    copied = [
-        name
+    fits = {
+        name: theirs in source and source[theirs].shape == target[name].shape
         for name, theirs in names.items()
-        if theirs in source and source[theirs].shape == target[name].shape
-    ]
+    }
+    others = {_layer(name) for name in names if not fits[name]}
+    copied = [name for name in names if _layer(name) not in others]
     with torch.no_grad():
         for name in copied:
             target[name].copy_(source[names[name]])
@@ -307,6 +315,11 @@ def inherit(
         listed = ", ".join(copied)
         logger.info(f"The student inherits {len(copied)} tensors from the teacher: {listed}")
     return copied
+
+
+def _layer(name: str) -> str:
+    """The layer of a tensor; a norm belongs to the convolution that applies it."""
+    return name.rpartition(".")[0].removesuffix(".norm")
 
 
 def _is_of(part: str, name: str) -> bool:
