@@ -111,7 +111,6 @@ def parts(key):
 
 FURTHER = "{_target_:sharedkd.FrozenTeacher,config:COCO-Detection/nothing.yaml}"
 TEACHER, INIT, JSON = "model.teacher.weights", "train.init_checkpoint", "data.train_json"
-CACHE = "model.teacher.cache"
 LOADER, CROSS, SAME = "dataloader.train", "model.stages.cross", "model.stages.identical"
 
 #: Of a plain Faster R-CNN.
@@ -165,11 +164,7 @@ PLAIN = {
         "train.amp.dtype",
         ["float16", "bfloat16"],
     ),
-    "norms folded, which is gone": train("fold_norms", True, "is gone", "leave it out"),
-    "RoIAlign fast, which is gone": train("fast_roi_align", False, "is gone", "leave it out"),
-    "focal loss fast, which is gone": train("fast_focal_loss", 2, "is gone", "leave it out"),
     "layout perhaps": train("channels_last", "nhwc", "True or False"),
-    "memory kept, which is gone": train("keep_memory", True, "is gone", "leave it out"),
     "development run": train("fast_dev_run", "please", "True or False"),
     "device not there": train("device", "cuda:77", "train.device=cpu"),
     "device name": train("device", "gpu", "train.device=cpu"),
@@ -428,11 +423,6 @@ PAIR = {
         ["model.teacher.precision=float16"],
         "model.teacher.precision",
         ["float16", "bfloat16"],
-    ),
-    "cache of the teacher, which is gone": (
-        ["model.teacher.cache=maps"],
-        CACHE,
-        ["maps", "is gone", "every step"],
     ),
     "option of the teacher": (["model.teacher.speed=9"], "model.teacher", ["speed"]),
     "part to inherit": (["train.inherit=[tail]"], "train.inherit", ["tail", "neck"]),

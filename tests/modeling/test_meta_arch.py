@@ -490,9 +490,6 @@ def test_classic_config_with_the_published_weights(tmp_path):
     cfg.MODEL.SHAREDKD.DECAY = 0.2
     stages = build_model(cfg).stages.values()
     assert [(s.share, s.decay) for s in stages] == [(2 * Stage.share, 0.2)]
-    cfg.MODEL.SHAREDKD.PUBLISHED = True
-    with pytest.raises(ConfigError, match="use MODEL.SHAREDKD.METHOD: shared_kd_published"):
-        build_model(cfg)
 
 
 # --- a teacher in lower precision ---------------------------------------------------------------

@@ -82,7 +82,6 @@ def add_sharedkd_config(cfg: CfgNode) -> None:
             RAMP=None,
             DECAY=None,
             END=None,
-            PUBLISHED=None,  # gone, see SharedKD.from_config
         )
     )
 

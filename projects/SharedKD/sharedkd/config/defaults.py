@@ -12,7 +12,6 @@ from .structure import defaults_of, limited
 
 __all__ = [
     "DATA_DEFAULTS",
-    "GONE",
     "NONFINITE_POLICIES",
     "TRAIN_DEFAULTS",
     "WRITERS",
@@ -22,19 +21,6 @@ __all__ = [
 
 NONFINITE_POLICIES = ("stop", "skip_step")
 WRITERS = ("wandb", "mlflow")  #: packages that `train.writers` may name
-
-_SPEED = "leave it out: it changed the speed alone"
-#: Keys of earlier versions -> what to do instead.
-GONE = {
-    "train.fold_norms": _SPEED,
-    "train.fast_roi_align": _SPEED,
-    "train.fast_focal_loss": _SPEED,
-    "train.keep_memory": _SPEED,
-    "train.on_save_error": "leave it out: a full disk ends the run, and --resume goes on",
-    "dataloader.train.sampler": "the loader draws its own order; for rare classes set "
-    "dataloader.train.repeat_threshold, such as 0.01",
-    "model.teacher.cache": "leave it out: the teacher runs in every step",
-}
 
 
 def _check_installed(key: str, names: List[str]) -> None:

@@ -16,7 +16,7 @@ from sharedkd.modeling.detectors import config_path, load_file
 from .adopt import adopt_loaders, show_larger_images, use_own_data
 from .build import missing_keys, not_set, target_of
 from .classic import check_classic, expanded, from_classic, is_classic
-from .defaults import DATA_DEFAULTS, GONE, TRAIN_DEFAULTS, Data, Train
+from .defaults import DATA_DEFAULTS, TRAIN_DEFAULTS, Data, Train
 from .length import alone, settle_length
 from .overrides import joined, override
 from .own_data import add_unlabelled, has_own_data, read_own_data
@@ -107,7 +107,6 @@ def load(
     _check_groups(cfg, path)  # an override may have removed one
     if is_classic(cfg):
         check_classic(cfg)
-    _refuse_gone(cfg, findings)
     _settle(cfg, findings)
     _expand_home(cfg)
     if cfg.train.fast_dev_run:
@@ -152,17 +151,6 @@ def _check_groups(cfg: DictConfig, path: str) -> None:
             problem, fix = f"has no `{key}`", "start from a file of configs/"
             findings.add(ConfigError("--config-file", path, problem, fix))
     findings.raise_errors()
-
-
-def _refuse_gone(cfg: DictConfig, findings: Findings) -> None:
-    """Report the keys of earlier versions, and go on without them."""
-    for key, remedy in GONE.items():
-        group, _, name = key.rpartition(".")
-        node = OmegaConf.select(cfg, group)
-        if isinstance(node, DictConfig) and name in node.keys():
-            value = "???" if OmegaConf.is_missing(node, name) else node[name]
-            findings.add(ConfigError(key, value, "this key is gone", remedy))
-            del node[name]
 
 
 def _settle(cfg: DictConfig, findings: Findings) -> None:

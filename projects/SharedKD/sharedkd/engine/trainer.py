@@ -316,9 +316,8 @@ class SharedKDTrainer(SimpleTrainer):
         Raises:
             ConfigError: it did.
         """
-        # Earlier versions stored the first teacher and student apart from the others.
-        then = {None: state_dict.get("teacher"), **state_dict.get("teachers", {})}
-        now = self._teacher_fingerprints()
+        # A run of another trainer stores none.
+        then, now = state_dict.get("teachers", {}), self._teacher_fingerprints()
         for name in dict.fromkeys([*then, *now]):
             before, after = then.get(name), now.get(name)
             if before != after:
@@ -333,8 +332,7 @@ class SharedKDTrainer(SimpleTrainer):
         if self.scaler.is_enabled() and state_dict["grad_scaler"]:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
         self.bad_images.update(state_dict.get("bad_images", {}))
-        normalizers = {"": state_dict.get(NORMALIZER), **state_dict.get("loss_normalizers", {})}
-        for owner, normalizer in normalizers.items():
+        for owner, normalizer in state_dict.get("loss_normalizers", {}).items():
             if normalizer is not None:
                 setattr(self.detectors[owner], NORMALIZER, normalizer)
 

@@ -262,9 +262,6 @@ class SharedKD(nn.Module):
         Its keys are added by :func:`sharedkd.config.classic.add_sharedkd_config`.
         """
         keys = cfg.MODEL.SHAREDKD
-        if keys.PUBLISHED is not None:
-            fix = "use MODEL.SHAREDKD.METHOD: shared_kd_published"
-            raise ConfigError("MODEL.SHAREDKD.PUBLISHED", keys.PUBLISHED, "this key is gone", fix)
         student = META_ARCH_REGISTRY.get(keys.STUDENT)(cfg)
         stages = stages_of(keys.METHOD, family(student))
         times = {x: keys[x.upper()] for x in TIMES if keys[x.upper()] is not None}
