@@ -11,8 +11,9 @@ _mapper.augmentations = [
     L(T.RandomApply)(
         tfm_or_aug=L(T.RandomCrop)(crop_type="relative_range", crop_size=[0.6, 0.6]), prob=0.5
     ),
-    *_mapper.augmentations,
     L(T.RandomBrightness)(intensity_min=0.6, intensity_max=1.4),
     L(T.RandomContrast)(intensity_min=0.6, intensity_max=1.4),
     L(T.RandomSaturation)(intensity_min=0.6, intensity_max=1.4),
+    # The last, so that a teacher with a scale sees the file's own pixels.
+    *_mapper.augmentations,
 ]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from sharedkd import ConfigError
 from sharedkd.config import construct, load_config
+from sharedkd.config.adopt import show_larger_images
 from sharedkd.config.classic import build_evaluator, from_classic
 from sharedkd.data.loader import TrainLoader
 
@@ -95,6 +96,16 @@ def test_a_sample_is_that_of_detectron2s_mapper(classic, record):
     assert torch.equal(
         theirs["instances"].gt_boxes.tensor, ours["instances"].gt_boxes.tensor
     ) and torch.equal(theirs["instances"].gt_classes, ours["instances"].gt_classes)
+
+
+def test_a_teacher_with_a_scale_sees_the_files_own_pixels(classic, record):
+    cfg = from_classic(classic)
+    cfg.model = dict(student=cfg.model, teacher=dict(_target_="sharedkd.FrozenTeacher", scale=2))
+    show_larger_images(cfg)
+    for split in ("train", "test"):
+        sample = construct(cfg.dataloader[split].mapper, "mapper")(record)
+        height, width = sample["image"].shape[1:]
+        assert sample["larger_image"].shape[1:] == (2 * height, 2 * width)
 
 
 def test_the_loader_has_the_sampler_of_the_yaml(classic, record):

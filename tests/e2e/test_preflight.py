@@ -299,6 +299,25 @@ def test_no_warning_without_a_reason(good, workspace, tmp_path):
     assert found["student"]["weights"].endswith("verified: 138 of 138 tensors")
 
 
+@pytest.mark.parametrize("warned, more", [(False, []), (True, ["RandomSaturation"])])
+def test_a_teacher_that_sees_no_larger_images_is_warned_of(good, tmp_path, warned, more):
+    resize = "{_target_:detectron2.data.transforms.ResizeShortestEdge,short_edge_length:64}"
+    after = [
+        f"{{_target_:detectron2.data.transforms.{x},intensity_min:1,intensity_max:2}}" for x in more
+    ]
+    found = preflight(
+        good["pair"],
+        [
+            f"train.output_dir={tmp_path}/run",
+            f"dataloader.train.mapper.augmentations=[{','.join([resize, *after])}]",
+            "model.teacher.scale=2",
+        ],
+        measure=False,
+    )
+    assert found["ok"], found["errors"]
+    assert ("model.teacher.scale" in [x["key"] for x in found["warnings"]]) == warned
+
+
 @pytest.mark.parametrize("kind, student", [("plain", "model"), ("pair", "model.student")])
 def test_frozen_norms_of_random_weights_are_warned_of(good, tmp_path, kind, student):
     """The remedy that the warning names removes it; what a student inherits is no backbone."""

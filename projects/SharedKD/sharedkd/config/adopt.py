@@ -15,7 +15,7 @@ from sharedkd.data.loader import build_test_loader, build_train_loader
 from sharedkd.errors import ConfigError
 
 from .build import target_of
-from .classic import is_classic
+from .classic import YamlMapper, is_classic
 from .defaults import DATA_DEFAULTS
 from .plain import leaves
 
@@ -60,9 +60,11 @@ def show_larger_images(cfg: DictConfig) -> None:
     larger = scales.pop() if scales else 1
     for split in ("train", "test"):
         mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
-        if isinstance(mapper, DictConfig) and target_of(mapper) in (DatasetMapper, ImageMapper):
-            if mapper.get("larger", 1) != larger:
-                mapper._target_, mapper.larger = ImageMapper, larger
+        if isinstance(mapper, DictConfig) and mapper.get("larger", 1) != larger:
+            if target_of(mapper) is DatasetMapper:
+                mapper._target_ = ImageMapper
+            if target_of(mapper) in (ImageMapper, YamlMapper):
+                mapper.larger = larger
 
 
 def _scales(node: Any) -> Iterator[float]:

@@ -229,18 +229,12 @@ class YamlMapper(ImageMapper):
 
     Args:
         yaml, is_train: as Detectron2's DatasetMapper takes them.
-        image_format, image_range: see :class:`~sharedkd.data.images.ImageMapper`.
+        image_format, options: of :class:`~sharedkd.data.images.ImageMapper`.
     """
 
-    def __init__(
-        self,
-        yaml: Yaml,
-        is_train: bool,
-        image_format: str,
-        image_range: Optional[Sequence[float]] = None,
-    ):
-        options = DatasetMapper.from_config(_cfg_node(yaml), is_train)
-        super().__init__(image_range=image_range, **{**options, "image_format": image_format})
+    def __init__(self, yaml: Yaml, is_train: bool, image_format: str, **options: Any):
+        theirs = DatasetMapper.from_config(_cfg_node(yaml), is_train)
+        super().__init__(**{**theirs, "image_format": image_format, **options})
 
 
 def build_loader(yaml: Yaml, dataset: List[Dict[str, Any]], **options: Any) -> TrainLoader:

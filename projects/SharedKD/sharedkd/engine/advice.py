@@ -179,6 +179,11 @@ def _teachers(parts: Parts) -> Iterator[ConfigError]:
             value = getattr(teacher, "name", type(teacher).__name__)
             fix = "change nothing if only its feature maps are meant"
             yield ConfigError(f"{key}.config", value, problem, fix)
+        scale = getattr(teacher, "scale", 1)
+        if scale != 1 and parts.sample and "larger_image" not in parts.sample:
+            problem = "the teacher sees the student's image enlarged, with nothing more to see"
+            fix = "resize after all other augmentations but crops and flips, with the config's own mapper"
+            yield ConfigError(f"{key}.scale", scale, problem, fix)
         if weights:
             yield from _weaker(parts, f"{key}.weights", weights)
         if weights == "":
