@@ -488,11 +488,6 @@ PAIR = {
         f"{SAME}.end",
         ["start=9", "end=null"],
     ),
-    "relative by how much": (
-        [f"{SAME}.relative=0.5"],
-        f"{SAME}.relative",
-        ["0.5", "True or False"],
-    ),
     "adapter": (
         [f"model.stages.fit={fitnets('tap:fpn,adapter:2')}"],
         "model.stages.fit.loss.adapter",

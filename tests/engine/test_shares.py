@@ -91,17 +91,6 @@ def test_norms_are_those_of_backward(norms):
         assert norms[name] == pytest.approx(torch.cat(grads).double().norm().item(), rel=1e-5), name
 
 
-def test_a_relative_stage_is_measured_as_it_counts(norms):
-    relative = measured(shared_kd(relative=True))
-    losses = losses_of(pair(shared_kd()), {"identical": 1.0})
-    raw = {k: x.item() for k, x in losses.items()}
-    detector = raw["loss_cls"] + raw["loss_box_reg"]
-    factor = detector / (raw["distill/identical/s8"] + raw["distill/identical/s16"])
-    for name in ("identical/s8", "identical/s16"):  # weight 2 of both
-        assert relative[name] == pytest.approx(factor * norms[name], rel=1e-3)
-    assert relative["detector"] == pytest.approx(norms["detector"], rel=1e-5)
-
-
 def test_shares_are_logged_when_they_are_measured():
     trainer = trainer_of(pair(shared_kd()), 4, period=2)
     trainer.train(0, 4)

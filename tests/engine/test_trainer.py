@@ -1,4 +1,4 @@
-"""The trainer: stages, relative weights, accumulation, clipping, AMP, seeds."""
+"""The trainer: stages, accumulation, clipping, AMP, seeds."""
 
 import pytest
 import tiny
@@ -125,37 +125,6 @@ def test_stage_schedule_reaches_the_losses_and_the_log():
         else:
             assert "loss_distill_identical" not in log
             assert log["total_loss"] == pytest.approx(detector)
-
-
-def test_relative_weight_is_a_share_of_the_detectors_loss():
-    for scale in (1.0, 1e4):
-        loss = IdenticalLayer(strides=[8])
-        distance = loss.distance
-        loss.distance = lambda *args: scale * distance(*args)
-        trainer = trainer_of(pair({"identical": Stage(loss, weight=0.25, relative=True)}))
-        log = one_step(trainer)
-        detector = log["loss_cls"] + log["loss_box_reg"]
-        assert log["loss_distill_identical"] == pytest.approx(0.25 * detector, rel=1e-4)
-        assert log["total_loss"] == pytest.approx(1.25 * detector, rel=1e-4)
-
-
-def test_relative_weight_scales_the_gradient():
-    """The gradient of the term is that of the raw loss times share * detector / raw."""
-    grads = {}
-    for relative in (False, True):
-        model = pair(
-            {"identical": Stage(IdenticalLayer(strides=[8]), weight=1.0, relative=relative)}
-        )
-        trainer = trainer_of(model)
-        log = one_step(trainer)
-        grads[relative] = model.student.backbone.fpn_output3.weight.grad.clone()
-    plain = tiny.detector("retinanet")
-    one_step(trainer_of(plain))
-    detector_grad = plain.backbone.fpn_output3.weight.grad
-    factor = (log["loss_cls"] + log["loss_box_reg"]) / log["distill/identical/s8"]
-    torch.testing.assert_close(
-        grads[True] - detector_grad, factor * (grads[False] - detector_grad), rtol=1e-2, atol=1e-5
-    )
 
 
 def test_teacher_free_training_lowers_the_cross_layer_loss():

@@ -1,5 +1,7 @@
 """Students that train together: each learns by itself and from the others, and nothing else does."""
 
+import re
+
 import pytest
 import tiny
 import torch
@@ -122,6 +124,16 @@ def trained(model, steps=2, **options):
     return states, {k: v for k, (v, _) in trainer.storage.latest().items()}, trainer
 
 
+@pytest.fixture
+def one_thread():
+    """Two threads on a busy machine round differently from run to run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_without_weights_they_equal_two_runs_byte_for_byte():
     family, other, options = "faster_rcnn", "retinanet", dict(clip_grad_norm=1.0, accumulate=2)
     model = pair({"mutual": maps("other", 0.0)}, {"back": maps(None, 0.0)}, family, other)
@@ -139,16 +151,15 @@ def test_without_weights_they_equal_two_runs_byte_for_byte():
         assert getattr(student, "loss_normalizer", 0) == getattr(alone, "loss_normalizer", 0)
 
 
-def test_a_relative_weight_is_of_the_students_own_losses():
-    model = pair(
-        {"mutual": maps("other", 0.5, relative=True)}, {"back": maps(None, 2.0, relative=True)}
-    )
+def test_sums_are_of_the_students_own_losses():
+    model = pair({"mutual": maps("other", 0.5)}, {"back": maps(None, 2.0)})
     _, log, _ = trained(model, 1)
-    for owner, share in (("", 0.5), ("peer/other/", 2.0)):
+    for owner, weight in (("", 0.5), ("peer/other/", 2.0)):
         detector = sum(log[f"{owner}{x}"] for x in ("loss_cls", "loss_box_reg"))
         (stage,) = [x for k, x in log.items() if k.startswith(f"{owner}loss_distill_")]
-        assert stage == pytest.approx(share * detector)
-        assert log[f"{owner}total_loss"] == pytest.approx((1 + share) * detector)
+        raw = [x for k, x in log.items() if re.match(rf"{owner}distill/\w+/s\d+$", k)]
+        assert len(raw) == 2 and stage == pytest.approx(weight * sum(raw))
+        assert log[f"{owner}total_loss"] == pytest.approx(detector + stage)
     assert not any(k.startswith(("distill/back", "loss_distill_back")) for k in log)
 
 

@@ -5,7 +5,7 @@ every run has.  Their nodes refer to the yaml's keys, so that overrides of both 
 what Detectron2's own builders make of the yaml.
 """
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config import LazyCall as L

@@ -21,7 +21,7 @@ from sharedkd.engine.snapshot import NORMALIZER
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.balance import held
 from sharedkd.modeling.meta_arch import of_students, pairs_of
-from sharedkd.modeling.stages import owner_of, scale_relative, terms_of, under
+from sharedkd.modeling.stages import owner_of, terms_of, under
 from sharedkd.modeling.teachers import teacher_key
 from sharedkd.values import check_number
 
@@ -187,10 +187,8 @@ class SharedKDTrainer(SimpleTrainer):
         if step.failure:
             return
         values = self._mean_over_ranks(losses)
-        self.scaler.scale(
-            sum(self._weigh(losses, values, step).values()) / self.accumulate
-        ).backward()
-        for name, value in {**values, **self._sums(values, step)}.items():
+        self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
+        for name, value in {**values, **self._sums(values)}.items():
             step.metrics[name] = step.metrics.get(name, 0.0) + value / self.accumulate
         for stage, auto in self.auto_weights.items():
             for term, factor in auto.factors.items() if step.weights[stage] else ():
@@ -211,28 +209,20 @@ class SharedKDTrainer(SimpleTrainer):
         """Run a forward with a step's iteration and weights once more, on this rank only.
 
         Returns:
-            the losses as they count in the total, name -> scalar attached to the graph.
+            the losses, name -> scalar attached to the graph.
         """
         with held(self.auto_weights):
-            losses = self._losses(self.module, batch, part, step)
-        return self._weigh(losses, {k: x.detach().double() for k, x in losses.items()}, step)
+            return self._losses(self.module, batch, part, step)
 
-    def _weigh(
-        self, losses: Mapping[str, Tensor], values: Mapping[str, Tensor], step: Step
-    ) -> Dict[str, Tensor]:
-        """The losses as they count in the total, see :func:`~sharedkd.modeling.stages.scale_relative`."""
-        return scale_relative(losses, values, self.stages, step.weights)
-
-    def _sums(self, values: Mapping[str, Tensor], step: Step) -> Dict[str, Tensor]:
+    def _sums(self, values: Mapping[str, Tensor]) -> Dict[str, Tensor]:
         """``total_loss`` of each student, and ``loss_distill_<stage>`` of each stage that has terms."""
-        weighed = self._weigh(values, values, step)
         sums = {}
         for name in self.stages:
             terms = terms_of(values, name)
             if terms:
-                sums[under("loss_distill_", name)] = sum(weighed[k] for k in terms)
+                sums[under("loss_distill_", name)] = sum(values[k] for k in terms)
         for owner in self.pairs:
-            sums[f"{owner}total_loss"] = sum(x for k, x in weighed.items() if owner_of(k) == owner)
+            sums[f"{owner}total_loss"] = sum(x for k, x in values.items() if owner_of(k) == owner)
         return sums
 
     def _agree_on(self, failure: str) -> str:

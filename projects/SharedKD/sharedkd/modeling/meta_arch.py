@@ -31,7 +31,7 @@ from .heads import (
 from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .recipes import multiply, stages_of
-from .stages import DISTILL, PEER, TIMES, Stage, scale_relative
+from .stages import DISTILL, PEER, TIMES, Stage
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
 from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher, teacher_key
 
@@ -301,8 +301,7 @@ class SharedKD(nn.Module):
                 then the others.
             weights: stage name -> weight in this step, in training; a stage that is left out or
                 weighs zero is not computed.  A peer's stage is named ``peer/<peer>/<stage>``.  None: by
-                the stages' schedules and the iteration of Detectron2's EventStorage; losses of relative
-                stages are then scaled here.
+                the stages' schedules and the iteration of Detectron2's EventStorage.
 
         Returns:
             In training: the student's own losses, and ``distill/<stage>/<term>`` for each term of
@@ -314,9 +313,6 @@ class SharedKD(nn.Module):
         labelled = [x for x in batched_inputs if not x.get(UNLABELLED)]
         if weights is None:
             weights = self._weights_now()
-            losses = SharedKD.forward(self, batched_inputs, weights)  # no hook runs twice
-            values = {name: x.detach() for name, x in losses.items()}
-            return scale_relative(losses, values, of_students(self, "stages"), weights)
         pairs = self.pairs
         active = {owner: pair._active(owner, weights) for owner, pair in pairs.items()}
         for owner, pair in pairs.items():

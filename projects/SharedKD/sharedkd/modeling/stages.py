@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
-import torch
 from torch import Tensor
 
 from sharedkd.errors import ConfigError, Findings
@@ -18,7 +17,6 @@ __all__ = [
     "iterations",
     "own_losses",
     "owner_of",
-    "scale_relative",
     "stage_dict",
     "terms_of",
     "under",
@@ -44,9 +42,6 @@ class Stage:
         ramp: over how many iterations the weight grows linearly from ``weight / ramp`` to ``weight``.
         end: the first iteration that no longer uses it; None: never ends.  ``teacher``: where the
             student is level with its teacher, see :class:`~sharedkd.engine.hooks.outgrown.Outgrown`.
-        relative: the weight is a share of the detector's own loss: the loss is scaled so that
-            weight 0.5 adds half of what the detector's losses sum to in the same step, whatever the
-            raw value.  False: the weight multiplies the raw value, as published.
         teacher: the name of the source of maps that it learns from, one of the model's ``teachers``;
             None: the model's ``teacher``.
         share: with ``auto``, the norm of its gradient at the student's maps over that of the detector's
@@ -65,7 +60,6 @@ class Stage:
     start: Union[int, float] = 0
     ramp: Union[int, float] = 0
     end: Optional[Union[int, float, str]] = None
-    relative: bool = False
     teacher: Optional[str] = None
     share: float = 0.3
     every: int = 0
@@ -88,9 +82,7 @@ class Stage:
         return 1.0 if isinstance(self.weight, str) else self.weight
 
     def __str__(self) -> str:
-        if self.auto:
-            return f"weight auto, share {self.share:g}"
-        return f"weight {self.weight:g}{' of the detector loss' if self.relative else ''}"
+        return f"weight auto, share {self.share:g}" if self.auto else f"weight {self.weight:g}"
 
     def check(self, key: str) -> None:
         """Check the arguments; ``key`` is this stage's place in the config, for messages.
@@ -120,15 +112,11 @@ class Stage:
             if name in ("weight", "end") and isinstance(value, str):
                 continue  # checked above
             findings.step(check_number, f"{key}.{name}", value, least=0, or_null=name == "end")
-        for name in ("relative", "published"):
-            findings.step(check_switch, f"{key}.{name}", getattr(self, name))
+        findings.step(check_switch, f"{key}.published", self.published)
         findings.step(check_number, f"{key}.share", self.share, above=0)
         findings.step(check_number, f"{key}.every", self.every, least=0, whole=True)
         if self.balance is not None:
             findings.step(check_choice, f"{key}.balance", self.balance, ("levels",))
-        if self.auto and self.relative is True:
-            fix = "use one of them"
-            findings.add(ConfigError(f"{key}.relative", True, "excludes weight=auto", fix))
         if self.teacher is not None:
             findings.step(check_text, f"{key}.teacher", self.teacher, empty=False)
         findings.raise_errors()
@@ -208,31 +196,6 @@ def own_losses(losses: Mapping[str, Tensor], owner: str = "") -> List[Tensor]:
     """
     distilled = f"{owner}{DISTILL}"
     return [x for k, x in losses.items() if owner_of(k) == owner and not k.startswith(distilled)]
-
-
-def scale_relative(
-    losses: Mapping[str, Tensor],
-    values: Mapping[str, Tensor],
-    stages: Mapping[str, Stage],
-    weights: Mapping[str, float],
-) -> Dict[str, Tensor]:
-    """A step's losses, those of relative stages scaled to their share of the detector's own.
-
-    Args:
-        losses: name -> scalar.
-        values: their values, detached and equal on all ranks, from which the scale is computed.
-        stages, weights: by the stages' names.
-    """
-    scaled = dict(losses)
-    for name, stage in stages.items():
-        terms = terms_of(losses, name)
-        if stage.relative and terms:
-            detector = sum(own_losses(values, owner_of(name)))
-            raw = sum(values[k] for k in terms)
-            scale = weights[name] * detector / raw
-            scale = torch.where(raw > 0, scale, torch.ones_like(scale))
-            scaled.update({k: scale.to(losses[k].dtype) * losses[k] for k in terms})
-    return scaled
 
 
 def stage_dict(**stages: Stage) -> Dict[str, Stage]:

@@ -67,7 +67,7 @@ class RunData:
         for name, node in nodes.items():
             if not isinstance(node, Mapping):  # the dict's own _target_
                 continue
-            keys = ("weight", *TIMES, "relative")
+            keys = ("weight", *TIMES)
             times = {key: node[key] for key in keys if key in node}
             # Other text is a reference to another key.
             words = {("weight", "auto"), ("end", "teacher")}
