@@ -415,13 +415,3 @@ def test_list_prints_a_line_per_method(capsys):
     assert [line.split()[0] for line in lines] == sorted(PUBLISHED)
     row = next(line for line in lines if line.startswith("reviewkd "))
     assert "CVPR 2021" in row and "retinanet, fcos: 3.29 M" in row
-
-
-def test_an_option_of_shared_kd_differs_from_the_default_in_every_family():
-    default, paths = METHODS["shared_kd"], sorted((FOLDER / "options").glob("*.py"))
-    assert paths
-    for option in map(Method.load, paths):
-        assert option.stages.keys() == default.stages.keys()
-        for kind, stages in option.stages.items():
-            assert option.parameters(kind) == 0
-            assert stages != default.stages[kind], option.name

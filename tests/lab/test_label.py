@@ -17,7 +17,7 @@ from sharedkd.lab.label import label_images, thresholds_of
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 THEIRS, OURS = ["ring", "cell", "star"], ["star", "moon", "cell"]
-KEYS = ["data.classes=[ring,cell,star]", "data.num_classes=3", "data.test_short_edge=64"]
+KEYS = ["data.classes=[ring,cell,star]", "data.test_short_edge=64"]
 KEYS += [
     "data.name=label_of_test",
     "train.device=cpu",

@@ -8,6 +8,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from omegaconf import OmegaConf
 from torch import nn
 
+from sharedkd.config.classic import is_classic
 from sharedkd.config.length import images_per_step
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import count_parameters, num_classes
@@ -28,6 +29,13 @@ __all__ = ["advise"]
 SGD_LR_PER_IMAGE, SUSPICIOUS = 0.02 / 16, 2.0
 #: About how much slower bfloat16 is than float32 on a CPU without instructions for it.
 BFLOAT16_SLOWDOWN = 10
+#: Where a classic yaml has what prepares the images of a backbone.
+CLASSIC_KEYS = {
+    "input_format": "INPUT.FORMAT",
+    "pixel_mean": "MODEL.PIXEL_MEAN",
+    "pixel_std": "MODEL.PIXEL_STD",
+    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+}
 
 
 def advise(parts: Parts) -> List[ConfigError]:
@@ -80,15 +88,21 @@ def _convention(parts: Parts) -> Iterator[ConfigError]:
         ),
     }
     has, wants = (", ".join(words[field](x) for field in fields) for x in (theirs, ours))
+
+    def place(name: str) -> str:
+        return CLASSIC_KEYS[name] if is_classic(cfg) else key_of(cfg.model, name)
+
     values: Dict[str, Any] = {}
     if "order" in fields:
-        values.update({key_of(cfg.model, "input_format"): theirs.order, images: theirs.order})
+        values[place("input_format")] = theirs.order
+        if not is_classic(cfg):
+            values[images] = theirs.order
     for name in ("mean", "std") if {"order", "std"} & {*fields} else ():
         numbers = getattr(theirs, name)
         if numbers:
-            values[key_of(cfg.model, f"pixel_{name}") or f"pixel_{name}"] = _listed(numbers)
+            values[place(f"pixel_{name}") or f"pixel_{name}"] = _listed(numbers)
     if "stride_in_1x1" in fields:
-        values[key_of(cfg.model, "stride_in_1x1") or "stride_in_1x1"] = theirs.stride_in_1x1
+        values[place("stride_in_1x1") or "stride_in_1x1"] = theirs.stride_in_1x1
     settings = " ".join(f"{key}={value}" for key, value in values.items() if key)
     yield ConfigError(
         "train.init_checkpoint",

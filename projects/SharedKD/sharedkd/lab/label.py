@@ -89,8 +89,10 @@ def label_images(
     cfg = load_config(teacher, overrides, without_data=True)
     theirs = class_names(cfg)
     if not theirs:
-        fix = "name the folder of its run, or register its data"
+        fix = "name the folder of its run, or add data.classes=[...] in its order"
         raise ConfigError("--teacher", teacher, "the names of its classes are unknown", fix)
+    if "data" in cfg:
+        cfg.data.num_classes = len(theirs)
     ours = theirs if data_json is None else read_classes([data_json])
     if not ours:
         fix = "name a COCO json with categories"
