@@ -10,7 +10,7 @@ from sharedkd.errors import ConfigError
 from sharedkd.values import check_number
 
 from .base import Batch, DistillationLoss, Shapes, check_weights, precise
-from .dense import check_same_head
+from .dense import check_same_head, number_of_foreground
 
 __all__ = ["DKD", "DenseDKD", "bernoulli_kl", "decoupled_kl"]
 
@@ -169,7 +169,7 @@ class DenseDKD(DistillationLoss):
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         first = self.strides[0]
         k = batch.student[self.tap][first].shape[1] // batch.labels[first].shape[1]
-        foreground = sum(((x >= 0) & (x < k)).sum() for x in batch.labels.values()).clamp(min=1)
+        foreground = number_of_foreground(batch, k)
         terms = {}
         for stride, s, t in self.levels(batch):
             labels = batch.labels[stride].unsqueeze(2)  # (N, A, 1, H, W)
