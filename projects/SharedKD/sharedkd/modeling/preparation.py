@@ -10,7 +10,7 @@ from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError
-from sharedkd.weights.conventions import RGB_MEAN
+from sharedkd.weights.conventions import order_of
 
 __all__ = [
     "COLOURS",
@@ -52,15 +52,7 @@ def image_channels(detector: nn.Module) -> int:
 def guess_format(detector: nn.Module) -> Optional[str]:
     """The channel order of a detector that normalises by ImageNet's means; None: it does not."""
     mean = getattr(detector, "pixel_mean", None)
-    if not isinstance(mean, Tensor) or mean.numel() != 3:
-        return None
-    mean = mean.detach().float().cpu().flatten()
-    for name, means in (("RGB", RGB_MEAN), ("BGR", RGB_MEAN[::-1])):
-        # in 0 to 255 or in 0 to 1; Detectron2's and torchvision's differ in the third digit
-        for scale in (1.0, 255.0):
-            if torch.allclose(mean * scale, torch.tensor(means), rtol=5e-3):
-                return name
-    return None
+    return order_of(mean.flatten().tolist()) if isinstance(mean, Tensor) else None
 
 
 def converted(image: Tensor, given: str, channels: int, wanted: str, key: str) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
     "Convention",
     "convention_of_file",
     "convention_of_model",
+    "order_of",
 ]
 
 OF_DETECTOR = "its detector's"  # the maker where a file has the numbers themselves
@@ -83,7 +84,7 @@ def convention_of_file(data: Mapping[str, Any]) -> Convention:
         return Convention("pycls's", "BGR", RGB_MEAN[::-1], RGB_STD[::-1])
     if "pixel_mean" in state and "pixel_std" in state:  # of a detector
         mean, std = (_numbers(state[name]).tolist() for name in ("pixel_mean", "pixel_std"))
-        return Convention(OF_DETECTOR, _order(mean), mean, std)
+        return Convention(OF_DETECTOR, order_of(mean), mean, std)
     return Convention("another", std=_std_by_statistics(state))
 
 
@@ -110,11 +111,12 @@ def _numbers(values: Any) -> Tensor:
     return torch.as_tensor(values).double().flatten()
 
 
-def _order(mean: Sequence[float]) -> Optional[str]:
-    """The order of channels by ImageNet's means; None if they are others."""
+def order_of(mean: Sequence[float]) -> Optional[str]:
+    """The order of channels by ImageNet's means, of 0 to 255 or of 0 to 1; None if they are others."""
     for order, known in (("RGB", RGB_MEAN), ("BGR", RGB_MEAN[::-1])):
-        if len(mean) == 3 and np.allclose(mean, known, atol=1):
-            return order
+        for scale in (1, 255):
+            if len(mean) == 3 and np.allclose(np.multiply(mean, scale), known, atol=1):
+                return order
     return None
 
 
