@@ -122,6 +122,7 @@ def test_a_run_is_recorded_and_logged(finished):
     assert re.search(r"measured: \S+ s a step", log)
     record = json.loads((output / "run.json").read_text())
     assert record["iterations"] == 2 and record["parameters"]["losses"] == 0
+    assert record["inherited"] > 10 and len(record["fitted"]) == 4  # laterals
     assert record["results"]["bbox"].keys() == results["bbox"].keys()
     assert record["peak_memory_mb"] > 100 and record["processes"] == 1
     assert record["config_file"].endswith("custom_coco_mask.py")

@@ -265,6 +265,18 @@ class TrainLoader:
             self._first(range(labelled, labelled + self.unlabelled))
         return self._first(range(labelled))
 
+    def samples(self, most: int) -> Iterator[Dict[str, Any]]:
+        """Samples as training will get them, of images spread over those with labels.
+
+        Args:
+            most: how many; those that cannot be loaded are left out.
+        """
+        count = len(self._groups)
+        for i in range(min(most, count)):
+            loaded = self._samples[i * count // min(most, count), i]
+            if loaded.sample is not None:
+                yield loaded.sample
+
     def _first(self, indices: range) -> Dict[str, Any]:
         faults = []
         for position, index in enumerate(indices[:TRIES]):

@@ -18,6 +18,7 @@ from sharedkd.errors import FAILED, ConfigError, ConfigErrors, Findings, SharedK
 from sharedkd.modeling.backbones import compile_backbone, recompute_blocks
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import trains_channels_last
+from sharedkd.modeling.laterals import fit_laterals
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of
 from sharedkd.modeling.stages import Stage
@@ -71,6 +72,7 @@ class Parts:
         peers: the further students that train with it, by name.
         loaded: what its initial weights have done to the student; None: not loaded here.
         inherited: the student's tensors that are copies of the teacher's.
+        fitted: of :meth:`fit`.
         optimizer, loader, scheduler: for training; None in an evaluation.
         sample: the first training image as the loader delivers it; None if that cannot be known.
         disk: see :func:`~sharedkd.engine.folder.check_disk`.
@@ -85,6 +87,7 @@ class Parts:
     peers: Mapping[str, Peer] = field(default_factory=dict)
     loaded: Optional[Initial] = None
     inherited: List[str] = field(default_factory=list)
+    fitted: Dict[str, float] = field(default_factory=dict)
     optimizer: Optional[torch.optim.Optimizer] = None
     loader: Any = None
     scheduler: Any = None
@@ -96,6 +99,17 @@ class Parts:
         """The student and its peers' students, by their places in the config."""
         peers = {f"model.peers.{name}": peer.student for name, peer in self.peers.items()}
         return {"model": self.student, **peers}
+
+    def fit(self) -> None:
+        """Fit the laterals of an FPN that is the teacher's, see :func:`~sharedkd.modeling.laterals.fit_laterals`.
+
+        Before the model is wrapped for several processes, which then get the weights of the first.
+        """
+        images = self.cfg.train.inherit_images
+        if images and "neck" in parts_of(self.inherited) and isinstance(self.loader, TrainLoader):
+            self.fitted = fit_laterals(self.model, self.loader.samples(images))
+            for name, share in self.fitted.items():
+                logger.info(f"{name} gives {share:.0%} of what varies in its teacher's output")
 
 
 @collecting

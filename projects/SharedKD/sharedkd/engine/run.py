@@ -81,6 +81,7 @@ def run(args: Namespace) -> Mapping[str, Any]:
             # The run's folder keeps its config.yaml, which says how it was trained.
             cfg.train.output_dir = os.path.join(cfg.train.output_dir, "eval")
         else:
+            parts.fit()
             trainer = build_trainer(cfg, parts)
         if parts.resuming:
             checkpoint = latest_checkpoint(cfg.train.output_dir)
@@ -117,6 +118,7 @@ def _started(args: Namespace, parts: Parts) -> Dict[str, Any]:
         "repairs": parts.data.repairs,
         "unlabelled_images": getattr(parts.loader, "unlabelled", 0),
         "inherited": len(parts.inherited),
+        "fitted": parts.fitted,
     }
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "PARTS",
     "DataCheckpointer",
     "Initial",
+    "at_scale",
     "fingerprint",
     "inherit",
     "initialise",
@@ -301,7 +302,7 @@ def inherit(
     if unknown:
         raise ConfigError(key, unknown, "no such part", f"use any of {list(PARTS)}")
     source, target = teacher.state_dict(), student.state_dict()
-    names = {name: _at_scale(name, scale) for name in of_parts(target, parts)}
+    names = {name: at_scale(name, scale) for name in of_parts(target, parts)}
     fits = {
         name: theirs in source and source[theirs].shape == target[name].shape
         for name, theirs in names.items()
@@ -326,7 +327,7 @@ def _is_of(part: str, name: str) -> bool:
     return name.startswith(PARTS[part]) and not name.startswith("backbone.bottom_up.")
 
 
-def _at_scale(name: str, scale: float) -> Optional[str]:
+def at_scale(name: str, scale: float) -> Optional[str]:
     """The teacher's name of the student's tensor ``name``; None: it has no such tensor."""
     if scale == 1 or not name.startswith("backbone."):
         return name

@@ -38,7 +38,8 @@ class RunRecord(hooks.HookBase):
 
     Keys: ``validation`` (the data that it is evaluated on), ``command``, ``config_file`` and ``overrides``
     (with which it was started), ``repairs`` (of its data, a line each), ``unlabelled_images`` (how many it
-    learns from), ``inherited`` (how many tensors are the teacher's at the start), ``fast_dev_run``,
+    learns from), ``inherited`` (how many tensors are the teacher's at the start), ``fitted`` (lateral of the FPN -> how
+    much of its teacher's it explains), ``fast_dev_run``,
     ``initial_weights`` (fingerprint of the student before its first step),
     ``stages`` (their names; none: a plain run), ``parameters`` (``student``, ``losses``), ``hardware``,
     ``processes``, ``versions``, and at the end ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on

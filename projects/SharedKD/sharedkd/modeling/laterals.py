@@ -1,0 +1,131 @@
+"""The start of a student's FPN: laterals that give what its teacher's give, by least squares."""
+
+import re
+from contextlib import contextmanager
+from typing import Any, Dict, Iterable, Iterator, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from sharedkd.weights.loading import at_scale
+
+from .meta_arch import SharedKD
+from .preparation import size_divisibility
+from .taps import run_pyramid
+from .teachers import FrozenTeacher
+
+__all__ = ["fit_laterals"]
+
+_LATERAL = re.compile(r"backbone\.fpn_lateral\d+")
+RIDGE = 1e-3  #: of the mean square of the inputs
+
+
+@torch.no_grad()
+def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str, float]:
+    """Set the laterals of the student's FPN to the linear functions that come nearest to its teacher's.
+
+    A lateral reads the channels of its own bottom-up network, so that a copy of the teacher's means
+    nothing.  With fitted ones the FPN gives about what the teacher's gives, and heads that are copies of
+    the teacher's detect objects before the first iteration.
+
+    A level's W and b minimise ``sum |W x + b - y|^2 + RIDGE * mean(x^2) * |W|^2`` over all positions of
+    all images; x: the student's bottom-up map, (C_in); y: what the teacher's lateral gives, (C).  A level
+    that the teacher lacks (see ``scale``) adds nothing to those below it until it has learnt something.
+    Ours; the linear case of FitNets' hint training (ICLR 2015), in closed form.
+
+    Args:
+        pair: its teacher is a FrozenTeacher.
+        records: Detectron2's, as the loader delivers them.
+
+    Returns:
+        lateral -> the share of the variance of the teacher's outputs that it explains.  Empty, and
+        nothing is done, without Detectron2's FPN on both sides, of equal width and without norms.
+    """
+    student, teacher = pair.student, pair.teacher
+    assert isinstance(teacher, FrozenTeacher)
+    ours, theirs = _laterals(student), _laterals(teacher.model)
+    names = {name: at_scale(name, teacher.scale) for name in ours}
+    moments = {
+        name: _Moments()
+        for name, other in names.items()
+        if other in theirs and theirs[other].out_channels == ours[name].out_channels
+    }
+    if not moments:
+        return {}
+    with _evaluating(student), _seen(ours) as read, _seen(theirs) as given:
+        for record in records:
+            run_pyramid(student, [record], pair.pyramid, key="model.student")
+            divisor = size_divisibility(student)
+            teacher.features([record], frozenset({"fpn"}), pair.input_format, divisor)
+            for name, sums in moments.items():
+                sums.add(read[name][0], given[names[name]][1])
+    for name, conv in ours.items():
+        if name in moments:
+            solution = moments[name].solution().to(conv.weight)
+            conv.weight.copy_(solution[:-1].T[:, :, None, None])
+            conv.bias.copy_(solution[-1])
+        else:
+            conv.weight.zero_()
+            conv.bias.zero_()
+    return {name: sums.explained() for name, sums in moments.items()}
+
+
+def _laterals(detector: nn.Module) -> Dict[str, nn.Conv2d]:
+    """The laterals of a detector's FPN by name, if they are convolutions and nothing else."""
+    found = {name: x for name, x in detector.named_modules() if _LATERAL.fullmatch(name)}
+    plain = all(x.bias is not None and getattr(x, "norm", None) is None for x in found.values())
+    return found if plain else {}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _seen(modules: Dict[str, nn.Module]) -> Iterator[Dict[str, Tuple[Tensor, Tensor]]]:
+    """A context that keeps the last input and output of each module, by its name."""
+    found: Dict[str, Tuple[Tensor, Tensor]] = {}
+    hooks = [
+        x.register_forward_hook(lambda _, args, y, name=name: found.update({name: (args[0], y)}))
+        for name, x in modules.items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Moments:
+    """The sums over all positions that a least squares needs, in float64."""
+
+    def __init__(self) -> None:
+        self.xx = self.xy = self.yy = self.y = torch.zeros((), dtype=torch.float64)
+        self.count = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add the positions that both maps have, (1, C_in, H, W) and (1, C, H, W)."""
+        height, width = (min(sides) for sides in zip(x.shape[-2:], y.shape[-2:]))
+        x, y = (z[0, :, :height, :width].flatten(1).double() for z in (x, y))
+        x = torch.cat([x, torch.ones_like(x[:1])])
+        self.xx, self.xy = self.xx.to(x) + x @ x.T, self.xy.to(x) + x @ y.T
+        self.yy, self.y = self.yy.to(y) + y.square().sum(1), self.y.to(y) + y.sum(1)
+        self.count += y.shape[1]
+
+    def solution(self) -> Tensor:
+        """Weights and bias, (C_in + 1, C)."""
+        ridge = RIDGE * self.xx.diag()[:-1].mean() * torch.ones_like(self.xx[0])
+        ridge[-1] = 0
+        return torch.linalg.solve(self.xx + ridge.diag(), self.xy)
+
+    def explained(self) -> float:
+        """1 - the mean square of the residual over the variance of y."""
+        w = self.solution()
+        residual = self.yy - 2 * (w * self.xy).sum(0) + (w * (self.xx @ w)).sum(0)
+        return 1 - (residual.sum() / (self.yy - self.y.square() / self.count).sum()).item()

@@ -1,0 +1,93 @@
+"""Laterals fitted to a teacher's, against NumPy's least squares."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from sharedkd import FrozenTeacher, SharedKD
+from sharedkd.modeling.laterals import RIDGE, fit_laterals
+
+LATERALS = [f"backbone.fpn_lateral{level}" for level in (2, 3, 4, 5)]
+
+
+def pair(teacher_depth=34, scale=1, student=None):
+    teacher = FrozenTeacher(
+        tiny.detector("faster_rcnn", teacher_depth, seed=1), "", "RGB", scale=scale
+    )
+    student = student or tiny.detector("faster_rcnn")
+    return SharedKD(student=student, teacher=teacher, stages={}, input_format="RGB")
+
+
+def records(scale=1):
+    found = [tiny.record(128, 160, seed=i) for i in range(3)]
+    for x in found:
+        larger = torch.nn.functional.interpolate(x["image"][None].float(), scale_factor=scale)
+        x["larger_image"] = larger[0]
+    return found
+
+
+def state(model):
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def bottom_up(detector, image, name):
+    with torch.no_grad():
+        pixels = detector.preprocess_image([{"image": image}]).tensor
+        return detector.backbone.bottom_up(pixels)[name]
+
+
+@pytest.mark.parametrize("depth, scale", [(34, 1), (50, 1), (50, 2)])
+def test_each_is_the_ridge_solution_for_the_teachers_outputs(depth, scale):
+    model, up = pair(depth, scale), scale - 1
+    before, teacher = state(model.student), state(model.teacher.model)
+    explained = fit_laterals(model, records(scale))
+    assert list(explained) == LATERALS[: 4 - up]
+    student, other = model.student.eval(), model.teacher.model
+    for level in (2, 3, 4, 5)[: 4 - up]:
+        x, y = [], []
+        for record in records(scale):
+            inputs = bottom_up(student, record["image"], f"res{level}")
+            lateral = getattr(other.backbone, f"fpn_lateral{level + up}")
+            with torch.no_grad():
+                outputs = lateral(bottom_up(other, record["larger_image"], f"res{level + up}"))
+            assert inputs.shape[2:] == outputs.shape[2:]
+            x.append(inputs[0].flatten(1).T.double().numpy())
+            y.append(outputs[0].flatten(1).T.double().numpy())
+        x, y = np.concatenate(x), np.concatenate(y)
+        # The ridge as more rows: of zeros for y, and without the bias.
+        weight = np.sqrt(RIDGE * np.square(x).sum(0).mean())
+        rows = np.hstack([x, np.ones((len(x), 1))])
+        more = np.hstack([weight * np.eye(x.shape[1]), np.zeros((x.shape[1], 1))])
+        zeros = np.zeros((len(more), y.shape[1]))
+        solution = np.linalg.lstsq(np.vstack([rows, more]), np.vstack([y, zeros]), rcond=None)[0]
+        found = getattr(student.backbone, f"fpn_lateral{level}")
+        np.testing.assert_allclose(found.weight[:, :, 0, 0].T.detach(), solution[:-1], atol=1e-4)
+        np.testing.assert_allclose(found.bias.detach(), solution[-1], atol=1e-4)
+        share = 1 - np.square(rows @ solution - y).sum() / np.square(y - y.mean(0)).sum()
+        assert explained[f"backbone.fpn_lateral{level}"] == pytest.approx(share, abs=1e-4)
+    if up:  # the teacher has no level above its own fifth
+        assert not any(p.any() for p in student.backbone.fpn_lateral5.parameters())
+    after = state(student)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {name.rpartition(".")[0] for name in changed} == {*LATERALS}
+    assert all(
+        torch.equal(x, teacher[name]) for name, x in model.teacher.model.state_dict().items()
+    )
+
+
+def test_a_twin_of_the_teacher_has_its_pyramid():
+    student = tiny.detector("faster_rcnn", 34, seed=1)
+    for name in LATERALS:
+        student.get_submodule(name).reset_parameters()
+    model = pair(student=student.train())
+    explained = fit_laterals(model, records())
+    assert min(explained.values()) > 0.99 and student.training
+
+
+def test_other_widths_are_left_alone():
+    student = tiny._models().small_faster_rcnn(18, tiny.CLASSES, 64)
+    student = tiny.instantiate(student)
+    before = state(student)
+    assert fit_laterals(pair(student=student), records()) == {}
+    assert all(torch.equal(x, before[name]) for name, x in student.state_dict().items())
