@@ -107,6 +107,9 @@ class Parts:
         """
         images = self.cfg.train.inherit_images
         if images and "neck" in parts_of(self.inherited) and isinstance(self.loader, TrainLoader):
+            logger.info(
+                f"Fits the laterals of the student's FPN to the teacher's by {images} images"
+            )
             self.fitted = fit_laterals(self.model, self.loader.samples(images))
             for name, share in self.fitted.items():
                 logger.info(f"{name} gives {share:.0%} of what varies in its teacher's output")
