@@ -37,13 +37,17 @@ def bottom_up(detector, image, name):
         return detector.backbone.bottom_up(pixels)[name]
 
 
-@pytest.mark.parametrize("depth, scale", [(34, 1), (50, 1), (50, 2)])
-def test_each_is_the_ridge_solution_for_the_teachers_outputs(depth, scale):
-    model, up = pair(depth, scale), scale - 1
+@pytest.mark.parametrize("depth, scale, norm", [(34, 1, "FrozenBN"), (50, 1, "BN"), (50, 2, "BN")])
+def test_each_is_the_ridge_solution_for_the_teachers_outputs(depth, scale, norm):
+    """A batch norm normalises as in training, and its running statistics stay."""
+    node = tiny.node("faster_rcnn")
+    node.backbone.bottom_up.stages.norm = norm
+    model, up = pair(depth, scale, tiny.instantiate(node)), scale - 1
     before, teacher = state(model.student), state(model.teacher.model)
     explained = fit_laterals(model, records(scale))
     assert list(explained) == LATERALS[: 4 - up]
-    student, other = model.student.eval(), model.teacher.model
+    after = state(model.student)
+    student, other = model.student, model.teacher.model
     for level in (2, 3, 4, 5)[: 4 - up]:
         x, y = [], []
         for record in records(scale):
@@ -68,7 +72,6 @@ def test_each_is_the_ridge_solution_for_the_teachers_outputs(depth, scale):
         assert explained[f"backbone.fpn_lateral{level}"] == pytest.approx(share, abs=1e-4)
     if up:  # the teacher has no level above its own fifth
         assert not any(p.any() for p in student.backbone.fpn_lateral5.parameters())
-    after = state(student)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert {name.rpartition(".")[0] for name in changed} == {*LATERALS}
     assert all(

@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterable, Iterator, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharedkd.weights.loading import at_scale
 
@@ -52,7 +53,7 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
     }
     if not moments:
         return {}
-    with _evaluating(student), _seen(ours) as read, _seen(theirs) as given:
+    with _as_in_training(student), _seen(ours) as read, _seen(theirs) as given:
         for record in records:
             run_pyramid(student, [record], pair.pyramid, key="model.student")
             divisor = size_divisibility(student)
@@ -78,13 +79,19 @@ def _laterals(detector: nn.Module) -> Dict[str, nn.Conv2d]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """A context in which batch norms normalise by the batch, and nothing is random or changes."""
+    training, buffers = model.training, [(x, x.clone()) for x in model.buffers()]
     model.eval()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.train(training)
     try:
         yield
     finally:
         model.train(training)
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 @contextmanager
