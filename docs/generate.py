@@ -49,6 +49,8 @@ PRECISION = ("precision", "precision_rounded")
 #: Comparisons by :doc:`protocol`, one for each set and pair.
 PAIRS = (
     "animals",
+    "animals_600",
+    "animals_1200",
     "animals_retinanet",
     "facade",
     "cards",

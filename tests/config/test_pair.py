@@ -60,6 +60,14 @@ def test_a_pair_gets_another_teacher_and_its_stages_stay():
     assert cfg.model.teacher.weights == "x.pth" and cfg.model.stages == before.model.stages
 
 
+def test_a_key_that_the_plain_student_would_not_have_is_refused():
+    key = "backbone.bottom_up.stages.depth=50"
+    plain = load("custom_coco.py", "distill.method=none", f"model.student.{key}").model
+    assert plain.backbone.bottom_up.stages.depth == 50
+    with pytest.raises(ConfigError, match="model.backbone=.*use model.student.backbone"):
+        load("custom_coco.py", "distill.method=none", f"model.{key}")
+
+
 def test_what_has_no_meaning_is_refused():
     with pytest.raises(ConfigError, match="--teacher-weights"):
         load("retinanet_plain.py", "distill.weights=x.pth")

@@ -18,6 +18,7 @@ from .build import missing_keys, not_set, target_of
 from .classic import check_classic, expanded, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, TRAIN_DEFAULTS, Data, Train
 from .length import alone, settle_length
+from .methods import PLAIN
 from .overrides import joined, override
 from .own_data import add_unlabelled, has_own_data, read_own_data
 from .pair import IMAGE_FORMAT, Pairing
@@ -97,7 +98,8 @@ def load(
     overrides = [x for text in overrides for x in (expanded(text) if is_classic(cfg) else [text])]
     overrides = [x for text in overrides for x in alone(text)]
     # What the pairing makes may depend on the detector, and be overridden itself.
-    late = [text for text in overrides if PAIRS.match(text)] if pairing else []
+    makes = pairing and pairing.method != PLAIN
+    late = [text for text in overrides if PAIRS.match(text)] if makes else []
     for text in overrides:
         if text not in late:
             findings.step(override, cfg, text, path)

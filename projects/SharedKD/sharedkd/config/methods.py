@@ -1,5 +1,7 @@
 """Configs that use another distillation method, by its name."""
 
+import inspect
+
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
@@ -10,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import family
+from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.recipes import stages_of
 from sharedkd.modeling.stages import stage_dict
 from sharedkd.weights.loading import PARTS
@@ -52,6 +55,16 @@ def family_of(student: DictConfig) -> str:
     return family(model)
 
 
+def _student_of(model: DictConfig) -> DictConfig:
+    """The plain detector of a pair's node, or the node of a plain detector itself."""
+    if "student" not in model:
+        return model
+    for name in model.keys() - {"_target_", *inspect.signature(SharedKD).parameters}:
+        problem, fix = "is no key of the pair", f"use model.student.{name}"
+        raise ConfigError(f"model.{name}", model[name], problem, fix)
+    return model.student
+
+
 def with_method(cfg: DictConfig, name: str) -> DictConfig:
     """A copy of a pair's config that uses another method.
 
@@ -75,7 +88,7 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
     if names in (PLAIN, START) and OmegaConf.select(cfg, "data.unlabelled_images"):
         cfg.data.update(unlabelled_images=None, unlabelled_json=None)  # nothing learns from them
     if names == PLAIN:
-        cfg.model = cfg.model.get("student", cfg.model)
+        cfg.model = _student_of(cfg.model)
         OmegaConf.update(cfg, "train.inherit", [], force_add=True)
     elif "student" not in cfg.model:
         fix = "add --teacher, or use a pair's config, see configs/"

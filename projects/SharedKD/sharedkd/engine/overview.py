@@ -130,7 +130,9 @@ def _student_weights(parts: Parts) -> str:
     if parts.resuming:
         return "the last checkpoint of the run in the output folder"
     given, of = parts.cfg.train.init_checkpoint, len(parts.student.state_dict())
-    words = f"{given}, verified: {len(parts.loaded.names)} of {of} tensors" if given else "random"
+    words = given or "random"
+    if given and parts.loaded:
+        words += f", verified: {len(parts.loaded.names)} of {of} tensors"
     return words + (f", {len(parts.inherited)} tensors of the teacher" if parts.inherited else "")
 
 
