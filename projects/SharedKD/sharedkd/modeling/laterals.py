@@ -18,7 +18,8 @@ from .teachers import FrozenTeacher
 __all__ = ["fit_laterals"]
 
 _LATERAL = re.compile(r"backbone\.fpn_lateral\d+")
-RIDGE = 1e-3  #: of the mean square of the inputs
+RIDGE = 1e-3  #: of the inputs' sum of squares
+_LEAST = 1e-12  # for maps of zeros
 
 
 @torch.no_grad()
@@ -29,10 +30,10 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
     nothing.  With fitted ones the FPN gives about what the teacher's gives, and heads that are copies of
     the teacher's detect objects before the first iteration.
 
-    A level's W and b minimise ``sum |W x + b - y|^2 + RIDGE * mean(x^2) * |W|^2`` over all positions of
-    all images; x: the student's bottom-up map, (C_in); y: what the teacher's lateral gives, (C).  A level
-    that the teacher lacks (see ``scale``) adds nothing to those below it until it has learnt something.
-    Ours; the linear case of FitNets' hint training (ICLR 2015), in closed form.
+    A level's W and b minimise ``sum |W x + b - y|^2 + RIDGE * s * |W|^2`` over all positions of all images;
+    x: the student's bottom-up map, (C_in); y: what the teacher's lateral gives, (C); s: the sum of the
+    squares of x, the mean over its channels.  A level that the teacher lacks (see ``scale``) adds nothing
+    to those below it until it has learnt something.  Ours; the linear case of FitNets' hint training (ICLR 2015), in closed form.
 
     Args:
         pair: its teacher is a FrozenTeacher.
@@ -127,7 +128,7 @@ class _Moments:
 
     def solution(self) -> Tensor:
         """Weights and bias, (C_in + 1, C)."""
-        ridge = RIDGE * self.xx.diag()[:-1].mean() * torch.ones_like(self.xx[0])
+        ridge = (RIDGE * self.xx.diag()[:-1].mean()).clamp(min=_LEAST).repeat(len(self.xx))
         ridge[-1] = 0
         return torch.linalg.solve(self.xx + ridge.diag(), self.xy)
 
@@ -135,4 +136,5 @@ class _Moments:
         """1 - the mean square of the residual over the variance of y."""
         w = self.solution()
         residual = self.yy - 2 * (w * self.xy).sum(0) + (w * (self.xx @ w)).sum(0)
-        return 1 - (residual.sum() / (self.yy - self.y.square() / self.count).sum()).item()
+        variance = (self.yy - self.y.square() / self.count).sum().clamp(min=_LEAST)
+        return 1 - (residual.sum() / variance).item()
