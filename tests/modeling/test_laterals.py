@@ -20,7 +20,7 @@ def pair(teacher_depth=34, scale=1, student=None):
 
 
 def records(scale=1):
-    found = [tiny.record(128, 160, seed=i) for i in range(3)]
+    found = [tiny.record(128, 160, seed=i) for i in range(4)]
     for x in found:
         larger = torch.nn.functional.interpolate(x["image"][None].float(), scale_factor=scale)
         x["larger_image"] = larger[0]
@@ -31,9 +31,9 @@ def state(model):
     return {name: x.clone() for name, x in model.state_dict().items()}
 
 
-def bottom_up(detector, image, name):
+def bottom_up(detector, images, name):
     with torch.no_grad():
-        pixels = detector.preprocess_image([{"image": image}]).tensor
+        pixels = detector.preprocess_image([{"image": x} for x in images]).tensor
         return detector.backbone.bottom_up(pixels)[name]
 
 
@@ -49,16 +49,13 @@ def test_each_is_the_ridge_solution_for_the_teachers_outputs(depth, scale, norm)
     after = state(model.student)
     student, other = model.student, model.teacher.model
     for level in (2, 3, 4, 5)[: 4 - up]:
-        x, y = [], []
-        for record in records(scale):
-            inputs = bottom_up(student, record["image"], f"res{level}")
-            lateral = getattr(other.backbone, f"fpn_lateral{level + up}")
-            with torch.no_grad():
-                outputs = lateral(bottom_up(other, record["larger_image"], f"res{level + up}"))
-            assert inputs.shape[2:] == outputs.shape[2:]
-            x.append(inputs[0].flatten(1).T.double().numpy())
-            y.append(outputs[0].flatten(1).T.double().numpy())
-        x, y = np.concatenate(x), np.concatenate(y)
+        inputs = bottom_up(student, [r["image"] for r in records(scale)], f"res{level}")
+        lateral = getattr(other.backbone, f"fpn_lateral{level + up}")
+        larger = [r["larger_image"] for r in records(scale)]
+        with torch.no_grad():
+            outputs = lateral(bottom_up(other, larger, f"res{level + up}"))
+        assert inputs.shape[2:] == outputs.shape[2:]
+        x, y = (z.permute(0, 2, 3, 1).flatten(0, 2).double().numpy() for z in (inputs, outputs))
         # The ridge as more rows: of zeros for y, and without the bias.
         weight = np.sqrt(RIDGE * np.square(x).sum(0).mean())
         rows = np.hstack([x, np.ones((len(x), 1))])
@@ -86,6 +83,22 @@ def test_a_twin_of_the_teacher_has_its_pyramid():
     model = pair(student=student.train())
     explained = fit_laterals(model, records())
     assert min(explained.values()) > 0.99 and student.training
+    images = student.preprocess_image(records()).tensor
+    with torch.no_grad():
+        ours, theirs = (x.backbone(images)["p3"] for x in (student, model.teacher.model))
+    assert (ours - theirs).norm() < 0.1 * theirs.norm()
+
+
+def test_a_pyramid_before_the_fpn_and_maps_beyond_float16_fit_nothing():
+    before = state(tiny.detector("faster_rcnn"))
+    for pyramid, bias in (("backbone.bottom_up", 0.0), (None, float("inf"))):
+        other = tiny.detector("faster_rcnn", 34, seed=1)
+        other.backbone.fpn_lateral3.bias.data += bias
+        teacher = FrozenTeacher(other, "", "RGB", pyramid=pyramid)
+        student = tiny.detector("faster_rcnn")
+        model = SharedKD(student=student, teacher=teacher, stages={}, input_format="RGB")
+        assert fit_laterals(model, records()) == {}
+        assert all(torch.equal(x, before[name]) for name, x in student.state_dict().items())
 
 
 def test_other_widths_are_left_alone():

@@ -57,11 +57,12 @@ def family_of(student: DictConfig) -> str:
 
 def _student_of(model: DictConfig) -> DictConfig:
     """The plain detector of a pair's node, or the node of a plain detector itself."""
-    if "student" not in model:
+    target = target_of(model)
+    if not (isinstance(target, type) and issubclass(target, SharedKD)):
         return model
-    for name in model.keys() - {"_target_", *inspect.signature(SharedKD).parameters}:
+    for name in sorted(model.keys() - {"_target_", *inspect.signature(target).parameters}):
         problem, fix = "is no key of the pair", f"use model.student.{name}"
-        raise ConfigError(f"model.{name}", model[name], problem, fix)
+        raise ConfigError(f"model.{name}", "", problem, fix)
     return model.student
 
 

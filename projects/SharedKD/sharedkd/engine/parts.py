@@ -22,7 +22,7 @@ from sharedkd.modeling.laterals import fit_laterals
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of
 from sharedkd.modeling.stages import Stage
-from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher, teacher_key
+from sharedkd.modeling.teachers import FrozenTeacher, Peer, StudentAverage, Teacher, teacher_key
 from sharedkd.values import check_number
 from sharedkd.weights.loading import Initial, inherit, initialise, load_trained, of_parts, parts_of
 
@@ -107,12 +107,15 @@ class Parts:
         """
         images = self.cfg.train.inherit_images
         if images and "neck" in parts_of(self.inherited) and isinstance(self.loader, TrainLoader):
-            logger.info(
-                f"Fits the laterals of the student's FPN to the teacher's by {images} images"
-            )
+            logger.info("Fits the laterals of the student's FPN to the teacher's")
             self.fitted = fit_laterals(self.model, self.loader.samples(images))
             for name, share in self.fitted.items():
                 logger.info(f"{name} gives {share:.0%} of what varies in its teacher's output")
+            if not self.fitted:
+                logger.info("No lateral is fitted: both need an FPN of one width, without norms")
+            for source in self.teachers.values():
+                if isinstance(source, StudentAverage):
+                    source.prepare()  # it begins as the student
 
 
 @collecting

@@ -2,7 +2,8 @@
 
 import re
 from contextlib import contextmanager
-from typing import Any, Dict, Iterable, Iterator, Tuple
+from itertools import islice
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .teachers import FrozenTeacher
 __all__ = ["fit_laterals"]
 
 _LATERAL = re.compile(r"backbone\.fpn_lateral\d+")
+BATCH = 4  #: images that a batch norm sees at once
 RIDGE = 1e-3  #: of the inputs' sum of squares
 _LEAST = 1e-12  # for maps of zeros
 
@@ -37,7 +39,7 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
 
     Args:
         pair: its teacher is a FrozenTeacher.
-        records: Detectron2's, as the loader delivers them.
+        records: Detectron2's, as the loader delivers them; what is left after batches of four is not used.
 
     Returns:
         lateral -> the share of the variance of the teacher's outputs that it explains.  Empty, and
@@ -55,12 +57,16 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
     if not moments:
         return {}
     with _as_in_training(student), _seen(ours) as read, _seen(theirs) as given:
-        for record in records:
-            run_pyramid(student, [record], pair.pyramid, key="model.student")
+        for batch in _batches(records):
+            run_pyramid(student, batch, key="model.student")
             divisor = size_divisibility(student)
-            teacher.features([record], frozenset({"fpn"}), pair.input_format, divisor)
+            teacher.features(batch, frozenset({"fpn"}), pair.input_format, divisor)
+            if not given:  # its pyramid ends before the FPN
+                return {}
             for name, sums in moments.items():
                 sums.add(read[name][0], given[names[name]][1])
+    if not all(x.count for x in moments.values()):
+        return {}
     for name, conv in ours.items():
         if name in moments:
             solution = moments[name].solution().to(conv.weight)
@@ -70,6 +76,15 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
             conv.weight.zero_()
             conv.bias.zero_()
     return {name: sums.explained() for name, sums in moments.items()}
+
+
+def _batches(records: Iterable[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
+    """Batches of ``BATCH`` records, or all of them if they are fewer."""
+    rest, first = iter(records), True
+    while batch := list(islice(rest, BATCH)):
+        if first or len(batch) == BATCH:
+            yield batch
+        first = False
 
 
 def _laterals(detector: nn.Module) -> Dict[str, nn.Conv2d]:
@@ -118,9 +133,11 @@ class _Moments:
         self.count = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add the positions that both maps have, (1, C_in, H, W) and (1, C, H, W)."""
+        """Add the positions that both maps have, (N, C_in, H, W) and (N, C, H, W), if all are finite."""
         height, width = (min(sides) for sides in zip(x.shape[-2:], y.shape[-2:]))
-        x, y = (z[0, :, :height, :width].flatten(1).double() for z in (x, y))
+        x, y = (z[..., :height, :width].transpose(0, 1).flatten(1).double() for z in (x, y))
+        if not (x.isfinite().all() and y.isfinite().all()):  # beyond float16
+            return
         x = torch.cat([x, torch.ones_like(x[:1])])
         self.xx, self.xy = self.xx.to(x) + x @ x.T, self.xy.to(x) + x @ y.T
         self.yy, self.y = self.yy.to(y) + y.square().sum(1), self.y.to(y) + y.sum(1)
