@@ -48,6 +48,7 @@ __all__ = [
     "amp_dtype",
     "assemble",
     "build",
+    "build_parts",
     "memory_layout",
     "rewire",
 ]
@@ -195,11 +196,16 @@ def _seed(cfg: DictConfig, resuming: bool) -> None:
 
 
 @collecting
-def build(cfg: DictConfig, *, findings: Findings) -> nn.Module:
-    """Build the model of ``cfg`` on its device, with its initial weights."""
+def build_parts(cfg: DictConfig, *, findings: Findings) -> Parts:
+    """Build the model of ``cfg`` on its device, with its initial weights, and nothing else."""
     parts = Parts(cfg)
     _build(parts, eval_only=False, classes_known=True, findings=findings)
-    return parts.model
+    return parts
+
+
+def build(cfg: DictConfig) -> nn.Module:
+    """The model of :func:`build_parts`."""
+    return build_parts(cfg).model
 
 
 def _build(parts: Parts, eval_only: bool, classes_known: bool, findings: Findings) -> None:

@@ -1,6 +1,7 @@
 """A pair at several points of its training, and its maps of validation images."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -8,10 +9,10 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 from detectron2.utils.env import seed_all_rng
 
-from sharedkd.config import load_config
+from sharedkd.config import construct, load_config
 from sharedkd.engine.checkpoint import has_run
 from sharedkd.engine.hooks.record import read_record
-from sharedkd.engine.parts import build
+from sharedkd.engine.parts import build_parts
 from sharedkd.errors import ConfigError
 from sharedkd.losses.base import Maps
 from sharedkd.losses.distance import Distance
@@ -49,7 +50,11 @@ class Pair:
         cfg.model.teacher.precision = "float32"
         if cfg.train.seed >= 0:
             seed_all_rng(cfg.train.seed)  # as the run did: the same initial weights
-        self.model = build(cfg).eval()
+        parts = build_parts(cfg)
+        with suppress(ConfigError):  # the training data may be elsewhere
+            parts.loader = construct(cfg.dataloader.train, "dataloader.train")
+            parts.fit()
+        self.model = parts.model.eval()
         self._tap = FeatureTap(self.model.student, self.model.pyramid)
         self._initial = {k: x.clone() for k, x in self.model.student.state_dict().items()}
         #: The folder of its run; None if it was not trained yet.
