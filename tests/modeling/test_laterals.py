@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from omegaconf import OmegaConf
 
 from sharedkd import FrozenTeacher, SharedKD
+from sharedkd.data.loader import TrainLoader
+from sharedkd.engine.parts import Parts
 from sharedkd.modeling.laterals import RIDGE, fit_laterals
+from sharedkd.modeling.teachers import StudentAverage
 
+W2 = "backbone.fpn_lateral2.weight"
 LATERALS = [f"backbone.fpn_lateral{level}" for level in (2, 3, 4, 5)]
 
 
@@ -107,3 +112,33 @@ def test_other_widths_are_left_alone():
     before = state(student)
     assert fit_laterals(pair(student=student), records()) == {}
     assert all(torch.equal(x, before[name]) for name, x in student.state_dict().items())
+
+
+class Loader(TrainLoader):
+    def __init__(self):
+        pass
+
+    def samples(self, most):
+        return records()[:most]
+
+
+def test_an_average_of_the_student_begins_as_the_fitted_one():
+    average, student = StudentAverage(), tiny.detector("faster_rcnn")
+    teacher = FrozenTeacher(tiny.detector("faster_rcnn", 34, seed=1), "", "RGB")
+    teachers = {"average": average}
+    model = SharedKD(
+        student=student, teacher=teacher, teachers=teachers, stages={}, input_format="RGB"
+    )
+    average.prepare()
+    before = state(student)
+    for images, fitted in ((0, []), (4, LATERALS)):
+        cfg = OmegaConf.create({"train": {"inherit_images": images}})
+        sources = {None: teacher, "average": average}
+        inherited = ["backbone.fpn_output2.weight"]
+        parts = Parts(cfg, model=model, teachers=sources, inherited=inherited, loader=Loader())
+        parts.fit()
+        assert list(parts.fitted) == fitted
+        assert torch.equal(student.backbone.fpn_lateral2.weight, before[W2]) == (images == 0)
+    found = average.state_dict()
+    assert found["steps"] == 0
+    assert all(torch.equal(x, found["model"][name]) for name, x in student.state_dict().items())
