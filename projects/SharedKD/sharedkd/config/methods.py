@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import family
-from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.recipes import stages_of
 from sharedkd.modeling.stages import stage_dict
 from sharedkd.weights.loading import PARTS
@@ -57,10 +56,12 @@ def family_of(student: DictConfig) -> str:
 
 def _student_of(model: DictConfig) -> DictConfig:
     """The plain detector of a pair's node, or the node of a plain detector itself."""
-    target = target_of(model)
-    if not (isinstance(target, type) and issubclass(target, SharedKD)):
+    if "student" not in model:
         return model
-    for name in sorted(model.keys() - {"_target_", *inspect.signature(target).parameters}):
+    known = inspect.signature(target_of(model)).parameters
+    if "student" not in known:  # an override of a plain detector, which refuses it
+        return model
+    for name in sorted(model.keys() - {"_target_", *known}):
         problem, fix = "is no key of the pair", f"use model.student.{name}"
         raise ConfigError(f"model.{name}", "", problem, fix)
     return model.student

@@ -67,15 +67,17 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
                 sums.add(read[name][0], given[names[name]][1])
     if not all(x.count for x in moments.values()):
         return {}
+    explained = {}
     for name, conv in ours.items():
         if name in moments:
-            solution = moments[name].solution().to(conv.weight)
+            solution = moments[name].solution()
             conv.weight.copy_(solution[:-1].T[:, :, None, None])
             conv.bias.copy_(solution[-1])
+            explained[name] = moments[name].explained(solution)
         else:
             conv.weight.zero_()
             conv.bias.zero_()
-    return {name: sums.explained() for name, sums in moments.items()}
+    return explained
 
 
 def _batches(records: Iterable[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
@@ -149,9 +151,8 @@ class _Moments:
         ridge[-1] = 0
         return torch.linalg.solve(self.xx + ridge.diag(), self.xy)
 
-    def explained(self) -> float:
-        """1 - the mean square of the residual over the variance of y."""
-        w = self.solution()
+    def explained(self, w: Tensor) -> float:
+        """1 - the mean square of the residual of the solution ``w`` over the variance of y."""
         residual = self.yy - 2 * (w * self.xy).sum(0) + (w * (self.xx @ w)).sum(0)
         variance = (self.yy - self.y.square() / self.count).sum().clamp(min=_LEAST)
         return 1 - (residual.sum() / variance).item()

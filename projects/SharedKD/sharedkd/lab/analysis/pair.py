@@ -51,9 +51,10 @@ class Pair:
         if cfg.train.seed >= 0:
             seed_all_rng(cfg.train.seed)  # as the run did: the same initial weights
         parts = build_parts(cfg)
-        with suppress(ConfigError):  # the training data may be elsewhere
-            parts.loader = construct(cfg.dataloader.train, "dataloader.train")
-            parts.fit()
+        if parts.inherited:
+            with suppress(ConfigError):  # the training data may be elsewhere
+                parts.loader = construct(cfg.dataloader.train, "dataloader.train")
+                parts.fit()
         self.model = parts.model.eval()
         self._tap = FeatureTap(self.model.student, self.model.pyramid)
         self._initial = {k: x.clone() for k, x in self.model.student.state_dict().items()}
