@@ -16,7 +16,7 @@ from sharedkd import (
     SharedKDTrainer,
     Stage,
 )
-from sharedkd.engine.snapshot import without_trace
+from sharedkd.modeling.snapshot import without_trace
 from sharedkd.losses import DKD, CrossKD, DenseDKD
 from sharedkd.modeling.stages import own_losses
 from sharedkd.modeling.teachers import Peer

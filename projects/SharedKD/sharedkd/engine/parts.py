@@ -22,7 +22,7 @@ from sharedkd.modeling.laterals import fit_laterals
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of
 from sharedkd.modeling.stages import Stage
-from sharedkd.modeling.teachers import FrozenTeacher, Peer, StudentAverage, Teacher, teacher_key
+from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher, teacher_key
 from sharedkd.values import check_number
 from sharedkd.weights.loading import Initial, inherit, initialise, load_trained, of_parts, parts_of
 
@@ -114,9 +114,6 @@ class Parts:
                 logger.info(f"{name} gives {share:.0%} of what varies in its teacher's output")
             if not self.fitted:
                 logger.info("No lateral is fitted: both need an FPN of one width, without norms")
-            for source in self.teachers.values():
-                if isinstance(source, StudentAverage):
-                    source.prepare()  # it begins as the student
 
 
 @collecting

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharedkd.engine.hooks.outgrown import Outgrown
 from sharedkd.engine.hooks.step_log import StepLog
-from sharedkd.engine.snapshot import NORMALIZER
+from sharedkd.modeling.snapshot import NORMALIZER
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.balance import held
 from sharedkd.modeling.meta_arch import of_students, pairs_of

@@ -13,6 +13,7 @@ from sharedkd.weights.loading import at_scale
 
 from .meta_arch import SharedKD
 from .preparation import size_divisibility
+from .snapshot import Snapshot
 from .taps import run_pyramid
 from .teachers import FrozenTeacher
 
@@ -99,7 +100,7 @@ def _laterals(detector: nn.Module) -> Dict[str, nn.Conv2d]:
 @contextmanager
 def _as_in_training(model: nn.Module) -> Iterator[None]:
     """A context in which batch norms normalise by the batch, and nothing is random or changes."""
-    training, buffers = model.training, [(x, x.clone()) for x in model.buffers()]
+    training, before = model.training, Snapshot(model)
     model.eval()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -108,8 +109,7 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        before.restore()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from sharedkd.engine.snapshot import without_trace
+from sharedkd.modeling.snapshot import without_trace
 from sharedkd.modeling.taps import FeatureTap
 
 __all__ = ["find_culprits"]

@@ -26,7 +26,7 @@ class StudentAverage(Teacher):
 
     after each step that changed the student, whatever trainer made it; the growing d of the first steps
     is our choice.  Buffers, such as the statistics of batch norms, are copied.  It begins as the student
-    when the run begins.
+    at the run's first step.
 
     Args:
         decay: between 0 and 1.
@@ -47,13 +47,6 @@ class StudentAverage(Teacher):
         self._student, self._format, self._place = student, input_format, pyramid
         self.shapes = pyramid_shapes(student, pyramid)
 
-    def prepare(self, step_dtype: Optional[torch.dtype] = None) -> Dict[int, float]:
-        """Copy the student, whose initial weights are loaded by now."""
-        model = copy.deepcopy(self._student)
-        self._inner = FrozenTeacher(model, "", self._format, fold=False, pyramid=self._place)
-        self._seen = self._version()
-        return {}
-
     @property
     def detector(self) -> Optional[nn.Module]:
         return self._student if self._inner is None else self._inner.detector
@@ -65,8 +58,6 @@ class StudentAverage(Teacher):
         input_format: str = "BGR",
         size_divisibility: int = 0,
     ) -> Maps:
-        if self._inner is None:
-            self.prepare()
         self._update()
         return self._inner.features(batched_inputs, taps, input_format, size_divisibility)
 
@@ -83,8 +74,16 @@ class StudentAverage(Teacher):
         """Changes with every step of an optimizer: PyTorch counts what is written to a tensor."""
         return sum(p._version for p in self._student.parameters() if p.requires_grad)
 
+    def _begin(self) -> None:
+        """Copy the student, whose initial weights are those of the run by its first step."""
+        if self._inner is None:
+            model = copy.deepcopy(self._student)
+            self._inner = FrozenTeacher(model, "", self._format, fold=False, pyramid=self._place)
+            self._seen = self._version()
+
     @torch.no_grad()
     def _update(self) -> None:
+        self._begin()
         version = self._version()
         if version == self._seen:
             return
@@ -106,7 +105,6 @@ class StudentAverage(Teacher):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the average of a resumed run, whose student is loaded already."""
-        if self._inner is None:
-            self.prepare()
+        self._begin()
         self._inner.model.load_state_dict(state["model"])
         self.steps, self._seen = state["steps"], self._version()
