@@ -16,8 +16,8 @@ from sharedkd import (
     SharedKDTrainer,
     Stage,
 )
-from sharedkd.modeling.snapshot import without_trace
 from sharedkd.losses import DKD, CrossKD, DenseDKD
+from sharedkd.modeling.snapshot import without_trace
 from sharedkd.modeling.stages import own_losses
 from sharedkd.modeling.teachers import Peer
 from sharedkd.weights.loading import fingerprint

@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharedkd.engine.hooks.outgrown import Outgrown
 from sharedkd.engine.hooks.step_log import StepLog
-from sharedkd.modeling.snapshot import NORMALIZER
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.balance import held
 from sharedkd.modeling.meta_arch import of_students, pairs_of
+from sharedkd.modeling.snapshot import NORMALIZER
 from sharedkd.modeling.stages import owner_of, terms_of, under
 from sharedkd.modeling.teachers import teacher_key
 from sharedkd.values import check_number

@@ -18,10 +18,10 @@ from sharedkd.engine.hooks.cost import STEPS
 from sharedkd.engine.hooks.record import peak_memory_mb
 from sharedkd.engine.parts import Parts, assemble
 from sharedkd.engine.run import build_trainer
-from sharedkd.modeling.snapshot import Snapshot
 from sharedkd.errors import FAILED, Findings, NonFiniteLossError, RunError, SharedKDError
 from sharedkd.modeling.balance import held
 from sharedkd.modeling.meta_arch import losses_of, pairs_of
+from sharedkd.modeling.snapshot import Snapshot
 
 __all__ = ["as_text", "preflight"]
 

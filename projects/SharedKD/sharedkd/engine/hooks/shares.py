@@ -9,8 +9,8 @@ import torch
 from detectron2.engine import hooks
 from detectron2.utils import comm
 
-from sharedkd.modeling.snapshot import without_trace
 from sharedkd.engine.trainer import SharedKDTrainer, Step
+from sharedkd.modeling.snapshot import without_trace
 from sharedkd.modeling.stages import DISTILL, own_losses
 from sharedkd.values import check_number
 

@@ -10,8 +10,8 @@ from detectron2.utils import comm
 
 from sharedkd.config.defaults import NONFINITE_POLICIES
 from sharedkd.engine.hooks.nonfinite import find_culprits
-from sharedkd.modeling.snapshot import Snapshot
 from sharedkd.errors import ConfigError, NonFiniteLossError
+from sharedkd.modeling.snapshot import Snapshot
 from sharedkd.modeling.stages import DISTILL, owner_of, under
 from sharedkd.values import check_number
 
