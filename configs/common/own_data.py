@@ -27,6 +27,7 @@ dataloader = dict(
             ],
             image_format="RGB",
             image_range="${data.image_range}",
+            strong_augmentation="${data.strong_augmentation}",
             use_instance_mask="${data.masks}",
             instance_mask_format="bitmask",
         ),

@@ -177,3 +177,27 @@ def test_own_data_set_data_sets_and_number_of_classes():
     assert lazy.dataloader.train.dataset.names == "own_train" and lazy.data.masks
     assert lazy.data.max_size == 1333
     assert "build_train_loader" in str(lazy.dataloader.train._target_)
+
+
+@pytest.mark.parametrize("name", [NAME, "COCO-Detection/retinanet_R_50_FPN_1x.py"])
+def test_own_data_are_read_as_its_keys_say(name):
+    keys = ["data.image_range=[0,9]", "data.strong_augmentation=True"]
+    loaders = load_config(name, [*OWN, *keys], without_data=True).dataloader
+    assert list(loaders.train.mapper.image_range) == list(loaders.test.mapper.image_range) == [0, 9]
+    assert (
+        loaders.train.mapper.strong_augmentation
+        and "strong_augmentation" not in loaders.test.mapper
+    )
+
+
+def test_a_mapper_of_ones_own_does_not_read_them(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from detectron2.model_zoo import get_config\n"
+        "cfg = get_config('COCO-Detection/retinanet_R_50_FPN_1x.py')\n"
+        "globals().update({k: cfg[k] for k in cfg})\n"
+        "dataloader.train.mapper._target_ = 'builtins.dict'\n"
+    )
+    load_config(str(tmp_path / "own.py"), OWN, without_data=True)
+    for key in ("data.strong_augmentation=True", "data.image_range=[0,9]"):
+        with pytest.raises(ConfigError, match=f"{key[:8]}.* is not read by the mapper"):
+            load_config(str(tmp_path / "own.py"), [*OWN, key], without_data=True)

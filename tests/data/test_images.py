@@ -141,6 +141,32 @@ def test_the_larger_image_is_the_same_view_of_the_files_own_pixels(tmp_path):
         assert "larger_image" not in mapper({"file_name": str(path)})
 
 
+def test_strong_augmentation_keeps_boxes_on_their_objects(tmp_path):
+    """A bright rectangle, cropped, recoloured and halved: the box is where the rectangle is."""
+    pixels = np.full((64, 80, 3), (40, 50, 60), np.uint8)
+    pixels[20:44, 24:60] = 210, 220, 180
+    path = saved(tmp_path / "a.png", Image.fromarray(pixels))
+    box = {"bbox": [24, 20, 36, 24], "bbox_mode": 1, "category_id": 0}
+    record = {"file_name": path, "height": 64, "width": 80, "annotations": [box]}
+    halved = T.Resize((32, 40))
+    options = dict(image_format="RGB", strong_augmentation=True, larger=2)
+    mapper = ImageMapper(is_train=True, augmentations=[halved], **options)
+    colours = set()
+    for seed in range(20):
+        np.random.seed(seed)
+        found = mapper(record)
+        assert found["larger_image"].shape == (3, 64, 80)
+        red = found["image"][0].float()
+        rows, columns = torch.nonzero(red > (red.min() + red.max()) / 2).T
+        seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        (gt,) = found["instances"].gt_boxes.tensor
+        assert (gt - torch.tensor(seen)).abs().max() <= 1
+        colours.add(int(red.max()))
+    assert len(colours) > 10
+    plain = ImageMapper(is_train=False, augmentations=[halved], **options)(record)["image"]
+    assert plain.amax((1, 2)).tolist() == [210, 220, 180]
+
+
 def read(own, change=None, **reading):
     return read_coco([own.write(change)], [str(own.images)], *KEYS, reading=Reading(**reading))
 

@@ -1,6 +1,6 @@
 """Configs written for plain Detectron2: reproducible loaders for them, and own data by ``data.*``."""
 
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Sequence, Set
 
 from detectron2.data import (
     DatasetMapper,
@@ -115,6 +115,7 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
     if is_classic(cfg):
         cfg.DATASETS.update(TRAIN=["${data.name}_train"], TEST=["${data.name}_val"])
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = "${data.num_classes}"
+        _set_mappers(cfg.dataloader, keys)
         return
     for split, name in (("train", "${data.name}_train"), ("test", "${data.name}_val")):
         loader = cfg.dataloader.get(split)
@@ -128,12 +129,29 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
         loader.dataset.names = name
         if target_of(loader.mapper) is DatasetMapper:
             loader.mapper._target_ = ImageMapper
+    _set_mappers(cfg.dataloader, keys)
     evaluators = cfg.dataloader.get("evaluator")
     for node in evaluators if isinstance(evaluators, ListConfig) else [evaluators]:
         if node is not None:
             node.dataset_name = "${data.name}_val"
     for node in _with_classes(cfg.model):
         node.num_classes = "${data.num_classes}"
+
+
+def _set_mappers(dataloader: DictConfig, keys: Set[str]) -> None:
+    """Let the mappers read those keys of ``data`` that are about images; refuse those that they do not know."""
+    for split, read in (
+        ("train", ("image_range", "strong_augmentation")),
+        ("test", ("image_range",)),
+    ):
+        mapper = dataloader[split].mapper
+        for key in read:
+            if target_of(mapper) in (ImageMapper, YamlMapper):
+                mapper[key] = f"${{data.{key}}}"
+            elif f"data.{key}" in keys:
+                problem = "is not read by the mapper of this config"
+                fix = "leave it out, or use sharedkd.data.images.ImageMapper"
+                raise ConfigError(f"data.{key}", "", problem, fix)
 
 
 def _read_as(cfg: DictConfig) -> None:

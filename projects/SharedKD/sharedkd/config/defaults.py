@@ -137,6 +137,8 @@ class Data:
     repair: bool = True  # what has one meaning is repaired in memory, and said; False: refused
     # [lo, hi] of images beyond 8 bits that become 0 and 255; None: by their type
     image_range: Optional[List[float]] = None
+    # also crops, and changes of brightness, contrast and saturation: for long runs
+    strong_augmentation: bool = False
     # training sizes in pixels, one drawn per image
     short_edge: List[int] = limited([224, 240, 256], least=1)
     test_short_edge: int = limited(240, least=1)  # size in evaluation

@@ -29,6 +29,7 @@ __all__ = [
     "is_thin",
     "match_files",
     "read_image",
+    "strong_augmentations",
     "unreadable",
     "upright_size",
 ]
@@ -113,13 +114,22 @@ class ImageMapper(DatasetMapper):
         image_range: see :func:`read_image`.
         larger: a record also has a ``larger_image``, which is ``image`` so many times as large, resized from
             the file's own pixels; for a teacher with this ``scale``.
+        strong_augmentation: in training, apply :func:`strong_augmentations` before the others.
         options: of Detectron2's DatasetMapper.
     """
 
     def __init__(
-        self, *, image_range: Optional[Sequence[float]] = None, larger: float = 1, **options: Any
+        self,
+        *,
+        image_range: Optional[Sequence[float]] = None,
+        larger: float = 1,
+        strong_augmentation: bool = False,
+        **options: Any,
     ):
         super().__init__(**options)
+        if strong_augmentation and self.is_train:
+            ours = [*strong_augmentations(), *self.augmentations.augs]
+            self.augmentations = T.AugmentationList(ours)
         self.image_range, self.larger = image_range, larger
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
@@ -139,6 +149,16 @@ class ImageMapper(DatasetMapper):
         elif "annotations" in record:
             self._transform_annotations(record, transforms, inputs.image.shape[:2])
         return record
+
+
+def strong_augmentations() -> List[T.Augmentation]:
+    """For long runs: half of the images are cropped, and all change in brightness, contrast and saturation.
+
+    They come before the resizing, so that a teacher with a scale sees the file's own pixels.
+    """
+    crop = T.RandomCrop("relative_range", [0.6, 0.6])
+    colours = (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
+    return [T.RandomApply(crop, prob=0.5), *(colour(0.6, 1.4) for colour in colours)]
 
 
 def _tensor(image: np.ndarray) -> torch.Tensor:
