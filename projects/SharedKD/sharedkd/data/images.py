@@ -126,10 +126,9 @@ class ImageMapper(DatasetMapper):
         strong_augmentation: bool = False,
         **options: Any,
     ):
+        if strong_augmentation and options["is_train"]:
+            options["augmentations"] = [*strong_augmentations(), *options["augmentations"]]
         super().__init__(**options)
-        if strong_augmentation and self.is_train:
-            ours = [*strong_augmentations(), *self.augmentations.augs]
-            self.augmentations = T.AugmentationList(ours)
         self.image_range, self.larger = image_range, larger
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
