@@ -3,13 +3,26 @@
 import argparse
 from typing import List
 
-FLAGS = {"--teacher": "teacher", "--teacher-weights": "weights", "--method": "method"}
+FLAGS = {
+    "--teacher": "teacher",
+    "--teacher-weights": "weights",
+    "--method": "method",
+    "--depth": "depth",
+}
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, method: bool = True) -> None:
-    """Add ``--teacher``, ``--teacher-weights`` and, with ``method``, ``--method`` to ``parser``."""
+def add_config_arguments(
+    parser: argparse.ArgumentParser, method: bool = True, depth: bool = True
+) -> None:
+    """Add ``--teacher``, ``--teacher-weights`` and, unless they are False, ``--method`` and ``--depth``."""
     group = parser.add_argument_group("distillation of a plain detector's config")
     add_teacher_arguments(group)
+    if depth:
+        group.add_argument(
+            "--depth",
+            metavar="18|34|50|101|152",
+            help="of its ResNet, from torchvision's ImageNet weights; default: the config's",
+        )
     if method:
         group.add_argument(
             "--method", metavar="NAME", help="see compare_methods.py --list; default: shared_kd"

@@ -23,7 +23,8 @@ CUDA_VISIBLE_DEVICES, splits the work; run it once more for arms such as none@fg
         --students r50.yaml,r50.yaml:depth=18,small.py --methods none,shared_kd data.train_json=...
 
 A student is a config or a name in the model zoo, perhaps with keys of its own (r50.yaml:KEY=VALUE:...);
-KEY=VALUE alone is of --config-file. depth=18 and width=0.5 (of FPN and heads) are for classic yamls.
+KEY=VALUE alone is of --config-file. depth=18 is --depth 18 of one student; width=0.5 (of FPN and heads) is for
+classic yamls.
 """
 
 import os

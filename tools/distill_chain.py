@@ -34,7 +34,7 @@ if __name__ == "__main__":
         "--students", required=True, metavar="A,B,...", help="configs, from large to small"
     )
     parser.add_argument("--output", type=Path, default=Path("output/chain"), metavar="DIR")
-    add_config_arguments(parser)
+    add_config_arguments(parser, depth=False)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     if not args.teacher:

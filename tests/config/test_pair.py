@@ -2,11 +2,14 @@
 
 import pytest
 import tiny
+import torch
+import torchvision
 
 from sharedkd import ConfigError
-from sharedkd.config import load_config, shared_kd_stages
+from sharedkd.config import construct, load_config, shared_kd_stages
 from sharedkd.config.pair import Pairing
 from sharedkd.methods import stages_of
+from sharedkd.weights.loading import initialise
 
 ZOO = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
 
@@ -68,10 +71,68 @@ def test_a_key_that_the_plain_student_would_not_have_is_refused():
         load("custom_coco.py", "distill.method=none", f"model.{key}")
 
 
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml",
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "COCO-Detection/retinanet_R_50_FPN_1x.py",
+        "fcos_plain.py",
+        "teachers/cascade_mask_rcnn_x101.py",
+        "custom_coco.py",
+    ],
+)
+def test_another_depth_is_torchvisions_resnet(config, depth, tmp_path):
+    """All weights of the backbone are in torchvision's file, and images are normalised as there."""
+    path = tmp_path / "resnet.pth"
+    torch.save(getattr(torchvision.models, f"resnet{depth}")().state_dict(), path)
+    cfg = load(config, f"distill.depth={depth}")
+    assert cfg.train.init_checkpoint == f"ResNet{depth}_Weights.IMAGENET1K_V1"
+    assert ("student" in cfg.model) == (config == "custom_coco.py")
+    model = construct(cfg.model.get("student", cfg.model), "model")
+    names = {x for x in model.state_dict() if ".bottom_up." in x and "num_batches" not in x}
+    assert {*initialise(model, str(path)).names} == names
+    channels = [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]
+    if cfg.dataloader.train.mapper.image_format == "RGB":
+        channels = [x[::-1] for x in channels]
+    for found, expected in zip((model.pixel_mean, model.pixel_std), channels):
+        assert found.flatten().tolist() == pytest.approx(expected)
+
+
+def test_a_depth_goes_with_a_teacher_and_other_keys():
+    cfg = load(
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "train.init_checkpoint=own.pth",
+        "distill.depth=18",
+        f"distill.teacher={ZOO}",
+    )
+    assert cfg.train.inherit == ["neck", "head"] and cfg.train.init_checkpoint == "own.pth"
+    assert (
+        construct(cfg.model.student, "model").backbone.bottom_up.output_shape()["res5"].channels
+        == 512
+    )
+
+
+@pytest.mark.parametrize(
+    "config, depth, words",
+    [
+        ("retinanet_plain.py", "20", "--depth=20: is no depth .*use one of 18, 34"),
+        ("custom_coco_mobile.py", "18", "is TorchvisionBackbone, no ResNet"),
+        ("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", "18", "is build_resnet_backbone, no ResNet"),
+    ],
+)
+def test_a_depth_that_a_detector_cannot_have(config, depth, words):
+    with pytest.raises(ConfigError, match=words):
+        load(config, f"distill.depth={depth}")
+
+
 def test_what_has_no_meaning_is_refused():
     with pytest.raises(ConfigError, match="--teacher-weights"):
         load("retinanet_plain.py", "distill.weights=x.pth")
-    with pytest.raises(ConfigError, match="distill.teacher, distill.weights, distill.method"):
+    with pytest.raises(
+        ConfigError, match="distill.teacher, distill.weights, distill.method, distill.depth"
+    ):
         Pairing.of(["distill.techer=x"])
 
 

@@ -159,11 +159,7 @@ def test_warning_of_latencies_of_different_machines(records):
         ("a/small.py", "small", []),
         (f"{YAML}:SEED=1", "faster_rcnn_R_50_FPN_1x:SEED-1", ["SEED=1"]),
         ("x.y=[1,2]:train.init_checkpoint=w/r18.pkl", "base:y--1-2-:init_checkpoint-r18.pkl", None),
-        (
-            f"{YAML}:depth=18",
-            "faster_rcnn_R_50_FPN_1x:depth-18",
-            ["MODEL.RESNETS.DEPTH=18", "MODEL.RESNETS.RES2_OUT_CHANNELS=64"],
-        ),
+        (f"{YAML}:depth=18", "faster_rcnn_R_50_FPN_1x:depth-18", ["distill.depth=18"]),
         (
             f"{YAML}:width=0.5",
             "faster_rcnn_R_50_FPN_1x:width-0.5",
@@ -188,7 +184,7 @@ def test_names_and_keys(text, name, overrides):
         (["small.py"], [], "have no teacher"),
         (["a/small.py", "b/small.py"], ["distill.teacher=x"], "has the name of a/small.py"),
         (["depth=18"], ["distill.teacher=x"], "names no config"),
-        (["{root}/configs/custom_coco_plain.py:depth=18"], ["distill.teacher=x"], "classic yamls"),
+        (["{root}/configs/custom_coco_plain.py:width=0.5"], ["distill.teacher=x"], "classic yamls"),
         ([f"{YAML}:width=half"], ["distill.teacher=x"], "width=half is no number"),
     ],
 )

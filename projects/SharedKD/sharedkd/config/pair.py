@@ -11,6 +11,7 @@ from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import PARTS
 
+from .depth import set_depth
 from .methods import OWN, with_method
 from .shared_kd import shared_kd_stages
 
@@ -25,18 +26,20 @@ IMAGE_FORMAT = (
 class Pairing:
     """What to distil a config's detector with: the overrides ``distill.teacher=...`` and so on.
 
-    The flags ``--teacher``, ``--teacher-weights`` and ``--method`` of the tools stand for them.
+    The flags ``--teacher``, ``--teacher-weights``, ``--method`` and ``--depth`` of the tools stand for them.
 
     Args:
         teacher: a model-zoo name, a config's path, or the folder of a run.
         weights: the teacher's weights; None: those of a model-zoo name, or the last of a run's folder.
         method: as :func:`~sharedkd.config.methods.with_method` takes it.  None: ``shared_kd`` for a plain
             detector, and the stages of a pair's own config.
+        depth: of the detector's ResNet, see :func:`~sharedkd.config.depth.set_depth`; None: the config's.
     """
 
     teacher: Optional[str] = None
     weights: Optional[str] = None
     method: Optional[str] = None
+    depth: Optional[str] = None
 
     @classmethod
     def of(cls, overrides: Sequence[str]) -> Tuple["Pairing", List[str]]:
@@ -59,10 +62,15 @@ class Pairing:
         return cls(**keys), others
 
     def __bool__(self) -> bool:
-        return self != Pairing()
+        return bool(self.teacher or self.weights or self.method)
 
     def start(self, cfg: DictConfig) -> List[str]:
-        """The overrides before all others: a plain detector starts from the teacher that it is given."""
+        """Set the depth, and return the overrides before all others.
+
+        A plain detector starts from the teacher that it is given.
+        """
+        if self.depth is not None:
+            set_depth(cfg, self.depth)
         if self.teacher is None or "student" in cfg.model:
             return []
         return [f"train.inherit=[{','.join(PARTS)}]"]

@@ -74,25 +74,24 @@ class Student:
 
     @property
     def overrides(self) -> List[str]:
-        """The settings, with the classic yaml's keys that ``depth`` and ``width`` stand for."""
+        """The settings, with the keys that ``depth`` and ``width`` stand for."""
         return [x for setting in self.settings for x in self._expanded(setting)]
 
     def _expanded(self, setting: str) -> List[str]:
         key, _, value = setting.partition("=")
-        if key not in ("depth", "width"):
+        if key == "depth":
+            return [f"distill.depth={value}"]
+        if key != "width":
             return [setting]
         yaml = load_file(config_path(self.config) or self.config, "--students")
         if not isinstance(yaml, CfgNode):
             fix = f"write its own keys, {self.config}:KEY=VALUE:..., or a config of that student"
-            raise ConfigError("--students", self.text, f"{key} is for classic yamls", fix)
+            raise ConfigError("--students", self.text, "width is for classic yamls", fix)
         try:
-            if key == "depth":  # basic blocks have a quarter of a bottleneck's outputs
-                res2 = 64 if int(value) < 50 else 256
-                return [f"MODEL.RESNETS.DEPTH={value}", f"MODEL.RESNETS.RES2_OUT_CHANNELS={res2}"]
             channels = {name: reduce(getattr, name.split("."), yaml.MODEL) for name in WIDTHS}
             return [f"MODEL.{name}={round(n * float(value))}" for name, n in channels.items()]
         except ValueError as e:
-            fix = "write depth=18, or width=0.5"
+            fix = "write width=0.5"
             raise ConfigError("--students", self.text, f"{setting} is no number", fix) from e
 
 

@@ -1,0 +1,86 @@
+"""A config's detector with a ResNet of another depth."""
+
+from typing import Any, Dict
+
+from detectron2.config import LazyCall as L
+from detectron2.modeling import ResNet
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from sharedkd.errors import ConfigError
+
+from .build import target_of
+from .classic import is_classic
+
+__all__ = ["set_depth"]
+
+KEY = "--depth"
+DEPTHS = (18, 34, 50, 101, 152)  #: of torchvision's ResNets
+#: How the images are prepared that torchvision's ResNets were trained on.
+MEAN, STD, FORMAT = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375], "RGB"
+
+
+def set_depth(cfg: DictConfig, text: str) -> None:
+    """Give a config's detector torchvision's ResNet of a depth, with its ImageNet weights as the start.
+
+    What depends on the depth follows it: widths, the position of strides, normalisation and channel order of
+    images, and ``train.init_checkpoint``.  FPN and heads stay as they are.
+
+    Args:
+        cfg: of a plain detector or a pair, whose student it is then; changed in place.
+        text: one of :data:`DEPTHS`.
+
+    Raises:
+        ConfigError: no such depth, or a detector without a ResNet.
+    """
+    if not (text.isdecimal() and int(text) in DEPTHS):
+        fix = f"use one of {', '.join(map(str, DEPTHS))}"
+        raise ConfigError(KEY, text, "is no depth of torchvision's ResNets", fix)
+    depth = int(text)
+    (_set_classic if is_classic(cfg) else _set_lazy)(cfg, depth)
+    OmegaConf.update(cfg, "train.init_checkpoint", f"ResNet{depth}_Weights.IMAGENET1K_V1")
+
+
+def _set_classic(cfg: DictConfig, depth: int) -> None:
+    name = cfg.MODEL.BACKBONE.NAME
+    if "resnet_fpn" not in name:
+        raise _without(depth, name)
+    cfg.MODEL.RESNETS.update(
+        DEPTH=depth,
+        RES2_OUT_CHANNELS=64 if depth < 50 else 256,
+        STRIDE_IN_1X1=False,
+        NUM_GROUPS=1,
+        WIDTH_PER_GROUP=64,
+        DEFORM_ON_PER_STAGE=[False] * 4,
+    )
+    cfg.MODEL.update(PIXEL_MEAN=MEAN, PIXEL_STD=STD)
+    cfg.INPUT.FORMAT = FORMAT
+
+
+def _set_lazy(cfg: DictConfig, depth: int) -> None:
+    model = cfg.model.get("student", cfg.model)
+    bottom_up = OmegaConf.select(model, "backbone.bottom_up")
+    kind = target_of(bottom_up)
+    if kind is not ResNet:
+        raise _without(depth, getattr(kind, "__name__", "no part bottom_up"))
+    stages = bottom_up.stages[0] if isinstance(bottom_up.stages, ListConfig) else bottom_up.stages
+    norm = stages.get("norm", "FrozenBN")
+    bottom_up.stages = L(ResNet.make_default_stages)(depth=depth, norm=norm)
+    channels = 512 if depth < 50 else 2048
+    top = OmegaConf.select(model, "backbone.top_block")
+    if (
+        isinstance(top, DictConfig)
+        and top.get("in_feature", "res5") == "res5"
+        and "in_channels" in top
+    ):
+        top.in_channels = channels
+    images: Dict[str, Any] = dict(pixel_mean=MEAN, pixel_std=STD, input_format=FORMAT)
+    model.update({key: value for key, value in images.items() if key in model})
+    for split in ("train", "test"):
+        mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
+        if isinstance(mapper, DictConfig) and "image_format" in mapper:
+            mapper.image_format = FORMAT
+
+
+def _without(depth: int, found: str) -> ConfigError:
+    fix = "name the config of a smaller detector by --config-file"
+    return ConfigError(KEY, depth, f"the backbone is {found}, no ResNet with an FPN", fix)
