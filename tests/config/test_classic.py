@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyConfig, get_cfg, instantiate
@@ -198,6 +199,15 @@ def test_a_mapper_of_ones_own_does_not_read_them(tmp_path):
         "dataloader.train.mapper._target_ = 'builtins.dict'\n"
     )
     load_config(str(tmp_path / "own.py"), OWN, without_data=True)
+    with_data = tmp_path / "with_data.py"
+    custom = tiny.ROOT / "configs/custom_coco_plain.py"
+    with_data.write_text(
+        "from detectron2.config import LazyConfig\n"
+        f"cfg = LazyConfig.load({str(custom)!r})\n"
+        "globals().update({k: cfg[k] for k in cfg})\n"
+        "dataloader.train.mapper = dict(_target_='builtins.dict')\n"
+    )
     for key in ("data.strong_augmentation=True", "data.image_range=[0,9]"):
-        with pytest.raises(ConfigError, match=f"{key[:8]}.* is not read by the mapper"):
-            load_config(str(tmp_path / "own.py"), [*OWN, key], without_data=True)
+        for path in (tmp_path / "own.py", with_data):
+            with pytest.raises(ConfigError, match=f"{key[:8]}.* is not read by dataloader.train"):
+                load_config(str(path), [*OWN, key], without_data=True)

@@ -15,7 +15,7 @@ ZOO = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
 
 
 def load(config, *overrides):
-    path = config if config.startswith("COCO") else str(tiny.ROOT / "configs" / config)
+    path = config if config.startswith(("COCO", "Misc")) else str(tiny.ROOT / "configs" / config)
     return load_config(path, overrides, without_data=True)
 
 
@@ -127,9 +127,34 @@ def test_a_depth_that_a_detector_cannot_have(config, depth, words):
         load(config, f"distill.depth={depth}")
 
 
+def test_a_depth_sets_the_channel_order_of_a_pair_and_its_loader(tmp_path):
+    """FCOS takes its channel order from the pair; a mapper that has none cannot be told."""
+    pair = tmp_path / "pair.py"
+    pair.write_text(
+        "from detectron2.config import LazyCall as L\n"
+        "from detectron2.model_zoo import get_config\n"
+        "from sharedkd import SharedKD\n"
+        "cfg = get_config('COCO-Detection/fcos_R_50_FPN_1x.py')\n"
+        "globals().update({k: cfg[k] for k in cfg})\n"
+        "model = L(SharedKD)(student=model, stages=None, input_format='BGR')\n"
+    )
+    cfg = load_config(str(pair), ["distill.depth=18"])
+    assert cfg.model.input_format == cfg.dataloader.train.mapper.image_format == "RGB"
+    pair.write_text(pair.read_text() + "del dataloader.train.mapper.image_format\n")
+    with pytest.raises(ConfigError, match="image_format.*is not there"):
+        load_config(str(pair), ["distill.depth=18"])
+
+
+def test_a_depth_without_batch_norms_gets_them():
+    cfg = load("Misc/mask_rcnn_R_50_FPN_3x_gn.yaml", "distill.depth=18")
+    assert cfg.MODEL.RESNETS.NORM == "FrozenBN" and cfg.MODEL.FPN.NORM == "GN"
+
+
 def test_what_has_no_meaning_is_refused():
     with pytest.raises(ConfigError, match="--teacher-weights"):
         load("retinanet_plain.py", "distill.weights=x.pth")
+    with pytest.raises(ConfigError, match="--teacher-weights"):
+        load("retinanet_plain.py", "distill.weights=")
     with pytest.raises(
         ConfigError, match="distill.teacher, distill.weights, distill.method, distill.depth"
     ):

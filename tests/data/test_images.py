@@ -167,6 +167,31 @@ def test_strong_augmentation_keeps_boxes_on_their_objects(tmp_path):
     assert plain.amax((1, 2)).tolist() == [210, 220, 180]
 
 
+def test_strong_augmentation_of_masks_and_of_grey_images(tmp_path):
+    """The box of a cropped triangle is that of its rest, not the rest of its box."""
+    path = saved(tmp_path / "a.png", Image.fromarray(np.full((64, 64), 9, np.uint8)))
+    triangle = {"segmentation": [[0, 0, 64, 0, 0, 64]], "bbox": [0, 0, 64, 64]}
+    record = {"file_name": path, "height": 64, "width": 64}
+    record["annotations"] = [{**triangle, "bbox_mode": 1, "category_id": 0}]
+    options = dict(image_format="L", strong_augmentation=True, use_instance_mask=True)
+    mapper = ImageMapper(is_train=True, augmentations=[], instance_mask_format="bitmask", **options)
+    tighter = 0
+    for seed in range(20):
+        np.random.seed(seed)
+        found = mapper(record)
+        for box, mask in zip(found["instances"].gt_boxes, found["instances"].gt_masks.tensor):
+            rows, columns = torch.nonzero(mask).T
+            assert box.tolist() == [
+                columns.min(),
+                rows.min(),
+                columns.max() + 1,
+                rows.max() + 1,
+            ]
+            tighter += box[2:].tolist() != list(found["image"].shape[:0:-1])
+    assert tighter
+    assert len(mapper({**record, "annotations": []})["instances"]) == 0
+
+
 def read(own, change=None, **reading):
     return read_coco([own.write(change)], [str(own.images)], *KEYS, reading=Reading(**reading))
 

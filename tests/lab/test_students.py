@@ -185,6 +185,7 @@ def test_names_and_keys(text, name, overrides):
         (["a/small.py", "b/small.py"], ["distill.teacher=x"], "has the name of a/small.py"),
         (["depth=18"], ["distill.teacher=x"], "names no config"),
         (["{root}/configs/custom_coco_plain.py:width=0.5"], ["distill.teacher=x"], "classic yamls"),
+        ([f"{YAML}:depth=half"], ["distill.teacher=x"], "depth=half is no ResNet's depth"),
         ([f"{YAML}:width=half"], ["distill.teacher=x"], "width=half is no number"),
     ],
 )

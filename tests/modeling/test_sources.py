@@ -8,6 +8,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from sharedkd import ConfigError, FrozenTeacher, IdenticalLayer, SharedKD, Stage
+from sharedkd.modeling.backbones import compile_backbone
 from sharedkd.modeling.teachers import StudentAverage, TeacherMean
 
 TAPS = frozenset({"fpn"})
@@ -88,6 +89,17 @@ def test_the_average_follows_the_student():
     assert all(p.grad is None for p in model.teacher.detector.parameters())
     ids = {id(p) for p in model.parameters()}
     assert not ids & {id(p) for p in model.teacher.detector.parameters()}
+
+
+def test_the_average_runs_its_own_network():
+    """The student's forward may be compiled once the average is prepared."""
+    model, _ = averaged(decay=0.999)
+    compile_backbone(model.student, "eager")
+    seen = [model.teacher.features(tiny.batch(), frozenset({"fpn"}), "RGB")["fpn"][8]]
+    for p in model.student.backbone.bottom_up.parameters():
+        p.data.mul_(3)
+    seen.append(model.teacher._inner.features(tiny.batch(), frozenset({"fpn"}), "RGB")["fpn"][8])
+    assert torch.equal(*seen)
 
 
 def test_a_resumed_average_continues():

@@ -1,6 +1,6 @@
 """Configs written for plain Detectron2: reproducible loaders for them, and own data by ``data.*``."""
 
-from typing import Any, Iterator, Sequence, Set
+from typing import Any, Iterator, Sequence
 
 from detectron2.data import (
     DatasetMapper,
@@ -12,18 +12,24 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sharedkd.data.images import ImageMapper
 from sharedkd.data.loader import build_test_loader, build_train_loader
-from sharedkd.errors import ConfigError
+from sharedkd.errors import ConfigError, Findings
 
 from .build import target_of
 from .classic import YamlMapper, is_classic
 from .defaults import DATA_DEFAULTS
 from .plain import leaves
 
-__all__ = ["adopt_loaders", "show_larger_images", "use_own_data"]
+__all__ = ["adopt_loaders", "check_mappers", "show_larger_images", "use_own_data"]
 
 # Nodes of a model whose `num_classes` are not those of the data's objects.
 _OF_OTHERS = ("backbone", "sem_seg_head", "teacher", "teachers")
-# Of `data`, what only the configs of configs/custom_coco*.py read.
+# Of `data`, what mappers read.
+_OF_MAPPERS = (
+    ("train", "image_range"),
+    ("train", "strong_augmentation"),
+    ("test", "image_range"),
+)
+# What only the configs of configs/custom_coco*.py read.
 _SIZES = ("short_edge", "test_short_edge", "max_size", "num_classes", "masks")
 
 
@@ -115,7 +121,7 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
     if is_classic(cfg):
         cfg.DATASETS.update(TRAIN=["${data.name}_train"], TEST=["${data.name}_val"])
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = "${data.num_classes}"
-        _set_mappers(cfg.dataloader, keys)
+        _set_mappers(cfg.dataloader)
         return
     for split, name in (("train", "${data.name}_train"), ("test", "${data.name}_val")):
         loader = cfg.dataloader.get(split)
@@ -129,7 +135,7 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
         loader.dataset.names = name
         if target_of(loader.mapper) is DatasetMapper:
             loader.mapper._target_ = ImageMapper
-    _set_mappers(cfg.dataloader, keys)
+    _set_mappers(cfg.dataloader)
     evaluators = cfg.dataloader.get("evaluator")
     for node in evaluators if isinstance(evaluators, ListConfig) else [evaluators]:
         if node is not None:
@@ -138,20 +144,23 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
         node.num_classes = "${data.num_classes}"
 
 
-def _set_mappers(dataloader: DictConfig, keys: Set[str]) -> None:
-    """Let the mappers read those keys of ``data`` that are about images; refuse those that they do not know."""
-    for split, read in (
-        ("train", ("image_range", "strong_augmentation")),
-        ("test", ("image_range",)),
-    ):
+def _set_mappers(dataloader: DictConfig) -> None:
+    """Let mappers of images read the keys of ``data`` that are about them."""
+    for split, key in _OF_MAPPERS:
         mapper = dataloader[split].mapper
-        for key in read:
-            if target_of(mapper) in (ImageMapper, YamlMapper):
-                mapper[key] = f"${{data.{key}}}"
-            elif f"data.{key}" in keys:
-                problem = "is not read by the mapper of this config"
-                fix = "leave it out, or use sharedkd.data.images.ImageMapper"
-                raise ConfigError(f"data.{key}", "", problem, fix)
+        kind = target_of(mapper)
+        if isinstance(kind, type) and issubclass(kind, ImageMapper):
+            mapper[key] = f"${{data.{key}}}"
+
+
+def check_mappers(cfg: DictConfig, findings: Findings) -> None:
+    """Refuse keys of ``data`` that are set, and that the config's mappers do not read."""
+    for split, key in _OF_MAPPERS if "data" in cfg else ():
+        value = cfg.data[key]
+        if value and not OmegaConf.select(cfg, f"dataloader.{split}.mapper.{key}"):
+            problem = f"is not read by dataloader.{split}.mapper"
+            fix = "leave it out, or use sharedkd.data.images.ImageMapper with this key"
+            findings.add(ConfigError(f"data.{key}", value, problem, fix))
 
 
 def _read_as(cfg: DictConfig) -> None:

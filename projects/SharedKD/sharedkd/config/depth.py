@@ -11,7 +11,7 @@ from sharedkd.errors import ConfigError
 from .build import target_of
 from .classic import is_classic
 
-__all__ = ["set_depth"]
+__all__ = ["DEPTHS", "set_depth"]
 
 KEY = "--depth"
 DEPTHS = (18, 34, 50, 101, 152)  #: of torchvision's ResNets
@@ -51,6 +51,8 @@ def _set_classic(cfg: DictConfig, depth: int) -> None:
         NUM_GROUPS=1,
         WIDTH_PER_GROUP=64,
         DEFORM_ON_PER_STAGE=[False] * 4,
+        RES5_DILATION=1,
+        NORM=_with_statistics(cfg.MODEL.RESNETS.NORM),
     )
     cfg.MODEL.update(PIXEL_MEAN=MEAN, PIXEL_STD=STD)
     cfg.INPUT.FORMAT = FORMAT
@@ -61,9 +63,9 @@ def _set_lazy(cfg: DictConfig, depth: int) -> None:
     bottom_up = OmegaConf.select(model, "backbone.bottom_up")
     kind = target_of(bottom_up)
     if kind is not ResNet:
-        raise _without(depth, getattr(kind, "__name__", "no part bottom_up"))
+        raise _without(depth, getattr(kind, "__name__", "without a part bottom_up"))
     stages = bottom_up.stages[0] if isinstance(bottom_up.stages, ListConfig) else bottom_up.stages
-    norm = stages.get("norm", "FrozenBN")
+    norm = _with_statistics(stages.get("norm", "FrozenBN"))
     bottom_up.stages = L(ResNet.make_default_stages)(depth=depth, norm=norm)
     channels = 512 if depth < 50 else 2048
     top = OmegaConf.select(model, "backbone.top_block")
@@ -75,10 +77,21 @@ def _set_lazy(cfg: DictConfig, depth: int) -> None:
         top.in_channels = channels
     images: Dict[str, Any] = dict(pixel_mean=MEAN, pixel_std=STD, input_format=FORMAT)
     model.update({key: value for key, value in images.items() if key in model})
+    if "student" in cfg.model and "input_format" in cfg.model:
+        cfg.model.input_format = FORMAT
     for split in ("train", "test"):
-        mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
-        if isinstance(mapper, DictConfig) and "image_format" in mapper:
-            mapper.image_format = FORMAT
+        key = f"dataloader.{split}.mapper.image_format"
+        if OmegaConf.select(cfg, key) is None:
+            problem = "is not there, and the weights of this depth want RGB images"
+            raise ConfigError(
+                key, None, problem, "use Detectron2's mapper, or set the depth's keys"
+            )
+        OmegaConf.update(cfg, key, FORMAT)
+
+
+def _with_statistics(norm: Any) -> str:
+    """``norm``, or FrozenBN if it is no batch norm: torchvision's weights have those of batch norms."""
+    return norm if isinstance(norm, str) and "BN" in norm else "FrozenBN"
 
 
 def _without(depth: int, found: str) -> ConfigError:

@@ -13,10 +13,11 @@ from sharedkd.data.coco import CocoSummary
 from sharedkd.errors import ConfigError, Findings, collecting
 from sharedkd.modeling.detectors import config_path, load_file
 
-from .adopt import adopt_loaders, show_larger_images, use_own_data
+from .adopt import adopt_loaders, check_mappers, show_larger_images, use_own_data
 from .build import missing_keys, not_set, target_of
 from .classic import check_classic, expanded, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, TRAIN_DEFAULTS, Data, Train
+from .depth import set_depth
 from .length import alone, settle_length
 from .methods import PLAIN
 from .overrides import joined, override
@@ -94,6 +95,8 @@ def load(
     _check_groups(cfg, path)
     adopt_loaders(cfg)
     use_own_data(cfg, overrides)
+    if pairing.depth is not None:
+        set_depth(cfg, pairing.depth)
     overrides = [*pairing.start(cfg), *overrides]
     overrides = [x for text in overrides for x in (expanded(text) if is_classic(cfg) else [text])]
     overrides = [x for text in overrides for x in alone(text)]
@@ -116,6 +119,7 @@ def load(
     if not (keep_teacher or cfg.train.eval_teacher):
         _drop_idle_teachers(cfg, findings)
     show_larger_images(cfg)
+    check_mappers(cfg, findings)
     if cfg.model.get("student") is not None and OmegaConf.select(cfg, IMAGE_FORMAT) is not None:
         cfg.model.setdefault("input_format", f"${{{IMAGE_FORMAT}}}")
     data, images = {}, 0 if without_data else None

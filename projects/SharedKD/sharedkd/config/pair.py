@@ -11,7 +11,6 @@ from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import PARTS
 
-from .depth import set_depth
 from .methods import OWN, with_method
 from .shared_kd import shared_kd_stages
 
@@ -62,15 +61,10 @@ class Pairing:
         return cls(**keys), others
 
     def __bool__(self) -> bool:
-        return bool(self.teacher or self.weights or self.method)
+        return any(x is not None for x in (self.teacher, self.weights, self.method))
 
     def start(self, cfg: DictConfig) -> List[str]:
-        """Set the depth, and return the overrides before all others.
-
-        A plain detector starts from the teacher that it is given.
-        """
-        if self.depth is not None:
-            set_depth(cfg, self.depth)
+        """The overrides before all others: a plain detector starts from the teacher that it is given."""
         if self.teacher is None or "student" in cfg.model:
             return []
         return [f"train.inherit=[{','.join(PARTS)}]"]

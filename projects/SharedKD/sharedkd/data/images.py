@@ -17,7 +17,7 @@ from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 
-from .masks import shown
+from .masks import encode, shown
 from .notes import FILE_NAMES, SIZES, Notes
 
 __all__ = [
@@ -127,7 +127,11 @@ class ImageMapper(DatasetMapper):
         **options: Any,
     ):
         if strong_augmentation and options["is_train"]:
-            options["augmentations"] = [*strong_augmentations(), *options["augmentations"]]
+            grey = options["image_format"] == "L"
+            options["augmentations"] = [*strong_augmentations(grey), *options["augmentations"]]
+        self._cuts_masks = strong_augmentation and options.get("use_instance_mask", False)
+        if self._cuts_masks:
+            options["instance_mask_format"] = "bitmask"
         super().__init__(**options)
         self.image_range, self.larger = image_range, larger
 
@@ -146,17 +150,27 @@ class ImageMapper(DatasetMapper):
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
+            if self._cuts_masks:  # as pixels; cutting polygons needs another package
+                for x in record["annotations"]:
+                    if "segmentation" in x:
+                        x["segmentation"] = encode(x["segmentation"], *image.shape[:2])
             self._transform_annotations(record, transforms, inputs.image.shape[:2])
+            instances = record["instances"]
+            if self._cuts_masks and instances.has("gt_masks"):  # the box of what is left of a mask
+                instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         return record
 
 
-def strong_augmentations() -> List[T.Augmentation]:
+def strong_augmentations(grey: bool = False) -> List[T.Augmentation]:
     """For long runs: half of the images are cropped, and all change in brightness, contrast and saturation.
 
     They come before the resizing, so that a teacher with a scale sees the file's own pixels.
+
+    Args:
+        grey: images of one channel, without saturation.
     """
     crop = T.RandomCrop("relative_range", [0.6, 0.6])
-    colours = (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
+    colours = [T.RandomBrightness, T.RandomContrast, *([] if grey else [T.RandomSaturation])]
     return [T.RandomApply(crop, prob=0.5), *(colour(0.6, 1.4) for colour in colours)]
 
 

@@ -26,7 +26,7 @@ class StudentAverage(Teacher):
 
     after each step that changed the student, whatever trainer made it; the growing d of the first steps
     is our choice.  Buffers, such as the statistics of batch norms, are copied.  It begins as the student
-    at the run's first step.
+    when it is first asked for maps, or saved.
 
     Args:
         decay: between 0 and 1.
@@ -40,12 +40,20 @@ class StudentAverage(Teacher):
         self.decay, self.steps = decay, 0
         self._student: Optional[nn.Module] = None
         self._inner: Optional[FrozenTeacher] = None
-        self._seen = -1  # the version of the student's weights that is averaged already
+        self._seen: Optional[int] = (
+            None  # the version of the student's weights that is averaged already
+        )
 
     def attach(self, student: nn.Module, input_format: str, pyramid: Optional[str] = None) -> None:
         """Take the student, and the channel order of its images."""
         self._student, self._format, self._place = student, input_format, pyramid
         self.shapes = pyramid_shapes(student, pyramid)
+
+    def prepare(self, step_dtype: Optional[torch.dtype] = None) -> Dict[int, float]:
+        """Copy the student's modules, before anything rewires them; the weights follow at the first update."""
+        model = copy.deepcopy(self._student)
+        self._inner = FrozenTeacher(model, "", self._format, fold=False, pyramid=self._place)
+        return {}
 
     @property
     def detector(self) -> Optional[nn.Module]:
@@ -74,22 +82,16 @@ class StudentAverage(Teacher):
         """Changes with every step of an optimizer: PyTorch counts what is written to a tensor."""
         return sum(p._version for p in self._student.parameters() if p.requires_grad)
 
-    def _begin(self) -> None:
-        """Copy the student, whose initial weights are those of the run by its first step."""
-        if self._inner is None:
-            model = copy.deepcopy(self._student)
-            self._inner = FrozenTeacher(model, "", self._format, fold=False, pyramid=self._place)
-            self._seen = self._version()
-
     @torch.no_grad()
     def _update(self) -> None:
-        self._begin()
-        version = self._version()
+        if self._inner is None:
+            self.prepare()
+        version, first = self._version(), self._seen is None
         if version == self._seen:
             return
         self._seen = version
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        self.steps += 1
+        decay = 0.0 if first else min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += not first
         theirs = self._student.state_dict()
         trained = {name for name, _ in self._student.named_parameters()}
         for name, average in self._inner.model.state_dict().items():
@@ -105,6 +107,7 @@ class StudentAverage(Teacher):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the average of a resumed run, whose student is loaded already."""
-        self._begin()
+        if self._inner is None:
+            self.prepare()
         self._inner.model.load_state_dict(state["model"])
         self.steps, self._seen = state["steps"], self._version()
