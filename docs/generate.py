@@ -50,17 +50,19 @@ PRECISION = ("precision", "precision_rounded")
 PAIRS = (
     "animals",
     "animals_600",
-    "animals_1200",
     "animals_retinanet",
     "facade",
     "cards",
-    "cards_strong",
-    "cards_long",
-    "cards_strong_long",
     "nuclei",
     "bccd_fifth",
     "quickstart",
 )
+
+#: Those of one length, whose seeds are counted together.
+TOGETHER = ("animals", "cards")
+
+#: Those by an earlier version of it.
+EARLIER = ("animals_1200", "cards_1200")
 
 __all__ = [
     "arguments",
@@ -223,6 +225,9 @@ def measured() -> Dict[Tuple[str, str], str]:
             record = _record(name)
             found["MODEL_ZOO.md", name] = _zoo(record)
             found["docs/results.md", name] = _over_training(record)
+    for name in EARLIER:
+        found["docs/results.md", name] = _over_training(_record(name))
+    found["docs/results.md", "together"] = _together([_record(name) for name in TOGETHER])
     found["docs/schemes.md", "schemes"] = schemes(_record("schemes"))
     found["docs/results.md", "precision"] = _precision([_record(name) for name in PRECISION])
     return found
@@ -236,12 +241,7 @@ def _precision(records: Sequence[Mapping[str, Any]]) -> str:
     """What the teacher's precision does to AP: a row for each machine, and one for all seeds."""
     exact = "shared_kd"
     lower = f"{exact}:model.teacher.precision=bfloat16"
-    arms = [
-        {**arm, "seed": (number, arm["seed"])}
-        for number, record in enumerate(records)
-        for arm in record["arms"]
-    ]
-    together = {"arms": arms}
+    together = _merged(records)
     rows = []
     for record in [*records, together]:
         whole = record is together
@@ -257,6 +257,32 @@ def _precision(records: Sequence[Mapping[str, Any]]) -> str:
         f"{task} AP, {x}" for task in ("box", "mask") for x in ("float32", "bfloat16", "difference")
     ]
     return _table(" | ".join(["machine", "seeds", *titles]), rows)
+
+
+def _together(records: Sequence[Mapping[str, Any]]) -> str:
+    """What each method gains over the runs of several data sets, paired by data set and seed."""
+    merged, rows = _merged(records), []
+    for method in dict.fromkeys(x for record in records for x in record["methods"]):
+        of_bases = [difference(merged, method, base, "bbox") for base in (PLAIN, START)]
+        sets = sum(bool(scores_of(record, method, "bbox")) for record in records)
+        cells = [
+            "-" if method in (PLAIN, base) or not gain.seeds else f"{_gain(gain)} ({gain.seeds})"
+            for base, gain in zip((PLAIN, START), of_bases)
+        ]
+        if method != PLAIN:
+            rows.append((method, str(sets), *cells))
+    bases = [f"against `{x}` [95 % interval] (runs)" for x in (PLAIN, START)]
+    return _table(" | ".join(["box AP", "data sets", *bases]), rows)
+
+
+def _merged(records: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
+    """The arms of several records; a seed is the place of its record and its own number."""
+    arms = [
+        {**arm, "seed": (number, arm["seed"])}
+        for number, record in enumerate(records)
+        for arm in record["arms"]
+    ]
+    return {"arms": arms}
 
 
 def _over_training(record: Mapping[str, Any]) -> str:
