@@ -58,10 +58,10 @@ PAIRS = (
     "quickstart",
 )
 
-#: Those of one length, whose seeds are counted together.
+#: Those of full length, whose seeds are counted together.
 TOGETHER = ("animals", "cards")
 
-#: Those by an earlier version of it.
+#: Comparisons by an earlier version of the protocol.
 EARLIER = ("animals_1200", "cards_1200")
 
 __all__ = [

@@ -95,10 +95,10 @@ def test_the_average_runs_its_own_network():
     """The student's forward may be compiled once the average is prepared."""
     model, _ = averaged(decay=0.999)
     compile_backbone(model.student, "eager")
-    seen = [model.teacher.features(tiny.batch(), frozenset({"fpn"}), "RGB")["fpn"][8]]
+    seen = [model.teacher.features(tiny.batch(), TAPS, "RGB")["fpn"][8]]
     for p in model.student.backbone.bottom_up.parameters():
         p.data.mul_(3)
-    seen.append(model.teacher._inner.features(tiny.batch(), frozenset({"fpn"}), "RGB")["fpn"][8])
+    seen.append(model.teacher._inner.features(tiny.batch(), TAPS, "RGB")["fpn"][8])
     assert torch.equal(*seen)
 
 

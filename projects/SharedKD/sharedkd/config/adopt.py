@@ -14,7 +14,7 @@ from sharedkd.data.images import ImageMapper
 from sharedkd.data.loader import build_test_loader, build_train_loader
 from sharedkd.errors import ConfigError, Findings
 
-from .build import target_of
+from .build import makes, target_of
 from .classic import YamlMapper, is_classic
 from .defaults import DATA_DEFAULTS
 from .plain import leaves
@@ -148,8 +148,7 @@ def _set_mappers(dataloader: DictConfig) -> None:
     """Let mappers of images read the keys of ``data`` that are about them."""
     for split, key in _OF_MAPPERS:
         mapper = dataloader[split].mapper
-        kind = target_of(mapper)
-        if isinstance(kind, type) and issubclass(kind, ImageMapper):
+        if makes(mapper, ImageMapper):
             mapper[key] = f"${{data.{key}}}"
 
 

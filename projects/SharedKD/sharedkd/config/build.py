@@ -10,7 +10,7 @@ from sharedkd.errors import ConfigError, Findings
 
 from .plain import leaves
 
-__all__ = ["construct", "missing_keys", "not_set", "target_of", "value_of"]
+__all__ = ["construct", "makes", "missing_keys", "not_set", "target_of", "value_of"]
 
 
 def not_set(key: str) -> ConfigError:
@@ -31,6 +31,12 @@ def target_of(node: Any) -> Any:
     """
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     return locate(target) if isinstance(target, str) else target
+
+
+def makes(node: Any, kind: type) -> bool:
+    """Whether a config node builds an object of a class, or of one derived from it."""
+    target = target_of(node)
+    return isinstance(target, type) and issubclass(target, kind)
 
 
 def construct(node: DictConfig, key: str) -> Any:

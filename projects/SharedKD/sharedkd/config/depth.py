@@ -1,22 +1,24 @@
 """A config's detector with a ResNet of another depth."""
 
-from typing import Any, Dict
+from typing import Any
 
 from detectron2.config import LazyCall as L
 from detectron2.modeling import ResNet
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sharedkd.errors import ConfigError
+from sharedkd.weights.conventions import RGB_MEAN, RGB_STD
 
 from .build import target_of
 from .classic import is_classic
 
-__all__ = ["DEPTHS", "set_depth"]
+__all__ = ["DEPTHS", "ONE_OF", "set_depth"]
 
 KEY = "--depth"
-DEPTHS = (18, 34, 50, 101, 152)  #: of torchvision's ResNets
+DEPTHS = ("18", "34", "50", "101", "152")  #: of torchvision's ResNets
+ONE_OF = f"use one of {', '.join(DEPTHS)}"
 #: How the images are prepared that torchvision's ResNets were trained on.
-MEAN, STD, FORMAT = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375], "RGB"
+MEAN, STD, FORMAT = [*RGB_MEAN], [*RGB_STD], "RGB"
 
 
 def set_depth(cfg: DictConfig, text: str) -> None:
@@ -32,9 +34,8 @@ def set_depth(cfg: DictConfig, text: str) -> None:
     Raises:
         ConfigError: no such depth, or a detector without a ResNet.
     """
-    if not (text.isdecimal() and int(text) in DEPTHS):
-        fix = f"use one of {', '.join(map(str, DEPTHS))}"
-        raise ConfigError(KEY, text, "is no depth of torchvision's ResNets", fix)
+    if text not in DEPTHS:
+        raise ConfigError(KEY, text, "is no depth of torchvision's ResNets", ONE_OF)
     depth = int(text)
     (_set_classic if is_classic(cfg) else _set_lazy)(cfg, depth)
     OmegaConf.update(cfg, "train.init_checkpoint", f"ResNet{depth}_Weights.IMAGENET1K_V1")
@@ -46,7 +47,7 @@ def _set_classic(cfg: DictConfig, depth: int) -> None:
         raise _without(depth, name)
     cfg.MODEL.RESNETS.update(
         DEPTH=depth,
-        RES2_OUT_CHANNELS=64 if depth < 50 else 256,
+        RES2_OUT_CHANNELS=_res2(depth),
         STRIDE_IN_1X1=False,
         NUM_GROUPS=1,
         WIDTH_PER_GROUP=64,
@@ -67,16 +68,16 @@ def _set_lazy(cfg: DictConfig, depth: int) -> None:
     stages = bottom_up.stages[0] if isinstance(bottom_up.stages, ListConfig) else bottom_up.stages
     norm = _with_statistics(stages.get("norm", "FrozenBN"))
     bottom_up.stages = L(ResNet.make_default_stages)(depth=depth, norm=norm)
-    channels = 512 if depth < 50 else 2048
     top = OmegaConf.select(model, "backbone.top_block")
     if (
         isinstance(top, DictConfig)
         and top.get("in_feature", "res5") == "res5"
         and "in_channels" in top
     ):
-        top.in_channels = channels
-    images: Dict[str, Any] = dict(pixel_mean=MEAN, pixel_std=STD, input_format=FORMAT)
-    model.update({key: value for key, value in images.items() if key in model})
+        top.in_channels = 8 * _res2(depth)  # res5
+    for key, value in (("pixel_mean", MEAN), ("pixel_std", STD), ("input_format", FORMAT)):
+        if key in model:
+            model[key] = value
     if "student" in cfg.model and "input_format" in cfg.model:
         cfg.model.input_format = FORMAT
     for split in ("train", "test"):
@@ -87,6 +88,11 @@ def _set_lazy(cfg: DictConfig, depth: int) -> None:
                 key, None, problem, "use Detectron2's mapper, or set the depth's keys"
             )
         OmegaConf.update(cfg, key, FORMAT)
+
+
+def _res2(depth: int) -> int:
+    """The channels of res2: basic blocks have a quarter of a bottleneck's."""
+    return 64 if depth < 50 else 256
 
 
 def _with_statistics(norm: Any) -> str:

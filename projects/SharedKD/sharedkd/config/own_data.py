@@ -20,7 +20,7 @@ from sharedkd.data.loader import build_train_loader
 from sharedkd.data.unlabelled import read_unlabelled, register_unlabelled
 from sharedkd.errors import FAILED, ConfigError, Findings
 
-from .build import target_of
+from .build import makes, target_of
 from .classic import build_loader
 
 __all__ = [
@@ -205,15 +205,15 @@ def _paths(cfg: DictConfig, key: str, findings: Findings) -> List[str]:
 def reading_of(cfg: DictConfig, split: str, findings: Findings) -> Reading:
     """How a run reads the images and annotations of a split, ``train`` or ``val``."""
     loader = "train" if split == "train" else "test"
-    mapper = target_of(OmegaConf.select(cfg, f"dataloader.{loader}.mapper"))
-    ours = isinstance(mapper, type) and issubclass(mapper, ImageMapper)
+    mapper = OmegaConf.select(cfg, f"dataloader.{loader}.mapper")
+    ours = makes(mapper, ImageMapper)
     span = OmegaConf.select(cfg, f"dataloader.{loader}.mapper.image_range")
     if span is not None and not (len(span) == 2 and span[0] < span[1]):
         fix = "use null or [lo,hi], lo below hi"
         findings.add(ConfigError("data.image_range", list(span), "is no range", fix))
         span = None
     # Another mapper may read images of any depth in a way of its own.
-    scales = ours if ours or mapper is DatasetMapper else None
+    scales = ours if ours or target_of(mapper) is DatasetMapper else None
     own = cfg.get("data")
     masks = "dataloader.train.mapper.use_instance_mask" if own is None else "data.masks"
     return Reading(

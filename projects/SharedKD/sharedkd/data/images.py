@@ -17,7 +17,7 @@ from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 
-from .masks import encode, shown
+from .masks import shown
 from .notes import FILE_NAMES, SIZES, Notes
 
 __all__ = [
@@ -126,12 +126,13 @@ class ImageMapper(DatasetMapper):
         strong_augmentation: bool = False,
         **options: Any,
     ):
-        if strong_augmentation and options["is_train"]:
+        strong = strong_augmentation and options["is_train"]
+        if strong:
             grey = options["image_format"] == "L"
             options["augmentations"] = [*strong_augmentations(grey), *options["augmentations"]]
-        self._cuts_masks = strong_augmentation and options.get("use_instance_mask", False)
+        self._cuts_masks = strong and options.get("use_instance_mask", False)
         if self._cuts_masks:
-            options["instance_mask_format"] = "bitmask"
+            options["instance_mask_format"] = "bitmask"  # of polygons that leave the image
         super().__init__(**options)
         self.image_range, self.larger = image_range, larger
 
@@ -150,10 +151,6 @@ class ImageMapper(DatasetMapper):
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
-            if self._cuts_masks:  # as pixels; cutting polygons needs another package
-                for x in record["annotations"]:
-                    if "segmentation" in x:
-                        x["segmentation"] = encode(x["segmentation"], *image.shape[:2])
             self._transform_annotations(record, transforms, inputs.image.shape[:2])
             instances = record["instances"]
             if self._cuts_masks and instances.has("gt_masks"):  # the box of what is left of a mask
@@ -169,9 +166,22 @@ def strong_augmentations(grey: bool = False) -> List[T.Augmentation]:
     Args:
         grey: images of one channel, without saturation.
     """
-    crop = T.RandomCrop("relative_range", [0.6, 0.6])
+    crop = _RandomCrop("relative_range", [0.6, 0.6])
     colours = [T.RandomBrightness, T.RandomContrast, *([] if grey else [T.RandomSaturation])]
     return [T.RandomApply(crop, prob=0.5), *(colour(0.6, 1.4) for colour in colours)]
+
+
+class _RandomCrop(T.RandomCrop):
+    """Detectron2's, whose polygons leave the image uncut: cutting them needs another package."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        x = super().get_transform(image)
+        return _Crop(x.x0, x.y0, x.w, x.h, x.orig_w, x.orig_h)
+
+
+class _Crop(T.CropTransform):
+    def apply_polygons(self, polygons: List[np.ndarray]) -> List[np.ndarray]:
+        return [self.apply_coords(x) for x in polygons]
 
 
 def _tensor(image: np.ndarray) -> torch.Tensor:

@@ -92,7 +92,7 @@ def _is_pair(value: Any) -> bool:
 
 def area_of(segmentation: Any, height: int, width: int) -> float:
     """Pixels within a segmentation without fault."""
-    return float(mask_util.area(encode(segmentation, height, width)))
+    return float(mask_util.area(_encode(segmentation, height, width)))
 
 
 def box_of(segmentation: Any, height: int, width: int) -> Tuple[float, ...]:
@@ -100,12 +100,11 @@ def box_of(segmentation: Any, height: int, width: int) -> Tuple[float, ...]:
     if isinstance(segmentation, list):
         xs, ys = ([c for p in segmentation for c in p[i::2]] for i in (0, 1))
         return min(xs), min(ys), max(xs), max(ys)
-    x, y, w, h = mask_util.toBbox(encode(segmentation, height, width)).tolist()
+    x, y, w, h = mask_util.toBbox(_encode(segmentation, height, width)).tolist()
     return x, y, x + w, y + h
 
 
-def encode(segmentation: Any, height: int, width: int) -> Dict[str, Any]:
-    """The compressed RLE of polygons or of an RLE."""
+def _encode(segmentation: Any, height: int, width: int) -> Dict[str, Any]:
     if isinstance(segmentation, list):
         return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
     if isinstance(segmentation["counts"], list):

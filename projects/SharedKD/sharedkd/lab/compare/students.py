@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from omegaconf import DictConfig
 
 from sharedkd.config import student_only
-from sharedkd.config.depth import DEPTHS
+from sharedkd.config.depth import DEPTHS, ONE_OF
 from sharedkd.engine.hooks.record import hardware
 from sharedkd.errors import ConfigError
 from sharedkd.lab.analysis.models import trained_student
@@ -81,9 +81,9 @@ class Student:
     def _expanded(self, setting: str) -> List[str]:
         key, _, value = setting.partition("=")
         if key == "depth":
-            if not (value.isdecimal() and int(value) in DEPTHS):
-                fix = f"use one of {', '.join(map(str, DEPTHS))}"
-                raise ConfigError("--students", self.text, f"{setting} is no ResNet's depth", fix)
+            if value not in DEPTHS:
+                problem = f"{setting} is no ResNet's depth"
+                raise ConfigError("--students", self.text, problem, ONE_OF)
             return [f"distill.depth={value}"]
         if key != "width":
             return [setting]

@@ -40,9 +40,8 @@ class StudentAverage(Teacher):
         self.decay, self.steps = decay, 0
         self._student: Optional[nn.Module] = None
         self._inner: Optional[FrozenTeacher] = None
-        self._seen: Optional[int] = (
-            None  # the version of the student's weights that is averaged already
-        )
+        # The version of the student's weights that is averaged already; None: not begun.
+        self._seen: Optional[int] = None
 
     def attach(self, student: nn.Module, input_format: str, pyramid: Optional[str] = None) -> None:
         """Take the student, and the channel order of its images."""
@@ -91,7 +90,7 @@ class StudentAverage(Teacher):
             return
         self._seen = version
         decay = 0.0 if first else min(self.decay, (1 + self.steps) / (10 + self.steps))
-        self.steps += not first
+        self.steps += 0 if first else 1
         theirs = self._student.state_dict()
         trained = {name for name, _ in self._student.named_parameters()}
         for name, average in self._inner.model.state_dict().items():
