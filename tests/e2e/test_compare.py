@@ -167,6 +167,21 @@ def test_a_method_may_be_a_config_of_its_own(workspace, overrides, tmp_path):
     assert all(cfg.train.clip_grad_norm == 5 for cfg in saved)  # the overrides are for all
 
 
+def test_schemes_are_compared_in_one_command(workspace, overrides, tmp_path):
+    average, peers = (f"{ROOT}/configs/schemes/{name}.py" for name in ("average", "peers"))
+    Comparison(ROOT, CONFIG, ["none", "pkd", average, peers], [0], tmp_path, overrides).prepare()
+    saved = {path.stem: LazyConfig.load(str(path)).model for path in tmp_path.glob("configs/*.yaml")}
+    assert {*saved["average"].teacher} == {"_target_", "decay"} and "config" in saved["pkd"].teacher
+    assert [*saved["peers"].peers] == ["large"] and saved["peers"].teacher is None
+
+
+def test_a_comparison_of_a_schemes_own_config(overrides, tmp_path):
+    config = f"{ROOT}/configs/schemes/peers.py"
+    own = [x for x in overrides if not x.startswith("model.teacher.")]
+    Comparison(ROOT, config, ["none", "config"], [0], tmp_path, own).prepare()
+    assert [*LazyConfig.load(str(tmp_path / "configs/config.yaml")).model.peers] == ["large"]
+
+
 def test_arms_differ_by_the_distillation_alone(finished):
     output, _, _ = finished
     plain, distilled = (

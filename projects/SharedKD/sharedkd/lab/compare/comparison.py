@@ -24,7 +24,7 @@ from detectron2.config import LazyConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.config import load_config
-from sharedkd.config.build import construct
+from sharedkd.config.build import construct, target_of
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.parts import build
 from sharedkd.engine.resume import differences
@@ -35,7 +35,7 @@ from sharedkd.lab.metrics import read_curves, seconds_per_step
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.lab.scores import TASKS, costs_of, folder_name, is_known, mean_of
-from sharedkd.methods import PLAIN, with_method
+from sharedkd.methods import OWN, PLAIN, with_method
 from sharedkd.modeling.detectors import load_file
 from sharedkd.modeling.meta_arch import SharedKD
 
@@ -96,7 +96,7 @@ class Comparison:
         root: the repository.
         config_file: of a pair.
         methods: names as :func:`~sharedkd.config.methods.with_method` takes them; paths of configs, which get
-            the same overrides; and ``a@b``: method a, trained for the time that b takes.
+            the same overrides, but for those of a teacher of another class; and ``a@b``: method a, trained for the time that b takes.
         seeds: one arm each per method.
         output: folder of the arms and the report.
         overrides: ``key=value`` for all arms.
@@ -128,9 +128,12 @@ class Comparison:
 
     def _config_of(self, method: str) -> DictConfig:
         path, *settings = method.split(":")
-        if _is_config(path):
-            return load_config(path, [*self.overrides, *settings], keep_teacher=True)
-        return with_method(self.cfg, method)
+        if not _is_config(path):
+            return with_method(self.cfg, method)
+        overrides, ours = self.overrides, self.cfg.model.get("teacher")
+        if target_of(load_file(path, "--methods").model.get("teacher")) is not target_of(ours):
+            overrides = [x for x in overrides if not x.startswith("model.teacher.")]  # of our teacher
+        return load_config(path, [*overrides, *settings], keep_teacher=True)
 
     def _check_names(self) -> None:
         if PLAIN not in self.methods:
@@ -156,8 +159,8 @@ class Comparison:
         model = build(self.cfg)
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
-            if "=" in method or _is_config(method):
-                build(cfg)  # any part of the model may be another
+            if "=" in method or method == OWN or _is_config(method):
+                build(cfg)  # any part of the model may be another, or one more
             elif "student" in cfg.model:
                 stages = construct(cfg.model.stages, "model.stages")
                 student, form = model.student, model.input_format
