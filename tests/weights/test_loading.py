@@ -198,6 +198,7 @@ def test_initialise_with_something_else(tmp_path):
     path = save({"layer.weight": torch.ones(3)}, tmp_path / "a.pth")
     fails("another backbone", initialise, tiny.detector("retinanet"), path)
     fails("no such file", initialise, tiny.detector("retinanet"), str(tmp_path / "b.pth"))
+    fails("cannot be read", initialise, tiny.detector("retinanet"), "ResNet18_Weights.NOT_THERE")
 
 
 def test_nothing_to_initialise_with():

@@ -6,6 +6,7 @@ from detectron2.data import (
     DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
+    get_detection_dataset_dicts,
 )
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -120,6 +121,9 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
         return
     if is_classic(cfg):
         cfg.DATASETS.update(TRAIN=["${data.name}_train"], TEST=["${data.name}_val"])
+        empty = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
+        if not any(text.startswith(f"{empty}=") for text in overrides):
+            OmegaConf.update(cfg, empty, False)  # they are background, as own data's other configs have it
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = "${data.num_classes}"
         _set_mappers(cfg.dataloader)
         return
@@ -133,6 +137,8 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
             fix = "use Detectron2's loader there, or a config of configs/"
             raise ConfigError("data", sorted(keys), problem, fix)
         loader.dataset.names = name
+        if split == "train" and target_of(loader.dataset) is get_detection_dataset_dicts:
+            loader.dataset.setdefault("filter_empty", False)
         if target_of(loader.mapper) is DatasetMapper:
             loader.mapper._target_ = ImageMapper
     _set_mappers(cfg.dataloader)

@@ -20,8 +20,8 @@ _DOWNLOADED = ("http://", "https://", "ftp://")
 def fetch(path: str, sha256: Optional[str] = None, sha256_key: str = "sha256") -> str:
     """Return the local file of a path or URL, verified if a SHA-256 is known.
 
-    A URL is downloaded once, under a lock and under another name until it is complete; a file name
-    like ``NAME-1a2b3c4d.pth`` has the beginning of its SHA-256.
+    A URL is downloaded once, under a lock and under another name until it is complete; one that ends
+    like ``NAME-1a2b3c4d.pth`` has the beginning of the file's SHA-256.
 
     Args:
         path: a file, a URL, ``detectron2://...``, or a name of torchvision's, such as
@@ -43,7 +43,7 @@ def fetch(path: str, sha256: Optional[str] = None, sha256_key: str = "sha256") -
             "write 8 to 64 hexadecimal digits, as \"'1a2b3c4d'\"",
         )
     local = _downloaded(path) if "://" in path else path
-    wanted = [x.lower() for x in (sha256, hash_in_name(path)) if x]
+    wanted = [x.lower() for x in (sha256, "://" in path and hash_in_name(path)) if x]
     if wanted and os.path.isfile(local):
         with open(local, "rb") as f:
             found = hashlib.file_digest(f, "sha256").hexdigest()
@@ -69,7 +69,7 @@ def _downloaded(url: str) -> str:
 
 
 def hash_in_name(path: str) -> str:
-    """The digits of a SHA-256 in the file name of ``path``, perhaps a URL; empty if there are none.
+    """The digits of a SHA-256 in the file name of ``path``, a URL; empty if there are none.
 
     PyTorch's hub names files so: ``resnet18-f37072fd.pth``.  Digits without a letter are rather a
     date or a counter, and the few digits that Detectron2's zoo has in its names

@@ -110,6 +110,8 @@ def _load(
     local = path
     try:
         local = fetch(path, sha256, sha256_key)
+        if not os.path.isfile(local):
+            raise FileNotFoundError(local)
         rest = checkpointer.load(local)
     except ConfigError:
         raise
@@ -124,8 +126,8 @@ def _load(
     except Exception as e:
         # A reader may raise anything; the user gets one kind of error.
         said = plain_name(" ".join(str(e).split()), 300)
-        exists = "://" in path or os.path.isfile(path)
-        reason = f"cannot be read ({type(e).__name__}: {said})" if exists else "no such file"
+        missing = isinstance(e, FileNotFoundError)
+        reason = "no such file" if missing else f"cannot be read ({type(e).__name__}: {said})"
         reason += f"; its copy is {local}" if local != path else ""
         raise ConfigError(
             key, path, reason, "point it at a Detectron2 .pth, .pkl or .safetensors checkpoint"
