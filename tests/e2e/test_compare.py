@@ -205,18 +205,19 @@ def test_equal_time(finished):
 
 
 def test_a_failed_run_does_not_hold_up_those_that_take_its_methods_time(overrides, tmp_path):
-    methods = ["none", "pkd", "none@pkd"]
+    longer = "pkd:train.max_iter=6"  # half as long again
+    methods = ["none", longer, f"none@{longer}"]
     comparison = Comparison(ROOT, CONFIG, methods, [0, 1], tmp_path, overrides)
-    assert comparison.iterations("none@pkd") is None
+    assert comparison.iterations(f"none@{longer}") is None and comparison.iterations(longer) == 6
     for each in comparison.arms[:4]:
         each.run.folder.mkdir(parents=True)
-        seconds = 0.2 if each.method == "pkd" else 0.1
-        if (each.method, each.seed) == ("pkd", 1):
+        seconds = 0.2 if each.method == longer else 0.1
+        if (each.method, each.seed) == (longer, 1):
             each.failure.write_text("not finite")
         else:
             (each.run.folder / "run.json").write_text('{"results": {}}')
             (each.run.folder / "metrics.json").write_text(f'{{"iteration": 3, "time": {seconds}}}')
-    assert comparison.iterations("none@pkd") == 8
+    assert comparison.iterations(f"none@{longer}") == 12
 
 
 def weights(output):
