@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 
-from sharedkd.errors import ConfigError, ConfigErrors
+from sharedkd.errors import ConfigError
 
 from .images import check_headers, is_thin, match_files
 from .notes import NO_CLASS, SAME_CLASSES, SAME_FILE, Notes, Repair
@@ -131,15 +131,6 @@ class CocoData:
         self.errors += errors
         self.files = [replace(x, refused=bool(self.errors)) for x in self.files]
 
-    def raise_errors(self) -> None:
-        """Raise the errors that were found; do nothing if there are none.
-
-        Raises:
-            ConfigError: the only error, or all of them.
-        """
-        if self.errors:
-            raise self.errors[0] if len(self.errors) == 1 else ConfigErrors(self.errors)
-
     def register(self, name: str) -> None:
         """Make ``name`` a Detectron2 data set; one of that name is replaced.
 
@@ -245,6 +236,7 @@ class _File:
         self.objects: Counter = Counter()  # by category id
         self.crowds: Counter = Counter()
         self.united: Set[int] = set()  # ids of images that were listed twice
+        self.broken = 0  # annotations for which it is refused
         if self.document is not None:
             self._images = settle_images(self.document, self.notes)
             self.categories = settle_categories(self.document, self.notes)
@@ -280,7 +272,8 @@ class _File:
         self._unite(by_file)
         ids = {name: i for i, name in classes.items()}
         known = {k: ids.get(row["name"], row["id"]) for k, row in self.categories.items()}
-        settle_annotations(self.document, self._images, known, notes, reading.masks)
+        settled = self.document, self._images, known, notes, reading.masks
+        self.broken = settle_annotations(*settled)
         return warnings
 
     def _check_thin(self, image: Dict[str, Any]) -> None:
@@ -318,7 +311,7 @@ class _File:
             objects=len(objects),
             crowds=len(annotations) - len(objects),
             empty_images=len(self.images) - len(occupied),
-            broken_annotations=len(self.notes.broken),
+            broken_annotations=self.broken,
             repaired=sum(r.count for r in repairs),
             # Mask evaluation reads those of crowd regions, too; training leaves the regions out.
             unmasked=sum(not a.get("segmentation") for a in (objects if train else annotations)),

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Tuple
 
 from sharedkd.errors import ConfigError
 
@@ -91,17 +91,17 @@ class Notes:
 
     Attributes:
         totals: the number of images, categories and annotations.
-        broken: the annotations that the file is refused for.
+        refused: how often something was found that has no repair.
     """
 
     def __init__(self, key: str, json_file: str, repair: bool = True):
         self.key, self.json_file, self._repairs = key, json_file, repair
         self.totals: Counter = Counter()
-        self.broken: set = set()
+        self.refused = 0
         self._first: Dict[Kind, str] = {}
         self._count: Counter = Counter()
         self._amount: Dict[Kind, float] = {}
-        self._refused: Dict[Tuple[str, str, str], List[str]] = {}
+        self._reasons: Dict[Tuple[str, str, str], List[str]] = {}
 
     def repair(self, kind: Kind, example: str, amount: float = 0.0) -> None:
         """Count a repair; ``amount`` in pixels."""
@@ -109,19 +109,11 @@ class Notes:
         self._count[kind] += 1
         self._amount[kind] = max(amount, self._amount.get(kind, 0.0))
 
-    def refuse(
-        self, problem: str, fix: str, key: str = "", value: str = "", item: Any = None
-    ) -> None:
+    def refuse(self, problem: str, fix: str, key: str = "", value: str = "") -> None:
         """Count a reason to refuse the file, or the ``value`` of another ``key``."""
         where = (key or self.key, value or self.json_file, fix)
-        self._refused.setdefault(where, []).append(problem[:_LONGEST_MESSAGE])
-        if item is not None:
-            self.broken.add(item)
-
-    @property
-    def refused(self) -> bool:
-        """Whether something has no repair."""
-        return bool(self._refused)
+        self._reasons.setdefault(where, []).append(problem[:_LONGEST_MESSAGE])
+        self.refused += 1
 
     @property
     def repairs(self) -> Tuple[Repair, ...]:
@@ -135,7 +127,7 @@ class Notes:
             ConfigError(
                 key, value, first[0] + f" (and {len(first) - 1} more)" * (len(first) > 1), fix
             )
-            for (key, value, fix), first in self._refused.items()
+            for (key, value, fix), first in self._reasons.items()
         ]
         for kind in filter(self._is_refused, self._count):
             fix = "correct them in the json"
