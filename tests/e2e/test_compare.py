@@ -170,7 +170,9 @@ def test_a_method_may_be_a_config_of_its_own(workspace, overrides, tmp_path):
 def test_schemes_are_compared_in_one_command(workspace, overrides, tmp_path):
     average, peers = (f"{ROOT}/configs/schemes/{name}.py" for name in ("average", "peers"))
     Comparison(ROOT, CONFIG, ["none", "pkd", average, peers], [0], tmp_path, overrides).prepare()
-    saved = {path.stem: LazyConfig.load(str(path)).model for path in tmp_path.glob("configs/*.yaml")}
+    saved = {
+        path.stem: LazyConfig.load(str(path)).model for path in tmp_path.glob("configs/*.yaml")
+    }
     assert {*saved["average"].teacher} == {"_target_", "decay"} and "config" in saved["pkd"].teacher
     assert [*saved["peers"].peers] == ["large"] and saved["peers"].teacher is None
 
