@@ -18,7 +18,7 @@ from detectron2.data.datasets.coco import load_coco_json
 from sharedkd.errors import ConfigError
 
 from .images import check_headers, is_thin, match_files
-from .notes import NO_CLASS, SAME_CLASSES, SAME_FILE, Notes, Repair
+from .notes import NO_CLASS, SAME_CLASSES, SAME_FILE, Notes
 from .repair import is_root, read_json, settle_annotations, settle_categories, settle_images
 
 __all__ = [
@@ -68,7 +68,7 @@ class CocoSummary:
         repaired: number of repairs.
         unmasked: number of objects without a segmentation; for evaluation also of crowd regions.
         categories: category id -> class name, ids ascending.
-        repairs: what was repaired, by kind.
+        repairs: what was repaired, a line for each kind.
         refused: whether the file cannot be used.
     """
 
@@ -82,7 +82,7 @@ class CocoSummary:
     repaired: int
     unmasked: int
     categories: Dict[int, str]
-    repairs: Tuple[Repair, ...]
+    repairs: Tuple[str, ...]
     refused: bool
 
     @property
@@ -217,7 +217,7 @@ def read_coco(
     for f in files:
         for repair in f.notes.repairs:
             fix = "the file on the disk stays as it is"
-            data.warnings.append(ConfigError(key, f.notes.json_file, str(repair), fix))
+            data.warnings.append(ConfigError(key, f.notes.json_file, repair, fix))
     if not data.errors:
         _judge(data, readable, train)
         if len(files) > 1 or data.files[0].repairs:
@@ -303,7 +303,6 @@ class _File:
         self.objects = Counter(a["category_id"] for a in objects)
         self.crowds = Counter(a["category_id"] for a in annotations if a["iscrowd"] == 1)
         occupied = {a["image_id"] for a in objects} & {i["id"] for i in self.images}
-        repairs = self.notes.repairs
         return CocoSummary(
             key=self.notes.key,
             json_file=self.notes.json_file,
@@ -312,11 +311,11 @@ class _File:
             crowds=len(annotations) - len(objects),
             empty_images=len(self.images) - len(occupied),
             broken_annotations=self.broken,
-            repaired=sum(r.count for r in repairs),
+            repaired=self.notes.repaired,
             # Mask evaluation reads those of crowd regions, too; training leaves the regions out.
             unmasked=sum(not a.get("segmentation") for a in (objects if train else annotations)),
             categories=dict(classes),
-            repairs=repairs,
+            repairs=self.notes.repairs,
             refused=False,
         )
 

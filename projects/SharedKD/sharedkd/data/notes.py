@@ -2,12 +2,11 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 from typing import Dict, List, NamedTuple, Tuple
 
 from sharedkd.errors import ConfigError
 
-__all__ = ["Kind", "Notes", "Repair"]
+__all__ = ["Kind", "Notes"]
 
 _LONGEST_MESSAGE = 1000  # characters
 
@@ -57,31 +56,6 @@ NO_MASK = Kind(ANN, "objects have no polygon of 3 points in the image", "left ou
 UNUSED_MASK = Kind(ANN, "segmentations cannot be used", "left out: this run has boxes alone")
 
 
-@dataclass(frozen=True)
-class Repair:
-    """A repair that was made.
-
-    Args:
-        count: how often; ``total``: of how many, 0 if that says nothing.
-        what, done: in words.
-        example: the first one.
-    """
-
-    count: int
-    total: int
-    what: str
-    done: str
-    example: str
-
-    @property
-    def problem(self) -> str:
-        of = f" of {self.total}" if self.total else ""
-        return f"{self.count}{of} {self.what} ({self.example})"
-
-    def __str__(self) -> str:
-        return f"{self.problem}: {self.done}"
-
-
 class Notes:
     """What was repaired in a file and what it is refused for, by kind, each with its first example.
 
@@ -100,14 +74,12 @@ class Notes:
         self.refused = 0
         self._first: Dict[Kind, str] = {}
         self._count: Counter = Counter()
-        self._amount: Dict[Kind, float] = {}
         self._reasons: Dict[Tuple[str, str, str], List[str]] = {}
 
-    def repair(self, kind: Kind, example: str, amount: float = 0.0) -> None:
-        """Count a repair; ``amount`` in pixels."""
+    def repair(self, kind: Kind, example: str) -> None:
+        """Count a repair."""
         self._first.setdefault(kind, example[:_LONGEST_MESSAGE])
         self._count[kind] += 1
-        self._amount[kind] = max(amount, self._amount.get(kind, 0.0))
 
     def refuse(self, problem: str, fix: str, key: str = "", value: str = "") -> None:
         """Count a reason to refuse the file, or the ``value`` of another ``key``."""
@@ -116,9 +88,14 @@ class Notes:
         self.refused += 1
 
     @property
-    def repairs(self) -> Tuple[Repair, ...]:
-        """Those that were made, not those that the file is refused for."""
-        return tuple(self._made(kind) for kind in self._count if not self._is_refused(kind))
+    def repairs(self) -> Tuple[str, ...]:
+        """In words, by kind, those that were made, not those that the file is refused for."""
+        return tuple(f"{self._found(kind)}: {kind.done}" for kind in self._made())
+
+    @property
+    def repaired(self) -> int:
+        """How many they are."""
+        return sum(self._count[kind] for kind in self._made())
 
     @property
     def errors(self) -> List[ConfigError]:
@@ -132,13 +109,15 @@ class Notes:
         for kind in filter(self._is_refused, self._count):
             fix = "correct them in the json"
             fix += ", or use data.repair=True" * (not self._repairs and kind.most > 1)
-            found.append(ConfigError(self.key, self.json_file, self._made(kind).problem, fix))
+            found.append(ConfigError(self.key, self.json_file, self._found(kind), fix))
         return found
 
-    def _made(self, kind: Kind) -> Repair:
-        by = f" by up to {self._amount[kind]:.4g} px" if self._amount[kind] else ""
-        total, first = self.totals[kind.of], self._first[kind]
-        return Repair(self._count[kind], total, kind.what + by, kind.done, first)
+    def _found(self, kind: Kind) -> str:
+        of = f" of {self.totals[kind.of]}" if self.totals[kind.of] else ""
+        return f"{self._count[kind]}{of} {kind.what} ({self._first[kind]})"
+
+    def _made(self) -> List[Kind]:
+        return [kind for kind in self._count if not self._is_refused(kind)]
 
     def _is_refused(self, kind: Kind) -> bool:
         share = self._count[kind] / max(self.totals[kind.of], 1)
