@@ -26,7 +26,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from sharedkd.data.coco import Reading, read_classes, read_coco, read_registered
+from sharedkd.data.coco import read_classes, read_coco, read_registered
+from sharedkd.data.notes import Reading
 from sharedkd.errors import ConfigError
 
 KEYS = ("data.train_json", "data.train_images")

@@ -1,12 +1,13 @@
-"""What is repaired in a COCO json, kind by kind, and what a file is refused for: counted, not raised."""
+"""How a run reads a COCO json: what is repaired, kind by kind, and what it is refused for; not raised."""
 
 import math
 from collections import Counter
-from typing import Dict, List, NamedTuple, Tuple
+from dataclasses import dataclass
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from sharedkd.errors import ConfigError
 
-__all__ = ["Kind", "Notes"]
+__all__ = ["Kind", "Notes", "Reading"]
 
 _LONGEST_MESSAGE = 1000  # characters
 
@@ -56,22 +57,43 @@ NO_MASK = Kind(ANN, "objects have no polygon of 3 points in the image", "left ou
 UNUSED_MASK = Kind(ANN, "segmentations cannot be used", "left out: this run has boxes alone")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a run reads its data.
+
+    Args:
+        masks: it uses segmentations; else unusable ones are left out.
+        repair: what has one meaning is repaired; False: it is refused.
+        max_size: of an image's longer edge after resizing, in pixels; None: not known.
+        image_range: see :func:`~sharedkd.data.images.read_image`.
+        scales: images are read by that function, so that they may have more than 8 bits; None: nobody knows.
+    """
+
+    masks: bool = True
+    repair: bool = True
+    max_size: Optional[int] = None
+    image_range: Optional[Sequence[float]] = None
+    scales: Optional[bool] = True
+
+
 class Notes:
     """What was repaired in a file and what it is refused for, by kind, each with its first example.
 
     Args:
         key, json_file: the config key and its file.
-        repair: False refuses what would be repaired.
+        reading: how the run reads it.
 
     Attributes:
         totals: the number of images, categories and annotations.
         refused: how often something was found that has no repair.
+        warnings: what works and is probably not meant.
     """
 
-    def __init__(self, key: str, json_file: str, repair: bool = True):
-        self.key, self.json_file, self._repairs = key, json_file, repair
+    def __init__(self, key: str, json_file: str, reading: Reading = Reading()):
+        self.key, self.json_file, self.reading = key, json_file, reading
         self.totals: Counter = Counter()
         self.refused = 0
+        self.warnings: List[ConfigError] = []
         self._first: Dict[Kind, str] = {}
         self._count: Counter = Counter()
         self._reasons: Dict[Tuple[str, str, str], List[str]] = {}
@@ -86,6 +108,10 @@ class Notes:
         where = (key or self.key, value or self.json_file, fix)
         self._reasons.setdefault(where, []).append(problem[:_LONGEST_MESSAGE])
         self.refused += 1
+
+    def warn(self, problem: str, fix: str, key: str = "", value: str = "") -> None:
+        """Warn of the file, or of the ``value`` of another ``key``."""
+        self.warnings.append(ConfigError(key or self.key, value or self.json_file, problem, fix))
 
     @property
     def repairs(self) -> Tuple[str, ...]:
@@ -108,7 +134,7 @@ class Notes:
         ]
         for kind in filter(self._is_refused, self._count):
             fix = "correct them in the json"
-            fix += ", or use data.repair=True" * (not self._repairs and kind.most > 1)
+            fix += ", or use data.repair=True" * (not self.reading.repair and kind.most > 1)
             found.append(ConfigError(self.key, self.json_file, self._found(kind), fix))
         return found
 
@@ -121,4 +147,4 @@ class Notes:
 
     def _is_refused(self, kind: Kind) -> bool:
         share = self._count[kind] / max(self.totals[kind.of], 1)
-        return not self._repairs or share >= kind.most
+        return not self.reading.repair or share >= kind.most

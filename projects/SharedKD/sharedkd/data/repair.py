@@ -220,14 +220,12 @@ def settle_annotations(
     images: Dict[Any, Dict[str, Any]],
     classes: Dict[Any, int],
     notes: Notes,
-    masks: bool,
 ) -> int:
     """Repair the annotations of a document, and leave out those that stand for nothing.
 
     Args:
         images: of :func:`settle_images`; those that are ``sound`` have their size.
         classes: what annotations call a category -> its id.
-        masks: whether the run uses segmentations; else unusable ones do not matter.
 
     Returns:
         the number of those for which the file is refused.
@@ -254,7 +252,7 @@ def settle_annotations(
                 a[field] = value
             where += f" of image {image['file_name']!r}" if image["sound"] else ""
             x, before = Placed(i, a, image, where), notes.refused
-            if _settle_alone(x, notes, masks):
+            if _settle_alone(x, notes):
                 kept.append(x)
             broken += notes.refused > before
     kept = settle_boxes(kept, notes)
@@ -274,7 +272,7 @@ def _is_good_id(value: Any) -> bool:
     return is_int(value) and 0 < value <= _LARGEST_ID
 
 
-def _settle_alone(x: Placed, notes: Notes, masks: bool) -> bool:
+def _settle_alone(x: Placed, notes: Notes) -> bool:
     """Repair all of an annotation that can be judged alone.  Returns whether to keep it."""
     _settle_crowd(x, notes)
     points = x.row.get("keypoints")
@@ -282,7 +280,7 @@ def _settle_alone(x: Placed, notes: Notes, masks: bool) -> bool:
     if points is not None and not (isinstance(points, list) and are_numbers(points)):
         fix = "write keypoints as finite numbers [x1, y1, visibility1, ...], or remove them"
         notes.refuse(f"{x.where} has keypoints {shown(points)}", fix)
-    if x.image["sound"] and not _settle_mask(x, notes, masks):
+    if x.image["sound"] and not _settle_mask(x, notes):
         return False
     return _settle_box(x, notes)
 
@@ -303,9 +301,9 @@ def _settle_crowd(x: Placed, notes: Notes) -> None:
         notes.refuse(f"{x.where} has ignore {shown(x.row['ignore'])}", fix)
 
 
-def _settle_mask(x: Placed, notes: Notes, masks: bool) -> bool:
+def _settle_mask(x: Placed, notes: Notes) -> bool:
     """Make ``segmentation`` one that pycocotools can take.  Returns False if nothing is left of it."""
-    mask = x.row.get("segmentation")
+    mask, masks = x.row.get("segmentation"), notes.reading.masks
     if isinstance(mask, list) and mask:
         polygons = [p for p in as_polygons(mask) if p != []]
         if polygons != mask:
