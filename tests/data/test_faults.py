@@ -19,10 +19,10 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from sharedkd.data.faults import WorkerDied, batches_of, load
 from sharedkd.data.images import ImageMapper
 from sharedkd.data.loader import build_test_loader, build_train_loader
-from sharedkd.data.shapes import make_shapes
 from sharedkd.engine.launch import launch
 from sharedkd.engine.run import run
 from sharedkd.errors import ConfigError, DataError
+from sharedkd.lab.shapes import make_shapes
 
 COUNT, HEIGHT, WIDTH = 12, 24, 40
 

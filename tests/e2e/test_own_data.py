@@ -16,9 +16,9 @@ from PIL import Image
 
 from sharedkd import ConfigError
 from sharedkd.config.own_data import class_names
-from sharedkd.data.shapes import CLASSES
 from sharedkd.engine.run import run
 from sharedkd.lab.preflight import preflight
+from sharedkd.lab.shapes import CLASSES
 from sharedkd.losses import DKD
 
 
