@@ -10,8 +10,8 @@ import torch
 from detectron2.utils import comm
 from PIL import Image
 
-from sharedkd.data.coco import Reading
 from sharedkd.data.loader import build_train_loader
+from sharedkd.data.notes import Reading
 from sharedkd.data.unlabelled import read_unlabelled
 from sharedkd.errors import ConfigError
 
