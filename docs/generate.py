@@ -22,8 +22,8 @@ from sharedkd import losses
 from sharedkd.config import defaults
 from sharedkd.config.structure import defaults_of
 from sharedkd.data.loader import build_train_loader
-from sharedkd.lab.compare.plots import draw_curves
 from sharedkd.lab import performance
+from sharedkd.lab.compare.plots import draw_curves
 from sharedkd.lab.scores import (
     TASKS,
     Difference,
