@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sharedkd.values import check_number
 
-from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
 
 __all__ = ["FeatureFusion"]
@@ -60,6 +59,7 @@ class FeatureFusion(DistillationLoss):
     """
 
     needs = frozenset({"teacher", "boxes"})
+    adapts = True
 
     def __init__(
         self,
@@ -81,7 +81,6 @@ class FeatureFusion(DistillationLoss):
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
         super().bind(student, teacher, key)
         ours, theirs = student[self.tap], teacher[self.tap]
-        self.adapters = adapters(self.adapter, ours, theirs, self.strides, f"{key}.adapter")
         self.fusions = nn.ModuleDict({str(s): _fusion(ours[s], theirs[s]) for s in self.strides})
         self.classifiers = nn.ModuleDict({str(s): nn.Conv2d(theirs[s], 1, 1) for s in self.strides})
 

@@ -8,7 +8,6 @@ from torch.func import functional_call
 
 from sharedkd.values import check_number
 
-from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes
 
 __all__ = ["GanKD"]
@@ -61,6 +60,8 @@ class GanKD(DistillationLoss):
         ConfigError: an option out of its range.
     """
 
+    adapts = True
+
     def __init__(
         self,
         discriminator: float,
@@ -83,10 +84,9 @@ class GanKD(DistillationLoss):
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
         super().bind(student, teacher, key)
-        ours, theirs = student[self.tap], teacher[self.tap]
-        self.adapters = adapters(self.adapter, ours, theirs, self.strides, f"{key}.adapter")
+        widths = teacher[self.tap]
         self.discriminators = nn.ModuleDict(
-            {str(s): _Discriminator(theirs[s], self.hidden, self.layers) for s in self.strides}
+            {str(s): _Discriminator(widths[s], self.hidden, self.layers) for s in self.strides}
         )
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:

@@ -11,9 +11,7 @@ from torchvision.ops import batched_nms, box_iou
 
 from sharedkd.errors import ConfigError
 
-from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights, precise
-from .dense import check_same_head
 
 __all__ = ["GID"]
 
@@ -86,6 +84,9 @@ class GID(DistillationLoss):
         ConfigError: an option out of its range.
     """
 
+    same_head = ("logits", "deltas")
+    adapts = True
+
     def __init__(
         self,
         feature: float,
@@ -156,12 +157,7 @@ class GID(DistillationLoss):
                     "cropped from the one that suits its size",
                     "name strides of one width",
                 )
-        for tap in ("logits", "deltas"):
-            check_same_head(student, teacher, tap, self.strides, key, type(self).__name__)
         self.anchors = {s: student["deltas"][s] // 4 for s in self.strides}  # of a position
-        self.adapters = adapters(
-            self.adapter, student["fpn"], teacher["fpn"], self.strides, f"{key}.adapter"
-        )
         self.pooler = ROIPooler(
             output_size=self.crop,
             scales=[1 / s for s in self.strides],

@@ -11,7 +11,6 @@ from sharedkd.values import check_number
 
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
-from .dense import check_same_head
 
 __all__ = ["PGD", "gaussian", "quality"]
 
@@ -125,6 +124,7 @@ class PGD(DistillationLoss):
 
     needs = frozenset({"teacher", "boxes"})
     guides = frozenset({"logits", "boxes"})
+    same_head = ("logits",)
 
     def __init__(
         self,
@@ -158,7 +158,6 @@ class PGD(DistillationLoss):
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
         super().bind(student, teacher, key)
-        check_same_head(student, teacher, "logits", self.strides, key, type(self).__name__)
         self.adapt = adapters(None, student["fpn"], teacher["fpn"], self.strides, key)
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sharedkd.values import check_choice
 
-from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes
+from .base import Batch, DistillationLoss
 from .distance import Distance
 
 __all__ = ["PKD"]
@@ -55,6 +54,8 @@ class PKD(DistillationLoss):
         ConfigError: unknown name.
     """
 
+    adapts = True
+
     def __init__(
         self,
         tap: str = "fpn",
@@ -69,12 +70,6 @@ class PKD(DistillationLoss):
         self.adapter = adapter
         self.ignore_padding = ignore_padding
         self.distance = Distance("mse")
-
-    def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
-        super().bind(student, teacher, key)
-        self.adapters = adapters(
-            self.adapter, student[self.tap], teacher[self.tap], self.strides, f"{key}.adapter"
-        )
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         terms = {}
