@@ -1,7 +1,8 @@
 """A detector's heads: dense predictions and those of regions, what is before them, labels of anchors."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -243,19 +244,15 @@ class HeadTap:
         """A context to run the detector's forward in; after it, the yielded dict is filled."""
         found: Hidden = {}
 
-        def take(key: Tuple[str, int], args: Tuple[Tensor, ...]) -> None:
+        def take(key: Tuple[str, int], module: nn.Module, args: Tuple[Tensor, ...]) -> None:
             found.setdefault(key, []).append(args[0])
 
-        handles = [
-            layers[0].register_forward_pre_hook(lambda _, args, key=(tap, left): take(key, args))
-            for tap, rest in self._rests.items()
-            for left, layers in rest.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for tap, rest in self._rests.items():
+                for left, layers in rest.items():
+                    hook = partial(take, (tap, left))
+                    hooks.enter_context(layers[0].register_forward_pre_hook(hook))
             yield found
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def finish_head(detector: nn.Module, hidden: Hidden, left: int) -> Maps:
@@ -359,15 +356,11 @@ class RegionTap:
         ) -> None:
             found.setdefault("logits", output[0])
 
-        handles = [
+        with (
             self._heads.box_pooler.register_forward_hook(take_boxes),
             _first(self._heads.box_predictor).register_forward_hook(take_logits),
-        ]
-        try:
+        ):
             yield found
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def labels(self, boxes: List[Boxes], truth: List[Instances]) -> Tensor:
