@@ -298,16 +298,23 @@ def _first(module: nn.Module) -> nn.Module:
     return module[0] if isinstance(module, nn.ModuleList) else module
 
 
-def check_regions(student: nn.Module, teacher: Optional[nn.Module], key: str) -> None:
+def check_regions(student: nn.Module, teacher: Optional[nn.Module], source: str, key: str) -> None:
     """Check two detectors for a loss that needs ``regions``.
 
     Args:
-        student, teacher: the detectors; teacher None: there is none.
-        key: the loss's place in the config, for messages.
+        student, teacher: the detectors; teacher None: the source of maps has none.
+        source, key: the class of that source and the loss's place in the config, for messages.
 
     Raises:
         ConfigError: one has no box head on its FPN, or rotated boxes; or their numbers of classes differ.
     """
+    if teacher is None:
+        raise ConfigError(
+            key,
+            source,
+            "is a teacher without a detector, and this loss reads what its box head predicts",
+            "use a two-stage detector as teacher, or a loss that compares feature maps",
+        )
     for who, detector in (("student", student), ("teacher", teacher)):
         heads = getattr(detector, "roi_heads", None)
         if isinstance(heads, RROIHeads):
@@ -317,14 +324,14 @@ def check_regions(student: nn.Module, teacher: Optional[nn.Module], key: str) ->
                 f"are the {who}'s heads for rotated boxes, whose regions are not compared",
                 "use a loss that compares feature maps",
             )
-        if detector is not None and not hasattr(heads, "box_pooler"):
+        if not hasattr(heads, "box_pooler"):
             raise ConfigError(
                 key,
                 type(detector).__name__,
                 f"is a {who} without a box head for regions of its FPN",
                 "use two-stage detectors, or this loss's one-stage form",
             )
-    if teacher is not None and teacher.roi_heads.num_classes != student.roi_heads.num_classes:
+    if teacher.roi_heads.num_classes != student.roi_heads.num_classes:
         raise ConfigError(
             key,
             f"{teacher.roi_heads.num_classes} classes of the teacher",
