@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
 from sharedkd.errors import ConfigError
+from sharedkd.values import check_choice, check_number
 
 from .base import Batch, DistillationLoss, Shapes, check_weights, precise
 
@@ -106,13 +107,10 @@ class GID(DistillationLoss):
     ):
         super().__init__("fpn", strides)
         for key, value in (("instances", instances), ("candidates", candidates), ("crop", crop)):
-            if value < 1:
-                raise ConfigError(key, value, "is less than one", "use 1 or more")
+            check_number(key, value, least=1, whole=True)
         for key, overlap in (("nms", nms), ("match", match)):
-            if not 0 < overlap <= 1:
-                raise ConfigError(key, overlap, "is no IoU", "use a number above 0, 1 at most")
-        if positions not in ("anchors", "boxes"):
-            raise ConfigError("positions", positions, "cannot be matched", "use anchors or boxes")
+            check_number(key, overlap, above=0, most=1)
+        check_choice("positions", positions, ("anchors", "boxes"))
         check_weights(
             feature=feature,
             relation=relation,

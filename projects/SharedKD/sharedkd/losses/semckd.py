@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharedkd.errors import ConfigError
 from sharedkd.values import check_number
 
 from .alignment import pool_to
@@ -85,12 +84,8 @@ class SemCKD(DistillationLoss):
         ignore_padding: bool = True,
     ):
         super().__init__(tap, strides)
-        if hidden is not None and hidden < 1:
-            raise ConfigError(
-                "hidden", hidden, "is no number of channels", "use 1 or more, or null"
-            )
-        if grid < 2:
-            raise ConfigError("grid", grid, "leaves nothing to compare", "use 2 or more")
+        check_number("hidden", hidden, least=1, whole=True, or_null=True)
+        check_number("grid", grid, least=2, whole=True)
         check_number("temperature", temperature, above=0)
         self.hidden = hidden
         self.grid = grid
