@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sharedkd.values import check_number
 
 from .base import Batch, DistillationLoss, Shapes, check_weights
+from .distance import masked_mean
 
 __all__ = ["FeatureFusion"]
 
@@ -98,9 +99,9 @@ class FeatureFusion(DistillationLoss):
             fit = _cross_entropy(logits, foreground(boxes, s, stride).to(s.dtype))
             feature = (adapted - fused.detach()).square()
             response = _cross_entropy(answer, logits.detach().sigmoid())
-            terms[f"s{stride}_fit"] = self.fit * _mean(fit, mask)
-            terms[f"s{stride}_feature"] = self.feature * _mean(feature, mask)
-            terms[f"s{stride}_response"] = self.response * _mean(response, mask)
+            terms[f"s{stride}_fit"] = self.fit * masked_mean(fit, mask)
+            terms[f"s{stride}_feature"] = self.feature * masked_mean(feature, mask)
+            terms[f"s{stride}_response"] = self.response * masked_mean(response, mask)
         return terms
 
 
@@ -134,10 +135,3 @@ def _fusion(student: int, teacher: int) -> nn.Conv2d:
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-
-
-def _mean(x: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Mean over all of x (N, C, H, W) that lies in the mask."""
-    if mask is None:
-        return x.mean()
-    return (x * mask).sum() / (mask.sum() * x.shape[1])

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from sharedkd.values import check_number
 
 from .base import Batch, DistillationLoss, Shapes
+from .distance import masked_mean
 
 __all__ = ["GanKD"]
 
@@ -127,10 +128,7 @@ class _Discriminator(nn.Module):
         x = _masked(x, masks[0])
         for conv, mask in zip(self.convs, masks[1:]):
             x = _masked(F.leaky_relu(conv(x), 0.2), mask)
-        x, mask = self.logit(x), masks[-1]
-        if mask is None:
-            return x.mean((1, 2, 3))
-        return (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+        return masked_mean(self.logit(x), masks[-1], (1, 2, 3))
 
 
 def _masked(x: Tensor, mask: Optional[Tensor]) -> Tensor:

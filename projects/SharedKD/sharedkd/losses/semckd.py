@@ -10,6 +10,7 @@ from sharedkd.values import check_number
 
 from .alignment import pool_to
 from .base import Batch, DistillationLoss, Shapes
+from .distance import masked_mean
 
 __all__ = ["SemCKD"]
 
@@ -126,7 +127,7 @@ class SemCKD(DistillationLoss):
                 s = _down(students[i], coarse // i, masks[i], size)
                 t = _down(teachers[j], coarse // j, masks[j], size)
                 square = (self.regressors[f"{i}_{j}"](s, mask) - t).square().mean(1, keepdim=True)
-                errors.append(_image_mean(square, mask))
+                errors.append(masked_mean(square, mask, (1, 2, 3)))
             share = (attention[:, a] * torch.stack(errors, 1)).sum(1)
             terms[f"s{i}"] = share.mean() / len(self.strides)
         return terms
@@ -184,13 +185,6 @@ def _embedding(size: int) -> nn.Module:
 
 def _unit(x: Tensor) -> Tensor:
     return x / (x.square().sum(-1, keepdim=True) + EPS).sqrt()
-
-
-def _image_mean(x: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """(N, 1, H, W) -> (N,): the mean over the positions of the mask."""
-    if mask is None:
-        return x.mean((1, 2, 3))
-    return (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
 
 
 def _down(x: Tensor, ratio: int, mask: Optional[Tensor], size: Tuple[int, ...]) -> Tensor:
