@@ -192,10 +192,10 @@ class DistillationLoss(nn.Module):
     """Base of all distillation losses.
 
     A subclass declares in ``needs`` what it reads besides the student's maps (``teacher``,
-    ``boxes``, ``regions``, ``labels`` or ``crossed``, see :class:`Batch`) and in ``taps`` where maps are taken.  :meth:`bind`
-    checks both pyramids and creates the parameters.  :meth:`forward` reads maps through
-    :meth:`levels` and returns named scalars.  Weights of the terms of one loss are arguments without
-    a default: configs/common/methods has the published ones.
+    ``boxes``, ``regions``, ``labels`` or ``crossed``, see :class:`Batch`) and in ``taps`` where maps
+    are taken.  :meth:`bind` checks both pyramids and creates the parameters.  :meth:`forward` reads
+    maps through :meth:`levels` and returns named scalars.  Weights of the terms of one loss are
+    arguments without a default: configs/common/methods has the published ones.
 
     Example of a config line::
 
@@ -203,9 +203,10 @@ class DistillationLoss(nn.Module):
     """
 
     needs: FrozenSet[str] = frozenset({"teacher"})
-    #: Taps that say where and how much, or are another one in other numbers: what is learnt shows in the others.
+    #: Taps that only say where and how much to compare, or that are computed from another tap: an automatic
+    #: weight reads the gradients at the others.
     guides: FrozenSet[str] = frozenset({"boxes", "anchors"})
-    #: Taps on which the dense heads of both detectors need the same channels, those of their anchors and classes.
+    #: Taps on which both dense heads need the same channels, those of their anchors and classes.
     same_head: Tuple[str, ...] = ()
     #: Whether :meth:`bind` makes ``adapters`` of the student's maps: by level, of the kernel ``adapter``.
     adapts = False

@@ -25,7 +25,10 @@ CPU_BLOCK, GPU_BLOCK = 2**17, 2**24
 def masked_mean(
     x: Tensor, mask: Optional[Tensor], dims: Sequence[int] = (0, 1, 2, 3), keepdim: bool = False
 ) -> Tensor:
-    """Mean of ``x`` (N, C, H, W) over ``dims``, counting only where the mask (N, 1, H, W) is one; None: everywhere."""
+    """Mean of ``x`` (N, C, H, W) over ``dims``, counting only where ``mask`` (N, 1, H, W) is one.
+
+    Without a mask everything counts.
+    """
     if mask is None:
         return x.mean(dims, keepdim)
     count = mask.sum(dims, keepdim) * (x.shape[1] if 1 in dims else 1)

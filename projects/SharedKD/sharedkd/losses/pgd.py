@@ -15,9 +15,8 @@ from .base import Batch, DistillationLoss, Shapes, check_weights
 __all__ = ["PGD", "gaussian", "quality"]
 
 CHUNK = 32  # boxes of an image at a time: bounds the memory of a crowded batch
-JITTER = (
-    0.1**2 / 12
-)  # pixels^2: the variance that the authors' noise adds, uniform within 0.1 pixels
+# In pixels^2: the variance that the authors' noise adds, uniform within 0.1 pixels.
+JITTER = 0.1**2 / 12
 
 
 def quality(
@@ -59,9 +58,8 @@ def gaussian(found: Tensor, centres: Tensor, positions: int) -> Tensor:
         (..., R), at most 1.
     """
     best, where = found.topk(min(positions, found.shape[-1]))
-    counted = (
-        (best > 0).double().unsqueeze(-1)
-    )  # float64: the covariance of a line is almost singular
+    # float64: the covariance of a line is almost singular.
+    counted = (best > 0).double().unsqueeze(-1)
     points = centres.double()[where]  # (..., positions, 2)
     count = counted.sum(-2, keepdim=True).clamp(min=1)
     apart = points - (counted * points).sum(-2, keepdim=True) / count
@@ -175,10 +173,8 @@ class PGD(DistillationLoss):
             focal = weighted.sum(1, keepdim=True) * spatial_t
             moved = (channel_s - channel_t).abs().sum(1, keepdim=True)
             there = (by_box > 0).to(t.dtype)
-            boxes, level = (
-                there.sum().clamp(min=1),
-                1 + self.growth * log2(stride / self.strides[0]),
-            )
+            boxes = there.sum().clamp(min=1)
+            level = 1 + self.growth * log2(stride / self.strides[0])
             sums = dict(
                 foreground=level * (_share(by_score) * focal).sum() / images,
                 background=level * (_share(outside) * focal).sum() / images,

@@ -65,9 +65,8 @@ class DenseHead:
                     return None
                 width = {"logits": getattr(head, logits), "deltas": getattr(head, deltas)}
                 width = {tap: layer.out_channels for tap, layer in width.items()}
-                if (
-                    getattr(owner.anchor_generator, "box_dim", 4) == 4
-                ):  # a rotated box has five numbers
+                # A rotated box has five numbers.
+                if getattr(owner.anchor_generator, "box_dim", 4) == 4:
                     width["boxes"] = width["anchors"] = width["deltas"]
                 return cls(head, levels, [specs[name].stride for name in levels], width, owner)
         return None
