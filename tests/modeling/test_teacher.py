@@ -230,12 +230,8 @@ def test_broken_configs(tmp_path, text, problem):
 @pytest.fixture
 def pair(small):
     node, _, weights = small
-    return SharedKD(
-        student=tiny.detector("retinanet"),
-        teacher=FrozenTeacher(node, weights),
-        stages={"identical": Stage(IdenticalLayer()), "cross": Stage(CrossLayer())},
-        input_format="RGB",
-    )
+    stages = {"identical": Stage(IdenticalLayer()), "cross": Stage(CrossLayer())}
+    return tiny.pair(stages, teacher=FrozenTeacher(node, weights))
 
 
 def test_teacher_is_no_part_of_the_model(pair):
