@@ -105,8 +105,7 @@ def pair(stages, student="retinanet", teacher="", **options):
         student=detector(student) if isinstance(student, str) else student,
         teacher=frozen(teacher) if isinstance(teacher, str) else teacher,
         stages=stages,
-        input_format="RGB",
-        **options,
+        **{"input_format": "RGB", **options},
     )
 
 
