@@ -25,14 +25,12 @@ class Bad:
     def __init__(self, shapes, weights, folder):
         self.shapes, self.weights, self.folder = shapes, weights, folder
 
-    def json(self, change=None, text=None, split="train", key=None):
-        """An override that names a changed copy of a json, or a file with that text or those bytes."""
+    def json(self, change, split="train"):
+        """An override that names a changed copy of a json."""
         path = self.folder / f"{split}.json"
-        if text is None:
-            data = json.loads((self.shapes / f"{split}.json").read_text())
-            change(data)
-            text = json.dumps(data)
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        data = json.loads((self.shapes / f"{split}.json").read_text())
+        change(data)
+        path.write_text(json.dumps(data))
         return [f"data.{split}_json={path}"]
 
     def file(self, key, content, name="weights.pth"):
@@ -122,32 +120,15 @@ PLAIN = {
     ),
     "train is no group": (["train=5"], "train", ["5", "train.NAME=VALUE"]),
     # keys and values of train
-    "unknown key of train": (["train.max_itr=9"], "train.max_itr", ["no such key", "max_iter"]),
     "unknown key of train.amp": (["train.amp.enabld=True"], "train.amp.enabld", ["enabled"]),
-    "unknown key of the checkpointer": (
-        ["train.checkpointer.keep=1"],
-        "train.checkpointer.keep",
-        ["no such key", "max_to_keep"],
-    ),
     "amp is a switch": (["train.amp=True"], "train.amp", ["True", "train.amp.NAME"]),
     "no iterations": train("max_iter", 0, "1 or more"),
-    "iterations below zero": train("max_iter", -5, "negative"),
-    "iterations in parts": train("max_iter", 1.5, "whole"),
-    "iterations in words": train("max_iter", "many", "whole number"),
-    "iterations forever": train("max_iter", "inf", "whole"),
     "evaluation period": train("eval_period", -1, "0 or more"),
-    "evaluation period in words": train("eval_period", "never", "whole"),
     "log period": train("log_period", 0, "1 or more"),
     "checkpoint period": train("checkpointer.period", 0, "1 or more"),
     "checkpoints to keep": train("checkpointer.max_to_keep", 0, "or null"),
     "clipping at zero": train("clip_grad_norm", 0, "above 0"),
-    "clipping below zero": train("clip_grad_norm", -1, "above 0"),
-    "clipping at nan": train("clip_grad_norm", "nan", "not finite"),
-    "clipping at infinity": train("clip_grad_norm", "inf", "or null"),
-    "clipping in words": train("clip_grad_norm", "hard", "no number"),
     "accumulate nothing": train("accumulate", 0, "1 or more"),
-    "accumulate in parts": train("accumulate", 0.5, "whole"),
-    "seed in words": train("seed", "lucky", "whole"),
     "seed too large": train("seed", 2**40, "at most"),
     "amp in words": train("amp.enabled", "perhaps", "True or False"),
     "amp type": (
@@ -239,11 +220,7 @@ PLAIN = {
     ),
     # loading
     "empty batch": ([f"{LOADER}.total_batch_size=0"], f"{LOADER}.total_batch_size", ["1 or more"]),
-    "batch below zero": ([f"{LOADER}.total_batch_size=-4"], f"{LOADER}.total_batch_size", ["-4"]),
-    "batch in words": ([f"{LOADER}.total_batch_size=all"], f"{LOADER}.total_batch_size", ["all"]),
-    "batch in parts": ([f"{LOADER}.total_batch_size=2.5"], f"{LOADER}.total_batch_size", ["2.5"]),
     "workers": ([f"{LOADER}.num_workers=-1"], f"{LOADER}.num_workers", ["-1", "0 or more"]),
-    "loader's seed": ([f"{LOADER}.seed=-1"], f"{LOADER}.seed", ["-1", "negative"]),
     "option of the loader": ([f"{LOADER}.shuffle=True"], LOADER, ["shuffle"]),
     "image format of another model": (
         [f"{LOADER}.mapper.image_format=BGR"],
@@ -284,18 +261,11 @@ PLAIN = {
     "json missing": ([f"data.train_json={MISSING}"], JSON, [MISSING, "name an existing"]),
     "images missing": ([f"data.train_images={MISSING}"], "data.train_images", [MISSING]),
     "json is a folder": (["data.train_json=/tmp"], JSON, ["/tmp"]),
-    "json truncated": (lambda bad: bad.json(text='{"images": ['), JSON, ["not a JSON file"]),
-    "json without categories": (
-        lambda bad: bad.json(lambda data: data.update(categories=[])),
-        JSON,
-        ["categories"],
-    ),
     "image file missing": (
         first("images", file_name="gone.png"),
         "data.train_images",
         ["gone.png"],
     ),
-    "image of another size": (first("images", width=999), "data.train_images", ["999"]),
     "objects of no category": (every("annotations", category_id=99), JSON, ["category 99"]),
     "classes of two files differ": (
         lambda bad: bad.json(lambda data: data["categories"][0].update(name="blob")),
@@ -360,14 +330,8 @@ PAIR = {
     ),
     "teacher without weights": (["model.teacher.weights=null"], TEACHER, ["set it to"]),
     "teacher weights missing": ([f"{TEACHER}={MISSING}.pth"], TEACHER, [MISSING, "no such file"]),
-    "teacher weights empty": (lambda bad: bad.file(TEACHER, b""), TEACHER, ["cannot be read"]),
     "teacher weights cut short": (
         lambda bad: bad.file(TEACHER, bad.weights.read_bytes()[:100000]),
-        TEACHER,
-        ["cannot be read"],
-    ),
-    "teacher weights are a web page": (
-        lambda bad: bad.file(TEACHER, b"<!DOCTYPE html><html>404 Not Found</html>"),
         TEACHER,
         ["cannot be read"],
     ),
@@ -421,40 +385,13 @@ PAIR = {
     "option of a loss": ([f"{CROSS}.loss.nothing=1"], f"{CROSS}.loss", ["nothing"]),
     "tap": ([f"{SAME}.loss.tap=neck"], f"{SAME}.loss.tap", ["neck", "fpn"]),
     "share": ([f"{SAME}.loss.share=all"], f"{SAME}.loss.share", ["all", "dense"]),
-    "distance": ([f"{CROSS}.loss.distance=mes"], f"{CROSS}.loss.distance", ["mes", "mse, l1"]),
-    "normalize": (
-        [f"{SAME}.loss.normalize=batch"],
-        f"{SAME}.loss.normalize",
-        ["batch", "instance"],
-    ),
     "direction": ([f"{CROSS}.loss.direction=up"], f"{CROSS}.loss.direction", ["up", "mutual"]),
     "pairs": ([f"{CROSS}.loss.pairs=some"], f"{CROSS}.loss.pairs", ["some", "dense"]),
-    "stride not there": (
-        [f"{SAME}.loss.strides=[4,128]"],
-        f"{SAME}.loss.strides",
-        ["[4, 128]", "[128]"],
-    ),
     "no strides": ([f"{SAME}.loss.strides=[]"], f"{SAME}.loss.strides", ["[]", "null"]),
-    "a single stride": (
-        [f"{CROSS}.weight=1", f"{CROSS}.loss.strides=[8]"],
-        f"{CROSS}.loss.strides",
-        ["two strides"],
-    ),
     "strides in words": ([f"{SAME}.loss.strides=all"], f"{SAME}.loss.strides", ["all", "null"]),
     "strides in parts": ([f"{SAME}.loss.strides=[4.5]"], f"{SAME}.loss.strides", ["4.5"]),
     "a stride twice": ([f"{SAME}.loss.strides=[8,8]"], f"{SAME}.loss.strides", ["[8, 8]"]),
     "weight below zero": ([f"{SAME}.weight=-1"], f"{SAME}.weight", ["-1", "negative"]),
-    "weight nan": ([f"{SAME}.weight=nan"], f"{SAME}.weight", ["nan", "0 or more"]),
-    "weight infinite": ([f"{SAME}.weight=inf"], f"{SAME}.weight", ["inf", "not finite"]),
-    "weight in words": ([f"{SAME}.weight=heavy"], f"{SAME}.weight", ["heavy", "no number"]),
-    "start below zero": ([f"{CROSS}.start=-3"], f"{CROSS}.start", ["-3", "negative"]),
-    "ramp below zero": ([f"{CROSS}.ramp=-3"], f"{CROSS}.ramp", ["-3", "negative"]),
-    "ramp in words": ([f"{CROSS}.ramp=slow"], f"{CROSS}.ramp", ["slow", "no number"]),
-    "end before start": (
-        [f"{SAME}.start=9", f"{SAME}.end=3"],
-        f"{SAME}.end",
-        ["start=9", "end=null"],
-    ),
     "adapter": (
         [f"model.stages.fit={fitnets('tap:fpn,adapter:2')}"],
         "model.stages.fit.loss.adapter",
@@ -474,10 +411,5 @@ PAIR = {
         ["data.masks=False"],
         f"{LOADER}.mapper.use_instance_mask",
         ["mask head", "data.masks=True"],
-    ),
-    "polygons outside their images": (
-        every("annotations", segmentation=[[500, 500, 510, 500, 510, 510]]),
-        JSON,
-        ["polygon", "outside"],
     ),
 }

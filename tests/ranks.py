@@ -8,7 +8,7 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.modeling.meta_arch import ProposalNetwork
 from detectron2.utils import comm
 
-from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
+from sharedkd import SharedKDTrainer
 from sharedkd.losses import IdenticalLayer
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.methods import known_methods
@@ -46,13 +46,8 @@ def three_steps():
     stages["scaled"] = Stage(Scaled(), start=1, end=2)  # off in the first and the last iteration
     stages["mutual"] = Stage(IdenticalLayer(strides=[8, 16], normalize="instance"), teacher="other")
     student = instantiate(node)
-    model = SharedKD(
-        student=student,
-        stages=stages,
-        peers={"other": Peer(instantiate(node), {"back": Stage(Scaled())})},
-        input_format="RGB",
-        teacher=FrozenTeacher(tiny.detector("faster_rcnn", seed=1), ""),
-    )
+    peers = {"other": Peer(instantiate(node), {"back": Stage(Scaled())})}
+    model = tiny.pair(stages, student, "faster_rcnn", peers=peers)
     for name, module in model.named_modules():
         if name.endswith("norm"):
             module.weight.fill_(0.5)  # keeps a random network's maps of moderate size
@@ -77,19 +72,13 @@ def three_steps():
 
 def every_method(family):
     """Two steps with all methods at once, where one process has no object at all; one image has no labels."""
-    torch.manual_seed(0)
-    student = tiny.detector(family)
-    model = SharedKD(
-        student=student,
-        stages={
-            f"{method.name}_{name}": stage
-            for method in METHODS
-            if family in method.stages
-            for name, stage in instantiate(method.stages[family]).items()
-        },
-        input_format="RGB",
-        teacher=FrozenTeacher(tiny.detector(family, seed=1), "", input_format="RGB"),
-    ).train()
+    stages = {
+        f"{method.name}_{name}": stage
+        for method in METHODS
+        if family in method.stages
+        for name, stage in instantiate(method.stages[family]).items()
+    }
+    model = tiny.pair(stages, family)
     mine = [tiny.record(32, 48, ((4, 4, 24, 24),) if comm.get_rank() == 0 else ())]
     mine += [{"image": tiny.record(32, 40, seed=5)["image"], "unlabelled": True}]
     trainer = SharedKDTrainer(

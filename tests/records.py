@@ -38,8 +38,20 @@ def make(arms, methods=("none", "fgd"), baseline="none", teacher=None):
     }
 
 
+def cells(text):
+    """The cells of a Markdown table by its lines, without the one below its head; other text is left out."""
+    lines = [line.strip() for line in text.splitlines()]
+    found = [[x.strip() for x in y.strip("|").split("|")] for y in lines if y.startswith("|")]
+    return [found[0], *found[2:]]
+
+
+def rows(text):
+    """The rows of a Markdown table, by the names of their columns."""
+    header, *found = cells(text)
+    return [dict(zip(header, row)) for row in found]
+
+
 def table(text, title):
     """The rows of the table under a heading, by the name in their first column."""
-    lines = text.split(f"## {title}\n\n")[1].split("\n\n")[0].split("\n")
-    header, _, *rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
-    return {row[0]: dict(zip(header[1:], row[1:])) for row in rows}
+    header, *found = cells(text.split(f"## {title}\n\n")[1].split("\n\n")[0])
+    return {row[0]: dict(zip(header[1:], row[1:])) for row in found}

@@ -15,7 +15,10 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_argument_parser
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
 
+from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
 from sharedkd.config import shared_kd_stages
 from sharedkd.engine.run import run
 
@@ -85,6 +88,51 @@ def batch(ground_truth="full"):
     first = () if ground_truth == "empty" else boxes
     second = boxes if ground_truth == "full" else ()
     return [record(boxes=first, seed=1), record(height=72, width=64, boxes=second, seed=2)]
+
+
+def frozen(family="retinanet", depth=18, seed=1, **options):
+    """A frozen teacher with random weights."""
+    return FrozenTeacher(detector(family, depth, seed=seed), "", "RGB", **options)
+
+
+def pair(stages, student="retinanet", teacher="", **options):
+    """A pair; the teacher: a family, a source, None, or one of the student's family where it is not given.
+
+    The student may be a detector in place of a family.
+    """
+    teacher = student if teacher == "" else teacher
+    return SharedKD(
+        student=detector(student) if isinstance(student, str) else student,
+        teacher=frozen(teacher) if isinstance(teacher, str) else teacher,
+        stages=stages,
+        **{"input_format": "RGB", **options},
+    )
+
+
+def step(model, records=None, *weights):
+    """The losses of a step on these records, or on batch()."""
+    torch.manual_seed(0)
+    with EventStorage(0):
+        return model(batch() if records is None else records, *weights)
+
+
+class Toy(nn.Module):
+    """A detector with one weight; its loss is weight * mean(image), so that the gradient is mean(image)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs):
+        return {"loss_toy": self.weight * torch.stack([x["image"] for x in inputs]).mean()}
+
+
+def toy(values, **options):
+    """A trainer of Toy whose batches have the given means; learning rate 1."""
+    batches = [[{"image": torch.tensor([float(v)])}] for v in values]
+    model = Toy()
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    return SharedKDTrainer(model, batches, sgd, max_iter=100, **options)
 
 
 def config(path):

@@ -17,28 +17,17 @@ CONFIG = str(tiny.ROOT / "configs/faster_rcnn_sharedkd.py")
 
 REFUSED = [
     "optimizer._target_=os.system",
-    "optimizer._target_='os.system'",
     "+optimizer._target_=os.system",
-    "optimizer={_target_: os.system, command: touch CANARY}",
     "optimizer={_target_: {_target_: os.system}}",
     "dataloader.train.mapper=[{a: {_target_: builtins.eval}}]",
     "model.teacher._target_=detectron2.utils.env.setup_custom_environment",  # no class
-    "model.teacher._target_=torch.hub.load",
-    "model.teacher._target_=torch.nn",
-    "model.teacher._target_=torch.nn.functional.relu",
     "model.teacher._target_=evil.Module",
-    "model.teacher._target_=torch.nn.modules.module.torch.load",
     "model.teacher._target_=torch.nn.modules.module.functools.partial",
-    "lr_multiplier.x={_target_: detectron2.utils.collect_env.subprocess.Popen, args: [touch, CANARY]}",
-    "optimizer={_target_: sharedkd.lab.compare.comparison.subprocess.Popen, args: [touch, CANARY]}",
     "model.teacher._target_=${data.name}",
     "data.name=${oc.env:HOME}",
-    "data.name=\"${oc.decode:'{_target_: os.system}'}\"",
     'data.name="${oc.env:${data.x}}"',
     "optimizer[_target_]=os.system",
     "train.max_iter=__import__('os').system('touch CANARY')",
-    "train.max_iter=open('CANARY','w')",
-    "train.max_iter=eval(1)",
     "train.seed=choice(1,2)",
 ]
 

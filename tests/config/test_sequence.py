@@ -6,7 +6,7 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 
-from sharedkd import ConfigError, FrozenTeacher, SharedKD, SharedKDTrainer, Stage
+from sharedkd import ConfigError, SharedKDTrainer, Stage
 from sharedkd.config import sequence
 from sharedkd.losses import PKD
 from sharedkd.modeling.stages import stage_dict
@@ -30,15 +30,10 @@ def test_the_turns_are_of_equal_length_and_fill_the_run():
 
 
 def test_the_same_teacher_twice_equals_the_single_teacher_byte_for_byte():
-    teacher = FrozenTeacher(tiny.detector("retinanet", seed=1), "", "RGB")
-    ends = []
+    teacher, ends = tiny.frozen(), []
     for stages, names in ((pkd(teacher="a"), ["a"]), (sequence(pkd(), ["a", "b"]), ["a", "b"])):
-        model = SharedKD(
-            student=tiny.detector("retinanet"),
-            teachers=dict.fromkeys(names, teacher),
-            stages=instantiate(stages),
-            input_format="RGB",
-        )
+        teachers = dict.fromkeys(names, teacher)
+        model = tiny.pair(instantiate(stages), teacher=None, teachers=teachers)
         sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         batches = [[tiny.record(48, 64, seed=i)] for i in range(4)]
         trainer = SharedKDTrainer(model, batches, sgd, max_iter=4, seed=0)

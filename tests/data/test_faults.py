@@ -3,22 +3,22 @@
 import itertools
 import logging
 import os
-import random
 import signal
 
+import loaders
 import numpy as np
 import pytest
-import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.utils import comm
+from loaders import take
 from PIL import Image
 from tiny import arguments
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from sharedkd.data.faults import WorkerDied, batches_of, load
 from sharedkd.data.images import ImageMapper
-from sharedkd.data.loader import build_test_loader, build_train_loader
+from sharedkd.data.loader import build_test_loader
 from sharedkd.engine.launch import launch
 from sharedkd.engine.run import run
 from sharedkd.errors import ConfigError, DataError
@@ -29,15 +29,8 @@ COUNT, HEIGHT, WIDTH = 12, 24, 40
 
 @pytest.fixture
 def dicts(tmp_path):
-    generator = np.random.default_rng(0)
-    records = []
-    for index in range(COUNT):
-        height, width = (HEIGHT, WIDTH) if index % 3 else (WIDTH, HEIGHT)
-        path = str(tmp_path / f"{index}.jpg")
-        noise = generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(path, quality=95)
-        records.append(dict(file_name=path, image_id=index, height=height, width=width))
-    return records
+    sizes = [(HEIGHT, WIDTH) if i % 3 else (WIDTH, HEIGHT) for i in range(COUNT)]
+    return loaders.pictures(tmp_path, sizes)
 
 
 def mapper():
@@ -45,9 +38,9 @@ def mapper():
 
 
 def draws(record):
-    """Shows what the three generators give, once the image has been read."""
+    """The image has been read before."""
     mapper()(record)
-    return record["image_id"], random.random(), np.random.rand(), torch.rand(()).item()
+    return loaders.draws(record)
 
 
 @pytest.fixture
@@ -63,12 +56,7 @@ def warnings(log):
 
 
 def loader_of(dicts, **options):
-    options = {"mapper": mapper(), "total_batch_size": 2, "seed": 3, **options}
-    return build_train_loader(dicts, **options)
-
-
-def take(loader, count):
-    return list(itertools.islice(loader, count))
+    return loaders.loader_of(dicts, **{"mapper": mapper(), **options})
 
 
 def cut(path, share=0.6):

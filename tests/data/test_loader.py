@@ -2,6 +2,7 @@ import inspect
 import itertools
 import random
 
+import loaders
 import numpy as np
 import pytest
 import torch
@@ -9,9 +10,8 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
-from PIL import Image
+from loaders import draws, take
 
-from sharedkd.data.loader import build_train_loader
 from sharedkd.errors import ConfigError, DataError
 
 SIZES = [(24, 40), (40, 24), (32, 32), (20, 48), (24, 36), (48, 30), (26, 40)]  # height, width
@@ -19,24 +19,11 @@ SIZES = [(24, 40), (40, 24), (32, 32), (20, 48), (24, 36), (48, 30), (26, 40)]  
 
 @pytest.fixture
 def dicts(tmp_path):
-    generator = np.random.default_rng(0)
-    samples = []
-    for index, (height, width) in enumerate(SIZES):
-        file_name = str(tmp_path / f"{index}.png")
-        Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(
-            file_name
-        )
-        box = {"bbox": [2, 3, 15, 17], "bbox_mode": BoxMode.XYXY_ABS, "category_id": index % 3}
-        samples.append(
-            {
-                "file_name": file_name,
-                "image_id": index,
-                "height": height,
-                "width": width,
-                "annotations": [box],
-            }
-        )
-    return samples
+    records = loaders.pictures(tmp_path, SIZES)
+    for record in records:
+        box = {"bbox": [2, 3, 15, 17], "bbox_mode": BoxMode.XYXY_ABS}
+        record["annotations"] = [{**box, "category_id": record["image_id"] % 3}]
+    return records
 
 
 def image_mapper():
@@ -51,17 +38,7 @@ def image_mapper():
 
 
 def loader_of(dicts, **options):
-    options = {"mapper": image_mapper(), "total_batch_size": 2, "seed": 3, **options}
-    return build_train_loader(dicts, **options)
-
-
-def draws(sample):
-    """A mapper that loads nothing and shows what its three generators give."""
-    return sample["image_id"], random.random(), np.random.rand(), torch.rand(()).item()
-
-
-def take(loader, count):
-    return list(itertools.islice(loader, count))
+    return loaders.loader_of(dicts, **{"mapper": image_mapper(), **options})
 
 
 def ids(batches):

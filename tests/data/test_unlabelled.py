@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import random
 
+import loaders
 import numpy as np
 import pytest
-import torch
 from detectron2.utils import comm
 from PIL import Image
 
-from sharedkd.data.loader import build_train_loader
 from sharedkd.data.notes import Reading
 from sharedkd.data.unlabelled import read_unlabelled
 from sharedkd.errors import ConfigError
@@ -25,18 +23,18 @@ def records(prefix, count):
     ]
 
 
-def drawn(sample):
+def draws(sample):
     """A mapper that loads nothing and shows what its three generators give."""
-    return {**sample, "drawn": (random.random(), np.random.rand(), torch.rand(()).item())}
+    return {**sample, "drawn": loaders.drawn()}
 
 
 def loader_of(unlabelled=7, **options):
-    options = {"mapper": drawn, "total_batch_size": 4, "seed": 3, **options}
-    return build_train_loader(records("a", 5), unlabelled=records("b", unlabelled), **options)
+    options = {"mapper": draws, "total_batch_size": 4, **options}
+    return loaders.loader_of(records("a", 5), unlabelled=records("b", unlabelled), **options)
 
 
 def take(loader, count=9):
-    return list(itertools.islice(loader, count))
+    return loaders.take(loader, count)
 
 
 def labelled(batches):
@@ -78,15 +76,15 @@ def test_their_stream_is_seeded_and_depends_on_no_worker_process_or_interruption
     ]
     alone = [x for x in first if x[0] == "b"][:7]
     assert sorted(alone) == [f"b{i}" for i in range(7)]
-    draws = [x["drawn"] for batch in whole for x in batch]
-    assert len(set(draws)) == len(draws)
+    found = [x["drawn"] for batch in whole for x in batch]
+    assert len(set(found)) == len(found)
 
 
 def test_a_batch_part_has_one_orientation_and_a_bad_image_is_replaced_by_one_without_labels():
     def breaks(sample):
         if sample["file_name"] == "b1":
             raise OSError("damaged")
-        return drawn(sample)
+        return draws(sample)
 
     batches = take(loader_of(mapper=breaks, on_bad_image="skip", max_bad_images=1), 12)
     assert all(

@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import records
 import tiny
 import torch
 
@@ -53,12 +54,6 @@ def demo(tmp_path_factory, overrides):
     return output, console.getvalue()
 
 
-def _rows(table):
-    lines = [line.strip().strip("|").split("|") for line in table.splitlines()]
-    header, _, *rows = [[cell.strip() for cell in line] for line in lines]
-    return [dict(zip(header, row)) for row in rows]
-
-
 def test_console(demo):
     output, console = demo
     assert all(f"[{number}/5]" in console for number in range(1, 6))
@@ -70,7 +65,7 @@ def test_console(demo):
 
 
 def test_table(demo):
-    rows = _rows((demo[0] / "table.md").read_text())
+    rows = records.rows((demo[0] / "table.md").read_text())
     assert [row["model"] for row in rows] == [TITLES[x] for x in ("plain", "sharedkd", "teacher")]
     for row in rows:
         assert float(row["s / image"]) > 0
@@ -102,10 +97,10 @@ def test_distilled_checkpoint_is_a_plain_one(demo):
 def test_second_run_reuses_everything(demo, overrides, capsys):
     output, _ = demo
     before = {arm: (output / arm / "model_final.pth").stat().st_mtime_ns for arm in TITLES}
-    rows = _rows(run_demo(ROOT, output, overrides))
+    rows = records.rows(run_demo(ROOT, output, overrides))
     assert capsys.readouterr().out.count("already finished") == 3
     assert before == {arm: (output / arm / "model_final.pth").stat().st_mtime_ns for arm in TITLES}
-    first = _rows((output / "table.md").read_text())
+    first = records.rows((output / "table.md").read_text())
     assert [row["box AP"] for row in rows] == [row["box AP"] for row in first]
 
 

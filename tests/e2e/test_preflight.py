@@ -99,10 +99,6 @@ def test_one_line_for_each_that_names_key_and_fix(good, workspace, tmp_path, kin
     assert not output.exists()
 
 
-def test_there_are_many_cases():
-    assert len({*PLAIN, *PAIR}) == len(PLAIN) + len(PAIR) >= 60
-
-
 def test_a_good_run_is_ready_and_a_single_model_is_no_pair(good, tmp_path):
     said = {}
     for kind in ("plain", "pair"):

@@ -17,7 +17,6 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from same import assert_same
 from tiny import arguments
@@ -278,19 +277,6 @@ def test_a_teacher_with_other_classes(train, tmp_path, sharedkd_log):
     assert "The teacher has 2 classes, the student 6: the teacher's head is unused" in text
     assert "its head cannot be evaluated here" in text
     assert "The teacher's results" not in text
-
-
-def test_training_loop_is_usable_without_trainer_of_ours():
-    """Detectron2's own trainers can train the pair: every stage at its full weight."""
-    stages = instantiate(shared_kd_stages())
-    model = SharedKD(
-        student=tiny.detector("fcos"),
-        teacher=FrozenTeacher(tiny.detector("fcos", seed=2), ""),
-        stages=stages,
-    ).train()
-    with EventStorage():
-        losses = model(tiny.batch())
-    assert any(k.startswith("distill/identical/") for k in losses)
 
 
 class CountingEvaluator(DatasetEvaluator):

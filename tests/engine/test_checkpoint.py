@@ -12,6 +12,7 @@ import torch
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import LinearParamScheduler
 from omegaconf import OmegaConf
+from same import assert_same
 from torch import nn
 
 from sharedkd import ConfigError, SharedKDTrainer
@@ -152,18 +153,8 @@ def record(folder):
     return repr({k: v for k, v in found.items() if k != "peak_memory_mb"})
 
 
-def flat(x, where=""):
-    """A checkpoint as place -> value, tensors as their bytes."""
-    if isinstance(x, torch.Tensor):
-        return {where: (x.dtype, x.shape, x.numpy().tobytes())}
-    if isinstance(x, (dict, list, tuple)):
-        pairs = x.items() if isinstance(x, dict) else enumerate(x)
-        return {k: v for key, y in pairs for k, v in flat(y, f"{where}/{key}").items()}
-    return {where: repr(x)}
-
-
 def state(folder):
-    return flat(torch.load(folder / "model_final.pth", weights_only=True))
+    return torch.load(folder / "model_final.pth", weights_only=True)
 
 
 @pytest.fixture
@@ -180,7 +171,7 @@ def assert_equal(folder, whole, lost=1):
     assert len({*all_losses} - {*losses}) <= lost
     assert evaluations == all_evaluations
     assert record(folder) == record(whole)
-    assert state(folder) == state(whole)
+    assert_same(state(folder), state(whole))
 
 
 SAVES = (1, 3, 5, 7, 8)  # every second step, and the last
@@ -444,14 +435,10 @@ def settings(folder, **changes):
 @pytest.mark.parametrize(
     "key, value, named",
     [
-        ("model.student.depth", 50, "model.student.depth=50: was 18"),
-        ("model.teacher.config", "b.yaml", "model.teacher.config=b.yaml: was a.yaml"),
         ("model.teacher", None, "model.teacher=None: was {'config': 'a.yaml'"),
-        ("model.stages.cross.weight", 2.0, "model.stages.cross.weight=2.0: was 1.0"),
         ("model.stages.cross.strides", [4, 16], "model.stages.cross.strides.1=16: was 8"),
         ("model.stages.cross.start", 5, "model.stages.cross.start=5: was not set"),
         ("data.classes", 4, "model.student.classes=4: was 3"),  # through the reference to it
-        ("optimizer.lr", 0.2, "optimizer.lr=0.2: was 0.1"),
         ("train.seed", 1, "train.seed=1: was 0"),
     ],
 )
@@ -491,15 +478,9 @@ def with_object(folder, x):
             lambda folder: with_object(folder, Wordless()),
             "the config to go on with, .*none",
         ),
-        (
-            lambda folder: with_object(folder, Wordless()),
-            settings,
-            "its config.yaml .*there is none",
-        ),
-        (settings, lambda folder: with_object(folder, lambda x: x), "the config to go on with, "),
         (lambda folder: with_object(folder, lambda x: x), settings, "its config.yaml "),
     ],
-    ids=["now", "then", "now unreadable", "then unreadable"],
+    ids=["now", "then unreadable"],
 )
 def test_resume_refuses_what_it_cannot_compare(tmp_path, sharedkd_log, then, now, named):
     """Detectron2 logs that it cannot write a config, and goes on: it might be any other one."""

@@ -70,15 +70,6 @@ def test_a_check_writes_nothing(tmp_path):
     assert check_free(tmp_path / "new") is None and not (tmp_path / "new").exists()
 
 
-def test_no_hook_of_fork_is_left(tmp_path, monkeypatch):
-    """By no use of a lock; that no import leaves one is a test of tests/e2e/test_import.py."""
-    hooks = []
-    monkeypatch.setattr(os, "register_at_fork", lambda **given: hooks.append(given))
-    with locked(tmp_path):
-        pass
-    assert hooks == []
-
-
 SAVES_AFTER_A_WHILE = """
 import signal, sys, time
 def save(*signal):

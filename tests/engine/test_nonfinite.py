@@ -18,10 +18,8 @@ from two import in_two
 
 from sharedkd import (
     ConfigError,
-    FrozenTeacher,
     IdenticalLayer,
     NonFiniteLossError,
-    SharedKD,
     SharedKDTrainer,
     Stage,
 )
@@ -98,12 +96,7 @@ PLACES = {
 
 
 def pair(family="retinanet"):
-    return SharedKD(
-        student=tiny.detector(family),
-        teacher=FrozenTeacher(tiny.detector(family, seed=1), ""),
-        stages={"identical": Stage(IdenticalLayer(), weight=1.0)},
-        input_format="RGB",
-    )
+    return tiny.pair({"identical": Stage(IdenticalLayer())}, family)
 
 
 def trainer_of(model, batches, **options):
@@ -197,26 +190,8 @@ def test_weights_that_are_bad_already_are_named():
         run(trainer_of(model, [batch()]), [0])
 
 
-class Toy(nn.Module):
-    """loss = weight * mean(image), so that the gradient is mean(image)."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def forward(self, inputs):
-        return {"loss_toy": self.weight * torch.stack([x["image"] for x in inputs]).mean()}
-
-
-def toy(values, **options):
-    batches = [[{"image": torch.tensor([float(v)])}] for v in values]
-    model = Toy()
-    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-    return SharedKDTrainer(model, batches, sgd, max_iter=100, **options)
-
-
 def test_a_good_step_resets_the_count():
-    trainer = toy([NAN, NAN, 1, NAN, INF, 1], on_nonfinite="skip_step", max_skipped_steps=2)
+    trainer = tiny.toy([NAN, NAN, 1, NAN, INF, 1], on_nonfinite="skip_step", max_skipped_steps=2)
     run(trainer, range(6))
     assert trainer.module.weight == -1
     assert (trainer.log.in_a_row, trainer.log.total) == (0, 4)
@@ -225,7 +200,7 @@ def test_a_good_step_resets_the_count():
 @pytest.mark.parametrize("limit", [0, 2])
 def test_the_bound_on_skipped_steps(limit):
     options = dict(on_nonfinite="skip_step", max_skipped_steps=limit)
-    trainer = run(toy([1] + [NAN] * 9, **options), range(limit + 1))
+    trainer = run(tiny.toy([1] + [NAN] * 9, **options), range(limit + 1))
     says = (
         f"iteration {limit + 1}: .*{limit} steps in a row.*train.max_skipped_steps={limit}.*stops"
     )
@@ -236,8 +211,8 @@ def test_the_bound_on_skipped_steps(limit):
 
 def test_a_resumed_run_keeps_its_count():
     options = dict(on_nonfinite="skip_step", max_skipped_steps=2)
-    before = run(toy([1, NAN, NAN], **options), range(3))
-    after = toy([NAN], **options)
+    before = run(tiny.toy([1, NAN, NAN], **options), range(3))
+    after = tiny.toy([NAN], **options)
     after.load_state_dict(before.state_dict())
     assert (after.log.in_a_row, after.log.total) == (2, 2)
     with pytest.raises(NonFiniteLossError, match="iteration 3: .*2 steps in a row"):
@@ -253,7 +228,7 @@ def test_a_resumed_run_keeps_its_count():
 )
 def test_wrong_options(options, says):
     with pytest.raises(ConfigError, match=says):
-        toy([1], **options)
+        tiny.toy([1], **options)
 
 
 # Read late, as on a GPU.
@@ -274,30 +249,16 @@ def test_what_is_read_late_does_not_reach_the_weights(place):
 
 
 def test_a_late_step_moves_by_a_gradient_of_zero():
-    trainer = toy([1, NAN, 3])
+    trainer = tiny.toy([1, NAN, 3])
     trainer.log.period = 20
     assert run(trainer, range(3)).module.weight == 1 - 1 - 3
     with pytest.raises(NonFiniteLossError, match="iteration 1: loss_toy=nan"):
         trainer.state_dict()
     # A loss may be infinite and its gradient finite.
-    trainer = toy([1])
+    trainer = tiny.toy([1])
     trainer.module.register_forward_hook(lambda *x: {"loss_toy": x[-1]["loss_toy"] + INF})
     trainer.log.period = 20
     assert run(trainer, [0]).module.weight == 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_on_a_gpu_waits_for_nothing():
-    trainer = toy([1, 2, 3])
-    trainer.module.cuda()
-    trainer.device, trainer.log.period = torch.device("cuda"), 20
-    batches = [[{"image": torch.ones(1, device="cuda")}] for _ in range(3)]
-    trainer._data_loader_iter_obj = iter(batches)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(trainer, range(3))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # Float16's scaler.
@@ -305,7 +266,7 @@ def test_a_step_on_a_gpu_waits_for_nothing():
 
 def scaled(values, scale, **options):
     """Gradients are multiplied by `scale` and overflow in float32, as those of float16 do earlier."""
-    trainer = toy(values, **options)
+    trainer = tiny.toy(values, **options)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     return trainer
 

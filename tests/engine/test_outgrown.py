@@ -3,19 +3,12 @@
 import tiny
 import torch
 
-from sharedkd import FrozenTeacher, IdenticalLayer, SharedKD, SharedKDTrainer, Stage
+from sharedkd import IdenticalLayer, SharedKDTrainer, Stage
 
 
 def trainer():
-    model = SharedKD(
-        student=tiny.detector("retinanet"),
-        teacher=FrozenTeacher(tiny.detector("retinanet", seed=1), ""),
-        stages={
-            "ends": Stage(IdenticalLayer(strides=[8]), end="teacher"),
-            "stays": Stage(IdenticalLayer(strides=[8])),
-        },
-        input_format="RGB",
-    )
+    ends, stays = (Stage(IdenticalLayer(strides=[8]), end=end) for end in ("teacher", None))
+    model = tiny.pair({"ends": ends, "stays": stays})
     found = SharedKDTrainer(model, [], torch.optim.SGD(model.parameters(), lr=0.1), max_iter=9)
     found.iter = 3
     return found

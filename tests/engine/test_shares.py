@@ -15,9 +15,7 @@ from two import in_two
 from sharedkd import (
     ConfigError,
     CrossLayer,
-    FrozenTeacher,
     IdenticalLayer,
-    SharedKD,
     SharedKDTrainer,
     Stage,
 )
@@ -39,15 +37,6 @@ def shared_kd(**options):
     }
 
 
-def pair(stages, family="retinanet"):
-    return SharedKD(
-        student=tiny.detector(family),
-        teacher=FrozenTeacher(tiny.detector(family, seed=1), ""),
-        stages=stages,
-        input_format="RGB",
-    )
-
-
 def trainer_of(model, count=1, period=0, **options):
     sgd = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     batches = [records(2 * i) for i in range(count * options.get("accumulate", 1))]
@@ -58,13 +47,8 @@ def trainer_of(model, count=1, period=0, **options):
 
 def measured(stages):
     """gradient_norms of an untrained pair, on records()[1]."""
-    trainer = trainer_of(pair(stages).train())
+    trainer = trainer_of(tiny.pair(stages).train())
     return gradient_norms(trainer, records()[1:])
-
-
-def losses_of(model, weights):
-    with EventStorage():
-        return model.train()(records()[1:], weights)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +59,14 @@ def norms():
 def test_norms_are_those_of_backward(norms):
     """The same from the gradients that backward() leaves, one loss and one model at a time."""
     weights = {"identical": 2.0, "cross": 0.1}
-    names = [k for k in losses_of(pair(shared_kd()), weights) if "distill/" in k]
+    names = [
+        k for k in tiny.step(tiny.pair(shared_kd()), records()[1:], weights) if "distill/" in k
+    ]
     assert norms.keys() == {"detector", *(name[len("distill/") :] for name in names)}
     cross = next(name for name in norms if name.startswith("cross/"))
     for name in ("detector", "identical/s16", cross):
-        model = pair(shared_kd())
-        losses = losses_of(model, weights)
+        model = tiny.pair(shared_kd())
+        losses = tiny.step(model, records()[1:], weights)
         chosen = [
             x
             for key, x in losses.items()
@@ -92,7 +78,7 @@ def test_norms_are_those_of_backward(norms):
 
 
 def test_shares_are_logged_when_they_are_measured():
-    trainer = trainer_of(pair(shared_kd()), 4, period=2)
+    trainer = trainer_of(tiny.pair(shared_kd()), 4, period=2)
     trainer.train(0, 4)
     shares = {k: h.values() for k, h in trainer.storage.histories().items() if "watch/" in k}
     assert {"watch/detector", "watch/identical/s8", "watch/identical/s16"} < shares.keys()
@@ -147,7 +133,7 @@ def watched(trainer, shares, monkeypatch):
 
 @pytest.fixture(scope="module")
 def mine():
-    return trainer_of(pair({"mine": Stage(Fixed(TERMS["small"]), weight=3.0)}))
+    return trainer_of(tiny.pair({"mine": Stage(Fixed(TERMS["small"]), weight=3.0)}))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +243,7 @@ def outcome(trainer, count):
 def test_training_is_the_same_to_the_bit(family, options, recompute):
     outcomes = []
     for period in (0, 1):
-        model = pair(shared_kd(), family)
+        model = tiny.pair(shared_kd(), family)
         if recompute:
             recompute_blocks(model.student)
         outcomes.append(outcome(trainer_of(model, 2, period, **options), 2))
@@ -268,7 +254,7 @@ def test_training_is_the_same_to_the_bit(family, options, recompute):
 def in_group():
     outcomes = []
     for period in (0, 1):
-        model = pair({"identical": Stage(IdenticalLayer(strides=[8]))})
+        model = tiny.pair({"identical": Stage(IdenticalLayer(strides=[8]))})
         model = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
         trainer = trainer_of(model, 2, period)  # measures before the second step
         trainer._data_loader_iter_obj = iter(

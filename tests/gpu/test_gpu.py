@@ -10,7 +10,7 @@ from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from sharedkd import FrozenTeacher, SharedKD, SharedKDTrainer
+from sharedkd import SharedKDTrainer
 from sharedkd.config import shared_kd_stages
 
 DEVICE = "cuda"
@@ -22,12 +22,8 @@ pytestmark = [
 
 
 def pair(family, device=DEVICE, step_dtype=None, stages=None):
-    student = tiny.detector(family)
-    teacher = FrozenTeacher(tiny.detector(family, seed=1), weights="", input_format="RGB")
-    stages = stages or tiny.shared_kd()
-    model = SharedKD(student=student, teacher=teacher, stages=stages, input_format="RGB")
-    model.to(device).train()
-    teacher.prepare(step_dtype)
+    model = tiny.pair(stages or tiny.shared_kd(), family).to(device)
+    model.teacher.prepare(step_dtype)
     return model
 
 

@@ -1,5 +1,7 @@
 """docs/performance.md: numbers land in the right cells."""
 
+from records import cells
+
 from sharedkd.lab.performance import page, pairs, rivals, schemes, table
 
 
@@ -22,13 +24,12 @@ def result(**changes):
     }
 
 
-def cells(text, name):
-    line = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
-    return [cell.strip() for cell in line.strip("|").split("|")]
+def row(text, name):
+    return next(x for x in cells(text) if x[0] == name)
 
 
 def test_a_row_for_each_pair():
-    assert cells(pairs({"r50_r18": result()}), "r50_r18") == [
+    assert row(pairs({"r50_r18": result()}), "r50_r18") == [
         *("r50_r18", "0.800 (0.700 to 0.900)", "0.700 (0.600 to 0.800)"),
         *("0.300 (0.200 to 0.400)", "-", "1,730", "1,960"),
     ]
@@ -36,8 +37,8 @@ def test_a_row_for_each_pair():
 
 def test_a_row_for_each_method():
     found = rivals(result())
-    assert cells(found, "Shared-KD") == ["Shared-KD", "3.000", "-", "0.250", "1,960"]
-    assert cells(found, "fgd") == ["fgd", "6.000", "0.500 (0.400 to 0.600)", "0.500", "2,300"]
+    assert row(found, "Shared-KD") == ["Shared-KD", "3.000", "-", "0.250", "1,960"]
+    assert row(found, "fgd") == ["fgd", "6.000", "0.500 (0.400 to 0.600)", "0.500", "2,300"]
 
 
 def test_a_row_for_each_scheme():
@@ -48,15 +49,15 @@ def test_a_row_for_each_scheme():
             memory_mb={"plain student": 1000, "two peers": 1712},
         )
     )
-    assert cells(found, "plain student") == ["plain student", "1", "0.800", "1,000", "+0"]
-    assert cells(found, "two peers")[1:] == ["2.100 (2.000 to 2.200)", "1.700", "1,712", "+712"]
+    assert row(found, "plain student") == ["plain student", "1", "0.800", "1,000", "+0"]
+    assert row(found, "two peers")[1:] == ["2.100 (2.000 to 2.200)", "1.700", "1,712", "+712"]
     assert "some CPU" in found and "tools/benchmark.py --rounds 3" in found
 
 
 def test_the_console_has_arms_and_ratios():
     found = table(result())
-    assert cells(found, "distill") == ["distill", "3.000 (2.900 to 3.100)", "1,960"]
-    assert cells(found, "losses/distill")[2] == "-"
+    assert row(found, "distill") == ["distill", "3.000 (2.900 to 3.100)", "1,960"]
+    assert row(found, "losses/distill")[2] == "-"
     assert "added: 0.700 (0.600 to 0.800)" in found
 
 

@@ -4,8 +4,8 @@ from collections import defaultdict
 
 import cv2
 import numpy as np
-import pycocotools.mask as mask_util
 import pytest
+from coco_files import decode
 
 from sharedkd.lab import shapes as shapes_module
 from sharedkd.lab.shapes import CLASSES, make_shapes
@@ -29,12 +29,6 @@ def objects_by_image(root, split):
     for annotation in data["annotations"]:
         objects[annotation["image_id"]].append(annotation)
     return [(image, objects[image["id"]]) for image in data["images"]]
-
-
-def decode(segmentation, height, width):
-    if isinstance(segmentation, list):
-        segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
-    return mask_util.decode(segmentation).astype(bool)
 
 
 def test_same_arguments_same_bytes(root, tmp_path):

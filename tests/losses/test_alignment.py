@@ -14,28 +14,6 @@ def grid(height, width, channels=1):
     return torch.stack([plane + 1000 * c for c in range(channels)])[None]
 
 
-# A cell of adaptive pooling averages rows floor(i H / h) to ceil((i + 1) H / h) - 1.
-BY_HAND = [
-    # 2x2 blocks of [[0 1 2 3] [4 5 6 7]]
-    ((2, 4), (1, 2), [[2.5, 4.5]]),
-    # 2x3 blocks of a 4x6 grid: the mean of rows 0-1, columns 0-2 is (0+1+2+6+7+8)/6
-    ((4, 6), (2, 2), [[4.0, 7.0], [16.0, 19.0]]),
-    # 3 rows to 2: rows {0,1} and {1,2}; 1 column stays
-    ((3, 1), (2, 1), [[0.5], [1.5]]),
-    # 5 columns to 2: columns {0,1,2} and {2,3,4}
-    ((1, 5), (1, 2), [[1.0, 3.0]]),
-    # 3x5 to 2x3: rows {0,1} {1,2}, columns {0,1} {1,2,3} {3,4}; a cell is the mean of its corners
-    ((3, 5), (2, 3), [[3.0, 4.5, 6.0], [8.0, 9.5, 11.0]]),
-    # one side divides, the other does not: columns in pairs, rows {0,1} {1,2}
-    ((3, 4), (2, 2), [[2.5, 4.5], [6.5, 8.5]]),
-]
-
-
-@pytest.mark.parametrize("size, target, expected", BY_HAND)
-def test_pooling_by_hand(size, target, expected):
-    assert pool_to(grid(*size), target)[0, 0].tolist() == expected
-
-
 def test_a_map_of_the_right_size_is_returned_itself():
     x = grid(3, 4, 2)
     assert pool_to(x, (3, 4)) is x
@@ -70,9 +48,8 @@ def test_gradient_reaches_only_the_cells_and_channels_used(size):
     assert not x.grad[:, 2].any()
 
 
-@pytest.mark.parametrize("size", [(2, 2), (12, 1), (1, 12)])
-def test_inputs_are_left_as_they_are(size):
-    x, y = grid(12, 12, 2), grid(*size, 3)
+def test_inputs_are_left_as_they_are():
+    x, y = grid(12, 12, 2), grid(2, 2, 3)
     before = x.clone(), y.clone()
     a, _ = align(x, y)
     assert torch.equal(x, before[0]) and torch.equal(y, before[1])
@@ -94,8 +71,16 @@ def test_a_map_pooled_on_the_way_has_the_same_numbers(size):
     torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [(4, 4), (12, 2), (1, 1), (5, 4), (5, 7)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "cropped"])
+@pytest.mark.parametrize(
+    "layout, size",
+    [
+        (torch.contiguous_format, (4, 4)),
+        (torch.channels_last, (12, 2)),
+        ("cropped", (1, 1)),
+        (torch.channels_last, (5, 4)),
+        ("cropped", (5, 7)),
+    ],
+)
 def test_pooling_and_its_gradient_are_those_of_adaptive_pooling(layout, size):
     """In every layout, whether both sides divide, one or none."""
     x = torch.randn(2, 5, 12, 12, dtype=torch.float64)

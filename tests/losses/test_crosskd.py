@@ -7,13 +7,12 @@ import tiny
 import torch
 from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
-from detectron2.utils.events import EventStorage
 from losses.harness import CLASSES, batch, bound, detector, matched, same
 from losses.test_bckd import anchor_by_anchor, foreground_of
 from losses.test_dkd import kl, softmax
 from torch import nn
 
-from sharedkd import ConfigError, FrozenTeacher, SharedKD, Stage
+from sharedkd import ConfigError, FrozenTeacher, Stage
 from sharedkd.losses import CrossKD, RegionCrossKD
 from sharedkd.losses.base import Regions
 from sharedkd.modeling.heads import DenseHead
@@ -41,19 +40,14 @@ def pair(kind, teacher=None, **options):
     two_stage = kind.endswith("rcnn")
     weights = dict(score=1.0, **{"box" if two_stage else "overlap": 1.0})
     loss = (RegionCrossKD if two_stage else CrossKD)(**weights, **options)
-    model = SharedKD(
-        student=tiny.detector(kind), teacher=teacher, stages={"x": Stage(loss)}, input_format="RGB"
-    )
-    return model.train(), loss
+    return tiny.pair({"x": Stage(loss)}, kind, teacher), loss
 
 
 def step(model, loss):
     """A step's losses and the batch that the loss has seen."""
     seen = []
     handle = loss.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    torch.manual_seed(0)
-    with EventStorage(0):
-        losses = model(tiny.batch("half"), {"x": 1.0})
+    losses = tiny.step(model, tiny.batch("half"), {"x": 1.0})
     handle.remove()
     return losses, seen[0]
 

@@ -90,26 +90,6 @@ def test_dkd_of_confident_logits():
     assert torch.isfinite(s.grad).all()
 
 
-@pytest.mark.parametrize("value", [0.0, 1e4])
-def test_dkd_of_equal_logits_is_zero(value):
-    for z in (torch.full((4, 3), value), regions(4, 3, dtype=torch.float32).student + value):
-        given = Regions(torch.tensor([0, 2, 1, 0]), z.clone().requires_grad_(), z)
-        terms = dkd(given)
-        assert [x.item() for x in terms.values()] == [0, 0]
-        sum(terms.values()).backward()
-        assert given.student.grad.abs().max() < 1e-6
-
-
-def test_dkd_without_regions():
-    given = regions(0)
-    given.student.requires_grad_()
-    terms = dkd(given)
-    assert [x.item() for x in terms.values()] == [0, 0]
-    assert all(x.requires_grad for x in terms.values())
-    sum(terms.values()).backward()
-    assert given.student.grad.shape == (0, 5)
-
-
 def test_dkd_gradients():
     given = regions(4, 4)
 
@@ -122,12 +102,6 @@ def test_dkd_gradients():
     s, t = given.student.clone().requires_grad_(), given.teacher.clone().requires_grad_()
     sum(dkd(Regions(given.labels, s, t)).values()).backward()
     assert s.grad.any() and t.grad is None
-
-
-def test_dkd_reads_no_maps():
-    loss = bound(DKD(1.0, 0.25), FPN, {"fpn": maps((64,), 3)})  # no stride in common: no matter
-    assert loss.needs == {"teacher", "regions"} and loss.taps == frozenset()
-    assert not list(loss.parameters())
 
 
 # --- one-stage: sigmoids ---------------------------------------------------------------------
@@ -196,18 +170,11 @@ def test_dense_value_of_odd_sizes_and_maps(options):
     check_dense(*anchors(**options))
 
 
-@pytest.mark.parametrize("label", [-1, 0, 3])
-def test_dense_value_of_one_kind_of_anchor(label):
+@pytest.mark.parametrize("label", [-1, 3])
+def test_dense_value_without_foreground(label):
+    """What is ignored has no loss; the sum over background is divided by 1."""
     student, teacher, labels = anchors()
-    labels = {stride: torch.full_like(x, label) for stride, x in labels.items()}
-    student["logits"] = {s: x.requires_grad_() for s, x in student["logits"].items()}
-    terms = check_dense(student, teacher, labels)
-    if label == 3:  # no foreground: all of it is in nontarget, divided by 1
-        assert terms["s8_target"].item() == 0 and terms["s8_nontarget"].item() > 0
-    if label == -1:
-        assert all(x.item() == 0 for x in terms.values())
-    sum(terms.values()).backward()  # connected whatever the labels
-    assert all(torch.isfinite(x.grad).all() for x in student["logits"].values())
+    check_dense(student, teacher, {s: torch.full_like(x, label) for s, x in labels.items()})
 
 
 def test_dense_foreground_counts_on_all_levels():

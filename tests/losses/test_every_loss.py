@@ -436,16 +436,6 @@ def test_options_that_cannot_be_meant(kind, key, value, words):
     refused(f"{key}={value}: ", lambda: build(kind, **{key: value}), words)
 
 
-def test_weights_between_terms_have_no_default():
-    """configs/common/methods holds them: a term that is left out must not have a weight nobody chose."""
-    terms = """alpha attention background beta box channel discriminator feature fit foreground gamma
-        global_ masked nonlocal_ overlap relation response score spatial""".split()
-    for kind in KINDS:
-        options = inspect.signature(kind).parameters.values()
-        optional = {x.name for x in options if x.default is not x.empty} & {*terms}
-        assert optional == {GID: {"beta"}, DenseDKD: {"gamma"}}.get(kind, set()), kind
-
-
 FPN = {"fpn": {8: 4, 16: 4}}
 WIDE = {"fpn": {8: 6, 16: 6}}
 HEADS = {tap: {8: 4, 16: 4, 32: 4} for tap in ("fpn", "logits", "deltas", "boxes", "anchors")}

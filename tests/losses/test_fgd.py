@@ -116,20 +116,6 @@ def drawn(boxes, x, stride):
     return foreground(torch.tensor(boxes, dtype=torch.float32).view(1, -1, 4), x, stride)[0, 0]
 
 
-def test_mask_of_a_box():
-    """Cells 1 to 3 across and 2 to 5 down, the last of each only by the inclusive end."""
-    mask = drawn([8, 16, 24, 40], torch.zeros(1, 1, 8, 12), 8)
-    expected = torch.zeros(8, 12)
-    expected[2:6, 1:4] = 1 / 12
-    assert torch.equal(mask, expected)
-
-
-def test_the_smallest_box_wins():
-    mask = drawn([[0, 0, 64, 64], [17, 17, 23, 23]], torch.zeros(1, 1, 16, 16), 8)
-    assert mask[2:4, 2:4].eq(1 / 4).all()
-    assert (mask[0, 0] - 1 / 81).abs() < 1e-8
-
-
 @pytest.mark.parametrize("count", [32, 33, 70])
 def test_crowded_images(count):
     random = np.random.default_rng(count)

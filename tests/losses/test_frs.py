@@ -60,12 +60,6 @@ def test_values(options):
     same(bound(raw(), student, teacher)(given), by_hand(student, teacher, 0.3, 0.7))
 
 
-def test_constant_maps():
-    student, teacher = pyramids(0, fill=-9.0), pyramids(1)
-    for s, t in ((student, teacher), (teacher, student), (student, student)):
-        same(bound(raw(), s, t)(batch(s, t)), by_hand(s, t, 0.3, 0.7))
-
-
 def test_adapter_brings_the_student_to_the_teachers_width():
     student, teacher = pyramids(0, channels=2), pyramids(1, channels=5)
     loss = bound(FRS(feature=0.3, response=0.7), student, teacher)

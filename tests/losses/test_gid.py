@@ -267,13 +267,8 @@ PLACES = [(8, 0, 1, 2), (8, 1, 7, 11), (16, 1, 0, 3), (32, 0, 1, 2), (32, 1, 0, 
 # Anchors and whether they are on the instance 0, 0, 40, 20 (800 square pixels).
 ON_ANCHORS = {
     "at the threshold": [((0, 0, 20, 20), 1), ((0, 0, 40, 40), 1), ((0, 0, 40, 41), 0)],
-    "just below: the best": [((0, 0, 19, 20), 1), ((0, 0, 18, 20), 0), ((20, 10, 60, 30), 0)],
     "ties": [((0, 0, 10, 20), 1), ((30, 0, 40, 20), 1), ((0, 0, 9, 20), 0)],
     "touching is no overlap": [((40, 0, 60, 20), 0), ((0, 20, 40, 40), 0)],
-    "beyond the image": [((-20, -5, 40, 20), 1), ((-200, -100, 240, 120), 0)],
-    "containing, small": [((-200, -100, 240, 120), 1)],
-    "one pixel": [((3, 3, 4, 4), 1)],
-    "none": [],
 }
 
 
@@ -315,24 +310,13 @@ def test_anchors_are_matched_as_retinanet_matches_ground_truth():
 @pytest.mark.parametrize(
     "positions, box",
     [
-        ("anchors", [0, 0, 0, 0]),
         ("anchors", [200, 10, 300, 60]),
-        ("boxes", [-90, -90, -5, -5]),
         ("boxes", [9, 9, 4, 4]),
     ],
 )
 def test_no_instances(positions, box):
-    """Empty, on the padding only, beyond the image, inside out."""
-    student, teacher = small(0), small(1)
-    for maps_ in (student, teacher):
-        maps_["boxes"] = {
-            s: torch.tensor(box)
-            .double()
-            .view(1, 1, 4, 1, 1)
-            .expand(2, A, 4, *x.shape[2:])
-            .flatten(1, 2)
-            for s, x in maps_["boxes"].items()
-        }
+    """On the padding only, inside out."""
+    student, teacher = (boxed(small(i), {}, elsewhere=box) for i in (0, 1))
     loss = bound(gid(adapter=1, positions=positions), student, teacher)
     terms = loss(batch(student, teacher, sizes=[(64, 96), (60, 90)]))
     assert list(terms) == list(WEIGHTS) and all(x == 0 for x in terms.values())

@@ -1,11 +1,11 @@
-"""ReviewKD: values by loops, the context loss, and one-pixel levels."""
+"""ReviewKD: values by loops, and one-pixel levels."""
 
 import numpy as np
 import pytest
 import torch
 from losses.harness import averaged, batch, bound, convolved, maps, same
 
-from sharedkd.losses.reviewkd import ReviewKD, hierarchical_context
+from sharedkd.losses.reviewkd import ReviewKD
 
 
 def convolve(x, p, name):
@@ -93,13 +93,6 @@ def test_value(case):
         *({k: x.numpy() for k, x in m["fpn"].items()} for m in (student, teacher)), state
     )
     same(terms, {f"s{stride}": expected[f"s{stride}"] for stride in case["strides"]})
-
-
-@pytest.mark.parametrize("size", [(1, 7), (2, 2), (3, 9), (4, 4), (5, 5), (13, 8)])
-def test_hierarchical_context(size):
-    x, y = torch.randn(2, 2, 3, *size, dtype=torch.float64).unbind()
-    expected = context(x.numpy(), y.numpy())
-    assert hierarchical_context(x, y).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_term_learns_from_its_own_level_and_all_coarser_ones():

@@ -4,10 +4,9 @@ import pytest
 import tiny
 import torch
 from detectron2.config import instantiate
-from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
-from sharedkd import ConfigError, FrozenTeacher, IdenticalLayer, RunError, SharedKD, Stage
+from sharedkd import ConfigError, IdenticalLayer, RunError, Stage
 from sharedkd.config.methods import with_method
 from sharedkd.modeling import balance
 from sharedkd.modeling.balance import AutoWeight
@@ -78,12 +77,7 @@ def test_it_continues_where_it_was_saved():
 
 def pair(**options):
     stage = Stage(IdenticalLayer(strides=[8, 16]), weight="auto", share=0.25, **options)
-    return SharedKD(
-        student=tiny.detector("retinanet"),
-        teacher=FrozenTeacher(tiny.detector("retinanet", seed=1), ""),
-        stages={"identical": stage},
-        input_format="RGB",
-    ).train()
+    return tiny.pair({"identical": stage})
 
 
 def test_in_a_pair_at_the_students_maps():
@@ -106,8 +100,7 @@ def test_in_a_pair_at_the_students_maps():
         total.backward(retain_graph=True)
         return torch.stack([x.grad.norm() for x in grads.values()]).norm()
 
-    with EventStorage():
-        losses = model(tiny.batch())
+    losses = tiny.step(model)
     assert norm(losses, True) / norm(losses, False) == pytest.approx(0.25, rel=1e-4)
 
 
@@ -120,14 +113,8 @@ def test_class_scores_of_regions_have_a_gradient_at_the_pyramid():
         ),
         "dkd:auto:0.1",
     ).model.stages
-    model = SharedKD(
-        student=tiny.detector("faster_rcnn"),
-        teacher=FrozenTeacher(tiny.detector("faster_rcnn", seed=1), ""),
-        stages=instantiate(stages),
-        input_format="RGB",
-    ).train()
-    with EventStorage():
-        model(tiny.batch())
+    model = tiny.pair(instantiate(stages), "faster_rcnn")
+    tiny.step(model)
     assert 0 < model.auto_weights["dkd"].factors[""] < float("inf")
 
 
@@ -142,14 +129,9 @@ def test_options_that_do_not_fit():
 @pytest.mark.parametrize("name, widths", [("bckd", {27, 36}), ("crosskd", {128}), ("pgd", {128})])
 def test_it_is_measured_where_a_stage_learns(name, widths):
     """Not at boxes, which are the deltas in pixels, nor at logits that only say where to look."""
-    stages = instantiate(stages_of(f"{name}:auto", "retinanet"))
-    teacher = FrozenTeacher(tiny.detector("retinanet", seed=1), "", "RGB")
-    model = SharedKD(
-        student=tiny.detector("retinanet"), teacher=teacher, stages=stages, input_format="RGB"
-    ).train()
+    model = tiny.pair(instantiate(stages_of(f"{name}:auto", "retinanet")))
     seen, weight = [], model.auto_weights[name]
     weight.register_forward_pre_hook(lambda module, args: seen.extend(args[2]))
-    with EventStorage(0):
-        model(tiny.batch(), {name: 1.0})
+    tiny.step(model, None, {name: 1.0})
     assert {x.shape[1] for x in seen} == widths and len(seen) == 5 * len(widths)
     assert weight.factors[""] > 0

@@ -4,7 +4,6 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.models import VisionTransformer
 
@@ -75,15 +74,13 @@ def test_a_torchvision_vit_teaches_a_detector():
     teacher = FoundationTeacher(vit(), "", output="encoder", size=64)
     before = teacher.fingerprint
     stages = {"cosine": Stage(Cosine()), "pkd": Stage(PKD(strides=[16]))}
-    student = tiny.detector("faster_rcnn")
-    model = SharedKD(student=student, teacher=teacher, stages=stages, input_format="RGB").train()
-    with EventStorage(0):
-        losses = model(tiny.batch("half"), {"cosine": 1.0, "pkd": 1.0})
+    model = tiny.pair(stages, "faster_rcnn", teacher)
+    losses = tiny.step(model, tiny.batch("half"), {"cosine": 1.0, "pkd": 1.0})
     names = {f"distill/cosine/s{s}" for s in (8, 16, 32)} | {"distill/pkd/s16"}
     assert {k for k in losses if k.startswith("distill/")} == names
     sum(losses[k] for k in names).backward()
     assert all(p.grad.any() for p in model.losses["cosine"].parameters())
-    assert any(p.grad is not None and p.grad.any() for p in student.backbone.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in model.student.backbone.parameters())
     assert all(p.grad is None for p in teacher.model.parameters()) and not teacher.model.training
     del teacher.fingerprint  # it is cached
     assert teacher.fingerprint == before

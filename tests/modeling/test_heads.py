@@ -3,10 +3,9 @@
 import pytest
 import tiny
 import torch
-from detectron2.utils.events import EventStorage
 from torch import nn
 
-from sharedkd import ConfigError, DistillationLoss, FrozenTeacher, SharedKD, Stage
+from sharedkd import ConfigError, DistillationLoss, FrozenTeacher, Stage
 from sharedkd.modeling.heads import DenseHead, RegionTap, anchor_labels, region_predictions
 from sharedkd.modeling.taps import FeatureTap, common_pixels, pyramid_shapes
 
@@ -14,12 +13,6 @@ HEAD = {"logits", "deltas", "boxes", "anchors"}
 TWO_STAGE = [f for f in tiny.FAMILIES if f.endswith("rcnn")]
 ONE_STAGE = ["retinanet", "fcos"]
 DENSE = ["faster_rcnn", *ONE_STAGE]  # the other two-stage detectors have the same RPN
-
-
-def step(model, batch):
-    torch.manual_seed(0)
-    with EventStorage(0):
-        return model(batch)
 
 
 def owner(detector):
@@ -46,7 +39,7 @@ def test_dense_outputs_are_the_heads_own(family, monkeypatch):
     head.module.register_forward_hook(lambda m, args, out: outputs.append(out))
     calls = spy(monkeypatch, owner(model), "losses")
     with FeatureTap(model).capture(HEAD) as maps:
-        step(model, tiny.batch())
+        tiny.step(model)
     logits, deltas = outputs[0][:2]
     assert set(maps) == HEAD
     shapes = pyramid_shapes(model)
@@ -129,7 +122,7 @@ def test_anchors_by_hand(family):
 def test_what_is_made_of_deltas_does_not_hand_them_out(taps):
     model = tiny.detector("retinanet").train()
     with FeatureTap(model).capture(taps) as maps:
-        step(model, tiny.batch())
+        tiny.step(model)
     assert set(maps) == taps
 
 
@@ -140,7 +133,7 @@ def test_labels_are_those_of_the_detectors_losses(family, ground_truth, monkeypa
     calls = spy(monkeypatch, model, "label_anchors")
     batch = tiny.batch(ground_truth)
     with FeatureTap(model).capture({"logits"}) as maps:
-        step(model, batch)
+        tiny.step(model, batch)
     labels = anchor_labels(model, batch, maps["logits"])
     own = torch.stack(calls[0][1][0])
     rows = [x.permute(0, 2, 3, 1).flatten(1) for _, x in sorted(labels.items())]
@@ -158,7 +151,7 @@ def test_regions_are_those_of_the_detectors_losses(family, ground_truth, monkeyp
     calls = spy(monkeypatch, predictor, "losses")
     batch, tap = tiny.batch(ground_truth), RegionTap(model)
     with FeatureTap(model).capture({"fpn"}) as maps, tap.capture() as found:
-        step(model, batch)
+        tiny.step(model, batch)
     (scores, _), proposals = calls[0][0]
     assert torch.equal(found["logits"], scores) and found["logits"].requires_grad
     own = torch.cat([p.gt_classes for p in proposals])
@@ -189,20 +182,14 @@ class Probe(DistillationLoss):
 def pair(student, teacher, needs, taps=(), **options):
     probe = Probe(needs, taps)
     teacher = tiny.detector(teacher, seed=1, **options)
-    model = SharedKD(
-        student=tiny.detector(student),
-        teacher=FrozenTeacher(teacher, weights="", input_format="RGB"),
-        stages={"probe": Stage(probe)},
-        input_format="RGB",
-    )
-    return model.train(), probe
+    return tiny.pair({"probe": Stage(probe)}, student, FrozenTeacher(teacher, "", "RGB")), probe
 
 
 @pytest.mark.parametrize("family", DENSE)
 def test_the_teachers_dense_head_is_run_if_needed(family):
     model, probe = pair(family, family, {"teacher"}, HEAD)
     batch = tiny.batch()
-    step(model, batch)
+    tiny.step(model, batch)
     teacher = model.teacher.model
     images = model.teacher.preprocess(batch, "RGB", 32).tensor
     with torch.no_grad():
@@ -221,13 +208,13 @@ def test_the_teachers_dense_head_is_run_if_needed(family):
 def test_no_head_of_the_teacher_runs_for_feature_losses():
     model, _ = pair("retinanet", "retinanet", {"teacher"}, {"fpn"})
     model.teacher.model.head.register_forward_hook(lambda *args: pytest.fail("the head ran"))
-    step(model, tiny.batch())
+    tiny.step(model)
 
 
 @pytest.mark.parametrize("teacher", TWO_STAGE)
 def test_regions_through_both_heads(teacher):
     model, probe = pair("mask_rcnn", teacher, {"teacher", "regions"})
-    step(model, tiny.batch("half"))
+    tiny.step(model, tiny.batch("half"))
     regions = probe.batch.regions
     assert regions.student.shape == regions.teacher.shape == (128, tiny.CLASSES + 1)
     assert regions.labels.shape == (128,)

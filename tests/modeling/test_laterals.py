@@ -6,7 +6,7 @@ import tiny
 import torch
 from omegaconf import OmegaConf
 
-from sharedkd import FrozenTeacher, SharedKD
+from sharedkd import FrozenTeacher
 from sharedkd.data.loader import TrainLoader
 from sharedkd.engine.parts import Parts
 from sharedkd.modeling.laterals import RIDGE, fit_laterals
@@ -17,11 +17,8 @@ LATERALS = [f"backbone.fpn_lateral{level}" for level in (2, 3, 4, 5)]
 
 
 def pair(teacher_depth=34, scale=1, student=None):
-    teacher = FrozenTeacher(
-        tiny.detector("faster_rcnn", teacher_depth, seed=1), "", "RGB", scale=scale
-    )
-    student = student or tiny.detector("faster_rcnn")
-    return SharedKD(student=student, teacher=teacher, stages={}, input_format="RGB")
+    teacher = tiny.frozen("faster_rcnn", teacher_depth, scale=scale)
+    return tiny.pair({}, student or "faster_rcnn", teacher)
 
 
 def records(scale=1):
@@ -101,7 +98,7 @@ def test_a_pyramid_before_the_fpn_and_maps_beyond_float16_fit_nothing():
         other.backbone.fpn_lateral3.bias.data += bias
         teacher = FrozenTeacher(other, "", "RGB", pyramid=pyramid)
         student = tiny.detector("faster_rcnn")
-        model = SharedKD(student=student, teacher=teacher, stages={}, input_format="RGB")
+        model = tiny.pair({}, student, teacher)
         assert fit_laterals(model, records()) == {}
         assert all(torch.equal(x, before[name]) for name, x in student.state_dict().items())
 
@@ -124,11 +121,8 @@ class Loader(TrainLoader):
 
 def test_an_average_of_the_student_begins_as_the_fitted_one():
     average, student = StudentAverage(), tiny.detector("faster_rcnn")
-    teacher = FrozenTeacher(tiny.detector("faster_rcnn", 34, seed=1), "", "RGB")
-    teachers = {"average": average}
-    model = SharedKD(
-        student=student, teacher=teacher, teachers=teachers, stages={}, input_format="RGB"
-    )
+    teacher = tiny.frozen("faster_rcnn", 34)
+    model = tiny.pair({}, student, teacher, teachers={"average": average})
     average.prepare()
     before = state(student)
     for images, fitted in ((0, []), (4, LATERALS)):

@@ -5,14 +5,11 @@ import re
 import pytest
 import tiny
 import torch
-from detectron2.utils.events import EventStorage
 
 from sharedkd import (
     ConfigError,
     CrossLayer,
-    FrozenTeacher,
     IdenticalLayer,
-    SharedKD,
     SharedKDTrainer,
     Stage,
 )
@@ -29,19 +26,7 @@ def maps(teacher=None, weight=1.0, **options):
 
 def pair(stages, peer_stages, family="retinanet", peer_family="retinanet", teacher=None):
     peer = Peer(tiny.detector(peer_family, seed=1), peer_stages)
-    return SharedKD(
-        student=tiny.detector(family),
-        teacher=teacher,
-        stages=stages,
-        peers={"other": peer},
-        input_format="RGB",
-    ).train()
-
-
-def losses_of(model, *weights):
-    torch.manual_seed(0)
-    with EventStorage(0):
-        return model(tiny.batch(), *weights)
+    return tiny.pair(stages, family, teacher, peers={"other": peer})
 
 
 def reached(loss, model):
@@ -56,11 +41,11 @@ def reached(loss, model):
 
 @pytest.mark.parametrize("other", ["retinanet", "mask_rcnn"])
 def test_each_student_is_reached_by_its_own_losses_alone(other):
-    teacher = FrozenTeacher(tiny.detector("retinanet", seed=2), "", "RGB")
+    teacher = tiny.frozen("retinanet", seed=2)
     before = fingerprint(teacher.model)
     stages = {"mutual": maps("other"), "frozen": maps()}
     model = pair(stages, {"back": maps()}, peer_family=other, teacher=teacher)
-    losses = losses_of(model)
+    losses = tiny.step(model)
     names = {"distill/mutual/s8", "distill/frozen/s16", "peer/other/distill/back/s8"}
     assert names | {"loss_cls", "peer/other/loss_cls"} <= losses.keys()
     for owner, expected in (("", (True, False)), ("peer/other/", (False, True))):
@@ -80,7 +65,7 @@ def test_each_runs_once_and_sees_the_others_maps_of_this_step():
         student.backbone.register_forward_hook(lambda m, x, out, seen=outputs: seen.append(out))
     for loss, batches in zip((model.losses["mutual"], model.peers["other"].losses["back"]), read):
         loss.register_forward_pre_hook(lambda m, x, seen=batches: seen.append(x[0]))
-    losses_of(model)
+    tiny.step(model)
     for me, other in ((0, 1), (1, 0)):
         (batch,), (mine,), (theirs,) = read[me], own[me], own[other]
         for level, stride in (("p3", 8), ("p4", 16)):
@@ -88,7 +73,7 @@ def test_each_runs_once_and_sees_the_others_maps_of_this_step():
             assert torch.equal(batch.teacher["fpn"][stride], theirs[level])
             assert not batch.teacher["fpn"][stride].requires_grad
     weights = {"mutual": 0.0, "peer/other/back": 2.0}  # one may teach without learning
-    assert {k for k in losses_of(model, weights) if "distill" in k} == {
+    assert {k for k in tiny.step(model, None, weights) if "distill" in k} == {
         "peer/other/distill/back/s8",
         "peer/other/distill/back/s16",
     }
@@ -102,7 +87,7 @@ def test_class_scores_teach_too(family, loss):
     model = pair(*stages, family, family)
     buffers = {k: x.clone() for k, x in model.named_buffers()}
     with without_trace(model):
-        losses = losses_of(model)
+        losses = tiny.step(model)
         for name in ("distill/dkd/", "peer/other/distill/dkd/"):
             terms = sum(x for k, x in losses.items() if k.startswith(name))
             assert reached(terms, model) == (name[0] == "d", name[0] == "p")
@@ -171,7 +156,7 @@ def test_mixed_precision():
     _, log, trainer = trained(model, 1, amp_dtype=torch.bfloat16)
     assert all(x == x and abs(x) < 1e4 for x in log.values())
     with torch.autocast("cpu", torch.bfloat16):
-        terms = {k: x for k, x in losses_of(trainer.module).items() if "distill" in k}
+        terms = {k: x for k, x in tiny.step(trainer.module).items() if "distill" in k}
     assert len(terms) == 4 and all(x.dtype == torch.float32 for x in terms.values())
 
 
@@ -185,16 +170,11 @@ def test_a_measurement_leaves_no_trace_in_any_student():
 
 
 def test_what_cannot_be_a_peer_is_refused():
-    student, teacher = (
-        tiny.detector("retinanet"),
-        FrozenTeacher(tiny.detector("retinanet"), "", "RGB"),
-    )
+    student, teachers = tiny.detector("retinanet"), {"large": tiny.frozen()}
 
     def refused(match, stages=None, **peers):
         with pytest.raises(ConfigError, match=match):
-            teachers = {"large": teacher}
-            options = dict(stages=stages or {}, peers=peers, input_format="RGB")
-            SharedKD(student=student, teachers=teachers, **options)
+            tiny.pair(stages or {}, student, None, teachers=teachers, peers=peers)
 
     peer = Peer(tiny.detector("retinanet", seed=1))
     refused("^model.peers.other=RetinaNet: is no Peer; use L.Peer.", other=peer.student)

@@ -8,7 +8,6 @@ import torch
 from detectron2.config import instantiate
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, ImageList
-from detectron2.utils.events import EventStorage
 from torch import nn
 
 from sharedkd import ConfigError, FrozenTeacher, IdenticalLayer, SharedKD, Stage
@@ -153,16 +152,9 @@ def test_images_that_a_teacher_crops_are_warned_of(sharedkd_log):
 
 
 def step(student, teacher, records=None, **options):
-    torch.manual_seed(0)
-    model = SharedKD(
-        student=student,
-        teacher=teacher,
-        stages={"same": Stage(IdenticalLayer(share="none"))},
-        **{"input_format": "RGB", **options},
-    ).train()
+    stages = {"same": Stage(IdenticalLayer(share="none"))}
     records = records or [tiny.record(60, 90, seed=1), tiny.record(72, 64, seed=2)]
-    with EventStorage(0):
-        losses = model(copy.deepcopy(records))
+    losses = tiny.step(tiny.pair(stages, student, teacher, **options).train(), records)
     sum(losses.values()).backward()
     return {k: v.item() for k, v in losses.items() if k.startswith("distill/")}
 

@@ -7,15 +7,11 @@ import tiny
 import torch
 from detectron2.utils.events import EventStorage
 
-from sharedkd import ConfigError, FrozenTeacher, IdenticalLayer, SharedKD, Stage
+from sharedkd import ConfigError, IdenticalLayer, Stage
 from sharedkd.modeling.backbones import compile_backbone
 from sharedkd.modeling.teachers import StudentAverage, TeacherMean
 
 TAPS = frozenset({"fpn"})
-
-
-def frozen(seed=1, family="retinanet"):
-    return FrozenTeacher(tiny.detector(family, seed=seed), "", "RGB")
 
 
 def maps_of(source):
@@ -23,13 +19,13 @@ def maps_of(source):
 
 
 def test_the_mean_of_one_teacher_is_that_teacher():
-    one = frozen()
+    one = tiny.frozen()
     mean = maps_of(TeacherMean([one]))
     assert all(torch.equal(x, mean[stride]) for stride, x in maps_of(one).items())
 
 
 def test_the_mean_of_two_is_that_of_their_standardised_maps():
-    one, other = frozen(1), frozen(2)
+    one, other = tiny.frozen(), tiny.frozen(seed=2)
     found = maps_of(TeacherMean([one, other], weights=[1, 3]))
 
     def standardised(x):
@@ -46,8 +42,8 @@ def test_what_has_no_mean_is_refused():
     with pytest.raises(ConfigError, match="teachers"):
         TeacherMean([])
     with pytest.raises(ConfigError, match="weights"):
-        TeacherMean([frozen()], weights=[1, 2])
-    one, other = frozen(), frozen()
+        TeacherMean([tiny.frozen()], weights=[1, 2])
+    one, other = tiny.frozen(), tiny.frozen()
     other.shapes = {"fpn": {s: 2 * c for s, c in one.shapes["fpn"].items()}, "backbone": {}}
     one.shapes = {**one.shapes, "backbone": {}}
     with pytest.raises(ConfigError, match="no level of the same width"):
@@ -55,12 +51,8 @@ def test_what_has_no_mean_is_refused():
 
 
 def averaged(decay=0.5, optimizer=torch.optim.SGD, **options):
-    model = SharedKD(
-        student=tiny.detector("retinanet"),
-        teacher=StudentAverage(decay),
-        stages={"identical": Stage(IdenticalLayer(strides=[8]))},
-        input_format="RGB",
-    ).train()
+    stages = {"identical": Stage(IdenticalLayer(strides=[8]))}
+    model = tiny.pair(stages, teacher=StudentAverage(decay))
     model.teacher.prepare()
     return model, optimizer(model.parameters(), lr=0.01, **options)
 

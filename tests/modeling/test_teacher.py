@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from torch import nn
 
-from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, SharedKD, Stage
+from sharedkd import ConfigError, CrossLayer, FrozenTeacher, IdenticalLayer, Stage
 from sharedkd.config import distill
 from sharedkd.modeling.teachers import frozen as teacher_module
 
@@ -44,10 +44,9 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A small RGB RetinaNet's node, model and a file of its weights."""
+    """A small RGB RetinaNet, and a file of its weights."""
     model = tiny.detector("retinanet", seed=3).eval()
-    path = save(model, tmp_path_factory.mktemp("small") / "small.pth")
-    return tiny.node("retinanet"), model, path
+    return model, save(model, tmp_path_factory.mktemp("small") / "small.pth")
 
 
 def same_tensors(a, b):
@@ -55,47 +54,22 @@ def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def distillation_config(student):
-    config = LazyConfig.load(model_zoo.get_config_file(LAZY))
-    config.model = distill(student, teacher="a/teacher.yaml", weights="its.pth")
-    return config
-
-
 # --- naming a teacher ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [YAML, LAZY])
-def test_by_zoo_name(zoo, name):
-    model, path = zoo
-    teacher = FrozenTeacher(name, path)
-    assert same_tensors(teacher.model, model)
-    assert (teacher.name, teacher.weights, teacher.input_format) == (name, path, "BGR")
-    assert teacher.model.pixel_mean.flatten().tolist() == pytest.approx(ZOO_MEAN)
-
-
-def classic_yaml(tmp_path, model):
+def classic_yaml(folder):
     config = get_cfg()
     config.merge_from_file(model_zoo.get_config_file(YAML))
     config.INPUT.FORMAT = "RGB"
-    (tmp_path / "run.yaml").write_text(config.dump())
-    return str(tmp_path / "run.yaml")
+    (folder / "run.yaml").write_text(config.dump())
+    return str(folder / "run.yaml")
 
 
-def test_by_path_to_a_classic_yaml(zoo, tmp_path):
-    model, path = zoo
-    teacher = FrozenTeacher(classic_yaml(tmp_path, model), path)
-    assert same_tensors(teacher.model, model)
-    assert teacher.input_format == "RGB"  # as the file says
-
-
-def test_by_classic_config_object(zoo):
-    model, path = zoo
+def classic_config(folder):
     config = model_zoo.get_config(YAML)
     config.MODEL.DEVICE = "cuda"
     config.freeze()
-    teacher = FrozenTeacher(config, path)
-    assert same_tensors(teacher.model, model)
-    assert config.MODEL.DEVICE == "cuda"  # the caller's config is left alone
+    return config
 
 
 PY_CONFIG = """
@@ -112,28 +86,62 @@ NODE = 'tiny.node("retinanet")'
 DISTILLED = f'distill({NODE}, teacher="a/teacher.yaml", weights="its.pth")'
 
 
-def py_config(tmp_path, model):
-    path = tmp_path / "config.py"
+def py_config(folder, model=DISTILLED):
+    path = folder / "config.py"
     path.write_text(PY_CONFIG.format(tests=str(tiny.ROOT / "tests"), model=model))
     return str(path)
 
 
-@pytest.mark.parametrize("kind", [NODE, DISTILLED], ids=["plain", "distillation"])
-def test_by_path_to_a_py_or_what_a_run_saved_of_it(small, tmp_path, kind):
-    _, model, weights = small
-    path, saved = py_config(tmp_path, kind), str(tmp_path / "config.yaml")
-    LazyConfig.save(LazyConfig.load(path), saved)
-    for config in (path, saved):
-        teacher = FrozenTeacher(config, weights)
-        assert same_tensors(teacher.model, model)
-        assert teacher.input_format == "RGB"
+def saved_config(folder, model=DISTILLED):
+    """What a run saves."""
+    path = str(folder / "config.yaml")
+    LazyConfig.save(LazyConfig.load(py_config(folder, model)), path)
+    return path
+
+
+def distillation_config(folder):
+    config = LazyConfig.load(model_zoo.get_config_file(LAZY))
+    config.model = distill(tiny.node("retinanet"), teacher="a/teacher.yaml", weights="its.pth")
+    return config
+
+
+#: way to name a teacher -> (what makes the name, the model's fixture, the order of its channels)
+WAYS = {
+    "the zoo's yaml": (lambda folder: YAML, "zoo", "BGR"),
+    "the zoo's py": (lambda folder: LAZY, "zoo", "BGR"),
+    "path to a classic yaml": (classic_yaml, "zoo", "RGB"),
+    "classic config": (classic_config, "zoo", "BGR"),
+    "path to a py": (lambda folder: py_config(folder, NODE), "small", "RGB"),
+    "path to a py of a pair": (py_config, "small", "RGB"),
+    "path to what a run saved": (lambda folder: saved_config(folder, NODE), "small", "RGB"),
+    "path to what a run of a pair saved": (saved_config, "small", "RGB"),
+    "node": (lambda folder: tiny.node("retinanet"), "small", "RGB"),
+    "node of a pair": (lambda folder: distillation_config(folder).model, "small", "RGB"),
+    "config of a pair": (distillation_config, "small", "BGR"),
+    "model": (lambda folder: tiny.detector("retinanet", seed=9), "small", "RGB"),
+    "pair": (lambda folder: tiny.pair({}, teacher=None), "small", "RGB"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_way_to_name_a_teacher(request, tmp_path, way):
+    make, fixture, input_format = WAYS[way]
+    model, weights = request.getfixturevalue(fixture)
+    name = make(tmp_path)
+    teacher = FrozenTeacher(name, weights)
+    assert same_tensors(teacher.model, model)
+    assert torch.equal(teacher.model.pixel_mean, model.pixel_mean)
+    assert (teacher.weights, teacher.input_format) == (weights, input_format)
+    if isinstance(name, str):
+        assert teacher.name == name
+    if way == "classic config":  # the caller's own is left alone
+        assert name.MODEL.DEVICE == "cuda"
 
 
 def test_by_the_folder_of_a_run(small, tmp_path):
     """Its config and its last checkpoint; one without a checkpoint is refused."""
-    _, model, weights = small
-    path = py_config(tmp_path, DISTILLED)
-    LazyConfig.save(LazyConfig.load(path), str(tmp_path / "config.yaml"))
+    model, weights = small
+    saved_config(tmp_path)
     with pytest.raises(ConfigError, match="model.teacher.weights=None: .* with a checkpoint"):
         FrozenTeacher(str(tmp_path))
     shutil.copy(weights, tmp_path / "model_0000004.pth")
@@ -143,18 +151,8 @@ def test_by_the_folder_of_a_run(small, tmp_path):
     assert teacher.weights == str(tmp_path / "model_0000004.pth")
 
 
-def test_by_node_by_whole_config_and_by_model(small):
-    node, model, weights = small
-    distilled = distillation_config(tiny.node("retinanet"))
-    others = (node, distilled.model, distilled, tiny.detector("retinanet", seed=9))
-    for config in others:
-        assert same_tensors(FrozenTeacher(config, weights).model, model)
-    pair = SharedKD(student=tiny.detector("retinanet", seed=9), input_format="RGB")
-    assert FrozenTeacher(pair, weights).model is pair.student
-
-
 def test_input_format_comes_from_config_or_model_unless_given(small):
-    node, model, weights = small
+    node, weights = tiny.node("retinanet"), small[1]
     assert FrozenTeacher(node, weights).input_format == "RGB"  # the model's own
     assert FrozenTeacher(node, weights, "BGR").input_format == "BGR"
 
@@ -198,7 +196,7 @@ def test_empty_weights_leave_the_model_as_built(sharedkd_log):
 
 
 def test_no_weights_for_a_teacher_that_is_not_in_the_zoo(small, tmp_path):
-    for config in (small[0], small[1], classic_yaml(tmp_path, None)):
+    for config in (tiny.node("retinanet"), small[0], classic_yaml(tmp_path)):
         with pytest.raises(ConfigError, match=r"^model\.teacher\.weights=None: [^\n]*$"):
             FrozenTeacher(config)
 
@@ -229,13 +227,8 @@ def test_broken_configs(tmp_path, text, problem):
 
 @pytest.fixture
 def pair(small):
-    node, _, weights = small
-    return SharedKD(
-        student=tiny.detector("retinanet"),
-        teacher=FrozenTeacher(node, weights),
-        stages={"identical": Stage(IdenticalLayer()), "cross": Stage(CrossLayer())},
-        input_format="RGB",
-    )
+    stages = {"identical": Stage(IdenticalLayer()), "cross": Stage(CrossLayer())}
+    return tiny.pair(stages, teacher=FrozenTeacher(tiny.node("retinanet"), small[1]))
 
 
 def test_teacher_is_no_part_of_the_model(pair):
@@ -280,9 +273,11 @@ def test_teacher_moves_on_its_own(small):
 
 
 def test_features_are_those_of_the_teachers_own_network(small):
-    node, model, weights = small
+    model, weights = small
     records = tiny.batch()
-    maps = FrozenTeacher(node, weights).features(records, FPN | {"backbone"}, "RGB", 32)
+    maps = FrozenTeacher(tiny.node("retinanet"), weights).features(
+        records, FPN | {"backbone"}, "RGB", 32
+    )
     images = model.preprocess_image(records).tensor
     with torch.no_grad():
         pyramid, stages = model.backbone(images), model.backbone.bottom_up(images)
@@ -311,8 +306,8 @@ def flipped(records):
 
 
 def test_predictions_see_the_same_flip(small):
-    node, model, weights = small
-    teacher = FrozenTeacher(node, weights)
+    model, weights = small
+    teacher = FrozenTeacher(tiny.node("retinanet"), weights)
     teacher.model.test_score_thresh = model.test_score_thresh = 0.0
     records = tiny.batch()
     with torch.no_grad():

@@ -3,9 +3,8 @@
 import pytest
 import tiny
 import torch
-from detectron2.utils.events import EventStorage
 
-from sharedkd import ConfigError, FrozenTeacher, IdenticalLayer, SharedKD, Stage
+from sharedkd import ConfigError, IdenticalLayer, Stage
 from sharedkd.losses import CWD, FGD, Batch, CrossLayer
 from sharedkd.modeling import balance
 from sharedkd.modeling.teachers import Peer
@@ -28,15 +27,11 @@ def pair(family="faster_rcnn", norm=None, **stages):
     node = tiny.node(family)
     if norm:
         node.backbone.bottom_up.stem.norm = node.backbone.bottom_up.stages.norm = norm
-    student = tiny.instantiate(node)
-    teacher = FrozenTeacher(tiny.detector(family, seed=1), "", input_format="RGB")
-    return SharedKD(student=student, teacher=teacher, stages=stages, input_format="RGB")
+    return tiny.pair(stages, tiny.instantiate(node), family)
 
 
 def step(model, records, weight=1.0):
-    torch.manual_seed(0)
-    with EventStorage(0):
-        return model(records, dict.fromkeys(model.stages, weight))
+    return tiny.step(model, records, dict.fromkeys(model.stages, weight))
 
 
 def gradients(model, losses):
@@ -155,21 +150,16 @@ def test_peers_learn_from_each_others_maps_of_them():
     def model():
         peer = Peer(tiny.detector("retinanet", seed=1), {"back": Stage(IdenticalLayer())})
         stages = {"mutual": Stage(IdenticalLayer(), teacher="b")}
-        return SharedKD(
-            student=tiny.detector("retinanet"), stages=stages, peers={"b": peer}, input_format="RGB"
-        )
+        return tiny.pair(stages, teacher=None, peers={"b": peer})
 
     again = [{**LABELLED[0], "unlabelled": True}]
     del again[0]["instances"]
-    once, twice, other = (_of_peers(model(), LABELLED[:1] + x) for x in ([], again, OTHERS))
+    weights = {"mutual": 1.0, "peer/b/back": 1.0}
+    once, twice, other = (
+        tiny.step(model(), LABELLED[:1] + x, weights) for x in ([], again, OTHERS)
+    )
     terms = [k for k in once if "distill/" in k and once[k] > 1e-3]
     assert any(k.startswith("peer/b/") for k in terms) and any(k.startswith("dist") for k in terms)
     for key, value in once.items():
         torch.testing.assert_close(twice[key], value, rtol=1e-5, atol=1e-6)
         assert torch.equal(other[key], value) == (key not in terms), key
-
-
-def _of_peers(model, records):
-    torch.manual_seed(0)
-    with EventStorage(0):
-        return model(records, {"mutual": 1.0, "peer/b/back": 1.0})
