@@ -223,7 +223,9 @@ def measured() -> Dict[Tuple[str, str], str]:
         found["docs/results.md", name] = _over_training(record)
     for name in EARLIER:
         found["docs/results.md", name] = _over_training(_record(name))
-    found["docs/results.md", "together"] = _together([_record(name) for name in TOGETHER])
+    photographs = [name for name in (*PAIRS, *EARLIER) if name != "quickstart"]
+    for marker, names in {"together": TOGETHER, "all lengths": photographs}.items():
+        found["docs/results.md", marker] = _together([_record(name) for name in names])
     found["docs/schemes.md", "schemes"] = performance.schemes(_record("schemes"))
     speeds = {x.stem: json.loads(x.read_text()) for x in sorted(RESULTS.glob("performance/*.json"))}
     found["docs/performance.md", "benchmark tables"] = performance.page(speeds)
@@ -258,7 +260,7 @@ def _precision(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _together(records: Sequence[Mapping[str, Any]]) -> str:
-    """What each method gains over the runs of several data sets, paired by data set and seed."""
+    """What each method gains over the runs of several comparisons, paired by comparison and seed."""
     merged, rows = _merged(records), []
     for method in dict.fromkeys(x for record in records for x in record["methods"]):
         of_bases = [difference(merged, method, base, "bbox") for base in (PLAIN, START)]
@@ -270,7 +272,7 @@ def _together(records: Sequence[Mapping[str, Any]]) -> str:
         if method != PLAIN:
             rows.append((method, str(sets), *cells))
     bases = [f"against `{x}` [95 % interval] (runs)" for x in (PLAIN, START)]
-    return _table(" | ".join(["box AP", "data sets", *bases]), rows)
+    return _table(" | ".join(["box AP", "comparisons", *bases]), rows)
 
 
 def _merged(records: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
