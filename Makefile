@@ -55,7 +55,7 @@ benchmark: .venv/.ready
 	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
 	$(call MEASURE,mask_rcnn_r101_r50,mask_rcnn_sharedkd.py) $(TEACHER)InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml
 	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py)
-	.venv/bin/python tools/benchmark_tables.py $(RECORDS) docs/performance.md
+	.venv/bin/python docs/generate.py
 
 # Tests and the benchmark of two pairs on an NVIDIA GPU. Without a network: make wheels WHEELS=FOLDER on
 # another machine, then make gpu WHEELS=FOLDER on that one.

@@ -1,7 +1,7 @@
 """What the documentation says about keys, options and methods, read from the code that has them.
 
-Run as a program, it fills tables of MODEL_ZOO.md, docs/results.md and docs/schemes.md from docs/results, and draws
-docs/images/curves.svg.
+Run as a program, it fills the tables of MODEL_ZOO.md and of docs/{results,schemes,performance}.md from docs/results,
+and draws docs/images/curves.svg.
 """
 
 import ast
@@ -22,8 +22,8 @@ from sharedkd import losses
 from sharedkd.config import defaults
 from sharedkd.config.structure import defaults_of
 from sharedkd.data.loader import build_train_loader
+from sharedkd.lab import performance
 from sharedkd.lab.compare.plots import draw_curves
-from sharedkd.lab.performance import schemes
 from sharedkd.lab.scores import (
     TASKS,
     Difference,
@@ -50,10 +50,7 @@ PRECISION = ("precision", "precision_rounded")
 PAIRS = (
     "animals",
     "animals_600",
-    "animals_retinanet",
-    "facade",
     "cards",
-    "nuclei",
     "bccd_fifth",
     "quickstart",
 )
@@ -221,14 +218,15 @@ def measured() -> Dict[Tuple[str, str], str]:
     """(page, name of its markers) -> the table between them, from the records of docs/results."""
     found = {}
     for name in PAIRS:
-        if (RESULTS / f"{name}.json").exists():
-            record = _record(name)
-            found["MODEL_ZOO.md", name] = _zoo(record)
-            found["docs/results.md", name] = _over_training(record)
+        record = _record(name)
+        found["MODEL_ZOO.md", name] = _zoo(record)
+        found["docs/results.md", name] = _over_training(record)
     for name in EARLIER:
         found["docs/results.md", name] = _over_training(_record(name))
     found["docs/results.md", "together"] = _together([_record(name) for name in TOGETHER])
-    found["docs/schemes.md", "schemes"] = schemes(_record("schemes"))
+    found["docs/schemes.md", "schemes"] = performance.schemes(_record("schemes"))
+    speeds = {x.stem: json.loads(x.read_text()) for x in sorted(RESULTS.glob("performance/*.json"))}
+    found["docs/performance.md", "benchmark tables"] = performance.page(speeds)
     found["docs/results.md", "precision"] = _precision([_record(name) for name in PRECISION])
     return found
 
@@ -340,8 +338,7 @@ def fill(page: str, name: str, table: str) -> str:
 
 def curves() -> Figure:
     """AP over the iterations of every comparison of photographs, a panel for each."""
-    there = [x for x in PAIRS if x != "quickstart" and (RESULTS / f"{x}.json").exists()]
-    records = {name: _record(name) for name in there}
+    records = {name: _record(name) for name in PAIRS if name != "quickstart"}
     figure = Figure(figsize=(6.5 * len(records), 5.2), layout="constrained")
     panels = figure.subplots(1, len(records), squeeze=False)[0]
     for axes, (name, record) in zip(panels, records.items()):

@@ -31,5 +31,4 @@ measure() {
 }
 measure faster_rcnn_r50_r18 configs/custom_coco.py model.teacher.config=COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml
 measure retinanet_r101_r50 configs/retinanet_sharedkd.py
-"$python" tools/benchmark_tables.py $records docs/performance.md
-echo "make gpu: commit $records and docs/performance.md"
+echo "make gpu: commit $records, and docs/performance.md once .venv/bin/python docs/generate.py has filled it"

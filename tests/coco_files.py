@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from sharedkd.data.coco import read_coco
+from sharedkd.errors import ConfigErrors
 
 HEIGHT, WIDTH = 40, 60
 NAME = "own_of_test"
@@ -110,11 +111,17 @@ def all_of(*changes):
     return change
 
 
+def raise_errors(data):
+    """The errors of :class:`CocoData`, as a run raises them."""
+    if data.errors:
+        raise ConfigErrors(data.errors)
+
+
 def reading_of(json_file, image_root, **options):
     """What :func:`read_coco` makes of a file that it can use; raises its errors otherwise."""
     keys = ("data.train_json", "data.train_images")
     data = read_coco([str(json_file)], [str(image_root)], *keys, **options)
-    data.raise_errors()
+    raise_errors(data)
     return data
 
 

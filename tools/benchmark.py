@@ -26,8 +26,8 @@ import torch
 
 from sharedkd.config import load_config
 from sharedkd.errors import SharedKDError
-from sharedkd.files import replace
 from sharedkd.lab.benchmark import Benchmark, measure
+from sharedkd.lab.output import write_text
 from sharedkd.lab.performance import table
 from sharedkd.lab.schemes import benches, measure_schemes
 from sharedkd.methods import with_method
@@ -96,6 +96,5 @@ if __name__ == "__main__":
     except SharedKDError as e:
         sys.exit(f"error: {e}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        replace(str(args.json), lambda f: f.write(json.dumps(result, indent=1).encode()))
+        write_text(args.json, json.dumps(result, indent=1))
     print(table(result))

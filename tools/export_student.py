@@ -31,8 +31,8 @@ from omegaconf import OmegaConf
 from sharedkd.config import load_config
 from sharedkd.engine.checkpoint import has_run
 from sharedkd.errors import SharedKDError
-from sharedkd.files import replace
 from sharedkd.lab.export import FORMATS, export_student, table
+from sharedkd.lab.output import write_text
 from sharedkd.modeling.detectors import weights_of
 
 
@@ -96,9 +96,7 @@ if __name__ == "__main__":
     except SharedKDError as e:
         sys.exit(f"error: {e}")
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        found = {"command": sys.argv, **result}
-        replace(args.json, lambda f: f.write(json.dumps(found, indent=1).encode()))
+        write_text(Path(args.json), json.dumps({"command": sys.argv, **result}, indent=1))
     print(table(result))
     for error in result["refused"]:
         print(f"error: {error}", file=sys.stderr)

@@ -15,10 +15,11 @@ import prologue  # noqa: F401
 # isort: split
 import argparse
 import json
+from pathlib import Path
 
 from arguments import add_config_arguments, overrides_of
 
-from sharedkd.files import replace
+from sharedkd.lab.output import write_text
 from sharedkd.lab.preflight import as_text, preflight
 
 if __name__ == "__main__":
@@ -42,6 +43,6 @@ if __name__ == "__main__":
     )
     text = json.dumps(found, indent=1)
     if args.json and args.json != "-":
-        replace(args.json, lambda f: f.write(text.encode()))
+        write_text(Path(args.json), text)
     print(text if args.json == "-" else as_text(found))
     sys.exit(not found["ok"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from detectron2.config import LazyCall as L
 
-from sharedkd.data.shapes import CLASSES, make_shapes
+from sharedkd.lab.shapes import CLASSES, make_shapes
 from sharedkd.modeling.hardware import has_bfloat16
 
 from ..common.small_models import tiny_mask_rcnn

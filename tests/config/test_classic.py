@@ -177,7 +177,10 @@ def test_own_data_set_data_sets_and_number_of_classes():
     assert lazy.model.roi_heads.num_classes == lazy.model.roi_heads.mask_head.num_classes == 5
     assert lazy.dataloader.train.dataset.names == "own_train" and lazy.data.masks
     assert lazy.data.max_size == 1333
-    assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and not lazy.dataloader.train.dataset.filter_empty
+    assert (
+        not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        and not lazy.dataloader.train.dataset.filter_empty
+    )
     assert "build_train_loader" in str(lazy.dataloader.train._target_)
 
 

@@ -70,7 +70,8 @@ def test_voc(tmp_path):
     assert seen() == {"a.jpg": objects, "b.jpg": objects}
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
     (tmp_path / "ImageSets/Main/train.txt").write_text("b\n")
-    assert list(convert_voc(tmp_path, tmp_path / "out")) == ["train"]
+    (tmp_path / "ImageSets/Main/valid.txt").write_text("a\n")
+    assert list(convert_voc(tmp_path, tmp_path / "out")) == ["train", "val"]
     assert [
         i["file_name"] for i in json.loads((tmp_path / "out/train.json").read_text())["images"]
     ] == ["b.jpg"]

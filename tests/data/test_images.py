@@ -10,8 +10,9 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from PIL import Image
 
-from sharedkd.data.coco import Reading, read_coco
+from sharedkd.data.coco import read_coco
 from sharedkd.data.images import ImageMapper, read_image
+from sharedkd.data.notes import Reading
 
 KEYS = ("data.train_json", "data.train_images")
 RED, GREY = (200, 10, 30), 120

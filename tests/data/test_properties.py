@@ -2,7 +2,7 @@
 
 import copy
 
-from coco_files import GOOD, NAME, Folder, metrics, seen
+from coco_files import GOOD, NAME, Folder, metrics, raise_errors, seen
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -91,7 +91,7 @@ def test_spoiled_data_are_seen_like_their_clean_twin(tmp_path):
     @given(spoiled())
     def check(data):
         path, found = read(folder, data)
-        found.raise_errors()
+        raise_errors(found)
         found.register(NAME)
         assert seen() == clean and metrics() == expected
         # Repairing twice changes nothing.

@@ -9,7 +9,7 @@ import pytest
 from detectron2.utils import comm
 from PIL import Image
 
-from sharedkd.data.coco import Reading
+from sharedkd.data.notes import Reading
 from sharedkd.data.unlabelled import read_unlabelled
 from sharedkd.errors import ConfigError
 

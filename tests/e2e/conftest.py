@@ -7,8 +7,8 @@ import tiny
 import torch
 from tiny import arguments
 
-from sharedkd.data.shapes import CLASSES, make_shapes
 from sharedkd.engine.run import run
+from sharedkd.lab.shapes import CLASSES, make_shapes
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import os
 
 import tiny
 
-from sharedkd.data.shapes import CLASSES
 from sharedkd.lab.runs import Run
+from sharedkd.lab.shapes import CLASSES
 
 CONFIG = """
 import sys; sys.path.insert(0, {tests!r})

@@ -170,7 +170,9 @@ def test_a_method_may_be_a_config_of_its_own(workspace, overrides, tmp_path):
 def test_schemes_are_compared_in_one_command(workspace, overrides, tmp_path):
     average, peers = (f"{ROOT}/configs/schemes/{name}.py" for name in ("average", "peers"))
     Comparison(ROOT, CONFIG, ["none", "pkd", average, peers], [0], tmp_path, overrides).prepare()
-    saved = {path.stem: LazyConfig.load(str(path)).model for path in tmp_path.glob("configs/*.yaml")}
+    saved = {
+        path.stem: LazyConfig.load(str(path)).model for path in tmp_path.glob("configs/*.yaml")
+    }
     assert {*saved["average"].teacher} == {"_target_", "decay"} and "config" in saved["pkd"].teacher
     assert [*saved["peers"].peers] == ["large"] and saved["peers"].teacher is None
 
@@ -203,18 +205,19 @@ def test_equal_time(finished):
 
 
 def test_a_failed_run_does_not_hold_up_those_that_take_its_methods_time(overrides, tmp_path):
-    methods = ["none", "pkd", "none@pkd"]
+    longer = "pkd:train.max_iter=6"  # half as long again
+    methods = ["none", longer, f"none@{longer}"]
     comparison = Comparison(ROOT, CONFIG, methods, [0, 1], tmp_path, overrides)
-    assert comparison.iterations("none@pkd") is None
+    assert comparison.iterations(f"none@{longer}") is None and comparison.iterations(longer) == 6
     for each in comparison.arms[:4]:
         each.run.folder.mkdir(parents=True)
-        seconds = 0.2 if each.method == "pkd" else 0.1
-        if (each.method, each.seed) == ("pkd", 1):
+        seconds = 0.2 if each.method == longer else 0.1
+        if (each.method, each.seed) == (longer, 1):
             each.failure.write_text("not finite")
         else:
             (each.run.folder / "run.json").write_text('{"results": {}}')
             (each.run.folder / "metrics.json").write_text(f'{{"iteration": 3, "time": {seconds}}}')
-    assert comparison.iterations("none@pkd") == 8
+    assert comparison.iterations(f"none@{longer}") == 12
 
 
 def weights(output):

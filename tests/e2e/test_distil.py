@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from tiny import arguments
 
+from sharedkd import FrozenTeacher
 from sharedkd.config import add_sharedkd_config
 from sharedkd.engine.run import run
 from sharedkd.weights.loading import fingerprint
@@ -189,6 +190,9 @@ def test_a_schedule_holds_in_default_trainer_and_after_a_resume(project, tmp_pat
     assert trainer.active == {0: [], 1: on, 2: on, 3: []}
     saved = torch.load(tmp_path / "run/model_final.pth", weights_only=False)["model"]
     assert saved.keys() == trainer.model.student.state_dict().keys()
+    (tmp_path / "run/config.yaml").write_text(cfg.dump())  # as default_setup does
+    teacher = FrozenTeacher(str(tmp_path / "run")).model.state_dict()
+    assert all(torch.equal(saved[name], x) for name, x in teacher.items())
 
     (tmp_path / "run/last_checkpoint").write_text("model_0000001.pth")
     again = Watched(cfg)

@@ -7,9 +7,9 @@ import torch
 from same import assert_same
 
 from sharedkd.config.load import load
-from sharedkd.data.shapes import CLASSES
 from sharedkd.engine.advice import advise
 from sharedkd.engine.parts import assemble
+from sharedkd.lab.shapes import CLASSES
 from sharedkd.weights.loading import load_trained
 
 CONFIG = """

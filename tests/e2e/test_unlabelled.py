@@ -8,8 +8,8 @@ import tiny
 import torch
 
 from sharedkd import ConfigError
-from sharedkd.data.shapes import make_shapes
 from sharedkd.lab.preflight import as_text, preflight
+from sharedkd.lab.shapes import make_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

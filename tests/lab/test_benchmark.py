@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.engine import SimpleTrainer
 
 from sharedkd import ConfigError
@@ -15,6 +16,7 @@ from sharedkd.config import load_config
 from sharedkd.lab import benchmark, timing
 from sharedkd.lab.benchmark import Benchmark, ratio
 from sharedkd.methods import with_method
+from sharedkd.modeling.teachers import StudentAverage
 
 QUICKSTART = str(tiny.ROOT / "configs/quickstart/sharedkd.py")
 SETTINGS = ["train.device=cpu", "train.amp.enabled=False"]
@@ -96,6 +98,13 @@ def test_a_plain_detector_is_no_pair():
     cfg = load_config(str(tiny.ROOT / "configs/quickstart/plain.py"), SETTINGS, without_data=True)
     with pytest.raises(ConfigError, match="use a pair's config"):
         Benchmark(cfg, 64, 1)
+
+
+def test_a_pair_without_a_frozen_teacher_has_no_overhead(bench):
+    cfg = bench.cfg.copy()
+    cfg.model.teacher = L(StudentAverage)()
+    with pytest.raises(ConfigError, match="model.teacher: is no frozen teacher.*--schemes"):
+        benchmark.measure(Benchmark(cfg, 64, 1), {}, {}, 1, 1)
 
 
 @pytest.mark.nightly

@@ -74,7 +74,7 @@ def test_the_json_has_the_sure_detections_of_common_classes(place, capsys):
         "label_images.py",
         *("--teacher", tiny.ROOT / "configs/custom_coco_mask_plain.py"),
         *("--teacher-weights", root / "teacher.pth", "--images", root / "more"),
-        *("--output", root / "pseudo.json", "--threshold", f"0,cell={least['cell']!r}"),
+        *("--output", root / "labels/pseudo.json", "--threshold", f"0,cell={least['cell']!r}"),
         *("--data-json", root / "labels.json", *KEYS),
     )
     said = capsys.readouterr().out
@@ -82,7 +82,7 @@ def test_the_json_has_the_sure_detections_of_common_classes(place, capsys):
     assert "classes of the teacher that the data have not, left out: ring\n" in said
     assert "labels.json that the teacher does not know: moon\n" in said
     assert "1 of 4 images are trained on with their labels" in said
-    written = json.loads((root / "pseudo.json").read_text())
+    written = json.loads((root / "labels/pseudo.json").read_text())
     assert [x["name"] for x in written["categories"]] == OURS
     files = {x["id"]: x["file_name"] for x in written["images"]}
     named = [str(paths[x].relative_to(root / "more")) for x in names if sure[x]]
@@ -101,7 +101,7 @@ def test_the_json_has_the_sure_detections_of_common_classes(place, capsys):
             assert row["area"] == mask.sum()
 
     # It trains beside the labels: classes by name, masks, no error.
-    both = [str(root / x) for x in ("labels.json", "pseudo.json")]
+    both = [str(root / x) for x in ("labels.json", "labels/pseudo.json")]
     data = read_coco(both, [str(root / "more")] * 2, "data.train_json", "data.train_images")
     assert not data.errors and data.classes == OURS and all(x.has_masks for x in data.files)
     assert sum(x.objects for x in data.files) == 1 + len(written["annotations"])

@@ -377,6 +377,8 @@ POSITIVE = {
     PGD: ["positions", "temperature"],
     SemCKD: ["temperature"],
     FeatureFusion: ["fit"],
+    GID: ["instances", "candidates", "crop"],
+    ReviewKD: ["mid_channels"],
     GanKD: ["discriminator", "hidden", "layers"],
 }
 
@@ -409,10 +411,10 @@ BAD_OPTIONS = [
     (FRS, "response", math.nan, ""),
     (GID, "instances", 0, ""),
     (GID, "candidates", -1, ""),
-    (GID, "crop", 0, ""),
+    (GID, "crop", 2.5, ""),
     (GID, "nms", 0, ""),
     (GID, "match", 1.5, ""),
-    (GID, "positions", "points", "anchors or boxes"),
+    (GID, "positions", "points", "anchors, boxes"),
     (GID, "min_size", -1, ""),
     (GID, "relation", -1.0, ""),
     (GID, "beta", math.nan, ""),
@@ -424,7 +426,6 @@ BAD_OPTIONS = [
     (PGD, "growth", -1, ""),
     (PGD, "box", math.nan, ""),
     (PKD, "statistics", "group", "batch, image"),
-    (ReviewKD, "mid_channels", 0, ""),
     (SemCKD, "hidden", 0, ""),
     (SemCKD, "grid", 1, ""),
 ]

@@ -119,7 +119,7 @@ def test_class_scores_of_regions_have_a_gradient_at_the_pyramid():
 
 
 def test_options_that_do_not_fit():
-    for options in (dict(balance="terms"), dict(every=-1)):
+    for options in (dict(balance="terms"), dict(every=-1), dict(every=49)):
         with pytest.raises(ConfigError):
             pair(**options)
     with pytest.raises(ConfigError, match="use a number, or auto"):

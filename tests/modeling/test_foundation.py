@@ -8,8 +8,8 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from sharedkd import ConfigError, Stage
-from sharedkd.losses import PKD, Cosine
-from sharedkd.modeling.teachers import FoundationTeacher
+from sharedkd.losses import DIST, DKD, PKD, Cosine, RegionCrossKD
+from sharedkd.modeling.teachers import FoundationTeacher, TeacherMean
 
 TAPS, GREY = frozenset({"fpn"}), dict(pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
 
@@ -84,6 +84,20 @@ def test_a_torchvision_vit_teaches_a_detector():
     assert all(p.grad is None for p in teacher.model.parameters()) and not teacher.model.training
     del teacher.fingerprint  # it is cached
     assert teacher.fingerprint == before
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("loss", [DKD, DIST, RegionCrossKD])
+def test_a_loss_of_regions_is_refused_when_built(loss, mean):
+    """Such a teacher has no box head; without this check the first step failed."""
+    teacher = TeacherMean([source(), source()]) if mean else source()
+    with pytest.raises(ConfigError) as error:
+        tiny.pair({"probe": Stage(loss(1.0, 1.0))}, "faster_rcnn", teacher)
+    assert str(error.value) == (
+        f"model.stages.probe.loss={type(teacher).__name__}: is a teacher without a detector, and this loss "
+        "reads what its box head predicts; use a two-stage detector as teacher, or a loss that compares "
+        "feature maps"
+    )
 
 
 class Ending(Patches):

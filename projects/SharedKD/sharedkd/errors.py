@@ -49,11 +49,7 @@ class SharedKDError(Exception):
 
 
 class ConfigError(SharedKDError):
-    """Something in the config, or a file that it names, cannot work; raised before training begins.
-
-    Args:
-        key, value, problem, fix: see :class:`SharedKDError`.
-    """
+    """Something in the config, or a file that it names, cannot work; raised before training begins."""
 
 
 class ConfigErrors(ConfigError):
@@ -76,19 +72,11 @@ class ConfigErrors(ConfigError):
 
 
 class RunError(SharedKDError):
-    """Something went wrong in a run that had begun: a full disk, a lost process, a step that fails.
-
-    Args:
-        key, value, problem, fix: see :class:`SharedKDError`.
-    """
+    """Something went wrong in a run that had begun: a full disk, a lost process, a step that fails."""
 
 
 class DataError(RunError):
-    """An image cannot be read, or a loading process died, while a run trains or evaluates.
-
-    Args:
-        key, value, problem, fix: see :class:`SharedKDError`.
-    """
+    """An image cannot be read, or a loading process died, while a run trains or evaluates."""
 
 
 class NonFiniteLossError(RunError, FloatingPointError):
@@ -150,11 +138,7 @@ class Findings:
         self.errors += [e for e in error.errors if str(e) not in known]
 
     def warn(self, key: str, value: Any, problem: str, fix: str) -> None:
-        """Add a warning, which does not stop a run.
-
-        Args:
-            key, value, problem, fix: see :class:`SharedKDError`.
-        """
+        """Add a warning, which does not stop a run."""
         self.warnings.append(ConfigError(key, value, problem, fix))
 
     def raise_errors(self) -> None:

@@ -50,7 +50,7 @@ def adopt_loaders(cfg: DictConfig) -> None:
         known = "dataset mapper total_batch_size num_workers aspect_ratio_grouping repeat_threshold"
         if {*train} <= {"_target_", *known.split()}:
             train._target_ = build_train_loader
-            train.update(seed="${train.seed}", on_bad_image="error", max_bad_images=0.01)
+            train.seed = "${train.seed}"
     if target_of(test) is build_detection_test_loader and not {"sampler", "collate_fn"} & {*test}:
         test._target_ = build_test_loader
 
@@ -123,7 +123,9 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
         cfg.DATASETS.update(TRAIN=["${data.name}_train"], TEST=["${data.name}_val"])
         empty = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
         if not any(text.startswith(f"{empty}=") for text in overrides):
-            OmegaConf.update(cfg, empty, False)  # they are background, as own data's other configs have it
+            OmegaConf.update(
+                cfg, empty, False
+            )  # they are background, as own data's other configs have it
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = "${data.num_classes}"
         _set_mappers(cfg.dataloader)
         return

@@ -14,9 +14,10 @@ from detectron2.data import (
 )
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from sharedkd.data.coco import CocoData, CocoSummary, Reading, read_classes, read_coco
+from sharedkd.data.coco import CocoData, CocoSummary, read_classes, read_coco
 from sharedkd.data.images import ImageMapper
 from sharedkd.data.loader import build_train_loader
+from sharedkd.data.notes import Reading
 from sharedkd.data.unlabelled import read_unlabelled, register_unlabelled
 from sharedkd.errors import FAILED, ConfigError, Findings
 

@@ -62,7 +62,7 @@ def settle_boxes(them: List[Placed], notes: Notes) -> List[Placed]:
             notes.repair(FLAT if flat[j] else OUTSIDE, example)
             dropped.add(x.number)
             continue
-        notes.repair(CLIPPED, example, over[j])
+        notes.repair(CLIPPED, f"{example}, over by {over[j]:.4g} px")
         low, high = np.clip(start[j], 0, sizes[j]), np.clip(end[j], 0, sizes[j])
         if is_number(x.row.get("area")) and np.isclose(x.row["area"], box[2] * box[3]):
             x.row["area"] = float(np.prod(high - low))

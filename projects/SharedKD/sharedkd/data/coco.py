@@ -15,17 +15,16 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 
-from sharedkd.errors import ConfigError, ConfigErrors
+from sharedkd.errors import ConfigError
 
 from .images import check_headers, is_thin, match_files
-from .notes import NO_CLASS, SAME_CLASSES, SAME_FILE, Notes, Repair
+from .notes import NO_CLASS, SAME_CLASSES, SAME_FILE, Notes, Reading
 from .repair import is_root, read_json, settle_annotations, settle_categories, settle_images
 
 __all__ = [
     "PSEUDO",
     "CocoData",
     "CocoSummary",
-    "Reading",
     "read_classes",
     "read_coco",
     "read_registered",
@@ -33,25 +32,6 @@ __all__ = [
 
 _MANY_CROWDS, _MANY_EMPTY = 0.1, 0.5  # shares of objects and of images that are warned of
 PSEUDO = "pseudo_labels"  #: true in `info` of a json by a teacher, and in the dataset dicts of its images
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a run reads its data.
-
-    Args:
-        masks: it uses segmentations; else unusable ones are left out.
-        repair: what has one meaning is repaired; False: it is refused.
-        max_size: of an image's longer edge after resizing, in pixels; None: not known.
-        image_range: see :func:`~sharedkd.data.images.read_image`.
-        scales: images are read by that function, so that they may have more than 8 bits; None: nobody knows.
-    """
-
-    masks: bool = True
-    repair: bool = True
-    max_size: Optional[int] = None
-    image_range: Optional[Sequence[float]] = None
-    scales: Optional[bool] = True
 
 
 @dataclass(frozen=True)
@@ -68,7 +48,7 @@ class CocoSummary:
         repaired: number of repairs.
         unmasked: number of objects without a segmentation; for evaluation also of crowd regions.
         categories: category id -> class name, ids ascending.
-        repairs: what was repaired, by kind.
+        repairs: what was repaired, a line for each kind.
         refused: whether the file cannot be used.
     """
 
@@ -82,7 +62,7 @@ class CocoSummary:
     repaired: int
     unmasked: int
     categories: Dict[int, str]
-    repairs: Tuple[Repair, ...]
+    repairs: Tuple[str, ...]
     refused: bool
 
     @property
@@ -130,15 +110,6 @@ class CocoData:
         """Add to the reasons not to use the data; with any, all their files are refused."""
         self.errors += errors
         self.files = [replace(x, refused=bool(self.errors)) for x in self.files]
-
-    def raise_errors(self) -> None:
-        """Raise the errors that were found; do nothing if there are none.
-
-        Raises:
-            ConfigError: the only error, or all of them.
-        """
-        if self.errors:
-            raise self.errors[0] if len(self.errors) == 1 else ConfigErrors(self.errors)
 
     def register(self, name: str) -> None:
         """Make ``name`` a Detectron2 data set; one of that name is replaced.
@@ -216,17 +187,18 @@ def read_coco(
     data.categories = _match_classes(readable, classes)
     by_file: Dict[str, Dict[str, Any]] = {}
     for f in readable:
-        data.warnings += f.settle(data.categories, by_file)
+        f.settle(data.categories, by_file)
     _drop_copies(readable)
     data.image_files = list(by_file)
     pseudo = {id(image) for f in readable if f.is_pseudo for image in f.images}
     data.pseudo_files = {path for path, image in by_file.items() if id(image) in pseudo}
     data.files = [f.summary(train, data.categories) for f in readable]
     data.refuse([error for f in files for error in f.notes.errors])
+    data.warnings = [warning for f in readable for warning in f.notes.warnings]
     for f in files:
         for repair in f.notes.repairs:
             fix = "the file on the disk stays as it is"
-            data.warnings.append(ConfigError(key, f.notes.json_file, str(repair), fix))
+            data.warnings.append(ConfigError(key, f.notes.json_file, repair, fix))
     if not data.errors:
         _judge(data, readable, train)
         if len(files) > 1 or data.files[0].repairs:
@@ -238,13 +210,14 @@ class _File:
     """A json file while it is read."""
 
     def __init__(self, json_file: str, root: str, key: str, images_key: str, reading: Reading):
-        self.root, self.images_key, self.reading = root, images_key, reading
-        self.notes = Notes(key, json_file, reading.repair)
+        self.root, self.images_key = root, images_key
+        self.notes = Notes(key, json_file, reading)
         self.document = read_json(self.notes)
         self.images: List[Dict[str, Any]] = []
         self.objects: Counter = Counter()  # by category id
         self.crowds: Counter = Counter()
         self.united: Set[int] = set()  # ids of images that were listed twice
+        self.broken = 0  # annotations for which it is refused
         if self.document is not None:
             self._images = settle_images(self.document, self.notes)
             self.categories = settle_categories(self.document, self.notes)
@@ -255,36 +228,27 @@ class _File:
         info = self.document.get("info")
         return isinstance(info, dict) and info.get(PSEUDO) is True
 
-    def settle(
-        self, classes: Mapping[int, str], by_file: Dict[str, Dict[str, Any]]
-    ) -> List[ConfigError]:
+    def settle(self, classes: Mapping[int, str], by_file: Dict[str, Dict[str, Any]]) -> None:
         """Match images with their files, then annotations with images and classes.
 
         Args:
             classes: id -> name.
             by_file: absolute name -> image, of the files before; gets those of this one.
-
-        Returns:
-            warnings about how images are read.
         """
-        notes, reading = self.notes, self.reading
         sound = [i for i in self.images if i["sound"]]
-        there = match_files(sound, self.root, self.images_key, notes)
-        deep = (reading.image_range, reading.scales)
-        said = list(check_headers(there, self.root, self.images_key, notes, *deep))
+        place = self.root, self.images_key, self.notes
+        check_headers(match_files(sound, *place), *place)
         for image in sound:
             image["sound"] = image["width"] is not None
-        warnings = [ConfigError(self.images_key, self.root, *words) for words in said]
         for image in sound:
             self._check_thin(image)
         self._unite(by_file)
         ids = {name: i for i, name in classes.items()}
         known = {k: ids.get(row["name"], row["id"]) for k, row in self.categories.items()}
-        settle_annotations(self.document, self._images, known, notes, reading.masks)
-        return warnings
+        self.broken = settle_annotations(self.document, self._images, known, self.notes)
 
     def _check_thin(self, image: Dict[str, Any]) -> None:
-        most = self.reading.max_size
+        most = self.notes.reading.max_size
         if is_thin(image["width"] or 1, image["height"] or 1, most):
             self.notes.refuse(
                 f"image {image['file_name']!r} of {image['width']}x{image['height']} pixels has no side "
@@ -310,7 +274,6 @@ class _File:
         self.objects = Counter(a["category_id"] for a in objects)
         self.crowds = Counter(a["category_id"] for a in annotations if a["iscrowd"] == 1)
         occupied = {a["image_id"] for a in objects} & {i["id"] for i in self.images}
-        repairs = self.notes.repairs
         return CocoSummary(
             key=self.notes.key,
             json_file=self.notes.json_file,
@@ -318,12 +281,12 @@ class _File:
             objects=len(objects),
             crowds=len(annotations) - len(objects),
             empty_images=len(self.images) - len(occupied),
-            broken_annotations=len(self.notes.broken),
-            repaired=sum(r.count for r in repairs),
+            broken_annotations=self.broken,
+            repaired=self.notes.repaired,
             # Mask evaluation reads those of crowd regions, too; training leaves the regions out.
             unmasked=sum(not a.get("segmentation") for a in (objects if train else annotations)),
             categories=dict(classes),
-            repairs=repairs,
+            repairs=self.notes.repairs,
             refused=False,
         )
 

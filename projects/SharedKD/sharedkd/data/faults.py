@@ -4,7 +4,6 @@ Nothing is raised inside a loading process, which would cut an error into pieces
 load it hands over as :class:`Loaded`, and the training process says so when that sample's turn comes.
 """
 
-import contextlib
 import logging
 import math
 import os
@@ -25,7 +24,6 @@ from typing import (
 )
 
 from detectron2.data.detection_utils import check_image_size
-from PIL import ImageFile
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
@@ -83,23 +81,12 @@ def load(
     """(what ``mapper`` makes of the dataset dict ``record``, why it could not); one is None."""
     name = str(record.get("file_name", record.get("image_id", "without file_name")))
     try:
-        with _whole_images():
-            sample = mapper(record)
+        sample = mapper(record)
     except Exception as e:
         return None, Fault(name, f"{type(e).__name__}: {e}", _is_unreadable(record, mapper))
     if sample is None:
         return None, Fault(name, "the mapper returned None", False)
     return sample, None
-
-
-@contextlib.contextmanager
-def _whole_images() -> Iterator[None]:
-    """Let Pillow refuse images that are cut short, whatever another package has told it."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _is_unreadable(record: Dict[str, Any], mapper: Callable) -> bool:
@@ -108,9 +95,8 @@ def _is_unreadable(record: Dict[str, Any], mapper: Callable) -> bool:
     if "file_name" not in known:
         return False
     try:
-        with _whole_images():
-            image_range = getattr(mapper, "image_range", None)
-            check_image_size(known, read_image(known["file_name"], "RGB", image_range))
+        image_range = getattr(mapper, "image_range", None)
+        check_image_size(known, read_image(known["file_name"], "RGB", image_range))
     except Exception:
         return True
     return False

@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -326,21 +326,11 @@ def match_files(
 
 
 def check_headers(
-    images: Sequence[Dict[str, Any]],
-    root: str,
-    images_key: str,
-    notes: Notes,
-    image_range: Optional[Sequence[float]],
-    scales: Optional[bool],
-) -> Iterator[Tuple[str, str]]:
+    images: Sequence[Dict[str, Any]], root: str, images_key: str, notes: Notes
+) -> None:
     """Compare up to 1000 images with what the json says of them, and fill in sizes that it lacks.
 
-    Args:
-        scales: whether the run reads images by :func:`read_image`, which takes any depth; None: nobody
-            knows.
-
-    Yields:
-        what a user should know of how images are read, and what to do if it is not meant.
+    Warns of what a user should know of how images are read.
     """
     every = max(1, math.ceil(len(images) / _MOST_HEADERS))
     deep: List[Tuple[Dict[str, Any], str]] = []
@@ -368,12 +358,14 @@ def check_headers(
         if problem:
             notes.refuse(f"{name!r} {problem}", fix, images_key, root)
     if turned and not knows:
-        yield (
+        notes.warn(
             f"{len(turned)} images are turned upright as their EXIF says (the first is "
             f"{shown(turned[0])}), and their size does not show whether the boxes are, too",
             "if boxes lie beside their objects, remove the orientation (exiftool -Orientation= FOLDER)",
+            images_key,
+            root,
         )
-    yield from check_depth(deep, root, images_key, notes, image_range, scales)
+    check_depth(deep, root, images_key, notes)
 
 
 def _wrong_size(
@@ -423,26 +415,17 @@ def upright_size(picture: Image.Image) -> Tuple[int, int]:
 
 
 def check_depth(
-    deep: List[Tuple[Dict[str, Any], str]],
-    root: str,
-    images_key: str,
-    notes: Notes,
-    image_range: Optional[Sequence[float]],
-    scales: Optional[bool],
-) -> Iterator[Tuple[str, str]]:
-    """Check that images of more than 8 bits can be scaled to 8.
+    deep: List[Tuple[Dict[str, Any], str]], root: str, images_key: str, notes: Notes
+) -> None:
+    """Check that images of more than 8 bits can be scaled to 8, and warn of how they are.
 
     Args:
         deep: each with its mode.
-        scales: see :func:`check_headers`.
-
-    Yields:
-        as :func:`check_headers`.
     """
-    if not deep or scales is None:
+    if not deep or notes.reading.scales is None:
         return
     refuse = partial(notes.refuse, key=images_key, value=root)
-    if not scales:
+    if not notes.reading.scales:
         name, mode = deep[0][0]["file_name"], deep[0][1]
         fix = "use sharedkd.data.images.ImageMapper as the loaders' mapper, which scales them"
         refuse(f"{name!r} is of mode {mode}, which this mapper cuts off at 255", fix)
@@ -452,16 +435,18 @@ def check_depth(
         try:
             with Image.open(os.path.join(root, image["file_name"])) as picture:
                 values, mode = _values(picture)
-            _to_8_bits(values, mode, image_range)
+            _to_8_bits(values, mode, notes.reading.image_range)
         except Exception as e:
             fix = "name the values that are black and white"
             refuse(f"{image['file_name']!r} cannot be scaled to 8 bits: {e}", fix)
             continue
         if mode not in said:
-            low, high = image_range or _RANGES[mode[:4]]
-            yield (
+            low, high = notes.reading.image_range or _RANGES[mode[:4]]
+            notes.warn(
                 f"images of mode {mode}: {low:g} to {high:g} become 0 to 255 (the first is "
                 f"{shown(image['file_name'])}, whose values reach from {values.min():g} to {values.max():g})",
                 "data.image_range=[lo,hi] sets another range",
+                images_key,
+                root,
             )
         said.add(mode)

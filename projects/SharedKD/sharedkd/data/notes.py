@@ -1,13 +1,13 @@
-"""What is repaired in a COCO json, kind by kind, and what a file is refused for: counted, not raised."""
+"""How a run reads a COCO json: what is repaired, kind by kind, and what it is refused for; not raised."""
 
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from sharedkd.errors import ConfigError
 
-__all__ = ["Kind", "Notes", "Repair"]
+__all__ = ["Kind", "Notes", "Reading"]
 
 _LONGEST_MESSAGE = 1000  # characters
 
@@ -58,28 +58,22 @@ UNUSED_MASK = Kind(ANN, "segmentations cannot be used", "left out: this run has 
 
 
 @dataclass(frozen=True)
-class Repair:
-    """A repair that was made.
+class Reading:
+    """How a run reads its data.
 
     Args:
-        count: how often; ``total``: of how many, 0 if that says nothing.
-        what, done: in words.
-        example: the first one.
+        masks: it uses segmentations; else unusable ones are left out.
+        repair: what has one meaning is repaired; False: it is refused.
+        max_size: of an image's longer edge after resizing, in pixels; None: not known.
+        image_range: see :func:`~sharedkd.data.images.read_image`.
+        scales: images are read by that function, so that they may have more than 8 bits; None: nobody knows.
     """
 
-    count: int
-    total: int
-    what: str
-    done: str
-    example: str
-
-    @property
-    def problem(self) -> str:
-        of = f" of {self.total}" if self.total else ""
-        return f"{self.count}{of} {self.what} ({self.example})"
-
-    def __str__(self) -> str:
-        return f"{self.problem}: {self.done}"
+    masks: bool = True
+    repair: bool = True
+    max_size: Optional[int] = None
+    image_range: Optional[Sequence[float]] = None
+    scales: Optional[bool] = True
 
 
 class Notes:
@@ -87,46 +81,47 @@ class Notes:
 
     Args:
         key, json_file: the config key and its file.
-        repair: False refuses what would be repaired.
+        reading: how the run reads it.
 
     Attributes:
         totals: the number of images, categories and annotations.
-        broken: the annotations that the file is refused for.
+        refused: how often something was found that has no repair.
+        warnings: what works and is probably not meant.
     """
 
-    def __init__(self, key: str, json_file: str, repair: bool = True):
-        self.key, self.json_file, self._repairs = key, json_file, repair
+    def __init__(self, key: str, json_file: str, reading: Reading = Reading()):
+        self.key, self.json_file, self.reading = key, json_file, reading
         self.totals: Counter = Counter()
-        self.broken: set = set()
+        self.refused = 0
+        self.warnings: List[ConfigError] = []
         self._first: Dict[Kind, str] = {}
         self._count: Counter = Counter()
-        self._amount: Dict[Kind, float] = {}
-        self._refused: Dict[Tuple[str, str, str], List[str]] = {}
+        self._reasons: Dict[Tuple[str, str, str], List[str]] = {}
 
-    def repair(self, kind: Kind, example: str, amount: float = 0.0) -> None:
-        """Count a repair; ``amount`` in pixels."""
+    def repair(self, kind: Kind, example: str) -> None:
+        """Count a repair."""
         self._first.setdefault(kind, example[:_LONGEST_MESSAGE])
         self._count[kind] += 1
-        self._amount[kind] = max(amount, self._amount.get(kind, 0.0))
 
-    def refuse(
-        self, problem: str, fix: str, key: str = "", value: str = "", item: Any = None
-    ) -> None:
+    def refuse(self, problem: str, fix: str, key: str = "", value: str = "") -> None:
         """Count a reason to refuse the file, or the ``value`` of another ``key``."""
         where = (key or self.key, value or self.json_file, fix)
-        self._refused.setdefault(where, []).append(problem[:_LONGEST_MESSAGE])
-        if item is not None:
-            self.broken.add(item)
+        self._reasons.setdefault(where, []).append(problem[:_LONGEST_MESSAGE])
+        self.refused += 1
+
+    def warn(self, problem: str, fix: str, key: str = "", value: str = "") -> None:
+        """Warn of the file, or of the ``value`` of another ``key``."""
+        self.warnings.append(ConfigError(key or self.key, value or self.json_file, problem, fix))
 
     @property
-    def refused(self) -> bool:
-        """Whether something has no repair."""
-        return bool(self._refused)
+    def repairs(self) -> Tuple[str, ...]:
+        """In words, by kind, those that were made, not those that the file is refused for."""
+        return tuple(f"{self._found(kind)}: {kind.done}" for kind in self._made())
 
     @property
-    def repairs(self) -> Tuple[Repair, ...]:
-        """Those that were made, not those that the file is refused for."""
-        return tuple(self._made(kind) for kind in self._count if not self._is_refused(kind))
+    def repaired(self) -> int:
+        """How many they are."""
+        return sum(self._count[kind] for kind in self._made())
 
     @property
     def errors(self) -> List[ConfigError]:
@@ -135,19 +130,21 @@ class Notes:
             ConfigError(
                 key, value, first[0] + f" (and {len(first) - 1} more)" * (len(first) > 1), fix
             )
-            for (key, value, fix), first in self._refused.items()
+            for (key, value, fix), first in self._reasons.items()
         ]
         for kind in filter(self._is_refused, self._count):
             fix = "correct them in the json"
-            fix += ", or use data.repair=True" * (not self._repairs and kind.most > 1)
-            found.append(ConfigError(self.key, self.json_file, self._made(kind).problem, fix))
+            fix += ", or use data.repair=True" * (not self.reading.repair and kind.most > 1)
+            found.append(ConfigError(self.key, self.json_file, self._found(kind), fix))
         return found
 
-    def _made(self, kind: Kind) -> Repair:
-        by = f" by up to {self._amount[kind]:.4g} px" if self._amount[kind] else ""
-        total, first = self.totals[kind.of], self._first[kind]
-        return Repair(self._count[kind], total, kind.what + by, kind.done, first)
+    def _found(self, kind: Kind) -> str:
+        of = f" of {self.totals[kind.of]}" if self.totals[kind.of] else ""
+        return f"{self._count[kind]}{of} {kind.what} ({self._first[kind]})"
+
+    def _made(self) -> List[Kind]:
+        return [kind for kind in self._count if not self._is_refused(kind)]
 
     def _is_refused(self, kind: Kind) -> bool:
         share = self._count[kind] / max(self.totals[kind.of], 1)
-        return not self._repairs or share >= kind.most
+        return not self.reading.repair or share >= kind.most

@@ -220,21 +220,22 @@ def settle_annotations(
     images: Dict[Any, Dict[str, Any]],
     classes: Dict[Any, int],
     notes: Notes,
-    masks: bool,
-) -> None:
+) -> int:
     """Repair the annotations of a document, and leave out those that stand for nothing.
 
     Args:
         images: of :func:`settle_images`; those that are ``sound`` have their size.
         classes: what annotations call a category -> its id.
-        masks: whether the run uses segmentations; else unusable ones do not matter.
+
+    Returns:
+        the number of those for which the file is refused.
     """
     rows = document["annotations"]
     times = Counter(repr(a.get("id")) for a in rows)
     bad = [a for a in rows if not _is_good_id(a.get("id")) or times[repr(a["id"])] > 1]
     for a in bad:
         notes.repair(kinds.ANNOTATION_IDS, f"id {shown(a.get('id'))}")
-    kept = []
+    kept, broken = [], 0
     for i, a in enumerate(rows):
         where = f"annotation id {a['id']}" if _is_good_id(a.get("id")) else f"annotations[{i}]"
         image, category = images.get(_id(a.get("image_id"))), classes.get(_id(a.get("category_id")))
@@ -250,9 +251,10 @@ def settle_annotations(
                     notes.repair(kinds.TEXT_NUMBERS, f"{field} {shown(a[field])} of {where}")
                 a[field] = value
             where += f" of image {image['file_name']!r}" if image["sound"] else ""
-            x = Placed(i, a, image, where)
-            if _settle_alone(x, notes, masks):
+            x, before = Placed(i, a, image, where), notes.refused
+            if _settle_alone(x, notes):
                 kept.append(x)
+            broken += notes.refused > before
     kept = settle_boxes(kept, notes)
     for x in kept:
         given, mask = x.row.get("area"), x.row.get("segmentation")
@@ -263,21 +265,22 @@ def settle_annotations(
     if bad:
         for i, a in enumerate(document["annotations"]):
             a["id"] = i + 1
+    return broken
 
 
 def _is_good_id(value: Any) -> bool:
     return is_int(value) and 0 < value <= _LARGEST_ID
 
 
-def _settle_alone(x: Placed, notes: Notes, masks: bool) -> bool:
+def _settle_alone(x: Placed, notes: Notes) -> bool:
     """Repair all of an annotation that can be judged alone.  Returns whether to keep it."""
     _settle_crowd(x, notes)
     points = x.row.get("keypoints")
     # Detectron2 shifts those of any kind as it reads the file.
     if points is not None and not (isinstance(points, list) and are_numbers(points)):
         fix = "write keypoints as finite numbers [x1, y1, visibility1, ...], or remove them"
-        notes.refuse(f"{x.where} has keypoints {shown(points)}", fix, item=x.number)
-    if x.image["sound"] and not _settle_mask(x, notes, masks):
+        notes.refuse(f"{x.where} has keypoints {shown(points)}", fix)
+    if x.image["sound"] and not _settle_mask(x, notes):
         return False
     return _settle_box(x, notes)
 
@@ -289,18 +292,18 @@ def _settle_crowd(x: Placed, notes: Notes) -> None:
         notes.repair(kinds.NO_CROWD, x.where)
     elif number not in (0, 1):
         fix = "write 0 for an object, 1 for a crowd region"
-        notes.refuse(f"{x.where} has iscrowd {shown(given)}", fix, item=x.number)
+        notes.refuse(f"{x.where} has iscrowd {shown(given)}", fix)
     elif not is_int(given):
         notes.repair(kinds.ODD_CROWD, f"{x.where} has iscrowd {shown(given)}")
     x.row["iscrowd"] = number or 0
     if x.row.get("ignore", 0) != 0:
         fix = "remove 'ignore': Detectron2 does not support it; mark crowd regions by iscrowd 1"
-        notes.refuse(f"{x.where} has ignore {shown(x.row['ignore'])}", fix, item=x.number)
+        notes.refuse(f"{x.where} has ignore {shown(x.row['ignore'])}", fix)
 
 
-def _settle_mask(x: Placed, notes: Notes, masks: bool) -> bool:
+def _settle_mask(x: Placed, notes: Notes) -> bool:
     """Make ``segmentation`` one that pycocotools can take.  Returns False if nothing is left of it."""
-    mask = x.row.get("segmentation")
+    mask, masks = x.row.get("segmentation"), notes.reading.masks
     if isinstance(mask, list) and mask:
         polygons = [p for p in as_polygons(mask) if p != []]
         if polygons != mask:
@@ -319,7 +322,7 @@ def _settle_mask(x: Placed, notes: Notes, masks: bool) -> bool:
         problem = fault(mask, *x.size)
     if problem and masks:
         fix = "write polygons [[x1, y1, x2, y2, x3, y3, ...]] in pixels or RLE of the image's size"
-        notes.refuse(f"{x.where} {problem}", f"{fix}, or remove the object", item=x.number)
+        notes.refuse(f"{x.where} {problem}", f"{fix}, or remove the object")
     elif problem:
         notes.repair(kinds.UNUSED_MASK, f"{x.where} {problem}")
         del x.row["segmentation"]
@@ -348,10 +351,10 @@ def _settle_box(x: Placed, notes: Notes) -> bool:
     x.row["bbox"] = box
     if not (isinstance(box, list) and len(box) == 4 and are_numbers(box)):
         fix = "write bbox as four finite numbers [x, y, width, height] in pixels"
-        notes.refuse(f"{x.where} has bbox {shown(box)}", fix, item=x.number)
+        notes.refuse(f"{x.where} has bbox {shown(box)}", fix)
         return False
     if min(box[2:]) < 0:
         fix = "width and height must be above 0: correct or remove it"
-        notes.refuse(f"{x.where} has a box of negative size {shown(box)}", fix, item=x.number)
+        notes.refuse(f"{x.where} has a box of negative size {shown(box)}", fix)
         return False
     return True

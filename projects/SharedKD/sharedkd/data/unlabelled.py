@@ -9,9 +9,8 @@ from PIL import Image
 
 from sharedkd.errors import ConfigError
 
-from .coco import Reading
 from .images import check_depth, is_deep, is_thin, match_files, unreadable, upright_size
-from .notes import Notes
+from .notes import Notes, Reading
 from .repair import settle_images
 
 __all__ = ["images_of", "read_unlabelled", "register_unlabelled"]
@@ -45,9 +44,9 @@ def read_unlabelled(
     Raises:
         ConfigError: no such folder or file, no image is left, or one whose values cannot be scaled to 8 bits.
     """
-    notes = Notes(key, ", ".join(folders), reading.repair)
+    notes = Notes(key, ", ".join(folders), reading)
     if json_file is not None:
-        found = images_of(json_file, folders[0], Notes(json_key, json_file, reading.repair), key)
+        found = images_of(json_file, folders[0], Notes(json_key, json_file, reading), key)
     else:
         found = sorted({path for folder in folders for path in _below(folder, key)})
     labelled, held_out = ({os.path.realpath(x) for x in some} for some in (labelled, held_out))
@@ -67,7 +66,7 @@ def read_unlabelled(
         records.append({**record, "image_id": len(records)})
         if is_deep(mode):
             deep.append((record, mode))
-    said = [*check_depth(deep, "", key, notes, reading.image_range, reading.scales)]
+    check_depth(deep, "", key, notes)
     broken = left_out.get("cannot be used", [])
     if broken and not reading.repair:
         notes.refuse(broken[0], "repair or remove it, or use data.repair=True")
@@ -78,13 +77,9 @@ def read_unlabelled(
         problem = f"has no image without labels ({', '.join(words) or 'there is none at all'})"
         raise ConfigError(key, notes.json_file, problem, "name a folder of other images")
     for reason, paths in left_out.items():
-        said.append(
-            (
-                f"{len(paths)} of {len(found)} images {reason} (the first is {paths[0]})",
-                "they are left out",
-            )
-        )
-    return records, [ConfigError(key, notes.json_file, *words) for words in said]
+        problem = f"{len(paths)} of {len(found)} images {reason} (the first is {paths[0]})"
+        notes.warn(problem, "they are left out")
+    return records, notes.warnings
 
 
 def register_unlabelled(name: str, records: List[Record]) -> None:

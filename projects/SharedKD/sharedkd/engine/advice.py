@@ -15,7 +15,7 @@ from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.hardware import has_bfloat16
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.stages import iterations
-from sharedkd.modeling.teachers import teacher_key
+from sharedkd.modeling.teachers import FrozenTeacher, teacher_key
 from sharedkd.weights.conventions import convention_of_model
 
 from .checks import key_of
@@ -200,7 +200,7 @@ def _teachers(parts: Parts) -> Iterator[ConfigError]:
             yield ConfigError(f"{key}.scale", scale, problem, fix)
         if weights:
             yield from _weaker(parts, f"{key}.weights", weights)
-        if weights == "":
+        if weights == "" and isinstance(teacher, FrozenTeacher):  # another kind may load its own
             fix = "set it to a trained detector's weights"
             yield ConfigError(f"{key}.weights", "''", "the teacher is not trained", fix)
 

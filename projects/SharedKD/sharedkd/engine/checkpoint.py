@@ -249,11 +249,8 @@ class Checkpoints(hooks.HookBase):
             if self.stop.signal:
                 self.leave(self.stop.signal)
 
-        handle = model.register_forward_pre_hook(leave)
-        try:
+        with model.register_forward_pre_hook(leave):
             yield
-        finally:
-            handle.remove()
 
     def _save(self, name: str) -> None:
         saver = self.checkpointer

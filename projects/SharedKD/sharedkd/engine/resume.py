@@ -63,8 +63,8 @@ FREE = (
     "MODEL.WEIGHTS",
     "MODEL.DEVICE",
 )
-#: The same holds for each of the named teachers and peers.
-NAMED = re.compile(r"^(model\.(?:teacher|peer))s\.[^.]+")
+#: The same holds for each of the named teachers and peers, and of those that have a mean.
+NAMED = re.compile(r"^(model\.(?:teacher|peer))(?:s\.[^.]+)?(?:\.teachers\.\d+)?(?=\.)")
 
 BEFORE = "config.before.yaml"  # the config that is being replaced
 

@@ -64,8 +64,10 @@ class Benchmark:
                 "--config-file", "model", "has no student and teacher", "use a pair's config"
             )
         self.cfg, self.size = cfg.copy(), (image_size, batch_size, unlabelled)
-        if target_of(sources[0]) is FrozenTeacher:
-            self.cfg.model.teacher.weights = ""
+        model = self.cfg.model
+        for node in (model.get("teacher"), *(model.get("teachers") or {}).values()):
+            if target_of(node) is FrozenTeacher:
+                node.weights = ""
         self.device = torch.device(cfg.train.device)
         self.dtype = amp_dtype(cfg)
         torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
@@ -259,7 +261,13 @@ def measure(
         ``ratios`` and ``seconds`` of the arms, each with median, low and high; ``memory_mb``, the
         peak of each step.  The arms are those of ``bench``, and ``NAME`` and ``losses/NAME`` the
         distillation step and the losses of another method or setting.
+
+    Raises:
+        ConfigError: a pair without a frozen ``model.teacher``.
     """
+    if target_of(bench.cfg.model.get("teacher")) is not FrozenTeacher:
+        problem = "is no frozen teacher, whose forward is a part of the figures"
+        raise ConfigError("--config-file", "model.teacher", problem, "use --schemes of its pair")
     plain = ("student", "teacher_eager", "student_sharedkd", "teacher")
     stages = construct(bench.cfg.model.stages, "model.stages").values()
     measuring = ["measuring"] if any(stage.auto for stage in stages) else []

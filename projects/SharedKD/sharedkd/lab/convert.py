@@ -193,7 +193,7 @@ def _beside(
     size = parsed.width, parsed.height
     if not all(size):
         with Image.open(found[0]) as picture:
-            size = picture.size
+            size = upright_size(picture)
     return _Labelled(str(found[0].relative_to(root)), *size, parsed.objects)
 
 
@@ -203,7 +203,7 @@ def _voc_splits(source: Path, files: Dict[str, Path]) -> Dict[str, List[str]]:
     for path in (source / "ImageSets/Main" / f"{split}.txt" for split in SPLITS):
         if path.is_file():
             stems = [x.split()[0] for x in path.read_text().splitlines() if x.strip()]
-            splits[path.stem] = [x for x in stems if x in files]
+            splits[SPLITS[path.stem]] = [x for x in stems if x in files]
     if not splits:
         for stem, path in files.items():
             split = SPLITS.get(path.relative_to(source).parts[0], "all")

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import pycocotools.mask as mask_util
@@ -18,8 +19,8 @@ from sharedkd.data.coco import PSEUDO, read_classes
 from sharedkd.data.notes import Notes
 from sharedkd.data.unlabelled import images_of, read_unlabelled
 from sharedkd.errors import ConfigError, Findings
-from sharedkd.files import replace
 from sharedkd.lab.analysis.models import trained_student
+from sharedkd.lab.output import write_text
 from sharedkd.modeling.detectors import weights_of
 from sharedkd.values import check_number
 
@@ -143,7 +144,7 @@ def label_images(
     about = {PSEUDO: True, "teacher": teacher, "thresholds": least}
     categories = [{"id": i, "name": name} for name, i in ids.items()]
     document = {"info": about, **rows, "categories": categories}
-    replace(output, lambda f: f.write(json.dumps(document).encode()))
+    write_text(Path(output), json.dumps(document))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Files of results, each complete or not at all.
+"""Files of results, each complete or not at all, in folders that are made if there are none.
 
 ``writer`` is that of :func:`~sharedkd.files.replace`.
 """
@@ -21,6 +21,7 @@ def write_json(path: Path, value: Any, writer: str = "") -> None:
 
 
 def write_text(path: Path, text: str, writer: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace(str(path), lambda f: f.write(text.encode()), writer)
 
 

@@ -3,19 +3,14 @@
 A result is what ``tools/benchmark.py --json`` writes, see :func:`~sharedkd.lab.benchmark.measure`.
 """
 
-import json
 import shlex
 from itertools import groupby
-from pathlib import Path
 from typing import Any, List, Mapping
 
-from sharedkd.files import replace
 from sharedkd.lab.schemes import PLAIN
 from sharedkd.lab.tables import markdown, number
 
-__all__ = ["document", "pairs", "rivals", "schemes", "table"]
-
-BEGIN, END = "<!-- benchmark tables -->", "<!-- end of benchmark tables -->"
+__all__ = ["page", "pairs", "rivals", "schemes", "table"]
 
 Result = Mapping[str, Any]
 
@@ -75,20 +70,12 @@ def schemes(result: Result) -> str:
     return "\n\n".join([_circumstances(result), command, markdown(rows, titles)])
 
 
-def document(folder: Path, path: Path) -> None:
-    """Put the tables of all results between the markers of a page, by hardware.
+def page(results: Mapping[str, Result]) -> str:
+    """The tables of docs/performance.md by hardware, with the commands that measured them.
 
     Args:
-        folder: of the ``*.json`` files.
-        path: the page.
-
-    Raises:
-        ValueError: no results, or no markers.
+        results: name -> result, with its ``command``.
     """
-    text, files = path.read_text(), sorted(folder.glob("*.json"))
-    if not files or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"no *.json in {folder}, or no {BEGIN} ... {END} in {path}")
-    results = {file.stem: json.loads(file.read_text()) for file in files}
     ordered = sorted(results.items(), key=lambda each: _circumstances(each[1]))
     blocks: List[str] = []
     for circumstances, group in groupby(ordered, lambda each: _circumstances(each[1])):
@@ -97,9 +84,7 @@ def document(folder: Path, path: Path) -> None:
         blocks += [f"`{n}`, other methods:\n\n{rivals(x)}" for n, x in some.items() if _rivals(x)]
         commands = [f"{shlex.join(result['command'])}  # {n}" for n, result in some.items()]
         blocks.append("\n".join(["```bash", *commands, "```"]))
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    filled = "\n\n".join([head + BEGIN, *blocks, END + tail])
-    replace(str(path), lambda f: f.write(filled.encode()))
+    return "\n\n".join(blocks)
 
 
 def _circumstances(result: Result) -> str:

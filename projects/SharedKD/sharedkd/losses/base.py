@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from sharedkd.errors import ConfigError
 from sharedkd.values import check_choice, check_number
 
+from .adapter import adapters
+
 __all__ = [
     "HEAD_TAPS",
     "TAPS",
@@ -190,10 +192,10 @@ class DistillationLoss(nn.Module):
     """Base of all distillation losses.
 
     A subclass declares in ``needs`` what it reads besides the student's maps (``teacher``,
-    ``boxes``, ``regions``, ``labels`` or ``crossed``, see :class:`Batch`) and in ``taps`` where maps are taken.  :meth:`bind`
-    checks both pyramids and may create parameters.  :meth:`forward` reads maps through
-    :meth:`levels` and returns named scalars.  Weights of the terms of one loss are arguments without
-    a default: configs/common/methods has the published ones.
+    ``boxes``, ``regions``, ``labels`` or ``crossed``, see :class:`Batch`) and in ``taps`` where maps
+    are taken.  :meth:`bind` checks both pyramids and creates the parameters.  :meth:`forward` reads
+    maps through :meth:`levels` and returns named scalars.  Weights of the terms of one loss are
+    arguments without a default: configs/common/methods has the published ones.
 
     Example of a config line::
 
@@ -201,8 +203,13 @@ class DistillationLoss(nn.Module):
     """
 
     needs: FrozenSet[str] = frozenset({"teacher"})
-    #: Taps that say where and how much, or are another one in other numbers: what is learnt shows in the others.
+    #: Taps that only say where and how much to compare, or that are computed from another tap: an automatic
+    #: weight reads the gradients at the others.
     guides: FrozenSet[str] = frozenset({"boxes", "anchors"})
+    #: Taps on which both dense heads need the same channels, those of their anchors and classes.
+    same_head: Tuple[str, ...] = ()
+    #: Whether :meth:`bind` makes ``adapters`` of the student's maps: by level, of the kernel ``adapter``.
+    adapts = False
     idle = False  # whether it found nothing to compare when it was bound
     published = False  # whether strides that a pair does not have are left out; see Stage
 
@@ -227,7 +234,7 @@ class DistillationLoss(nn.Module):
         return frozenset({self.tap})
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
-        """Choose the levels to use; called once, when the pair is built.
+        """Choose the levels to use, and make their adapters; called once, when the pair is built.
 
         Args:
             student, teacher: the channels of every level of both pyramids.
@@ -235,7 +242,7 @@ class DistillationLoss(nn.Module):
 
         Raises:
             ConfigError: there is no teacher, a stride that was asked for is missing, no common level
-                is left, or a subclass cannot work with these levels.
+                is left, the dense heads differ, or a subclass cannot work with these levels.
         """
         if "teacher" in self.needs and teacher is None:
             raise ConfigError(
@@ -275,6 +282,25 @@ class DistillationLoss(nn.Module):
             words = f"levels of stride {alone} on the {where} tap have no part in it"
             logger.log(level, f"{key}: {words}; it uses {sorted(levels)}")
         self.strides = sorted(levels)
+        self._check_same_head(student, teacher, key)
+        if self.adapts:
+            self.adapters = adapters(
+                self.adapter, student[self.tap], teacher[self.tap], self.strides, f"{key}.adapter"
+            )
+
+    def _check_same_head(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
+        """Check that both dense heads have the same channels on the taps ``same_head``."""
+        for tap in self.same_head:
+            for stride in self.strides:
+                ours, theirs = student[tap][stride], teacher[tap][stride]
+                if ours != theirs:
+                    raise ConfigError(
+                        key,
+                        type(self).__name__,
+                        f"the student's {tap} of stride {stride} have {ours} channels, the teacher's {theirs}: "
+                        "other classes, other anchors or another kind of detector",
+                        "use a teacher of the student's family, trained for the same classes",
+                    )
 
     def _strides(self, shapes: Shapes, who: str, key: str) -> Set[int]:
         """The strides that a pyramid has on every tap of this loss."""

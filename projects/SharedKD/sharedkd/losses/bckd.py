@@ -5,8 +5,8 @@ from typing import Dict, FrozenSet, List, Optional
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Batch, DistillationLoss, Shapes, check_weights
-from .dense import check_same_head, giou, number_of_foreground, on_images
+from .base import Batch, DistillationLoss, check_weights
+from .dense import giou, number_of_foreground, on_images
 
 __all__ = ["BCKD"]
 
@@ -46,6 +46,7 @@ class BCKD(DistillationLoss):
     """
 
     needs = frozenset({"teacher", "labels"})
+    same_head = ("logits", "boxes")
 
     def __init__(self, score: float, overlap: float, strides: Optional[List[int]] = None):
         super().__init__("logits", strides)
@@ -55,11 +56,6 @@ class BCKD(DistillationLoss):
     @property
     def taps(self) -> FrozenSet[str]:
         return frozenset({"logits", "deltas", "boxes"})
-
-    def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
-        super().bind(student, teacher, key)
-        for tap in ("logits", "boxes"):
-            check_same_head(student, teacher, tap, self.strides, key, type(self).__name__)
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         first = self.strides[0]

@@ -4,8 +4,7 @@ from typing import Dict, List, Optional
 
 from torch import Tensor
 
-from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes
+from .base import Batch, DistillationLoss
 from .distance import Distance
 
 __all__ = ["Cosine"]
@@ -34,18 +33,14 @@ class Cosine(DistillationLoss):
         adapter: f_l, see :func:`~sharedkd.losses.adapter.adapters`.
     """
 
+    adapts = True
+
     def __init__(
         self, tap: str = "fpn", strides: Optional[List[int]] = None, adapter: Optional[int] = 1
     ):
         super().__init__(tap, strides)
         self.adapter = adapter
         self.distance = Distance("cosine")
-
-    def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
-        super().bind(student, teacher, key)
-        self.adapters = adapters(
-            self.adapter, student[self.tap], teacher[self.tap], self.strides, f"{key}.adapter"
-        )
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         return {

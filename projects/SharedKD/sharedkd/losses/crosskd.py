@@ -9,7 +9,7 @@ from sharedkd.errors import ConfigError
 from sharedkd.values import check_number
 
 from .base import Batch, DistillationLoss, Shapes, check_weights, precise
-from .dense import check_same_head, foreground, giou, number_of_foreground, on_images
+from .dense import foreground, giou, number_of_foreground, on_images
 
 __all__ = ["CrossKD", "RegionCrossKD"]
 
@@ -48,6 +48,7 @@ class CrossKD(DistillationLoss):
 
     needs = frozenset({"teacher", "labels", "crossed"})
     guides = frozenset({"logits", "boxes"})
+    same_head = ("logits", "boxes")
 
     def __init__(
         self, score: float, overlap: float, left: int = 1, strides: Optional[List[int]] = None
@@ -63,8 +64,6 @@ class CrossKD(DistillationLoss):
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
         super().bind(student, teacher, key)
-        for tap in ("logits", "boxes"):
-            check_same_head(student, teacher, tap, self.strides, key, type(self).__name__)
         ours, theirs = (sorted(x["logits"]) for x in (student, teacher))
         if ours != theirs:
             problem = f"the student's head has levels {ours}, the teacher's {theirs}"

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from sharedkd.values import check_number
 
-from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes
+from .base import Batch, DistillationLoss
 
 __all__ = ["CWD"]
 
@@ -46,6 +45,8 @@ class CWD(DistillationLoss):
         ConfigError: a temperature that is not above zero.
     """
 
+    adapts = True
+
     def __init__(
         self,
         temperature: float,
@@ -59,12 +60,6 @@ class CWD(DistillationLoss):
         self.temperature = temperature
         self.adapter = adapter
         self.ignore_padding = ignore_padding
-
-    def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
-        super().bind(student, teacher, key)
-        self.adapters = adapters(
-            self.adapter, student[self.tap], teacher[self.tap], self.strides, f"{key}.adapter"
-        )
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         terms = {}

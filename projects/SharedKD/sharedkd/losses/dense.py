@@ -1,15 +1,11 @@
 """What losses on the outputs of the dense head share."""
 
-from typing import Iterable
-
 import torch
 from torch import Tensor
 
-from sharedkd.errors import ConfigError
+from .base import Batch
 
-from .base import Batch, Shapes
-
-__all__ = ["check_same_head", "foreground", "giou", "number_of_foreground", "on_images"]
+__all__ = ["foreground", "giou", "number_of_foreground", "on_images"]
 
 EPS = 1e-6  # least area in square pixels
 
@@ -46,29 +42,3 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     either = (area(a0, a1) + area(b0, b1) - both).clamp(min=EPS)
     around = area(torch.minimum(a0, b0), torch.maximum(a1, b1)).clamp(min=EPS)
     return both / either - (around - either) / around
-
-
-def check_same_head(
-    student: Shapes, teacher: Shapes, tap: str, strides: Iterable[int], key: str, name: str
-) -> None:
-    """Check that the dense heads of both detectors have the same channels: anchors and classes.
-
-    Args:
-        student, teacher: what the loss is bound to.
-        tap: ``logits`` or ``deltas``.
-        strides: the levels in use.
-        key, name: the loss's place in the config and its class, for messages.
-
-    Raises:
-        ConfigError: the channels differ on a level.
-    """
-    for stride in strides:
-        ours, theirs = student[tap][stride], teacher[tap][stride]
-        if ours != theirs:
-            raise ConfigError(
-                key,
-                name,
-                f"the student's {tap} of stride {stride} have {ours} channels, the teacher's {theirs}: "
-                "other classes, other anchors or another kind of detector",
-                "use a teacher of the student's family, trained for the same classes",
-            )

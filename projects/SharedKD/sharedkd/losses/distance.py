@@ -14,7 +14,7 @@ from sharedkd.values import check_choice
 
 from .base import precise, precision
 
-__all__ = ["Distance", "DISTANCES", "NORMALIZATIONS"]
+__all__ = ["Distance", "DISTANCES", "NORMALIZATIONS", "masked_mean"]
 
 EPS = 1e-6  # added to a variance: a constant map has a gradient of zero, not NaN
 # How many numbers of a map are read at a time: as many as stay in the cache with what is computed of
@@ -22,17 +22,22 @@ EPS = 1e-6  # added to a variance: a constant map has a gradient of zero, not Na
 CPU_BLOCK, GPU_BLOCK = 2**17, 2**24
 
 
-def _mean(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
-    """Mean of x over dims, counting only where mask (N, 1, H, W) is one."""
+def masked_mean(
+    x: Tensor, mask: Optional[Tensor], dims: Sequence[int] = (0, 1, 2, 3), keepdim: bool = False
+) -> Tensor:
+    """Mean of ``x`` (N, C, H, W) over ``dims``, counting only where ``mask`` (N, 1, H, W) is one.
+
+    Without a mask everything counts.
+    """
     if mask is None:
-        return x.mean(dims, keepdim=True)
-    count = mask.expand_as(x[:, :1]).sum(dims, keepdim=True) * (x.shape[1] if 1 in dims else 1)
-    return (x * mask).sum(dims, keepdim=True) / count.clamp(min=1)
+        return x.mean(dims, keepdim)
+    count = mask.sum(dims, keepdim) * (x.shape[1] if 1 in dims else 1)
+    return (x * mask).sum(dims, keepdim) / count.clamp(min=1)
 
 
 def _standardise(x: Tensor, mask: Optional[Tensor], dims: Sequence[int]) -> Tensor:
-    centred = x - _mean(x, mask, dims)
-    return centred / (_mean(centred.square(), mask, dims) + EPS).sqrt()
+    centred = x - masked_mean(x, mask, dims, keepdim=True)
+    return centred / (masked_mean(centred.square(), mask, dims, keepdim=True) + EPS).sqrt()
 
 
 # Over which dimensions of (N, C, H, W) a map gets zero mean and unit variance.
@@ -240,4 +245,4 @@ class Distance:
         x, y = precise(x), precise(y)
         normalize = NORMALIZATIONS[self.normalize]
         each = DISTANCES[self.kind](normalize(x, mask), normalize(y, mask))
-        return _mean(each, mask, (0, 1, 2, 3)).view(())
+        return masked_mean(each, mask)

@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sharedkd.values import check_number
 
-from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
+from .distance import masked_mean
 
 __all__ = ["FeatureFusion"]
 
@@ -60,6 +60,7 @@ class FeatureFusion(DistillationLoss):
     """
 
     needs = frozenset({"teacher", "boxes"})
+    adapts = True
 
     def __init__(
         self,
@@ -81,7 +82,6 @@ class FeatureFusion(DistillationLoss):
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
         super().bind(student, teacher, key)
         ours, theirs = student[self.tap], teacher[self.tap]
-        self.adapters = adapters(self.adapter, ours, theirs, self.strides, f"{key}.adapter")
         self.fusions = nn.ModuleDict({str(s): _fusion(ours[s], theirs[s]) for s in self.strides})
         self.classifiers = nn.ModuleDict({str(s): nn.Conv2d(theirs[s], 1, 1) for s in self.strides})
 
@@ -99,9 +99,9 @@ class FeatureFusion(DistillationLoss):
             fit = _cross_entropy(logits, foreground(boxes, s, stride).to(s.dtype))
             feature = (adapted - fused.detach()).square()
             response = _cross_entropy(answer, logits.detach().sigmoid())
-            terms[f"s{stride}_fit"] = self.fit * _mean(fit, mask)
-            terms[f"s{stride}_feature"] = self.feature * _mean(feature, mask)
-            terms[f"s{stride}_response"] = self.response * _mean(response, mask)
+            terms[f"s{stride}_fit"] = self.fit * masked_mean(fit, mask)
+            terms[f"s{stride}_feature"] = self.feature * masked_mean(feature, mask)
+            terms[f"s{stride}_response"] = self.response * masked_mean(response, mask)
         return terms
 
 
@@ -135,10 +135,3 @@ def _fusion(student: int, teacher: int) -> nn.Conv2d:
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-
-
-def _mean(x: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Mean over all of x (N, C, H, W) that lies in the mask."""
-    if mask is None:
-        return x.mean()
-    return (x * mask).sum() / (mask.sum() * x.shape[1])

@@ -4,8 +4,7 @@ from typing import Dict, List, Optional
 
 from torch import Tensor
 
-from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes
+from .base import Batch, DistillationLoss
 from .distance import Distance
 
 __all__ = ["FitNets"]
@@ -39,6 +38,8 @@ class FitNets(DistillationLoss):
         ignore_padding: leave positions on the batch's padding out of the mean.
     """
 
+    adapts = True
+
     def __init__(
         self,
         tap: str = "fpn",
@@ -50,12 +51,6 @@ class FitNets(DistillationLoss):
         self.adapter = adapter
         self.ignore_padding = ignore_padding
         self.distance = Distance("mse")
-
-    def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
-        super().bind(student, teacher, key)
-        self.adapters = adapters(
-            self.adapter, student[self.tap], teacher[self.tap], self.strides, f"{key}.adapter"
-        )
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         terms = {}

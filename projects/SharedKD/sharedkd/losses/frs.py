@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes, check_weights, precise
-from .dense import check_same_head
+from .base import Batch, DistillationLoss, check_weights, precise
 
 __all__ = ["FRS"]
 
@@ -48,6 +46,9 @@ class FRS(DistillationLoss):
         ConfigError: a negative weight.
     """
 
+    same_head = ("logits",)
+    adapts = True
+
     def __init__(
         self,
         feature: float,
@@ -64,13 +65,6 @@ class FRS(DistillationLoss):
     @property
     def taps(self) -> FrozenSet[str]:
         return frozenset({"fpn", "logits"})
-
-    def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
-        super().bind(student, teacher, key)
-        check_same_head(student, teacher, "logits", self.strides, key, type(self).__name__)
-        self.adapters = adapters(
-            self.adapter, student["fpn"], teacher["fpn"], self.strides, f"{key}.adapter"
-        )
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         terms = {}

@@ -8,8 +8,8 @@ from torch.func import functional_call
 
 from sharedkd.values import check_number
 
-from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes
+from .distance import masked_mean
 
 __all__ = ["GanKD"]
 
@@ -61,6 +61,8 @@ class GanKD(DistillationLoss):
         ConfigError: an option out of its range.
     """
 
+    adapts = True
+
     def __init__(
         self,
         discriminator: float,
@@ -83,10 +85,9 @@ class GanKD(DistillationLoss):
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
         super().bind(student, teacher, key)
-        ours, theirs = student[self.tap], teacher[self.tap]
-        self.adapters = adapters(self.adapter, ours, theirs, self.strides, f"{key}.adapter")
+        widths = teacher[self.tap]
         self.discriminators = nn.ModuleDict(
-            {str(s): _Discriminator(theirs[s], self.hidden, self.layers) for s in self.strides}
+            {str(s): _Discriminator(widths[s], self.hidden, self.layers) for s in self.strides}
         )
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
@@ -127,10 +128,7 @@ class _Discriminator(nn.Module):
         x = _masked(x, masks[0])
         for conv, mask in zip(self.convs, masks[1:]):
             x = _masked(F.leaky_relu(conv(x), 0.2), mask)
-        x, mask = self.logit(x), masks[-1]
-        if mask is None:
-            return x.mean((1, 2, 3))
-        return (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+        return masked_mean(self.logit(x), masks[-1], (1, 2, 3))
 
 
 def _masked(x: Tensor, mask: Optional[Tensor]) -> Tensor:

@@ -10,10 +10,9 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
 from sharedkd.errors import ConfigError
+from sharedkd.values import check_choice, check_number
 
-from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights, precise
-from .dense import check_same_head
 
 __all__ = ["GID"]
 
@@ -86,6 +85,9 @@ class GID(DistillationLoss):
         ConfigError: an option out of its range.
     """
 
+    same_head = ("logits", "deltas")
+    adapts = True
+
     def __init__(
         self,
         feature: float,
@@ -105,13 +107,10 @@ class GID(DistillationLoss):
     ):
         super().__init__("fpn", strides)
         for key, value in (("instances", instances), ("candidates", candidates), ("crop", crop)):
-            if value < 1:
-                raise ConfigError(key, value, "is less than one", "use 1 or more")
+            check_number(key, value, least=1, whole=True)
         for key, overlap in (("nms", nms), ("match", match)):
-            if not 0 < overlap <= 1:
-                raise ConfigError(key, overlap, "is no IoU", "use a number above 0, 1 at most")
-        if positions not in ("anchors", "boxes"):
-            raise ConfigError("positions", positions, "cannot be matched", "use anchors or boxes")
+            check_number(key, overlap, above=0, most=1)
+        check_choice("positions", positions, ("anchors", "boxes"))
         check_weights(
             feature=feature,
             relation=relation,
@@ -156,12 +155,7 @@ class GID(DistillationLoss):
                     "cropped from the one that suits its size",
                     "name strides of one width",
                 )
-        for tap in ("logits", "deltas"):
-            check_same_head(student, teacher, tap, self.strides, key, type(self).__name__)
         self.anchors = {s: student["deltas"][s] // 4 for s in self.strides}  # of a position
-        self.adapters = adapters(
-            self.adapter, student["fpn"], teacher["fpn"], self.strides, f"{key}.adapter"
-        )
         self.pooler = ROIPooler(
             output_size=self.crop,
             scales=[1 / s for s in self.strides],

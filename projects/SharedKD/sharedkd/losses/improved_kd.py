@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharedkd.errors import ConfigError
+from sharedkd.values import check_number
 
 from .adapter import adapters
 from .alignment import pool_to
@@ -77,10 +77,8 @@ class ImprovedKD(DistillationLoss):
         samples: float = 0.5,
     ):
         super().__init__(tap, strides)
-        if not isinstance(reach, int) or reach < 0:
-            raise ConfigError("reach", reach, "is no number of levels", "use 0, 1 or more")
-        if not 0 < samples <= 1:
-            raise ConfigError("samples", samples, "is no share of a map", "use 0.5, at most 1")
+        check_number("reach", reach, least=0, whole=True)
+        check_number("samples", samples, above=0, most=1)
         self.reach = reach
         self.samples = samples
 

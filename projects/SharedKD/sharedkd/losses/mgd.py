@@ -5,7 +5,7 @@ from typing import Dict, List, Optional
 import torch
 from torch import Tensor, nn
 
-from sharedkd.errors import ConfigError
+from sharedkd.values import check_number
 
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
@@ -56,8 +56,7 @@ class MGD(DistillationLoss):
     ):
         super().__init__(tap, strides)
         check_weights(alpha=alpha)
-        if not 0 <= masked <= 1:
-            raise ConfigError("masked", masked, "is no share", "use a number from 0 to 1")
+        check_number("masked", masked, least=0, most=1)
         self.alpha = alpha
         self.masked = masked
         self.ignore_padding = ignore_padding

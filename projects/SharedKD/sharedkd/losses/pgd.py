@@ -11,14 +11,12 @@ from sharedkd.values import check_number
 
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
-from .dense import check_same_head
 
 __all__ = ["PGD", "gaussian", "quality"]
 
 CHUNK = 32  # boxes of an image at a time: bounds the memory of a crowded batch
-JITTER = (
-    0.1**2 / 12
-)  # pixels^2: the variance that the authors' noise adds, uniform within 0.1 pixels
+# In pixels^2: the variance that the authors' noise adds, uniform within 0.1 pixels.
+JITTER = 0.1**2 / 12
 
 
 def quality(
@@ -60,9 +58,8 @@ def gaussian(found: Tensor, centres: Tensor, positions: int) -> Tensor:
         (..., R), at most 1.
     """
     best, where = found.topk(min(positions, found.shape[-1]))
-    counted = (
-        (best > 0).double().unsqueeze(-1)
-    )  # float64: the covariance of a line is almost singular
+    # float64: the covariance of a line is almost singular.
+    counted = (best > 0).double().unsqueeze(-1)
     points = centres.double()[where]  # (..., positions, 2)
     count = counted.sum(-2, keepdim=True).clamp(min=1)
     apart = points - (counted * points).sum(-2, keepdim=True) / count
@@ -125,6 +122,7 @@ class PGD(DistillationLoss):
 
     needs = frozenset({"teacher", "boxes"})
     guides = frozenset({"logits", "boxes"})
+    same_head = ("logits",)
 
     def __init__(
         self,
@@ -158,7 +156,6 @@ class PGD(DistillationLoss):
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
         super().bind(student, teacher, key)
-        check_same_head(student, teacher, "logits", self.strides, key, type(self).__name__)
         self.adapt = adapters(None, student["fpn"], teacher["fpn"], self.strides, key)
 
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
@@ -176,10 +173,8 @@ class PGD(DistillationLoss):
             focal = weighted.sum(1, keepdim=True) * spatial_t
             moved = (channel_s - channel_t).abs().sum(1, keepdim=True)
             there = (by_box > 0).to(t.dtype)
-            boxes, level = (
-                there.sum().clamp(min=1),
-                1 + self.growth * log2(stride / self.strides[0]),
-            )
+            boxes = there.sum().clamp(min=1)
+            level = 1 + self.growth * log2(stride / self.strides[0])
             sums = dict(
                 foreground=level * (_share(by_score) * focal).sum() / images,
                 background=level * (_share(outside) * focal).sum() / images,

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from sharedkd.values import check_choice
 
-from .adapter import adapters
-from .base import Batch, DistillationLoss, Shapes
-from .distance import Distance
+from .base import Batch, DistillationLoss
+from .distance import Distance, masked_mean
 
 __all__ = ["PKD"]
 
@@ -55,6 +54,8 @@ class PKD(DistillationLoss):
         ConfigError: unknown name.
     """
 
+    adapts = True
+
     def __init__(
         self,
         tap: str = "fpn",
@@ -70,12 +71,6 @@ class PKD(DistillationLoss):
         self.ignore_padding = ignore_padding
         self.distance = Distance("mse")
 
-    def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:
-        super().bind(student, teacher, key)
-        self.adapters = adapters(
-            self.adapter, student[self.tap], teacher[self.tap], self.strides, f"{key}.adapter"
-        )
-
     def forward(self, batch: Batch) -> Dict[str, Tensor]:
         terms = {}
         for stride, s, t in self.levels(batch):
@@ -89,13 +84,12 @@ class PKD(DistillationLoss):
     def _standardise(self, x: Tensor, mask: Optional[Tensor]) -> Tensor:
         """z of a map (N, C, H, W); zero where the mask (N, 1, H, W) is zero."""
         dims = STATISTICS[self.statistics]
+        centred = x - masked_mean(x, mask, dims, keepdim=True)
         if mask is None:
-            centred = x - x.mean(dims, keepdim=True)
             freedom = max(x[:, :1].numel() // (1 if 0 in dims else len(x)) - 1, 1)
         else:
-            count = mask.sum(dims, keepdim=True)
-            centred = (x - (x * mask).sum(dims, keepdim=True) / count) * mask
-            freedom = (count - 1).clamp(min=1)
+            centred = centred * mask
+            freedom = (mask.sum(dims, keepdim=True) - 1).clamp(min=1)
         variance = centred.square().sum(dims, keepdim=True) / freedom
         # The clamp gives the root of a constant channel a gradient of zero instead of infinity.
         return centred / (variance.clamp(min=torch.finfo(x.dtype).tiny).sqrt() + EPS)

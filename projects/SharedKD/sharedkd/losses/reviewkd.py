@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharedkd.errors import ConfigError
+from sharedkd.values import check_number
 
 from .alignment import pool_to
 from .base import Batch, DistillationLoss, Shapes
@@ -59,8 +59,7 @@ class ReviewKD(DistillationLoss):
         self, tap: str = "fpn", strides: Optional[List[int]] = None, mid_channels: int = 256
     ):
         super().__init__(tap, strides)
-        if mid_channels < 1:
-            raise ConfigError("mid_channels", mid_channels, "is no width", "use 256")
+        check_number("mid_channels", mid_channels, least=1, whole=True)
         self.mid_channels = mid_channels
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:

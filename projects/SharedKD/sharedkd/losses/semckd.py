@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharedkd.errors import ConfigError
 from sharedkd.values import check_number
 
 from .alignment import pool_to
 from .base import Batch, DistillationLoss, Shapes
+from .distance import masked_mean
 
 __all__ = ["SemCKD"]
 
@@ -85,12 +85,8 @@ class SemCKD(DistillationLoss):
         ignore_padding: bool = True,
     ):
         super().__init__(tap, strides)
-        if hidden is not None and hidden < 1:
-            raise ConfigError(
-                "hidden", hidden, "is no number of channels", "use 1 or more, or null"
-            )
-        if grid < 2:
-            raise ConfigError("grid", grid, "leaves nothing to compare", "use 2 or more")
+        check_number("hidden", hidden, least=1, whole=True, or_null=True)
+        check_number("grid", grid, least=2, whole=True)
         check_number("temperature", temperature, above=0)
         self.hidden = hidden
         self.grid = grid
@@ -131,7 +127,7 @@ class SemCKD(DistillationLoss):
                 s = _down(students[i], coarse // i, masks[i], size)
                 t = _down(teachers[j], coarse // j, masks[j], size)
                 square = (self.regressors[f"{i}_{j}"](s, mask) - t).square().mean(1, keepdim=True)
-                errors.append(_image_mean(square, mask))
+                errors.append(masked_mean(square, mask, (1, 2, 3)))
             share = (attention[:, a] * torch.stack(errors, 1)).sum(1)
             terms[f"s{i}"] = share.mean() / len(self.strides)
         return terms
@@ -189,13 +185,6 @@ def _embedding(size: int) -> nn.Module:
 
 def _unit(x: Tensor) -> Tensor:
     return x / (x.square().sum(-1, keepdim=True) + EPS).sqrt()
-
-
-def _image_mean(x: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """(N, 1, H, W) -> (N,): the mean over the positions of the mask."""
-    if mask is None:
-        return x.mean((1, 2, 3))
-    return (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
 
 
 def _down(x: Tensor, ratio: int, mask: Optional[Tensor], size: Tuple[int, ...]) -> Tensor:

@@ -64,7 +64,7 @@ def config_path(name: str) -> Optional[str]:
 
 
 def load_file(path: str, key: str) -> Union[CfgNode, DictConfig]:
-    """Read the config ``path``: a LazyConfig as Python or YAML, or a classic config.
+    """Read the config ``path``: a LazyConfig as Python or YAML, or a classic config, of a pair its student's.
 
     Raises:
         ConfigError: it cannot be read; ``key`` names it.
@@ -73,7 +73,10 @@ def load_file(path: str, key: str) -> Union[CfgNode, DictConfig]:
         if path.endswith(".py") or _is_lazy_yaml(path):
             return LazyConfig.load(path)
         config = get_cfg()
+        config.MODEL.SHAREDKD = CfgNode(new_allowed=True)  # of a pair, whose student is meant
         config.merge_from_file(path)
+        student = config.MODEL.pop("SHAREDKD").get("STUDENT")
+        config.MODEL.META_ARCHITECTURE = student or config.MODEL.META_ARCHITECTURE
         return config
     except ConfigError:
         raise

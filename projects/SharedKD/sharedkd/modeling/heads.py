@@ -1,7 +1,8 @@
 """A detector's heads: dense predictions and those of regions, what is before them, labels of anchors."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -64,9 +65,8 @@ class DenseHead:
                     return None
                 width = {"logits": getattr(head, logits), "deltas": getattr(head, deltas)}
                 width = {tap: layer.out_channels for tap, layer in width.items()}
-                if (
-                    getattr(owner.anchor_generator, "box_dim", 4) == 4
-                ):  # a rotated box has five numbers
+                # A rotated box has five numbers.
+                if getattr(owner.anchor_generator, "box_dim", 4) == 4:
                     width["boxes"] = width["anchors"] = width["deltas"]
                 return cls(head, levels, [specs[name].stride for name in levels], width, owner)
         return None
@@ -243,19 +243,15 @@ class HeadTap:
         """A context to run the detector's forward in; after it, the yielded dict is filled."""
         found: Hidden = {}
 
-        def take(key: Tuple[str, int], args: Tuple[Tensor, ...]) -> None:
+        def take(key: Tuple[str, int], module: nn.Module, args: Tuple[Tensor, ...]) -> None:
             found.setdefault(key, []).append(args[0])
 
-        handles = [
-            layers[0].register_forward_pre_hook(lambda _, args, key=(tap, left): take(key, args))
-            for tap, rest in self._rests.items()
-            for left, layers in rest.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for tap, rest in self._rests.items():
+                for left, layers in rest.items():
+                    hook = partial(take, (tap, left))
+                    hooks.enter_context(layers[0].register_forward_pre_hook(hook))
             yield found
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def finish_head(detector: nn.Module, hidden: Hidden, left: int) -> Maps:
@@ -301,16 +297,23 @@ def _first(module: nn.Module) -> nn.Module:
     return module[0] if isinstance(module, nn.ModuleList) else module
 
 
-def check_regions(student: nn.Module, teacher: Optional[nn.Module], key: str) -> None:
+def check_regions(student: nn.Module, teacher: Optional[nn.Module], source: str, key: str) -> None:
     """Check two detectors for a loss that needs ``regions``.
 
     Args:
-        student, teacher: the detectors; teacher None: there is none.
-        key: the loss's place in the config, for messages.
+        student, teacher: the detectors; teacher None: the source of maps has none.
+        source, key: the class of that source and the loss's place in the config, for messages.
 
     Raises:
         ConfigError: one has no box head on its FPN, or rotated boxes; or their numbers of classes differ.
     """
+    if teacher is None:
+        raise ConfigError(
+            key,
+            source,
+            "is a teacher without a detector, and this loss reads what its box head predicts",
+            "use a two-stage detector as teacher, or a loss that compares feature maps",
+        )
     for who, detector in (("student", student), ("teacher", teacher)):
         heads = getattr(detector, "roi_heads", None)
         if isinstance(heads, RROIHeads):
@@ -320,14 +323,14 @@ def check_regions(student: nn.Module, teacher: Optional[nn.Module], key: str) ->
                 f"are the {who}'s heads for rotated boxes, whose regions are not compared",
                 "use a loss that compares feature maps",
             )
-        if detector is not None and not hasattr(heads, "box_pooler"):
+        if not hasattr(heads, "box_pooler"):
             raise ConfigError(
                 key,
                 type(detector).__name__,
                 f"is a {who} without a box head for regions of its FPN",
                 "use two-stage detectors, or this loss's one-stage form",
             )
-    if teacher is not None and teacher.roi_heads.num_classes != student.roi_heads.num_classes:
+    if teacher.roi_heads.num_classes != student.roi_heads.num_classes:
         raise ConfigError(
             key,
             f"{teacher.roi_heads.num_classes} classes of the teacher",
@@ -359,15 +362,11 @@ class RegionTap:
         ) -> None:
             found.setdefault("logits", output[0])
 
-        handles = [
+        with (
             self._heads.box_pooler.register_forward_hook(take_boxes),
             _first(self._heads.box_predictor).register_forward_hook(take_logits),
-        ]
-        try:
+        ):
             yield found
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def labels(self, boxes: List[Boxes], truth: List[Instances]) -> Tensor:

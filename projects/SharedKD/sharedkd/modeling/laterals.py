@@ -1,7 +1,8 @@
 """The start of a student's FPN: laterals that give what its teacher's give, by least squares."""
 
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
@@ -116,15 +117,14 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 def _seen(modules: Dict[str, nn.Module]) -> Iterator[Dict[str, Tuple[Tensor, Tensor]]]:
     """A context that keeps the last input and output of each module, by its name."""
     found: Dict[str, Tuple[Tensor, Tensor]] = {}
-    hooks = [
-        x.register_forward_hook(lambda _, args, y, name=name: found.update({name: (args[0], y)}))
-        for name, x in modules.items()
-    ]
-    try:
+
+    def see(name: str, module: nn.Module, args: Tuple[Tensor, ...], output: Tensor) -> None:
+        found[name] = args[0], output
+
+    with ExitStack() as hooks:
+        for name, x in modules.items():
+            hooks.enter_context(x.register_forward_hook(partial(see, name)))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Moments:

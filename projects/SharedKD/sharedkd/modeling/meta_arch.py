@@ -203,7 +203,8 @@ class SharedKD(nn.Module):
         shapes = teacher.shapes if teacher else None
         stage.loss.bind(self._tap.shapes, shapes, f"{key}.loss")
         if "regions" in stage.loss.needs:
-            check_regions(self.student, teacher and teacher.detector, f"{key}.loss")
+            source = type(teacher).__name__
+            check_regions(self.student, teacher and teacher.detector, source, f"{key}.loss")
         if "labels" in stage.loss.needs:
             check_labels(self.student, f"{key}.loss")
         if "crossed" in stage.loss.needs:

@@ -9,6 +9,8 @@ from sharedkd.errors import ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.values import check_choice, check_number, check_switch, check_text
 
+from .balance import WINDOW
+
 __all__ = [
     "DISTILL",
     "PEER",
@@ -46,7 +48,8 @@ class Stage:
             None: the model's ``teacher``.
         share: with ``auto``, the norm of its gradient at the student's maps over that of the detector's
             own losses.
-        every: with ``auto``, steps from one measurement to the next; 0: only at the start.
+        every: with ``auto``, steps from one measurement to the next, at least the 50 that one takes; 0: only
+            at the start.
         balance: with ``auto``, ``levels`` sets an equal share for each term, which is one level of most
             losses; None: the terms keep their ratios.
         published: the strides of the loss are those of its publication, and what the pair does not have of
@@ -115,6 +118,12 @@ class Stage:
         findings.step(check_switch, f"{key}.published", self.published)
         findings.step(check_number, f"{key}.share", self.share, above=0)
         findings.step(check_number, f"{key}.every", self.every, least=0, whole=True)
+        if isinstance(self.every, int) and 0 < self.every < WINDOW:
+            problem, fix = (
+                f"is less than a measurement takes, {WINDOW} steps",
+                "use 0, or more steps",
+            )
+            findings.add(ConfigError(f"{key}.every", self.every, problem, fix))
         if self.balance is not None:
             findings.step(check_choice, f"{key}.balance", self.balance, ("levels",))
         if self.teacher is not None:

@@ -1,6 +1,6 @@
 """Captures a detector's feature maps by hooks, without changing the detector, keyed by stride."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple
 
@@ -96,13 +96,11 @@ def run_until(detector: nn.Module, module: nn.Module, inputs: Any) -> Any:
         found.append(output)
         raise _Enough
 
-    handle = module.register_forward_hook(stop)
-    try:
-        detector(inputs)
-    except _Enough:
-        return found[0]
-    finally:
-        handle.remove()
+    with module.register_forward_hook(stop):
+        try:
+            detector(inputs)
+        except _Enough:
+            return found[0]
     return None
 
 
@@ -137,10 +135,12 @@ def _measure(detector: nn.Module, module: nn.Module, where: str, key: str) -> Py
             seen.append(first)
 
     entries = (getattr(detector, "backbone", None), module)  # the first to run sees the images
-    handles = [x.register_forward_pre_hook(see) for x in entries if x is not None]
     modes = {x: x.training for x in detector.modules()}
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for x in entries:
+                if x is not None:
+                    hooks.enter_context(x.register_forward_pre_hook(see))
             output = run_until(
                 detector.eval(), module, [{"image": image, "height": 256, "width": 256}]
             )
@@ -151,8 +151,6 @@ def _measure(detector: nn.Module, module: nn.Module, where: str, key: str) -> Py
     finally:
         for x, training in modes.items():
             x.training = training
-        for handle in handles:
-            handle.remove()
     maps = _flat(output)
     if not maps:
         raise ConfigError(
@@ -285,16 +283,11 @@ class FeatureTap:
 
             return hook
 
-        handles = [
-            module.register_forward_hook(show(unpack))
-            for module, offered, unpack in self._sources
-            if offered & taps
-        ]
-        try:
+        with ExitStack() as hooks:
+            for module, offered, unpack in self._sources:
+                if offered & taps:
+                    hooks.enter_context(module.register_forward_hook(show(unpack)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def capture(self, taps: FrozenSet[str]) -> Iterator[Maps]:

@@ -13,6 +13,7 @@ from typing import (
     FrozenSet,
     Iterable,
     List,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -28,7 +29,6 @@ from sharedkd.errors import ConfigError
 
 from .conventions import OF_DETECTOR, Convention, convention_of_file, convention_of_model
 from .download import fetch
-from .names import is_torchvisions_resnet, renamed
 from .pickles import Refused, plain_name
 from .reading import read_weights
 
@@ -53,6 +53,15 @@ logger = logging.getLogger("detectron2.sharedkd")
 #: Names that a file may lack or have beyond the model: constants from the config, and counters.
 HARMLESS = ("pixel_mean", "pixel_std", "cell_anchors", "num_batches_tracked")
 
+#: Names of torchvision's ResNets -> Detectron2's.
+_RULES = (
+    (r"^(?!layer)", "stem."),
+    (r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}"),
+    (r"\bbn(\d)", r"conv\1.norm"),
+    (r"\bdownsample\.0", "shortcut"),
+    (r"\bdownsample\.1", "shortcut.norm"),
+)
+
 
 class DataCheckpointer(DetectionCheckpointer):
     """Reads files as data, and finds the names of a bare backbone in the detector.
@@ -74,8 +83,8 @@ class DataCheckpointer(DetectionCheckpointer):
         data = read_weights(filename, self.trusted)
         ours = self.model.state_dict()
         state = {name.removeprefix("module."): x for name, x in data["model"].items()}
-        if is_torchvisions_resnet(state) and not any("layer1." in name for name in ours):
-            data.update(model=renamed(state), __author__="torchvision")
+        if "layer1.0.conv1.weight" in state and not any("layer1." in name for name in ours):
+            data.update(model=_renamed(state), __author__="torchvision")
         self.convention = convention_of_file(data)
         if state.keys().isdisjoint(ours):
             data["matching_heuristics"] = True
@@ -84,6 +93,20 @@ class DataCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Dict[str, Any]) -> "_IncompatibleKeys":
         self.incompatible = super()._load_model(checkpoint)
         return self.incompatible
+
+
+def _renamed(state: Mapping[str, Any]) -> Dict[str, Any]:
+    """The tensors of a ResNet of torchvision under Detectron2's names.
+
+    >>> list(_renamed({"bn1.bias": 0, "layer2.0.downsample.1.weight": 0}))
+    ['stem.conv1.norm.bias', 'res3.0.shortcut.norm.weight']
+    """
+    found = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _RULES:
+            name = re.sub(pattern, replacement, name)
+        found[name] = tensor
+    return found
 
 
 def fingerprint(model: nn.Module) -> str:

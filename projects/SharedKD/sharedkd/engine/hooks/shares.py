@@ -94,17 +94,18 @@ class Watchdog(hooks.HookBase):
         (stage, term), shares = name.split("/", 1), [share for _, share in window]
         mean = sum(shares) / len(shares)
         when = f"Watchdog, iterations {window[0][0]} to {window[-1][0]}: stage {stage}, term {term}"
-        key = f"model.stages.{stage}.weight"
-        now = self.trainer.stage_weights()[stage]
+        key = f"model.stages.{stage}"
+        now = self.trainer.stages[stage]
+        lower = f"share, now {now.share:g}" if now.auto else f"weight, now {now.full:g}"
         if mean > DOMINANT:
             logger.warning(
                 f"{when} has {100 * mean:.0f} % of the student's gradient norm, the detector's "
-                f"losses and all other terms have the rest; lower {key}, now {now:g}"
+                f"losses and all other terms have the rest; lower {key}.{lower}"
             )
         elif not any(shares):
             logger.warning(
                 f"{when} has 0 % of the student's gradient norm: the student learns nothing from it; "
-                f"check what this loss compares, or save its time with {key}=0, now {now:g}"
+                f"check what this loss compares, or save its time with {key}.weight=0"
             )
         else:
             return

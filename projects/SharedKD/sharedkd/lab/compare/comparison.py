@@ -30,8 +30,8 @@ from sharedkd.engine.parts import build
 from sharedkd.engine.resume import differences
 from sharedkd.engine.run import evaluate_teacher
 from sharedkd.errors import ConfigError
-from sharedkd.files import replace
 from sharedkd.lab.metrics import read_curves, seconds_per_step
+from sharedkd.lab.output import write_text
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.lab.scores import TASKS, costs_of, folder_name, is_known, mean_of
@@ -132,7 +132,9 @@ class Comparison:
             return with_method(self.cfg, method)
         overrides, ours = self.overrides, self.cfg.model.get("teacher")
         if target_of(load_file(path, "--methods").model.get("teacher")) is not target_of(ours):
-            overrides = [x for x in overrides if not x.startswith("model.teacher.")]  # of our teacher
+            overrides = [
+                x for x in overrides if not x.startswith("model.teacher.")
+            ]  # of our teacher
         return load_config(path, [*overrides, *settings], keep_teacher=True)
 
     def _check_names(self) -> None:
@@ -159,7 +161,8 @@ class Comparison:
         model = build(self.cfg)
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
-            if "=" in method or method == OWN or _is_config(method):
+            method = method.split(FOR_THE_TIME_OF)[0]
+            if "=" in method or method == OWN or _is_config(method.split(":")[0]):
                 build(cfg)  # any part of the model may be another, or one more
             elif "student" in cfg.model:
                 stages = construct(cfg.model.stages, "model.stages")
@@ -170,8 +173,7 @@ class Comparison:
             print("the teacher's evaluation", flush=True)
             with redirect_stdout(StringIO()):  # pycocotools prints
                 results = evaluate_teacher(self.cfg, model)
-            self.output.mkdir(parents=True, exist_ok=True)
-            replace(str(path), lambda f: f.write(json.dumps(results).encode()), WRITER)
+            write_text(path, json.dumps(results), WRITER)
         del model, teacher
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the arms run in other processes
@@ -229,7 +231,7 @@ class Comparison:
         """
         path = self._config_path(method)
         if FOR_THE_TIME_OF not in method:
-            return self.cfg.train.max_iter
+            return self.configs[method].train.max_iter
         if path.exists():
             return LazyConfig.load(str(path)).train.max_iter
         both = method.split(FOR_THE_TIME_OF)
@@ -243,7 +245,8 @@ class Comparison:
             if not math.isfinite(theirs / ours):
                 problem = "has no time to take: the runs that it depends on failed"
                 raise ConfigError("--methods", method, problem, "repair the failed runs")
-            cfg.train.max_iter = round(cfg.train.max_iter * theirs / ours)
+            length = self.configs[both[1]].train.max_iter
+            cfg.train.max_iter = round(length * theirs / ours)
         self._save_config(method, cfg)
         return cfg.train.max_iter
 

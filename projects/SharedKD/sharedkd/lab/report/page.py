@@ -6,11 +6,13 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Any, Dict, List, Optional
+from uuid import uuid4
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sharedkd.errors import ConfigError
 from sharedkd.lab.compare.plots import PALETTE
 from sharedkd.lab.compare.student_summary import STUDENTS
 from sharedkd.lab.compare.summary import notes
@@ -42,8 +44,9 @@ def write_report(
     """
     text = as_html(folder, features, detections)
     output = output or folder / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, text)
+    write_text(
+        output, text, f".{uuid4().hex[:8]}"
+    )  # several shards of a comparison may end together
     return output
 
 
@@ -59,7 +62,7 @@ def as_html(
         lstrip_blocks=True,
     )
     if (folder / STUDENTS).is_file():
-        students = json.loads((folder / STUDENTS).read_text())["students"]
+        students = _students(folder / STUDENTS)
         head, rest = documents.read_document(folder / "report.md") or ("", "")
         return page.get_template("students.html").render(
             title=f"Students: {folder.resolve().name}", head=head, rest=rest, students=students
@@ -104,6 +107,14 @@ def as_html(
         # The browser runs this script and no other, and loads nothing from anywhere.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _students(path: Path) -> List[Dict[str, Any]]:
+    try:
+        return json.loads(path.read_text())["students"]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        fix = "run tools/compare_methods.py again"
+        raise ConfigError("DIR", path, f"is damaged ({e})", fix) from e
 
 
 def _teacher(source: Source, task: str) -> Optional[Row]:

@@ -1,9 +1,11 @@
 """The average of the student over its training, as a source of maps."""
 
 import copy
+from contextlib import suppress
 from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Tuple
 
 import torch
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from sharedkd.losses.base import Maps
@@ -24,9 +26,9 @@ class StudentAverage(Teacher):
 
         average = d average + (1 - d) student,   d = min(decay, (1 + step) / (10 + step))
 
-    after each step that changed the student, whatever trainer made it; the growing d of the first steps
-    is our choice.  Buffers, such as the statistics of batch norms, are copied.  It begins as the student
-    when it is first asked for maps, or saved.
+    in each iteration, of the EventStorage, that asks it for maps, before it gives them: whatever trainer
+    and optimizer made the last step.  The growing d of the first steps is our choice.  Buffers, such as
+    the statistics of batch norms, are copied.  It begins as the student when it is first asked, or saved.
 
     Args:
         decay: between 0 and 1.
@@ -40,8 +42,7 @@ class StudentAverage(Teacher):
         self.decay, self.steps = decay, 0
         self._student: Optional[nn.Module] = None
         self._inner: Optional[FrozenTeacher] = None
-        # The version of the student's weights that is averaged already; None: not begun.
-        self._seen: Optional[int] = None
+        self._last: Optional[int] = None  # the iteration of its last update; None: not begun
 
     def attach(self, student: nn.Module, input_format: str, pyramid: Optional[str] = None) -> None:
         """Take the student, and the channel order of its images."""
@@ -77,18 +78,16 @@ class StudentAverage(Teacher):
     def finish_head(self, hidden: Hidden, left: int) -> Maps:
         return self._inner.finish_head(hidden, left)
 
-    def _version(self) -> int:
-        """Changes with every step of an optimizer: PyTorch counts what is written to a tensor."""
-        return sum(p._version for p in self._student.parameters() if p.requires_grad)
-
     @torch.no_grad()
     def _update(self) -> None:
         if self._inner is None:
             self.prepare()
-        version, first = self._version(), self._seen is None
-        if version == self._seen:
+        first, iteration = self._last is None, -1 if self._last is None else self._last
+        with suppress(AssertionError):  # outside of a training there is none
+            iteration = get_event_storage().iter
+        if iteration == self._last:
             return
-        self._seen = version
+        self._last = iteration
         decay = 0.0 if first else min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 0 if first else 1
         theirs = self._student.state_dict()
@@ -101,12 +100,17 @@ class StudentAverage(Teacher):
 
     def state_dict(self) -> Dict[str, Any]:
         """The averaged detector, with plain Detectron2's names, and how many steps it is the average of."""
-        self._update()
-        return {"model": self._inner.model.state_dict(), "steps": self.steps}
+        if self._last is None:
+            self._update()
+        return {
+            "model": self._inner.model.state_dict(),
+            "steps": self.steps,
+            "iteration": self._last,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the average of a resumed run, whose student is loaded already."""
         if self._inner is None:
             self.prepare()
         self._inner.model.load_state_dict(state["model"])
-        self.steps, self._seen = state["steps"], self._version()
+        self.steps, self._last = state["steps"], state["iteration"]

@@ -401,11 +401,8 @@ class FrozenTeacher(Teacher):
                 {name: precise(x) for name, x in maps.items()} if isinstance(maps, dict) else None
             )
         )
-        try:
-            with self._arithmetic():
-                return self.model(inputs)
-        finally:
-            to_float32.remove()
+        with to_float32, self._arithmetic():
+            return self.model(inputs)
 
     def preprocess(
         self, batched_inputs: List[Dict[str, Any]], input_format: str, size_divisibility: int = 0

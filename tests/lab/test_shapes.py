@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from coco_files import decode
 
-from sharedkd.data import shapes as shapes_module
-from sharedkd.data.shapes import CLASSES, make_shapes
+from sharedkd.lab import shapes as shapes_module
+from sharedkd.lab.shapes import CLASSES, make_shapes
 
 ARGUMENTS = dict(train=30, val=6, size=(128, 160), seed=3)
 
