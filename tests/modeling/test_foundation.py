@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from sharedkd import ConfigError, SharedKD, Stage
+from sharedkd import ConfigError, Stage
 from sharedkd.losses import DIST, DKD, PKD, Cosine, RegionCrossKD
 from sharedkd.modeling.teachers import FoundationTeacher, TeacherMean
 
@@ -92,12 +92,7 @@ def test_a_loss_of_regions_is_refused_when_built(loss, mean):
     """Such a teacher has no box head; without this check the first step failed."""
     teacher = TeacherMean([source(), source()]) if mean else source()
     with pytest.raises(ConfigError) as error:
-        SharedKD(
-            student=tiny.detector("faster_rcnn"),
-            teacher=teacher,
-            stages={"probe": Stage(loss(1.0, 1.0))},
-            input_format="RGB",
-        )
+        tiny.pair({"probe": Stage(loss(1.0, 1.0))}, "faster_rcnn", teacher)
     assert str(error.value) == (
         f"model.stages.probe.loss={type(teacher).__name__}: is a teacher without a detector, and this loss "
         "reads what its box head predicts; use a two-stage detector as teacher, or a loss that compares "
