@@ -31,9 +31,8 @@ class Browser:
 
     def __init__(self, profile: Path):
         (read, self._out), (self._in, write) = os.pipe(), os.pipe()
-        ends = [
-            fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (read, write)
-        ]  # not 3 and 4 themselves
+        # Not 3 and 4 themselves.
+        ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (read, write)]
         os.close(read)
         os.close(write)
 

@@ -122,9 +122,8 @@ def test_stacked_terms_are_those_of_each_alone(pairs):
     torch.manual_seed(0)
     both.update(instantiate(METHODS["fgd"].stages["retinanet"]))
     _, losses = step(student, teacher, both, batch)
-    for name in (
-        k for k in alone if k.startswith("distill/fgd")
-    ):  # FGD's start has no chance in it
+    # FGD's start has no chance in it.
+    for name in (k for k in alone if k.startswith("distill/fgd")):
         if not name.endswith("_global"):
             assert torch.allclose(losses[name], alone[name], rtol=1e-4), name
 

@@ -262,9 +262,8 @@ def test_what_a_model_makes_of_its_images():
     model = tiny.detector("retinanet", depth=50)
     found = convention_of_model(model)
     assert found.order == "RGB" and np.allclose(found.mean, RGB) and not found.stride_in_1x1
-    assert (
-        convention_of_model(tiny.detector("retinanet")).stride_in_1x1 is None
-    )  # no 1x1 convolution
+    # There is no 1x1 convolution.
+    assert convention_of_model(tiny.detector("retinanet")).stride_in_1x1 is None
     theirs = convention_of_file(CONVENTIONS["MSRA/R-50"][0])
     assert theirs.differences(found) == ["order", "stride_in_1x1", "std"]
     assert found.differences(theirs) == ["order", "stride_in_1x1", "std"]

@@ -84,9 +84,8 @@ def test_a_label_is_complete_in_a_corner():
         ).sum()
 
     assert letters(BOX) > 50
-    assert letters((152, 1, 159, 9)) == pytest.approx(
-        letters(BOX), rel=0.25
-    )  # the box shines through
+    # The box shines through.
+    assert letters((152, 1, 159, 9)) == pytest.approx(letters(BOX), rel=0.25)
 
 
 def test_bars_tell_costs_below_a_point():

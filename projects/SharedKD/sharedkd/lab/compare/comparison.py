@@ -132,9 +132,8 @@ class Comparison:
             return with_method(self.cfg, method)
         overrides, ours = self.overrides, self.cfg.model.get("teacher")
         if target_of(load_file(path, "--methods").model.get("teacher")) is not target_of(ours):
-            overrides = [
-                x for x in overrides if not x.startswith("model.teacher.")
-            ]  # of our teacher
+            # Without what is said of our teacher.
+            overrides = [x for x in overrides if not x.startswith("model.teacher.")]
         return load_config(path, [*overrides, *settings], keep_teacher=True)
 
     def _check_names(self) -> None:

@@ -44,9 +44,8 @@ def write_report(
     """
     text = as_html(folder, features, detections)
     output = output or folder / "report.html"
-    write_text(
-        output, text, f".{uuid4().hex[:8]}"
-    )  # several shards of a comparison may end together
+    # Several shards of a comparison may end together.
+    write_text(output, text, f".{uuid4().hex[:8]}")
     return output
 
 
