@@ -266,7 +266,7 @@ def _together(records: Sequence[Mapping[str, Any]]) -> str:
         of_bases = [difference(merged, method, base, "bbox") for base in (PLAIN, START)]
         sets = sum(bool(scores_of(record, method, "bbox")) for record in records)
         cells = [
-            "-" if method in (PLAIN, base) or not gain.seeds else f"{_gain(gain)} ({gain.seeds})"
+            "-" if method in (PLAIN, base) or not gain.count else f"{_gain(gain)} ({gain.count})"
             for base, gain in zip((PLAIN, START), of_bases)
         ]
         if method != PLAIN:

@@ -100,7 +100,7 @@ def test_a_capacity_gap_is_said_where_the_seeds_show_it(records):
     """Small gains 2, 2, 2 less than middle, by seed, and 2.3, 1.8, 1.3 less than slow; large less than both."""
     (gap,) = capacity_gaps(records, "bbox")
     assert (gap.method, gap.student, gap.larger) == ("fgd", "small", "middle")
-    assert (gap.less.mean, gap.less.half_width, gap.less.seeds) == pytest.approx((2, 0, 3))
+    assert (gap.less.mean, gap.less.half_width, gap.less.count) == pytest.approx((2, 0, 3))
     assert (
         "With `fgd`, `small` (11,000,000 parameters) gains +1.00 [-0.24, +2.24] box AP, and the larger "
         "`middle` (21,000,000) +3.00 [+1.76, +4.24]: +2.00 [+2.00, +2.00] more. The teacher may be "

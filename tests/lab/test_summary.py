@@ -74,7 +74,7 @@ def test_verdict(mean, half_width, seeds, verdict):
 
 def test_differences_are_paired(three):
     gain = difference(three, "fgd", "none", "bbox")
-    assert (gain.mean, gain.half_width, gain.seeds) == pytest.approx((2, 2.4841, 3), rel=1e-4)
+    assert (gain.mean, gain.half_width, gain.count) == pytest.approx((2, 2.4841, 3), rel=1e-4)
     # The seeds differ by far more than the method gains: unpaired, nothing would be shown.
     gain = difference(three, "pkd", "none", "bbox")
     assert (gain.mean, gain.low, gain.high) == pytest.approx((1, 0.75159, 1.24841), rel=1e-4)
@@ -85,7 +85,7 @@ def test_differences_use_the_seeds_that_both_have():
     arms = [arm("none", 0, 30.0), arm("none", 1, 90.0), failed("none", 2), arm("none", 3, 20.0)]
     arms += [arm("fgd", 3, 24.0), arm("fgd", 0, 32.0), arm("fgd", 1, math.nan), arm("fgd", 2, 1.0)]
     gain = difference(make(arms), "fgd", "none", "bbox")
-    assert (gain.mean, gain.half_width, gain.seeds) == pytest.approx((3, 12.7062, 2), rel=1e-4)
+    assert (gain.mean, gain.half_width, gain.count) == pytest.approx((3, 12.7062, 2), rel=1e-4)
 
 
 def test_report_of_ap(three):

@@ -10,7 +10,7 @@ from sharedkd.lab.analysis.feature_plots import draw_heat_maps, draw_training
 from sharedkd.lab.analysis.gap_report import words
 from sharedkd.lab.analysis.gaps import GapMeter
 from sharedkd.lab.analysis.similarity import MEASURES, aligned, cka, hsic, u_centred
-from sharedkd.lab.scores import paired
+from sharedkd.lab.scores import Difference
 from sharedkd.losses.alignment import Pooled
 
 SIZE = (32, 48)
@@ -49,7 +49,7 @@ def test_every_pair_is_measured_by_the_loss_s_own_distance():
             direct = aligned(Pooled(levels[who][s]), Pooled(levels[other][t]), "channel")
             assert found == pytest.approx(direct, abs=1e-6)
     matrix = gaps.matrix("student-teacher", "mse")
-    assert matrix["rows"] == matrix["columns"] == [4, 8] and matrix["count"] == 3
+    assert matrix["rows"] == matrix["columns"] == [4, 8]
     values = gaps.values["mse"][:, 0, 3]  # student 4, teacher 8
     assert matrix["mean"][0][1] == pytest.approx(values.mean())
     assert matrix["sd"][0][1] == pytest.approx(values.std(ddof=1))
@@ -118,11 +118,11 @@ def test_padding_is_left_out():
         ([4, 5, 6], 5 - 2.484138, 5 + 2.484138, "larger"),
         ([-4, -5, -6], -5 - 2.484138, -5 + 2.484138, "smaller"),
         ([1, 2, 3], 2 - 2.484138, 2 + 2.484138, "no difference shown"),
-        ([1, np.nan, np.nan], np.nan, np.nan, "too few for an interval"),
+        ([1, np.nan, np.nan], np.nan, np.nan, "one image: no interval"),
     ],
 )
 def test_nothing_is_claimed_where_the_interval_includes_zero(ours, low, high, verdict):
-    found = paired(np.array(ours, float) + 10, np.full(3, 10.0), ("smaller", "larger"))
+    found = Difference.of(ours, ("smaller", "larger", "image")).record()
     assert [found["low"], found["high"]] == pytest.approx([low, high], rel=1e-5, nan_ok=True)
     assert found["verdict"] == verdict
 
@@ -170,7 +170,7 @@ def test_words_and_figures():
     assert cells[-2] == "smaller" and cells[-3].endswith("]")
     assert float(cells[-3].split()[0]) == pytest.approx(inner - cross, abs=2e-3)
     noise = words(record(meter(images(2))))
-    assert "no difference shown" in noise and "too few for an interval" in noise
+    assert "no difference shown" in noise and "one value: no interval" in noise
 
     figure = draw_heat_maps(found, "fpn")
     titles = [axes.get_title() for axes in figure.axes[:5]]

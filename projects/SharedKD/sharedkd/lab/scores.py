@@ -22,7 +22,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from scipy.stats import t
@@ -47,7 +47,6 @@ __all__ = [
     "is_known",
     "mean_of",
     "measured",
-    "paired",
     "reached",
     "read_comparison",
     "rows_of",
@@ -62,6 +61,7 @@ CONFIDENCE = 0.95  #: of every interval
 TASKS = {"bbox": "box", "segm": "mask"}  #: as Detectron2's evaluator calls them -> in words
 MORE_METRICS = ("AP50", "AP75", "APs", "APm", "APl")
 Record = Mapping[str, Any]
+_OVER_SEEDS = ("worse", "better", "seed")
 
 
 def read_comparison(folder: Path, key: str) -> Dict[str, Any]:
@@ -103,42 +103,21 @@ def interval(values: Sequence[float]) -> Tuple[float, float]:
     return mean, float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
-def paired(
-    ours: Union[Sequence[float], np.ndarray],
-    theirs: Union[Sequence[float], np.ndarray],
-    words: Tuple[str, str] = ("worse", "better"),
-) -> Dict[str, Any]:
-    """The mean of ``ours - theirs`` with its 95 % t interval and a verdict.
-
-    Args:
-        ours, theirs: values of the same images, or minibatches, in the same order; a NaN is left out.
-        words: the verdict on a mean below and above zero, where the interval excludes zero.
-
-    Returns:
-        "mean", "low", "high", "count" and "verdict".
-    """
-    values = np.subtract(ours, theirs)
-    values = values[~np.isnan(values)]
-    mean, half_width = interval(values)
-    low, high = mean - half_width, mean + half_width
-    verdict = words[0] if high < 0 else words[1] if low > 0 else "no difference shown"
-    if len(values) < 2:
-        verdict = "too few for an interval"
-    return {"mean": mean, "low": low, "high": high, "count": len(values), "verdict": verdict}
-
-
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference between two methods, in points of the metric, with its 95 % interval."""
+    """The mean of paired differences, with its 95 % t interval."""
 
-    mean: float  #: positive where the method has more than the reference
-    half_width: float  #: of the interval; NaN with fewer than two seeds
-    seeds: int  #: that both methods have
+    mean: float  #: positive where ours has more than the reference
+    half_width: float  #: of the interval; NaN with fewer than two values
+    count: int  #: of the values: seeds, images or minibatches that both have
+    #: The verdicts on a mean below and above zero, and what was counted.
+    words: Tuple[str, str, str] = _OVER_SEEDS
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Difference":
-        """Of the differences of the single seeds."""
-        return cls(*interval(values), seeds=len(values))
+    def of(cls, values: Iterable[float], words: Tuple[str, str, str] = _OVER_SEEDS) -> "Difference":
+        """Of the single differences; a NaN is left out."""
+        known = [x for x in values if is_known(x)]
+        return cls(*interval(known), len(known), words)
 
     @property
     def low(self) -> float:
@@ -150,21 +129,24 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In words; "better" and "worse" only where the interval excludes zero."""
-        if self.seeds == 0:
-            return "no common seed"
-        if self.seeds == 1:
-            return "one seed: no interval"
+        """In words; the mean is below or above zero only where the interval excludes zero."""
+        below, above, counted = self.words
+        if self.count < 2:
+            return f"one {counted}: no interval" if self.count else f"no common {counted}"
         if self.low > 0:
-            return "better"
-        return "worse" if self.high < 0 else "no difference shown"
+            return above
+        return below if self.high < 0 else "no difference shown"
+
+    def record(self) -> Dict[str, Any]:
+        """For JSON: "mean", "low", "high", "count" and "verdict"."""
+        return {x: getattr(self, x) for x in ("mean", "low", "high", "count", "verdict")}
 
 
 def difference(
     record: Record, method: str, reference: str, task: str, metric: str = "AP"
 ) -> Difference:
     """``method`` minus ``reference``, paired over the seeds that both have."""
-    return Difference.of([*gains(record, method, reference, task, metric).values()])
+    return Difference.of(gains(record, method, reference, task, metric).values())
 
 
 def gains(

@@ -6,7 +6,7 @@ from tabulate import tabulate
 
 from .scores import MORE_METRICS, TASKS, Difference, is_known
 
-__all__ = ["between", "markdown", "number", "results_table", "with_bounds", "with_half_width"]
+__all__ = ["markdown", "number", "results_table", "with_bounds", "with_half_width"]
 
 
 def markdown(
@@ -30,17 +30,8 @@ def with_half_width(mean: float, half_width: float, unknown: str = "-") -> str:
 
 def with_bounds(gain: Difference, unknown: str = "-", layout: str = "+.2f") -> str:
     """A mean difference with the bounds of its interval, if it has one."""
-    return _bounded(gain.mean, gain.low, gain.high, layout, unknown)
-
-
-def between(difference: Mapping[str, Any]) -> str:
-    """The same of what :func:`~.scores.paired` found."""
-    return _bounded(difference["mean"], difference["low"], difference["high"], "+.3f")
-
-
-def _bounded(mean: float, low: float, high: float, layout: str, unknown: str = "-") -> str:
-    bounds = f" [{low:{layout}}, {high:{layout}}]" if is_known(low) else ""
-    return number(mean, layout, unknown) + bounds
+    bounds = f" [{gain.low:{layout}}, {gain.high:{layout}}]" if is_known(gain.low) else ""
+    return number(gain.mean, layout, unknown) + bounds
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:

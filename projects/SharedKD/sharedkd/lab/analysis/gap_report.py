@@ -10,7 +10,7 @@ All functions read that record, a plain dict:
 
 from typing import Any, List, Mapping
 
-from sharedkd.lab.tables import between, markdown, number
+from sharedkd.lab.tables import markdown, number
 
 from .gaps import QUANTITIES
 from .similarity import MEASURES
@@ -79,13 +79,14 @@ def _table(record: Mapping[str, Any]) -> str:
         for measure in MEASURES:
             for step in record["checkpoints"]:
                 found = step["taps"][tap]
-                difference = found["inner_minus_cross"][measure]
+                apart = found["inner_minus_cross"][measure]
+                mean, low, high = (number(apart[x], "+.3f") for x in ("mean", "low", "high"))
                 means = [
                     f"{number(x['mean'], '.3f')} ± {number(x['half_width'], '.3f')}"
                     for x in found["quantities"][measure].values()
                 ]
-                row = [TAPS[tap], GAPS[measure], step["name"], *means, between(difference)]
-                rows.append([*row, difference["verdict"]])
+                row = [TAPS[tap], GAPS[measure], step["name"], *means]
+                rows.append([*row, f"{mean} [{low}, {high}]", apart["verdict"]])
     head = ["maps", "gap", "student", *QUANTITIES, "inner - cross", "verdict"]
     return markdown(rows, head)
 

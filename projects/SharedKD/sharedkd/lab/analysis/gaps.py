@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharedkd.lab.scores import interval, paired
+from sharedkd.lab.scores import Difference, interval
 from sharedkd.losses.alignment import Pooled
 from sharedkd.losses.base import Batch, precise
 
@@ -136,8 +136,8 @@ class Gaps:
         """A measure of one of the :data:`KINDS` of level pairs, as it is and not as a gap.
 
         Returns:
-            "rows" and "columns" (strides), "mean" and "sd" over images or minibatches, and "count",
-            the number of these.  The "mean" of CKA is its estimate from all minibatches together.
+            "rows" and "columns" (strides), "mean" and "sd" over images or minibatches.  The "mean" of
+            CKA is its estimate from all minibatches together.
         """
         sides = kind.split("-")
         index = np.ix_(*([i for i, node in enumerate(self.nodes) if node[0] == x] for x in sides))
@@ -148,7 +148,6 @@ class Gaps:
             "columns": columns,
             "mean": (self.cka[index] if measure == "cka" else values.mean(0)).tolist(),
             "sd": (values.std(0, ddof=1) if len(values) > 1 else values[0] * np.nan).tolist(),
-            "count": len(values),
         }
 
     def _strides(self, who: str) -> List[int]:
@@ -196,7 +195,7 @@ class Gaps:
 
     def _inner_minus_cross(self, measure: str, *pairs: Tuple[int, int]) -> Dict[str, Any]:
         inner, cross = (self.quantity(name, measure, pairs) for name in ("inner", "cross"))
-        return paired(inner, cross, ("smaller", "larger"))
+        return Difference.of(inner - cross, ("smaller", "larger", "value")).record()
 
 
 def _interval(values: np.ndarray) -> Dict[str, Any]:

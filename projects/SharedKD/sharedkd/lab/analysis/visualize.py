@@ -7,9 +7,8 @@ from omegaconf import OmegaConf
 
 from sharedkd.errors import ConfigError
 from sharedkd.lab.output import write_json, write_text
-from sharedkd.lab.scores import paired
-from sharedkd.lab.tables import between as difference_of
-from sharedkd.lab.tables import results_table
+from sharedkd.lab.scores import Difference
+from sharedkd.lab.tables import results_table, with_bounds
 
 from .detection_plots import draw_ap, draw_mistakes
 from .detections import Found, Truth, average_precision, detect, match_images, mistakes
@@ -61,6 +60,8 @@ def visualize(
     task = tasks[-1]
     matches = {n: match_images(truth, x, task, score_threshold) for n, x in results.items()}
     quality = {n: {i: match.quality for i, match in of.items()} for n, of in matches.items()}
+    differences = [quality[second][i] - x for i, x in quality[first].items()]
+    apart = Difference.of(differences, ("worse", "better", "image"))
     is_empty = not any(match.kinds for of in matches.values() for match in of.values())
 
     def results_of(found: Found, task: str) -> Dict[str, Any]:
@@ -95,13 +96,17 @@ def visualize(
         },
         "per_image": per_image,
         "between": list(between),
-        "difference": _difference(quality[first], quality[second]),
+        "difference": {
+            **apart.record(),
+            "second_better": sum(x > 0 for x in differences),
+            "first_better": sum(x < 0 for x in differences),
+        },
     }
-    record["sentence"] = _sentence(record, is_empty)
+    record["sentence"] = _sentence(record, apart, is_empty)
     output.mkdir(parents=True, exist_ok=True)
     # Without a detection all images are equal: none of them shows anything.
-    apart = lambda x: -abs(x["scores"][first] - x["scores"][second])  # noqa: E731
-    chosen = [] if is_empty else sorted(per_image, key=apart)[:pictures]
+    widest = lambda x: -abs(x["scores"][first] - x["scores"][second])  # noqa: E731
+    chosen = [] if is_empty else sorted(per_image, key=widest)[:pictures]
     files = []
     if chosen:
         by_id = {x["image_id"]: x for x in records}
@@ -134,15 +139,6 @@ def _pair(between: Sequence[str], names: Sequence[str]) -> Tuple[str, str]:
     return chosen[0], chosen[1]
 
 
-def _difference(first: Mapping[int, float], second: Mapping[int, float]) -> Dict[str, Any]:
-    """The second model minus the first, paired by image."""
-    return {
-        **paired(list(second.values()), list(first.values())),
-        "second_better": sum(second[i] > x for i, x in first.items()),
-        "first_better": sum(second[i] < x for i, x in first.items()),
-    }
-
-
 def _caption(image: Mapping[str, Any], between: Sequence[str]) -> str:
     found = [f"{name} {image['scores'][name]:.2f}" for name in dict.fromkeys(between)]
     return "\n".join([f"image {image['image_id']}, quality:", *found])
@@ -164,7 +160,7 @@ def _words(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _sentence(record: Mapping[str, Any], is_empty: bool) -> str:
+def _sentence(record: Mapping[str, Any], apart: Difference, is_empty: bool) -> str:
     (first, second), x = record["between"], record["difference"]
     threshold = f"{record['score_threshold']:g}"
     if is_empty:
@@ -173,7 +169,8 @@ def _sentence(record: Mapping[str, Any], is_empty: bool) -> str:
         return "One model: nothing to compare it with."
     return (
         f"Quality per image (from 0 to 1, of detections with a score of {threshold} or more; AP counts "
-        f"all), {second} minus {first}: {difference_of(x)} over {x['count']} images: {x['verdict']}. "
+        f"all), {second} minus {first}: {with_bounds(apart, layout='+.3f')} over {apart.count} images: "
+        f"{apart.verdict}. "
         f"{second} is ahead on {x['second_better']} images, {first} on {x['first_better']}. The interval "
         "is over images, for these very weights: it says nothing about other seeds."
     )

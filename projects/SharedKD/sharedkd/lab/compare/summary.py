@@ -105,7 +105,7 @@ def _ap_table(record: Record, task: str) -> str:
                 *cells,
                 _reached(reached(record, row.method, task)),
                 f"{len(row.scores['AP'])} of {planned}",
-                str(gain.seeds) if gain else "-",
+                str(gain.count) if gain else "-",
             ]
         )
     if is_known(score_of(record.get("teacher"), task)):
@@ -239,7 +239,7 @@ def _caveats(record: Record) -> str:
         method
         for method in record["methods"]
         if method != baseline
-        and any(difference(record, method, baseline, task).seeds > 1 for task in tasks_of(record))
+        and any(difference(record, method, baseline, task).count > 1 for task in tasks_of(record))
     ]
     by_chance = len(compared) * (1 - CONFIDENCE)
     chance = (

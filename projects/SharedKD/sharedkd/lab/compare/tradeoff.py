@@ -96,7 +96,7 @@ def capacity_gaps(records: Records, task: str) -> List[Gap]:
             for large, theirs in each.items():
                 less = Difference.of([theirs[seed] - ours[seed] for seed in theirs if seed in ours])
                 if less.verdict == "better" and _is_larger(records[large], records[small], task):
-                    both = [Difference.of([*x.values()]) for x in (ours, theirs)]
+                    both = [Difference.of(x.values()) for x in (ours, theirs)]
                     wider.append(Gap(method, small, large, both, less))
             found += sorted(wider, key=lambda gap: gap.less.mean)[-1:]
     return found

@@ -88,15 +88,15 @@ def _of_methods(source: Source, tasks: Mapping[str, Sequence[Row]]) -> Pairs:
     own = [f"{score(x[plain])} {TASKS[t]} AP" for t, x in by_name.items() if plain in x]
     found.append(("Baseline", f"{baseline}: {' and '.join(own) or 'no result yet'}"))
     # A student trained for another method's time is no method.
-    compared = [r for r in tasks[first] if r.gain and r.gain.seeds and "@" not in r.method]
+    compared = [r for r in tasks[first] if r.gain and r.gain.count and "@" not in r.method]
     if not compared:
         return [*found, ("Other methods", "no result yet")]
     best = max(compared, key=lambda row: row.gain.mean)
     label = f"Largest difference of {len(compared)}" if len(compared) > 1 else "Against it"
     for task, rows in by_name.items():
         gain = rows[best.method].gain
-        if gain and gain.seeds:
-            over = f" paired over {gain.seeds} seeds" if gain.seeds > 1 else ""
+        if gain and gain.count:
+            over = f" paired over {gain.count} seeds" if gain.count > 1 else ""
             text = (
                 f"{best.method}: {score(rows[best.method])} {TASKS[task]} AP, {with_bounds(gain)}"
             )
