@@ -104,7 +104,7 @@ def _of_run(run: Path, name: str = "") -> Source:
 
 
 def _has_teacher(config: Path) -> bool:
-    cfg = load_config(str(config), keep_teacher=True)
+    cfg = load_config(str(config), keep_teacher=True, without_data=True)
     return OmegaConf.select(cfg, "model.teacher") is not None
 
 
@@ -134,7 +134,7 @@ def _of_comparison(folder: Path, methods: Sequence[str], seed: Optional[int]) ->
 def load_detectors(
     found: Sequence[Source], overrides: Sequence[str] = ()
 ) -> Tuple[DictConfig, List[Detector]]:
-    """Build and load detectors in float32, their configs with ``overrides``.
+    """Build and load detectors in float32, their configs with ``overrides``; students come first.
 
     Returns:
         the first one's config, whose validation set is used, and the detectors.  A teacher of other
@@ -143,10 +143,11 @@ def load_detectors(
     Raises:
         ConfigError: weights that do not fit, or models that were evaluated on different data.
     """
-    first, detectors = None, []
+    paths = dict.fromkeys(str(source.config) for source in found)
+    configs = {path: load_config(path, overrides, keep_teacher=True) for path in paths}
+    first, detectors, classes = configs[str(found[0].config)], [], None
     for source in found:
-        cfg = load_config(str(source.config), overrides, keep_teacher=True)
-        first = first or cfg
+        cfg = configs[str(source.config)]
         ours, theirs = (OmegaConf.select(c, "dataloader.test.dataset.names") for c in (cfg, first))
         files = [OmegaConf.select(c, "data.val_json") for c in (cfg, first)]
         if ours != theirs or files[0] != files[1]:
@@ -157,9 +158,10 @@ def load_detectors(
         if source.checkpoint is not None:
             model = trained_student(cfg, str(source.checkpoint), source.name).to(cfg.train.device)
             detectors.append(Detector(source, mapper, model, count_parameters(model)))
+            classes = num_classes(model)
             continue
         teacher = construct(cfg.model.teacher, "model.teacher").to(cfg.train.device)
-        if num_classes(teacher.model) != num_classes(construct(student_only(cfg).model, "model")):
+        if num_classes(teacher.model) != classes:
             print("the teacher is left out: its classes are not those of the data")
             continue
         predict = partial(teacher.predict, input_format=cfg.model.input_format)
