@@ -22,7 +22,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from sharedkd.errors import SharedKDError
+from arguments import errors_in_words
+
 from sharedkd.lab.analysis.features import analyze_features, named_checkpoints
 
 if __name__ == "__main__":
@@ -41,7 +42,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
-    try:
+    with errors_in_words():
         report = analyze_features(
             args.config_file,
             args.checkpoint,
@@ -51,6 +52,4 @@ if __name__ == "__main__":
             args.pictures,
             command=shlex.join(["tools/analyze_features.py", *sys.argv[1:]]),
         )
-    except SharedKDError as e:
-        sys.exit(f"error: {e}")
     print(report)

@@ -1,7 +1,12 @@
-"""The flags that all tools for a run's config share."""
+"""What the tools share: the flags for a run's config, lists of names, errors in one line."""
 
 import argparse
-from typing import List
+import re
+import sys
+from contextlib import contextmanager
+from typing import Iterator, List
+
+from sharedkd.errors import SharedKDError
 
 FLAGS = {
     "--teacher": "teacher",
@@ -46,3 +51,17 @@ def overrides_of(args: argparse.Namespace, given: List[str]) -> List[str]:
     """The overrides of a command: those that its flags stand for, then those ``given``."""
     values = {key: getattr(args, flag[2:].replace("-", "_"), None) for flag, key in FLAGS.items()}
     return [f"distill.{key}={value}" for key, value in values.items() if value is not None] + given
+
+
+def names(text: str) -> List[str]:
+    """The names in ``text``, which commas separate; not one inside brackets, as in ``[neck,head]``."""
+    return [name for name in re.split(r",(?![^\[]*\])", text) if name]
+
+
+@contextmanager
+def errors_in_words() -> Iterator[None]:
+    """A context in which a mistake of the user ends the tool: one line on stderr, and status 1."""
+    try:
+        yield
+    except SharedKDError as e:
+        sys.exit(f"error: {e}")

@@ -23,9 +23,9 @@ import logging
 from pathlib import Path
 
 import torch
+from arguments import errors_in_words, names
 
 from sharedkd.config import load_config
-from sharedkd.errors import SharedKDError
 from sharedkd.lab.benchmark import Benchmark, measure
 from sharedkd.lab.output import write_text
 from sharedkd.lab.performance import table
@@ -69,9 +69,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--starts", type=int, default=3, metavar="N", help="processes that a peak is the median of"
     )
-    parser.add_argument(
-        "--methods", type=lambda text: [x for x in text.split(",") if x], default=[], metavar="A,B"
-    )
+    parser.add_argument("--methods", type=names, default=[], metavar="A,B")
     parser.add_argument(
         "--variant",
         action="append",
@@ -91,10 +89,8 @@ if __name__ == "__main__":
         parser.error("--image-size is 32 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
-    try:
+    with errors_in_words():
         result = {"command": sys.argv, **benchmark(args)}
-    except SharedKDError as e:
-        sys.exit(f"error: {e}")
     if args.json:
         write_text(args.json, json.dumps(result, indent=1))
     print(table(result))

@@ -35,14 +35,12 @@ import prologue  # noqa: F401
 
 # isort: split
 import argparse
-import re
 from collections import defaultdict
 from pathlib import Path
 
-from arguments import add_config_arguments, overrides_of
+from arguments import add_config_arguments, errors_in_words, names, overrides_of
 
 from sharedkd.engine.interrupt import interruptible
-from sharedkd.errors import SharedKDError
 from sharedkd.lab.compare.comparison import Comparison
 from sharedkd.lab.compare.students import Student, run_students
 from sharedkd.lab.report import write_report
@@ -60,10 +58,6 @@ def list_methods() -> None:
             counts[method.parameters(family)].append(family)
         sizes = "; ".join(f"{', '.join(f)}: {n / 1e6:.2f} M" for n, f in counts.items())
         print(f"{method.name:20} {method.paper} ({sizes})")
-
-
-def names(text: str):
-    return [name for name in re.split(r",(?![^\[]*\])", text) if name]  # not inside [neck,head]
 
 
 def seeds(text: str):
@@ -103,7 +97,7 @@ if __name__ == "__main__":
     if args.latency_ms is not None and not args.students:
         parser.error("--latency-ms needs --students")
     common = (args.methods, args.seeds, args.output, overrides_of(args, args.overrides), args.jobs)
-    try:
+    with errors_in_words():
         with interruptible("the same command continues"):
             if args.students:
                 students = [Student.of(text, args.config_file) for text in args.students]
@@ -116,5 +110,3 @@ if __name__ == "__main__":
         page = write_report(args.output)
         tables = (args.output / "report.md").read_text().partition("## How to read this")[0]
         print(f"\n{tables}{short(args.output / 'report.md')}\n{short(page)}")
-    except SharedKDError as e:
-        sys.exit(f"error: {e}")

@@ -17,27 +17,19 @@ import prologue  # noqa: F401
 import argparse
 from pathlib import Path
 
-from sharedkd.errors import SharedKDError
+from arguments import errors_in_words
+
 from sharedkd.lab.convert import convert_voc, convert_yolo
 
-
-def main():
+if __name__ == "__main__":
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("format", choices=["yolo", "voc"])
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    try:
+    with errors_in_words():
         written = {"yolo": convert_yolo, "voc": convert_voc}[args.format](args.source, args.out)
-    except SharedKDError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
     for split, (path, folder) in written.items():
         if split in ("train", "val"):
             print(f"data.{split}_json={path} data.{split}_images={folder}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,8 +17,9 @@ import prologue  # noqa: F401
 import argparse
 from pathlib import Path
 
+from arguments import errors_in_words
+
 from sharedkd.engine.interrupt import interruptible
-from sharedkd.errors import SharedKDError
 from sharedkd.lab.demo import run_demo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +31,5 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=ROOT / "output/demo", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
-    try:
-        with interruptible("the same command continues"):
-            run_demo(ROOT, args.output, args.overrides)
-    except SharedKDError as e:
-        sys.exit(f"error: {e}")
+    with errors_in_words(), interruptible("the same command continues"):
+        run_demo(ROOT, args.output, args.overrides)

@@ -18,10 +18,9 @@ import prologue  # noqa: F401
 import argparse
 from pathlib import Path
 
-from arguments import add_config_arguments
+from arguments import add_config_arguments, errors_in_words, names
 
 from sharedkd.engine.interrupt import interruptible
-from sharedkd.errors import SharedKDError
 from sharedkd.lab.chain import run_chain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +30,11 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--students", required=True, metavar="A,B,...", help="configs, from large to small"
+        "--students",
+        type=names,
+        required=True,
+        metavar="A,B,...",
+        help="configs, from large to small",
     )
     parser.add_argument("--output", type=Path, default=Path("output/chain"), metavar="DIR")
     add_config_arguments(parser, depth=False)
@@ -40,16 +43,12 @@ if __name__ == "__main__":
     if not args.teacher:
         parser.error("name the first teacher by --teacher")
     method = [f"distill.method={args.method}"] if args.method else []
-    students = [name for name in args.students.split(",") if name]
-    try:
-        with interruptible("the same command continues"):
-            run_chain(
-                ROOT,
-                args.teacher,
-                args.teacher_weights,
-                students,
-                args.output,
-                [*method, *args.overrides],
-            )
-    except SharedKDError as e:
-        sys.exit(f"error: {e}")
+    with errors_in_words(), interruptible("the same command continues"):
+        run_chain(
+            ROOT,
+            args.teacher,
+            args.teacher_weights,
+            args.students,
+            args.output,
+            [*method, *args.overrides],
+        )

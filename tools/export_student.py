@@ -25,19 +25,14 @@ import json
 import logging
 from pathlib import Path
 
-from arguments import add_config_arguments, overrides_of
+from arguments import add_config_arguments, errors_in_words, names, overrides_of
 from omegaconf import OmegaConf
 
 from sharedkd.config import load_config
 from sharedkd.engine.checkpoint import has_run
-from sharedkd.errors import SharedKDError
 from sharedkd.lab.export import FORMATS, export_student, table
 from sharedkd.lab.output import write_text
 from sharedkd.modeling.detectors import weights_of
-
-
-def names(text: str):
-    return [name for name in text.split(",") if name]
 
 
 def size(text: str):
@@ -88,13 +83,11 @@ if __name__ == "__main__":
     args.overrides = overrides_of(args, args.overrides)
     for name in ("detectron2", "fvcore"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
+    with errors_in_words():
         cfg = config(args)
         result = export_student(
             cfg, args.format, args.output, args.images, args.size, max(args.rounds, 0)
         )
-    except SharedKDError as e:
-        sys.exit(f"error: {e}")
     if args.json:
         write_text(Path(args.json), json.dumps({"command": sys.argv, **result}, indent=1))
     print(table(result))

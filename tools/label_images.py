@@ -18,13 +18,11 @@ import prologue  # noqa: F401
 # isort: split
 import argparse
 
-from arguments import add_teacher_arguments
+from arguments import add_teacher_arguments, errors_in_words
 
-from sharedkd.errors import SharedKDError
 from sharedkd.lab.label import label_images
 
-
-def main():
+if __name__ == "__main__":
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add_teacher_arguments(parser, required=True)
@@ -43,7 +41,7 @@ def main():
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the teacher's config")
     args = parser.parse_intermixed_args()
-    try:
+    with errors_in_words():
         found = label_images(
             args.teacher,
             args.images,
@@ -55,9 +53,6 @@ def main():
             args.list,
             args.overrides,
         )
-    except SharedKDError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
     counts = ", ".join(f"{name} {count}" for name, count in found.objects.most_common())
     print(f"{args.output}: {found.images} images, {found.objects.total()} objects ({counts})")
     if found.empty:
@@ -65,8 +60,3 @@ def main():
     if args.data_json:
         folders = f"[{args.data_images or args.images},{args.images}]"
         print(f"data.train_json=[{args.data_json},{args.output}] data.train_images={folders}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

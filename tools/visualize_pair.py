@@ -24,7 +24,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from sharedkd.errors import SharedKDError
+from arguments import errors_in_words, names
+
 from sharedkd.lab.analysis.models import sources
 from sharedkd.lab.analysis.visualize import table, visualize
 
@@ -40,16 +41,19 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", type=int, default=6, metavar="N", help="images drawn")
     parser.add_argument("--score-threshold", type=float, default=0.5, metavar="X")
     parser.add_argument(
-        "--between", type=lambda text: text.split(","), default=[], metavar="A,B",
+        "--between",
+        type=names,
+        default=[],
+        metavar="A,B",
         help="the models whose difference chooses the images (the first two)",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     args = parser.parse_intermixed_args()
     folders = [x for x in args.given if "=" not in x]
     if len(folders) > 1:
         parser.error(f"several folders: {' '.join(folders)}")
     folder = Path(folders[0]) if folders else None
-    try:
+    with errors_in_words():
         found = visualize(
             sources(folder, args.config_file, args.models, args.seed),
             args.output,
@@ -60,6 +64,4 @@ if __name__ == "__main__":
             args.between,
             command=shlex.join(["tools/visualize_pair.py", *sys.argv[1:]]),
         )
-    except SharedKDError as e:
-        sys.exit(f"error: {e}")
     print(table(found), found["sentence"], args.output / "detections.md", sep="\n\n")
