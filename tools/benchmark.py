@@ -18,7 +18,6 @@ import prologue  # noqa: F401
 
 # isort: split
 import argparse
-import json
 import logging
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from arguments import errors_in_words, names
 
 from sharedkd.config import load_config
 from sharedkd.lab.benchmark import Benchmark, measure
-from sharedkd.lab.output import write_text
+from sharedkd.lab.output import write_json
 from sharedkd.lab.performance import table
 from sharedkd.lab.schemes import benches, measure_schemes
 from sharedkd.methods import with_method
@@ -92,5 +91,5 @@ if __name__ == "__main__":
     with errors_in_words():
         result = {"command": sys.argv, **benchmark(args)}
     if args.json:
-        write_text(args.json, json.dumps(result, indent=1))
+        write_json(args.json, result)
     print(table(result))

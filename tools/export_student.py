@@ -21,7 +21,6 @@ import prologue  # noqa: F401
 
 # isort: split
 import argparse
-import json
 import logging
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from omegaconf import OmegaConf
 from sharedkd.config import load_config
 from sharedkd.engine.checkpoint import has_run
 from sharedkd.lab.export import FORMATS, export_student, table
-from sharedkd.lab.output import write_text
+from sharedkd.lab.output import write_json
 from sharedkd.modeling.detectors import weights_of
 
 
@@ -76,7 +75,7 @@ if __name__ == "__main__":
         "--size", type=size, metavar="HxW", help="of the timed image (default: of the largest)"
     )
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="0: no latencies")
-    parser.add_argument("--json", metavar="FILE", help="write everything there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     add_config_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -89,7 +88,7 @@ if __name__ == "__main__":
             cfg, args.format, args.output, args.images, args.size, max(args.rounds, 0)
         )
     if args.json:
-        write_text(Path(args.json), json.dumps({"command": sys.argv, **result}, indent=1))
+        write_json(args.json, {"command": sys.argv, **result})
     print(table(result))
     for error in result["refused"]:
         print(f"error: {error}", file=sys.stderr)

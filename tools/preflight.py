@@ -19,7 +19,7 @@ from pathlib import Path
 
 from arguments import add_config_arguments, overrides_of
 
-from sharedkd.lab.output import write_text
+from sharedkd.lab.output import write_json
 from sharedkd.lab.preflight import as_text, preflight
 
 if __name__ == "__main__":
@@ -41,8 +41,7 @@ if __name__ == "__main__":
         args.resume,
         measure=not args.no_steps,
     )
-    text = json.dumps(found, indent=1)
     if args.json and args.json != "-":
-        write_text(Path(args.json), text)
-    print(text if args.json == "-" else as_text(found))
+        write_json(Path(args.json), found)
+    print(json.dumps(found, indent=1) if args.json == "-" else as_text(found))
     sys.exit(not found["ok"])

@@ -16,7 +16,6 @@ def result(**changes):
         "images": [[320, 416]] * 2,
         "precision": "float32",
         "teacher_precision": "bfloat16",
-        "overhead": 0.8,
         "ratios": {name: around(x) for name, x in ratios.items()},
         "seconds": {name: around(x) for name, x in {**seconds, "losses/fgd": 0.5}.items()},
         "memory_mb": {"student_sharedkd": 1730, "distill": 1960, "fgd": 2300},
