@@ -257,9 +257,9 @@ def measure(
         starts: processes per peak, see :meth:`Benchmark.peak_mb`.
 
     Returns:
-        what was measured on what; ``ratios`` and ``seconds`` of the arms, each with median, low and
-        high; ``memory_mb``, the peak of each step.  The ratio ``overhead`` is distill / (student +
-        teacher_eager).  The arms are those of ``bench``, and ``NAME`` and ``losses/NAME`` the
+        ``overhead``, the median of distill / (student + teacher_eager); what was measured on what;
+        ``ratios`` and ``seconds`` of the arms, each with median, low and high; ``memory_mb``, the
+        peak of each step.  The arms are those of ``bench``, and ``NAME`` and ``losses/NAME`` the
         distillation step and the losses of another method or setting.
 
     Raises:
@@ -291,6 +291,7 @@ def measure(
     }
     peaks.update({name: each.peak_mb("distill", starts) for name, each in others.items()})
     return {
+        "overhead": ratios["overhead"]["median"],
         **circumstances(bench),
         "ratios": ratios,
         "seconds": {name: spread(each) for name, each in seconds.items()},
