@@ -298,6 +298,7 @@ def check_value(
     loss,
     by_hand,
     strides=(8, 16),
+    teachers=None,
     ours=3,
     theirs=3,
     fills=(None, None),
@@ -313,13 +314,16 @@ def check_value(
     Args:
         by_hand: (loss, student, teacher, boxes, sizes) -> terms.  The maps are arrays, by tap and
             stride; the sizes are of the part of each image that counts, (height, width) in pixels.
+        teachers: the teacher's strides; None: the student's.
         fills: of the student's and the teacher's maps: a number, or None for random ones.
         ready: what becomes of the bound loss first.
         seed: of draws, which the reference makes in the same order.
     """
     pyramids = [
-        detector(strides, width, padded, images, 10 * who, fill=fill)
-        for who, (width, fill) in enumerate(zip((ours, theirs), fills))
+        detector(levels, width, padded, images, seed, fill=fill)
+        for levels, width, seed, fill in zip(
+            (strides, teachers or strides), (ours, theirs), (0, 10), fills
+        )
     ]
     for levels in pyramids:
         levels[loss.tap] = levels.pop("fpn")
