@@ -287,7 +287,7 @@ def every_case(kind, own=None):
     padding = {"padding": ({}, PADDED)}
     if ignores_padding(kind):
         padding = {
-            "padding counts": (dict(ignore_padding=False), PADDED),
+            "padding counts": (dict(ignore_padding=False), dict(**PADDED, counted=[(64, 96)] * 3)),
             "padding ignored": (dict(ignore_padding=True), PADDED),
         }
     cases = {**SHARED, **padding, **(own or {})}
@@ -305,6 +305,7 @@ def check_value(
     padded=(64, 96),
     images=2,
     sizes=None,
+    counted=None,
     boxes=BOXES,
     ready=awake,
     seed=0,
@@ -313,16 +314,18 @@ def check_value(
 
     Args:
         by_hand: (loss, student, teacher, boxes, sizes) -> terms.  The maps are arrays, by tap and
-            stride; the sizes are of the part of each image that counts, (height, width) in pixels.
+            stride; the sizes are of the part of each image that counts.
         teachers: the teacher's strides; None: the student's.
         fills: of the student's and the teacher's maps: a number, or None for random ones.
+        sizes: (height, width) of each image before padding, in pixels; None: there is none.
+        counted: the sizes that the reference is given; None: those of the images.
         ready: what becomes of the bound loss first.
         seed: of draws, which the reference makes in the same order.
     """
     pyramids = [
-        detector(levels, width, padded, images, seed, fill=fill)
-        for levels, width, seed, fill in zip(
-            (strides, teachers or strides), (ours, theirs), (0, 10), fills
+        detector(levels, width, padded, images, 10 * who, fill=fill)
+        for who, levels, width, fill in zip(
+            (0, 1), (strides, teachers or strides), (ours, theirs), fills
         )
     ]
     for levels in pyramids:
@@ -332,10 +335,9 @@ def check_value(
         {tap: {s: x.numpy() for s, x in found.items()} for tap, found in levels.items()}
         for levels in pyramids
     ]
-    boxes, whole = boxes[:images], [padded] * images
-    counted = sizes if sizes and getattr(loss, "ignore_padding", True) else whole
+    boxes, sizes = boxes[:images], sizes or [padded] * images
     torch.manual_seed(seed)
-    expected = by_hand(loss, *arrays, boxes, counted)
+    expected = by_hand(loss, *arrays, boxes, counted or sizes)
     torch.manual_seed(seed)
     same(loss(batch(*pyramids, boxes, sizes, padded)), expected)
 
