@@ -1,5 +1,7 @@
 """What every loss's test needs: pyramids, ground truth, and the checks that hold for any loss."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -254,6 +256,90 @@ def awake(loss, seed=3):
         random = torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2
         p.data.copy_(random.to(p.dtype))
     return loss
+
+
+# --- values by hand ------------------------------------------------------------------------------
+
+#: Overlapping and thin; across the border and beyond it; none.
+BOXES = [
+    [[3, 5, 40, 30], [20, 20, 90, 60], [4, 4, 4.5, 60]],
+    [[-20, -9, 13, 12], [60, 50, 300, 200], [200, 200, 260, 240]],
+    [],
+]
+PADDED = dict(images=3, sizes=[(64, 96), (64, 40), (33, 50)])
+WIDTHS = {8: 2, 16: 4, 32: 3, 64: 3}, {8: 5, 16: 3, 32: 3, 64: 4}
+#: What the value of every loss is tried on: options of the loss, and arguments of `check_value`.
+SHARED = {
+    "plain": ({}, {}),
+    "other widths": ({}, dict(ours=WIDTHS[0], theirs=WIDTHS[1])),
+    "one image, odd size": ({}, dict(images=1, padded=(40, 72))),
+    "one position": ({}, dict(padded=(8, 8))),
+}
+
+
+def ignores_padding(kind):
+    """Whether a loss has the option."""
+    return "ignore_padding" in inspect.signature(kind).parameters
+
+
+def every_case(kind, own=None):
+    """Run a test of ``options`` and ``given`` on the shared cases and on a file's own."""
+    padding = {"padding": ({}, PADDED)}
+    if ignores_padding(kind):
+        padding = {
+            "padding counts": (dict(ignore_padding=False), dict(**PADDED, counted=[(64, 96)] * 3)),
+            "padding ignored": (dict(ignore_padding=True), PADDED),
+        }
+    cases = {**SHARED, **padding, **(own or {})}
+    return pytest.mark.parametrize("options, given", cases.values(), ids=cases)
+
+
+def check_value(
+    loss,
+    by_hand,
+    strides=(8, 16),
+    teachers=None,
+    ours=3,
+    theirs=3,
+    fills=(None, None),
+    padded=(64, 96),
+    images=2,
+    sizes=None,
+    counted=None,
+    boxes=BOXES,
+    ready=awake,
+    seed=0,
+):
+    """Bind a loss, and compare its terms with those worked out by hand.
+
+    Args:
+        by_hand: (loss, student, teacher, boxes, sizes) -> terms.  The maps are arrays, by tap and
+            stride; the sizes are of the part of each image that counts.
+        teachers: the teacher's strides; None: the student's.
+        fills: of the student's and the teacher's maps: a number, or None for random ones.
+        sizes: (height, width) of each image before padding, in pixels; None: there is none.
+        counted: the sizes that the reference is given; None: those of the images.
+        ready: what becomes of the bound loss first.
+        seed: of draws, which the reference makes in the same order.
+    """
+    pyramids = [
+        detector(levels, width, padded, images, 10 * who, fill=fill)
+        for who, levels, width, fill in zip(
+            (0, 1), (strides, teachers or strides), (ours, theirs), fills
+        )
+    ]
+    for levels in pyramids:
+        levels[loss.tap] = levels.pop("fpn")
+    ready(bound(loss, *pyramids))
+    arrays = [
+        {tap: {s: x.numpy() for s, x in found.items()} for tap, found in levels.items()}
+        for levels in pyramids
+    ]
+    boxes, sizes = boxes[:images], sizes or [padded] * images
+    torch.manual_seed(seed)
+    expected = by_hand(loss, *arrays, boxes, counted or sizes)
+    torch.manual_seed(seed)
+    same(loss(batch(*pyramids, boxes, sizes, padded)), expected)
 
 
 class Written(TorchDispatchMode):

@@ -11,6 +11,7 @@ from detectron2.structures import Instances, RotatedBoxes
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from losses import harness
+from losses.harness import ignores_padding
 
 from sharedkd import losses
 from sharedkd.errors import ConfigError
@@ -94,10 +95,6 @@ def given(student, images=2, sizes=None, padded=(64, 96)):
     found = harness.matched(student, seed=3)
     found["regions"].student.requires_grad_()
     return dict(boxes=BOXES[:images], sizes=sizes, padded=padded, **found)
-
-
-def ignores_padding(kind):
-    return "ignore_padding" in inspect.signature(kind).parameters
 
 
 def test_the_list_is_complete():

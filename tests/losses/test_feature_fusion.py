@@ -4,29 +4,13 @@ import numpy as np
 import pytest
 import torch
 from losses import harness
-from losses.harness import convolved, numbers, on_image, pair, sigmoid
+from losses.harness import BOXES, convolved, numbers, on_image, pair, sigmoid
 
 from sharedkd.losses.feature_fusion import FeatureFusion
-
-STRIDES = (8, 16)
-BOXES = [
-    [[3, 5, 40, 30], [20, 20, 90, 60], [4, 4, 4.5, 60]],  # overlapping, and one that is thin
-    [[-20, -9, 13, 12], [60, 50, 300, 200], [200, 200, 260, 240]],  # across and beyond the border
-]
 
 
 def kd(**options):
     return FeatureFusion(**{"fit": 0.7, "feature": 1.3, "response": 0.4, **options})
-
-
-def bound(loss, student, teacher, moved=True):
-    """Bound; the fusion moved off its start, where the student has no part in it."""
-    harness.bound(loss, student, teacher)
-    if moved:
-        with torch.no_grad():
-            for p in loss.fusions.parameters():
-                p.add_(0.3 * torch.randn_like(p))
-    return loss
 
 
 def by_hand(loss, student, teacher, boxes, sizes):
@@ -35,7 +19,7 @@ def by_hand(loss, student, teacher, boxes, sizes):
         fusion, classifier, adapter = (
             numbers(m[str(stride)]) for m in (loss.fusions, loss.classifiers, loss.adapters)
         )
-        s, t = (x["fpn"][stride].double().numpy() for x in (student, teacher))
+        s, t = (x["fpn"][stride] for x in (student, teacher))
         fits, features, responses = [], [], []
         for maps, found, size in zip(zip(s, t), boxes, sizes):
             a, b = (on_image(x, size, stride) for x in maps)
@@ -53,55 +37,34 @@ def by_hand(loss, student, teacher, boxes, sizes):
     return terms
 
 
-def check(loss, student, teacher, boxes, sizes=None, padded=(64, 96)):
-    sizes = [padded] * len(boxes) if sizes is None else sizes
-    terms = loss(harness.batch(student, teacher, boxes, sizes, padded))
-    expected = by_hand(loss, student, teacher, boxes, sizes)
-    harness.same(terms, expected)
-
-
-@pytest.mark.parametrize(
-    "boxes, sizes",
-    [(BOXES, None), ([[], BOXES[1]], [(64, 40), (33, 96)]), ([[], []], None)],
-    ids=["whole", "padded, one image without boxes", "no boxes"],
+@harness.every_case(
+    FeatureFusion,
+    {
+        "no boxes": ({}, dict(boxes=[[], []])),
+        "1x1": (dict(adapter=1), dict(images=1, padded=(40, 24))),
+        "1x1, one position": (dict(adapter=1), dict(strides=(128,))),
+    },
 )
-def test_value(boxes, sizes):
-    student, teacher = pair()
-    check(bound(kd(), student, teacher), student, teacher, boxes, sizes)
-
-
-@pytest.mark.parametrize(
-    "adapter, maps",
-    [
-        (None, {"ours": {8: 2, 16: 4}, "theirs": {8: 5, 16: 4}}),
-        (1, {"images": 1, "padded": (40, 24)}),
-        (1, {"strides": (128,), "padded": (64, 96)}),  # one position
-    ],
-)
-def test_value_on_other_maps(adapter, maps):
-    student, teacher = pair(**maps)
-    loss = bound(kd(adapter=adapter), student, teacher)
-    check(
-        loss, student, teacher, BOXES[: maps.get("images", 2)], padded=maps.get("padded", (64, 96))
-    )
+def test_value(options, given):
+    harness.check_value(kd(**options), by_hand, **given)
 
 
 def test_at_first_the_feature_term_is_that_of_fitnets():
     student, teacher = pair()
-    loss = bound(kd(feature=1.0, response=0.0), student, teacher, moved=False)
+    loss = harness.bound(kd(feature=1.0, response=0.0), student, teacher)
     terms = loss(harness.batch(student, teacher, BOXES))
-    for stride in STRIDES:
+    for stride in loss.strides:
         mse = (student["fpn"][stride] - teacher["fpn"][stride]).square().mean()
         assert terms[f"s{stride}_feature"].item() == pytest.approx(mse.item(), rel=1e-12)
         assert terms[f"s{stride}_response"].item() == 0
-    for stride in STRIDES:
+    for stride in loss.strides:
         both = torch.cat([student["fpn"][stride], teacher["fpn"][stride]], 1)
         assert torch.equal(loss.fusions[str(stride)](both), teacher["fpn"][stride])
 
 
 def test_who_learns_from_which_term():
     student, teacher = (harness.leaves(x) for x in pair((8,), 2, 3))
-    loss = bound(kd(), student, teacher)
+    loss = harness.awake(harness.bound(kd(), student, teacher))
     terms = loss(harness.batch(student, teacher, BOXES))
     owners = dict(
         student=student["fpn"].values(),
@@ -118,7 +81,7 @@ def test_who_learns_from_which_term():
 
 def test_gradients():
     student, teacher = pair((16,), 2, 3, padded=(32, 48))
-    loss = bound(kd(), student, teacher)
+    loss = harness.awake(harness.bound(kd(), student, teacher))
     options = dict(boxes=BOXES, sizes=[(32, 48), (17, 30)])
     harness.check_who_learns(loss, student, teacher, **options)
     harness.check_who_learns(loss, student, teacher)  # no boxes at all

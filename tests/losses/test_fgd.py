@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from losses import harness
-from losses.harness import convolved, numbers, on_image, pair, softmax
+from losses.harness import convolved, numbers, on_image, softmax
 
 from sharedkd.losses.fgd import FGD, GlobalContext, foreground
 
@@ -63,12 +63,11 @@ def by_hand(loss, student, teacher, boxes, sizes):
     for stride in loss.strides:
         modules = (loss.adapt, loss.student_context, loss.teacher_context)
         adapt, ours, theirs = (numbers(m[str(stride)]) for m in modules)
-        s, t = (x["fpn"][stride].double().numpy() for x in (student, teacher))
+        s, t = (x["fpn"][stride] for x in (student, teacher))
         sums = dict.fromkeys(WEIGHTS, 0.0)
         for a, b, found, size in zip(s, t, boxes, sizes):
             mask = mask_by_hand(found, stride, *a.shape[1:])
-            real = size if loss.ignore_padding else (stride * a.shape[1], stride * a.shape[2])
-            a, b, mask = (on_image(x, real, stride) for x in (convolved(adapt, "", a), b, mask))
+            a, b, mask = (on_image(x, size, stride) for x in (convolved(adapt, "", a), b, mask))
             spatial_a, channel_a = attention_by_hand(a, loss.temperature)
             spatial_b, channel_b = attention_by_hand(b, loss.temperature)
             add = context_by_hand(ours, a) - context_by_hand(theirs, b)
@@ -84,32 +83,17 @@ def by_hand(loss, student, teacher, boxes, sizes):
 
 
 CASES = {
-    "plain": ({}, {}, {}, {}),
-    "boxes in one image": ({}, {}, {}, dict(boxes=[[], BOXES[0]])),
-    "all foreground": ({}, {}, {}, dict(boxes=[[[0, 0, 96, 64]], [[1, 1, 2, 2]]])),
-    "outside": (
-        {},
-        {},
-        {},
-        dict(boxes=[[[-40, -9, 20, 500], [200, 200, 300, 300]], [[-99, 5, -30, 9]]]),
-    ),
-    "wider teacher": (dict(temperature=0.1), dict(ours=2, theirs=5), {}, {}),
-    "narrower teacher": ({}, dict(ours=5, theirs=2), dict(images=1), dict(boxes=BOXES[:1])),
-    "one pixel": (dict(strides=[128]), dict(strides=(128,)), {}, {}),
-    "padding counts": ({}, {}, {}, dict(sizes=[(64, 96), (41, 50)])),
-    "ignored": (dict(ignore_padding=True), {}, {}, dict(sizes=[(64, 96), (41, 50)])),
+    "on the borders of positions": ({}, dict(boxes=BOXES)),
+    "all foreground": ({}, dict(boxes=[[[0, 0, 96, 64]], [[1, 1, 2, 2]]])),
+    "outside": ({}, dict(boxes=[[[-40, -9, 20, 500], [200, 200, 300, 300]], [[-99, 5, -30, 9]]])),
+    "narrower teacher": (dict(temperature=0.1), dict(ours=5, theirs=2, boxes=BOXES, images=1)),
+    "large positions": ({}, dict(strides=(128,), boxes=BOXES)),
 }
 
 
-@pytest.mark.parametrize("options, widths, given, more", CASES.values(), ids=CASES)
-def test_value(options, widths, given, more):
-    student, teacher = pair(**widths, **given)
-    loss = harness.awake(harness.bound(kd(**options), student, teacher))
-    more = {"boxes": BOXES, **more}
-    terms = loss(harness.batch(student, teacher, **more))
-    sizes = more.get("sizes", [(64, 96)] * len(more["boxes"]))
-    expected = by_hand(loss, student, teacher, more["boxes"], sizes)
-    harness.same(terms, expected)
+@harness.every_case(FGD, CASES)
+def test_value(options, given):
+    harness.check_value(kd(**options), by_hand, **given)
 
 
 def drawn(boxes, x, stride):

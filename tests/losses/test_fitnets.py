@@ -1,20 +1,17 @@
 """FitNets: values by loops, with every adapter, and what padding does."""
 
 import numpy as np
-import pytest
-from losses.harness import batch, bound, convolved, numbers, on_image, pair, same
+from losses.harness import PADDED, check_value, convolved, every_case, numbers, on_image
 
 from sharedkd.losses.fitnets import FitNets
 
-SIZES = [(64, 96), (40, 33)]  # of two images on a canvas of 64 x 96 pixels
 
-
-def reference(loss, student, teacher, sizes):
+def by_hand(loss, student, teacher, boxes, sizes):
     """The mean of squared differences at all positions of all images."""
     found = {}
     for stride, maps in student["fpn"].items():
         each = []
-        for s, t, size in zip(maps.numpy(), teacher["fpn"][stride].numpy(), sizes):
+        for s, t, size in zip(maps, teacher["fpn"][stride], sizes):
             s = convolved(numbers(loss.adapters[str(stride)]), "", s)
             each.append(on_image((s - t) ** 2, size, stride).ravel())
         found[f"s{stride}"] = np.concatenate(each).mean()
@@ -22,26 +19,15 @@ def reference(loss, student, teacher, sizes):
 
 
 CASES = {
-    "no adapter": (0, dict(strides=(16, 32))),
-    "equal widths": (None, dict(strides=(32,))),
-    "other widths": (None, dict(strides=(32,), ours=2, images=1)),
-    "1x1": (1, dict(strides=(32,))),
-    "3x3": (3, dict(strides=(16, 32), ours=2)),
-    "one pixel": (3, dict(strides=(128,), images=1)),
+    "no adapter": (dict(adapter=0), {}),
+    "only where widths differ": (dict(adapter=None), dict(ours={8: 2, 16: 3})),
+    "1x1": (dict(adapter=1), {}),
+    "3x3, padding ignored": (dict(adapter=3, ignore_padding=True), PADDED),
+    "3x3, other widths": (dict(adapter=3), dict(ours=2)),
+    "3x3, one position": (dict(adapter=3), dict(strides=(128,), images=1)),
 }
 
 
-@pytest.mark.parametrize("adapter, case", CASES.values(), ids=CASES)
-def test_value(adapter, case):
-    student, teacher = pair(**case)
-    loss = bound(FitNets(adapter=adapter), student, teacher)
-    expected = reference(loss, student, teacher, [(128, 128)] * 2)
-    same(loss(batch(student, teacher)), expected)
-
-
-@pytest.mark.parametrize("ignore", [True, False])
-def test_padding_counts_unless_ignored(ignore):
-    student, teacher = pair((16,))
-    loss = bound(FitNets(adapter=3, ignore_padding=ignore), student, teacher)
-    expected = reference(loss, student, teacher, SIZES if ignore else [(64, 96)] * 2)
-    same(loss(batch(student, teacher, sizes=SIZES)), expected)
+@every_case(FitNets, CASES)
+def test_value(options, given):
+    check_value(FitNets(**options), by_hand, **given)

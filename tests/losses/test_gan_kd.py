@@ -1,14 +1,11 @@
 """GAN-KD: values by hand, and who learns from which term."""
 
 import numpy as np
-import pytest
 import torch
 from losses import harness
 from losses.harness import convolved, numbers, on_image, pair, sigmoid
 
 from sharedkd.losses.gan_kd import GanKD
-
-STRIDES = (16, 32)
 
 
 def kd(**options):
@@ -23,49 +20,33 @@ def logit(p, x, layers):
     return convolved(p, "logit", x).mean()
 
 
-def by_hand(loss, student, teacher, sizes=None):
+def by_hand(loss, student, teacher, boxes, sizes):
     terms = {}
     for stride in loss.strides:
         p, f = numbers(loss.discriminators[str(stride)]), numbers(loss.adapters[str(stride)])
-        s, t = (x["fpn"][stride].double().numpy() for x in (student, teacher))
         caught = fooled = 0.0
-        for b in range(len(s)):
-            a = convolved(f, "", s[b])
-            size = sizes[b] if sizes is not None and loss.ignore_padding else (1000, 1000)
+        for s, t, size in zip(student["fpn"][stride], teacher["fpn"][stride], sizes):
             real, fake = (
-                sigmoid(logit(p, on_image(x, size, stride), loss.layers)) for x in (t[b], a)
+                sigmoid(logit(p, on_image(x, size, stride), loss.layers))
+                for x in (t, convolved(f, "", s))
             )
             caught -= np.log(real) + np.log(1 - fake)
             fooled -= np.log(fake)
-        terms[f"s{stride}_discriminator"] = loss.discriminator * caught / len(s)
-        terms[f"s{stride}_student"] = fooled / len(s)
+        terms[f"s{stride}_discriminator"] = loss.discriminator * caught / len(sizes)
+        terms[f"s{stride}_student"] = fooled / len(sizes)
     return terms
 
 
-@pytest.mark.parametrize(
-    "options, maps",
-    [
-        ({}, {}),
-        ({"layers": 3, "hidden": 2}, {"images": 1, "padded": (100, 72)}),
-        ({"layers": 1, "discriminator": 3.0}, {"ours": {16: 2, 32: 4}, "theirs": {16: 5, 32: 4}}),
-        ({}, {"padded": (16, 16)}),  # one position each
-    ],
-)
-def test_value(options, maps):
-    student, teacher = pair(**{"strides": STRIDES, **maps})
-    loss = harness.bound(kd(**options), student, teacher)
-    terms = loss(harness.batch(student, teacher, padded=maps.get("padded", (64, 96))))
-    expected = by_hand(loss, student, teacher)
-    harness.same(terms, expected)
+CASES = {
+    "three layers": ({"layers": 3, "hidden": 2}, {"images": 1, "padded": (100, 72)}),
+    "one layer": ({"layers": 1, "discriminator": 3.0}, {}),
+    "1x1, padding ignored": ({"adapter": 1, "ignore_padding": True}, harness.PADDED),
+}
 
 
-@pytest.mark.parametrize("ignore, adapter", [(True, 1), (False, None)])
-def test_value_with_padding(ignore, adapter):
-    sizes = [(64, 40), (33, 96)]
-    student, teacher = pair(STRIDES)
-    loss = harness.bound(kd(ignore_padding=ignore, adapter=adapter), student, teacher)
-    found = loss(harness.batch(student, teacher, sizes=sizes))
-    harness.same(found, by_hand(loss, student, teacher, sizes))
+@harness.every_case(GanKD, CASES)
+def test_value(options, given):
+    harness.check_value(kd(**options), by_hand, **given)
 
 
 def test_the_terms_gradients_separate_exactly():

@@ -3,22 +3,11 @@
 import math
 
 import numpy as np
-import pytest
 import torch
-from losses.harness import (
-    TWO_STAGE,
-    averaged,
-    batch,
-    bound,
-    maps,
-    same,
-)
+from losses import harness
+from losses.harness import TWO_STAGE, averaged, convolved, maps, numbers, pair
 
 from sharedkd.losses.improved_kd import ImprovedKD, attention
-
-
-def pair(strides=(8, 16, 32), ours=3, theirs=4, **more):
-    return {"fpn": maps(strides, ours, **more)}, {"fpn": maps(strides, theirs, **more, seed=1)}
 
 
 def attention_by_hand(x):
@@ -38,21 +27,19 @@ def resized_by_hand(x, h, w):
     return x[:, np.arange(h) * height // h][:, :, np.arange(w) * width // w]
 
 
-def by_hand(loss, student, teacher, reach, weights):
-    """weights: stride -> image -> (H, W) array that sums to one: draws, or their limit."""
+def by_hand(loss, student, teacher, boxes, sizes):
     strides, terms = list(student["fpn"]), {}
+    weights = drawn_by_hand(teacher["fpn"], loss.samples)
     for a, i in enumerate(strides):
         pairs = []
         for b, j in enumerate(strides):
-            if abs(a - b) > reach:
+            if abs(a - b) > loss.reach:
                 continue
-            conv = loss.fam[str(i)][str(j)]
-            k, bias = conv.weight.detach().numpy()[:, :, 0, 0], conv.bias.detach().numpy()
-            s, t = student["fpn"][i].numpy(), teacher["fpn"][j].numpy()
+            conv = numbers(loss.fam[str(i)][str(j)])
+            s, t = student["fpn"][i], teacher["fpn"][j]
             images = []
             for n in range(len(t)):
-                x = resized_by_hand(s[n], *t.shape[2:])
-                x = np.einsum("oc,chw->ohw", k, x) + bias.reshape(-1, 1, 1)
+                x = convolved(conv, "", resized_by_hand(s[n], *t.shape[2:]))
                 images.append((weights[j][n] * ((x - t[n]) ** 2).mean(0)).sum())
             pairs.append(np.mean(images))
         terms[f"s{i}"] = np.mean(pairs)
@@ -60,10 +47,10 @@ def by_hand(loss, student, teacher, reach, weights):
 
 
 def drawn_by_hand(teacher, samples):
-    """The same draws as the loss makes, from attention computed by hand, as shares."""
+    """Stride -> image -> (H, W) shares of the loss's draws, from attention computed by hand."""
     shares = {}
-    for stride, t in teacher["fpn"].items():
-        a = np.stack([attention_by_hand(x) for x in t.numpy()])
+    for stride, t in teacher.items():
+        a = np.stack([attention_by_hand(x) for x in t])
         n, h, w = a.shape
         count = math.ceil(samples * h * w)
         drawn = torch.multinomial(torch.from_numpy(a.reshape(n, -1)), count, replacement=True)
@@ -74,29 +61,20 @@ def drawn_by_hand(teacher, samples):
 
 
 CASES = {
-    "fpn": dict(),
-    "two-stage strides": dict(strides=TWO_STAGE, images=1, padded=(64, 64)),
-    "own levels only": dict(reach=0),
-    "reach two, few samples": dict(reach=2, samples=0.1),
-    "every level": dict(reach=9, samples=1.0, ours=4),
-    "one image, not whole cells": dict(padded=(72, 40), images=1),
-    "one pixel": dict(strides=(32, 64, 128), padded=(64, 32)),
-    "constant": dict(fill=3.0),
+    "two-stage strides": ({}, dict(strides=TWO_STAGE, images=1, padded=(64, 64))),
+    "own levels only": (dict(reach=0), {}),
+    "reach two, few samples": (dict(reach=2, samples=0.1), {}),
+    "every level": (dict(reach=9, samples=1.0), dict(ours=4)),
+    "one position on the coarser": ({}, dict(strides=(32, 64, 128), padded=(64, 32))),
+    "constant": ({}, dict(fills=(3.0, 3.0))),
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_value(case):
-    case = dict(case)
-    reach, samples = case.pop("reach", 1), case.pop("samples", 0.5)
-    student, teacher = pair(**case)
-    loss = bound(ImprovedKD(reach=reach, samples=samples), student, teacher)
-    torch.manual_seed(5)
-    weights = drawn_by_hand(teacher, samples)
-    torch.manual_seed(5)
-    terms = loss(batch(student, teacher))
-    expected = by_hand(loss, student, teacher, reach, weights)
-    same(terms, expected)
+@harness.every_case(ImprovedKD, CASES)
+def test_value(options, given):
+    harness.check_value(
+        ImprovedKD(**options), by_hand, **{"strides": (8, 16, 32), "theirs": 4, **given}
+    )
 
 
 def test_attention():
@@ -125,16 +103,16 @@ def test_share_of_positions():
 def test_teacher_that_overflows_is_not_hidden():
     student, teacher = pair((8, 16))
     teacher["fpn"][8][0, 0, 0, 0] = math.inf
-    terms = bound(ImprovedKD(reach=0), student, teacher)(batch(student, teacher))
+    terms = harness.bound(ImprovedKD(reach=0), student, teacher)(harness.batch(student, teacher))
     assert not torch.isfinite(terms["s8"]) and torch.isfinite(terms["s16"])
 
 
 def test_levels_in_use():
     student, teacher = pair(TWO_STAGE)
-    loss = bound(ImprovedKD(strides=[8, 32, 64]), student, teacher)
+    loss = harness.bound(ImprovedKD(strides=[8, 32, 64]), student, teacher)
     assert {s: list(near) for s, near in loss.fam.items()} == {
         "8": ["8", "32"],
         "32": ["8", "32", "64"],
         "64": ["32", "64"],
     }
-    assert list(loss(batch(student, teacher))) == ["s8", "s32", "s64"]
+    assert list(loss(harness.batch(student, teacher))) == ["s8", "s32", "s64"]

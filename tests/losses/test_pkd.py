@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from losses.harness import batch, bound, check_who_learns, maps, on_image, pair, same
+from losses import harness
+from losses.harness import convolved, maps, numbers, on_image, pair
 
 from sharedkd.losses.pkd import PKD
-
-SIZES = [(64, 96), (40, 33)]  # of two images on a canvas of 64 x 96 pixels
 
 
 def z(x):
@@ -15,60 +14,49 @@ def z(x):
     return (x - x.mean(1, keepdims=True)) / (std + 1e-6)
 
 
-def reference(s, t, stride, statistics="batch", sizes=None):
-    ours, theirs = (
-        [
-            on_image(x, size, stride).reshape(len(x), -1)
-            for x, size in zip(m.numpy(), sizes or [(64, 96)] * len(m))
-        ]
-        for m in (s, t)
-    )
-    if statistics == "batch":
-        ours, theirs = [np.concatenate(ours, 1)], [np.concatenate(theirs, 1)]
-    squares = [(z(a) - z(b)) ** 2 for a, b in zip(ours, theirs)]
-    return sum(x.sum() for x in squares) / sum(x.size for x in squares) / 2
+def by_hand(loss, student, teacher, boxes, sizes):
+    found = {}
+    for stride, maps_ in student["fpn"].items():
+        adapter = numbers(loss.adapters[str(stride)])
+        ours, theirs = (
+            [on_image(x, size, stride).reshape(len(x), -1) for x, size in zip(m, sizes)]
+            for m in ([convolved(adapter, "", x) for x in maps_], teacher["fpn"][stride])
+        )
+        if loss.statistics == "batch":
+            ours, theirs = [np.concatenate(ours, 1)], [np.concatenate(theirs, 1)]
+        squares = [(z(a) - z(b)) ** 2 for a, b in zip(ours, theirs)]
+        found[f"s{stride}"] = sum(x.sum() for x in squares) / sum(x.size for x in squares) / 2
+    return found
 
 
-def expected(student, teacher, *options):
-    return {
-        f"s{k}": reference(s, teacher["fpn"][k], k, *options) for k, s in student["fpn"].items()
-    }
+ONE_POSITION_AMONG_OTHERS = dict(strides=(32,), sizes=[(64, 96), (20, 20)])
+CASES = {
+    "constant student": ({}, dict(fills=(-2.0, None))),
+    "constant teacher": ({}, dict(fills=(None, -2.0))),
+    "one position among others": (dict(ignore_padding=True), ONE_POSITION_AMONG_OTHERS),
+}
 
 
-@pytest.mark.parametrize("strides", [(8, 32), (128,)], ids=["random", "a pixel per image"])
-@pytest.mark.parametrize("ignore", [False, True])
 @pytest.mark.parametrize("statistics", ["batch", "image"])
-def test_value(strides, ignore, statistics):
-    """Padding counts unless it is ignored."""
-    student, teacher = pair(strides)
-    loss = bound(PKD(statistics=statistics, ignore_padding=ignore), student, teacher)
-    found = loss(batch(student, teacher, sizes=SIZES))
-    same(found, expected(student, teacher, statistics, SIZES if ignore else None))
-
-
-def test_a_constant_map_stays_constant():
-    random, teacher = pair((16,))
-    flat, _ = pair((16,), fill=-2.0)
-    for maps_ in ((flat, teacher), (random, flat)):
-        same(bound(PKD(), *maps_)(batch(*maps_)), expected(*maps_))
+@harness.every_case(PKD, CASES)
+def test_value(statistics, options, given):
+    harness.check_value(PKD(statistics=statistics, **options), by_hand, **given)
 
 
 def test_a_single_position_has_nothing_to_correlate():
     pyramids = [{"fpn": maps((64,), images=1, padded=(64, 64), seed=k)} for k in (0, 1)]
     for statistics in ("batch", "image"):
-        loss = bound(PKD(statistics=statistics), *pyramids)
-        gradients = check_who_learns(loss, *pyramids, padded=(64, 64))
+        loss = harness.bound(PKD(statistics=statistics), *pyramids)
+        gradients = harness.check_who_learns(loss, *pyramids, padded=(64, 64))
         assert not gradients["fpn", 64].any()
-        assert loss(batch(*pyramids, padded=(64, 64)))["s64"].item() == 0
+        assert loss(harness.batch(*pyramids, padded=(64, 64)))["s64"].item() == 0
 
 
-def test_an_image_of_one_position_between_others():
+def test_an_image_of_one_position_does_not_learn():
     student, teacher = pair((32,))
     sizes = [(64, 96), (20, 20)]
-    loss = bound(PKD(statistics="image", ignore_padding=True), student, teacher)
-    found = loss(batch(student, teacher, sizes=sizes))
-    same(found, expected(student, teacher, "image", sizes))
-    assert not check_who_learns(loss, student, teacher, sizes=sizes)["fpn", 32][1].any()
+    loss = harness.bound(PKD(statistics="image", ignore_padding=True), student, teacher)
+    assert not harness.check_who_learns(loss, student, teacher, sizes=sizes)["fpn", 32][1].any()
 
 
 def test_pearsons_r():
@@ -77,6 +65,6 @@ def test_pearsons_r():
     flat = [m[8].transpose(0, 1).flatten(1).numpy() for m in (student, teacher)]
     m = flat[0].shape[1]
     r = [np.corrcoef(a, b)[0, 1] for a, b in zip(*flat)]
-    loss = bound(PKD(), {"fpn": student}, {"fpn": teacher})
-    term = loss(batch({"fpn": student}, {"fpn": teacher}))["s8"]
+    loss = harness.bound(PKD(), {"fpn": student}, {"fpn": teacher})
+    term = loss(harness.batch({"fpn": student}, {"fpn": teacher}))["s8"]
     assert term.item() == pytest.approx((m - 1) / m * (1 - np.mean(r)), rel=1e-5)

@@ -1,9 +1,9 @@
 """ReviewKD: values by loops, and one-pixel levels."""
 
 import numpy as np
-import pytest
 import torch
-from losses.harness import averaged, batch, bound, convolved, maps, same
+from losses import harness
+from losses.harness import averaged, batch, bound, convolved, maps, sigmoid
 
 from sharedkd.losses.reviewkd import ReviewKD
 
@@ -44,21 +44,19 @@ def context(x, y):
     return sum(w * p for w, p in zip(weights, parts)) / sum(weights)
 
 
-def reference(student, teacher, state):
-    """Stride -> term, from maps and the loss's state as numpy arrays."""
+def by_hand(loss, student, teacher, boxes, sizes):
     residual, terms = None, {}
-    for stride in sorted(student, reverse=True):
-        start = f"fusions.{stride}."
-        p = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
-        x = normalise(convolve(student[stride], p, "reduce.0"), p, "reduce.1")
+    for stride in reversed(loss.strides):
+        p = {k: v.numpy() for k, v in loss.fusions[str(stride)].state_dict().items()}
+        x = normalise(convolve(student["fpn"][stride], p, "reduce.0"), p, "reduce.1")
         if residual is not None:
             up = enlarge(residual, x.shape[2:])
-            gates = 1 / (1 + np.exp(-convolve(np.concatenate([x, up], 1), p, "attention")))
+            gates = sigmoid(convolve(np.concatenate([x, up], 1), p, "attention"))
             x = gates[:, 0:1] * x + gates[:, 1:2] * up
         out = normalise(convolve(x, p, "output.0"), p, "output.1")
-        terms[f"s{stride}"] = context(out, teacher[stride])
+        terms[f"s{stride}"] = context(out, teacher["fpn"][stride])
         residual = x
-    return terms
+    return dict(reversed(terms.items()))
 
 
 def scrambled(loss):
@@ -71,28 +69,21 @@ def scrambled(loss):
     return loss
 
 
+ONE_POSITION = dict(strides=(32, 64), padded=(64, 64))
 CASES = {
-    "random": dict(strides=(8, 16, 32)),
-    "sizes that do not divide": dict(strides=(16, 32, 64), padded=(112, 80)),
-    "levels that are apart": dict(strides=(16, 64), images=1, padded=(112, 240)),
-    "one-pixel level": dict(strides=(32, 64), images=1, padded=(64, 64)),
-    "one-pixel level, two images": dict(strides=(32, 64), padded=(64, 64)),
-    "one level": dict(strides=(16,)),
-    "constant": dict(strides=(16, 32), fill=-2.0),
+    "sizes that do not divide": ({}, dict(strides=(16, 32, 64), padded=(112, 80))),
+    "levels that are apart": ({}, dict(strides=(16, 64), images=1, padded=(112, 240))),
+    "one position on the coarser": ({}, ONE_POSITION),
+    "one position of one image on the coarser": ({}, dict(images=1, **ONE_POSITION)),
+    "one level": ({}, dict(strides=(16,))),
+    "constant student": ({}, dict(fills=(-2.0, None))),
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_value(case):
-    student = {"fpn": maps(channels=2, **case)}
-    teacher = {"fpn": maps(channels=3, seed=1, **{**case, "fill": None})}
-    loss = scrambled(bound(ReviewKD(mid_channels=4), student, teacher))
-    state = {k: v.clone().numpy() for k, v in loss.state_dict().items()}
-    terms = loss(batch(student, teacher, padded=case.get("padded", (64, 96))))
-    expected = reference(
-        *({k: x.numpy() for k, x in m["fpn"].items()} for m in (student, teacher)), state
-    )
-    same(terms, {f"s{stride}": expected[f"s{stride}"] for stride in case["strides"]})
+@harness.every_case(ReviewKD, CASES)
+def test_value(options, given):
+    given = {"strides": (8, 16, 32), "ours": 2, **given}
+    harness.check_value(ReviewKD(mid_channels=4), by_hand, ready=scrambled, **given)
 
 
 def test_a_term_learns_from_its_own_level_and_all_coarser_ones():

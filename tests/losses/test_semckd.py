@@ -52,19 +52,15 @@ def embedded(p, d):
     return v / math.sqrt((v * v).sum() + 1e-6)
 
 
-def by_hand(loss, student, teacher, sizes=None):
-    n, first = len(loss.strides), student[loss.tap][loss.strides[0]]
+def by_hand(loss, student, teacher, boxes, sizes):
     terms = {}
     for i in loss.strides:
         value = 0.0
-        for b in range(len(first)):
-            s, t = {}, {}
-            for k in loss.strides:
-                for maps, out in ((student, s), (teacher, t)):
-                    x = maps[loss.tap][k][b].double().numpy()
-                    if sizes is not None and loss.ignore_padding:  # the image as if never padded
-                        x = on_image(x, sizes[b], k)
-                    out[k] = x
+        for b, size in enumerate(sizes):
+            s, t = (  # the image as if never padded
+                {k: on_image(x[loss.tap][k][b], size, k) for k in loss.strides}
+                for x in (student, teacher)
+            )
             q = embedded(numbers(loss.queries[str(i)]), described(s[i], loss.grid))
             energy = [
                 (q * embedded(numbers(loss.keys[str(j)]), described(t[j], loss.grid))).sum()
@@ -77,30 +73,21 @@ def by_hand(loss, student, teacher, sizes=None):
                 y = pooled(t[j], size, max(1, i // j))
                 out = regress(numbers(loss.regressors[f"{i}_{j}"]), x)
                 value += share * ((out - y) ** 2).mean()
-        terms[f"s{i}"] = value / len(first) / n
+        terms[f"s{i}"] = value / len(sizes) / len(loss.strides)
     return terms
 
 
-@pytest.mark.parametrize(
-    "options, maps",
-    [
-        ({"strides": [64, 16]}, {}),
-        ({"hidden": None, "grid": 3, "temperature": 0.2}, {}),
-        ({}, {"ours": {16: 2, 32: 3, 64: 4}, "theirs": {16: 5, 32: 2, 64: 3}}),
-        ({}, {"images": 1, "padded": (100, 72)}),  # no size divides another
-        ({"tap": "backbone"}, {"padded": (16, 16)}),  # one pixel each
-        ({"ignore_padding": True}, {"sizes": [(64, 40), (33, 96)]}),
-        ({"ignore_padding": False}, {"sizes": [(64, 40), (33, 96)]}),
-    ],
-)
-def test_value(options, maps):
-    maps = {"strides": STRIDES, "padded": (64, 96), **maps}
-    sizes = maps.pop("sizes", None)
-    loss = kd(**options)
-    student, teacher = ({loss.tap: x["fpn"]} for x in pair(**maps))
-    harness.bound(loss, student, teacher)
-    found = loss(harness.batch(student, teacher, sizes=sizes, padded=maps["padded"]))
-    harness.same(found, by_hand(loss, student, teacher, sizes))
+CASES = {
+    "levels that are apart": ({"strides": [64, 16]}, {}),
+    "options": ({"hidden": None, "grid": 3, "temperature": 0.2}, {}),
+    "no size divides another": ({}, {"images": 1, "padded": (100, 72)}),
+    "backbone": ({"tap": "backbone"}, {}),
+}
+
+
+@harness.every_case(SemCKD, CASES)
+def test_value(options, given):
+    harness.check_value(kd(**options), by_hand, **{"strides": STRIDES, **given})
 
 
 @pytest.mark.parametrize("fill", [0.0, 2.5])
