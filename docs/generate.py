@@ -50,6 +50,7 @@ PRECISION = ("precision", "precision_rounded")
 PAIRS = (
     "animals",
     "animals_600",
+    "animals_scratch",
     "cards",
     "bccd_fifth",
     "quickstart",
