@@ -10,6 +10,7 @@ dataloader = get_config("common/data/coco.py").dataloader
 # The same images and augmentations, but repeatable and resumable.
 dataloader.train._target_ = build_train_loader
 dataloader.train.seed = "${train.seed}"
+dataloader.train.update(on_bad_image="error", max_bad_images=0.01)
 dataloader.test._target_ = build_test_loader
 
 optimizer = get_config("common/optim.py").SGD

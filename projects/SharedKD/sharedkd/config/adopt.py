@@ -50,7 +50,7 @@ def adopt_loaders(cfg: DictConfig) -> None:
         known = "dataset mapper total_batch_size num_workers aspect_ratio_grouping repeat_threshold"
         if {*train} <= {"_target_", *known.split()}:
             train._target_ = build_train_loader
-            train.seed = "${train.seed}"
+            train.update(seed="${train.seed}", on_bad_image="error", max_bad_images=0.01)
     if target_of(test) is build_detection_test_loader and not {"sampler", "collate_fn"} & {*test}:
         test._target_ = build_test_loader
 

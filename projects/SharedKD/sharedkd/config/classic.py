@@ -128,6 +128,8 @@ def from_classic(classic: CfgNode) -> DictConfig:
                     num_workers="${DATALOADER.NUM_WORKERS}",
                     aspect_ratio_grouping="${DATALOADER.ASPECT_RATIO_GROUPING}",
                     seed="${train.seed}",
+                    on_bad_image="error",
+                    max_bad_images=0.01,
                 ),
                 test=L(build_test_loader)(
                     dataset=L(test_records)(names="${DATASETS.TEST}", yaml=yaml),
