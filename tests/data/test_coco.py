@@ -619,4 +619,7 @@ def test_registered_names_are_repaired_where_detectron2_reads_them(own):
     assert read_registered(other, "dataloader.train.dataset.names", train=True) is None
     json_file = own.write(setter("annotations", 0, id=0))
     MetadataCatalog.get(other).set(json_file=json_file, image_root=str(own.images))
+    (error,) = read_registered(other, "dataloader.train.dataset.names", train=True).errors
+    assert "annotation ids" in error.problem
+    MetadataCatalog.get(other).evaluator_type = "lvis"  # whose json has other rules
     assert read_registered(other, "dataloader.train.dataset.names", train=True) is None

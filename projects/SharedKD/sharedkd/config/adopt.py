@@ -121,9 +121,7 @@ def use_own_data(cfg: DictConfig, overrides: Sequence[str]) -> None:
         return
     if is_classic(cfg):
         cfg.DATASETS.update(TRAIN=["${data.name}_train"], TEST=["${data.name}_val"])
-        empty = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
-        if not any(text.startswith(f"{empty}=") for text in overrides):
-            OmegaConf.update(cfg, empty, False)  # images without objects are background
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False  # images without objects are background
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = "${data.num_classes}"
         _set_mappers(cfg.dataloader)
         return

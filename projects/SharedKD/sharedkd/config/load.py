@@ -147,7 +147,13 @@ def _read(path: str) -> DictConfig:
         fix = "name a config, see configs/, or one of Detectron2's model zoo"
         raise ConfigError("--config-file", path, "no such file", fix)
     cfg = load_file(found, "--config-file")
-    return from_classic(cfg) if isinstance(cfg, CfgNode) else cfg
+    if not isinstance(cfg, CfgNode):
+        return cfg
+    if "SHAREDKD" in cfg.MODEL:
+        problem = "has MODEL.SHAREDKD, which a train_net.py of its own reads"
+        fix = "name its plain detector's config here, with --teacher and --method"
+        raise ConfigError("--config-file", path, problem, fix)
+    return from_classic(cfg)
 
 
 def _check_groups(cfg: DictConfig, path: str) -> None:

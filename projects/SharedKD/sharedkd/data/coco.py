@@ -436,14 +436,16 @@ def read_classes(json_files: Sequence[str]) -> List[str]:
 def read_registered(
     name: str, key: str, *, train: bool, reading: Reading = Reading()
 ) -> Optional[CocoData]:
-    """Read the json of a registered data set and let ``name`` become the repaired data.
+    """Read the json of a registered data set; None if it has none, or one of another format, such as LVIS's.
 
-    None if another function than Detectron2's own reads it, such as LVIS's: its json has other rules.
+    Where Detectron2's own function reads the file, ``name`` becomes the repaired data.  Data of another
+    function are left alone, so that anything to repair is refused.
     """
     metadata, function = MetadataCatalog.get(name), DatasetCatalog[name]
-    function = getattr(function, "func", function)
-    if not metadata.get("json_file") or function.__module__ != load_coco_json.__module__:
+    if not metadata.get("json_file") or metadata.get("evaluator_type", "coco") != "coco":
         return None
+    ours = getattr(function, "func", function).__module__ == load_coco_json.__module__
+    reading = replace(reading, repair=reading.repair and ours)
     files = [os.fspath(metadata.json_file)], [os.fspath(metadata.get("image_root", ""))]
     data = read_coco(*files, key, key, train=train, reading=reading)
     if data.document is not None:

@@ -37,6 +37,7 @@ FIXED = (
     "dataloader.train.total_batch_size",
     "dataloader.train.repeat_threshold",
     "dataloader.train.pseudo_weight",
+    "dataloader.train.dataset.filter_empty",
     "dataloader.train.unlabelled_ratio",  # not set without such images
     # of a classic yaml:
     "MODEL",
@@ -46,6 +47,7 @@ FIXED = (
     "SOLVER.WEIGHT_DECAY",
     "SOLVER.CLIP_GRADIENTS",
     "DATALOADER.SAMPLER_TRAIN",
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
     "DATALOADER.REPEAT_THRESHOLD",
 )
 #: Settings that may change: a teacher is compared by the fingerprint of its weights.

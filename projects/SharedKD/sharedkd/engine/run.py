@@ -18,6 +18,7 @@ from detectron2.engine import default_setup, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -225,6 +226,8 @@ def train(
     if comm.is_main_process():
         for name, source in extra.items():
             if isinstance(source, StudentAverage):
+                with EventStorage(cfg.train.max_iter):
+                    source.update()  # by the last step
                 average = {"model": source.state_dict()["model"]}
                 path = os.path.join(folder, f"model_{name}.pth")
                 replace(path, partial(torch.save, average))

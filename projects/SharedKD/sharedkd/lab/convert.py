@@ -203,7 +203,7 @@ def _voc_splits(source: Path, files: Dict[str, Path]) -> Dict[str, List[str]]:
     for path in (source / "ImageSets/Main" / f"{split}.txt" for split in SPLITS):
         if path.is_file():
             stems = [x.split()[0] for x in path.read_text().splitlines() if x.strip()]
-            splits[SPLITS[path.stem]] = [x for x in stems if x in files]
+            splits.setdefault(SPLITS[path.stem], []).extend(x for x in stems if x in files)
     if not splits:
         for stem, path in files.items():
             split = SPLITS.get(path.relative_to(source).parts[0], "all")

@@ -64,7 +64,7 @@ def config_path(name: str) -> Optional[str]:
 
 
 def load_file(path: str, key: str) -> Union[CfgNode, DictConfig]:
-    """Read the config ``path``: a LazyConfig as Python or YAML, or a classic config, of a pair its student's.
+    """Read the config ``path``: a LazyConfig as Python or YAML, or a classic config.
 
     Raises:
         ConfigError: it cannot be read; ``key`` names it.
@@ -73,10 +73,10 @@ def load_file(path: str, key: str) -> Union[CfgNode, DictConfig]:
         if path.endswith(".py") or _is_lazy_yaml(path):
             return LazyConfig.load(path)
         config = get_cfg()
-        config.MODEL.SHAREDKD = CfgNode(new_allowed=True)  # of a pair, whose student is meant
+        config.MODEL.SHAREDKD = CfgNode(new_allowed=True)  # of a pair
         config.merge_from_file(path)
-        student = config.MODEL.pop("SHAREDKD").get("STUDENT")
-        config.MODEL.META_ARCHITECTURE = student or config.MODEL.META_ARCHITECTURE
+        if not config.MODEL.SHAREDKD:
+            del config.MODEL["SHAREDKD"]
         return config
     except ConfigError:
         raise
@@ -127,6 +127,9 @@ def build_detector(
         config.defrost()
         config.MODEL.DEVICE = str(torch.empty(0).device)
         config.MODEL.WEIGHTS = ""
+        if config.MODEL.META_ARCHITECTURE == "SharedKD":
+            keys = config.MODEL.get("SHAREDKD", {})
+            config.MODEL.META_ARCHITECTURE = keys.get("STUDENT", "GeneralizedRCNN")
         return build_model(config), config.INPUT.FORMAT
     node = config.model if "model" in config else config
     if "student" in node:

@@ -118,11 +118,9 @@ class Stage:
         findings.step(check_switch, f"{key}.published", self.published)
         findings.step(check_number, f"{key}.share", self.share, above=0)
         findings.step(check_number, f"{key}.every", self.every, least=0, whole=True)
-        if isinstance(self.every, int) and 0 < self.every < WINDOW:
-            problem, fix = (
-                f"is less than a measurement takes, {WINDOW} steps",
-                "use 0, or more steps",
-            )
+        if self.auto and isinstance(self.every, int) and 0 < self.every < WINDOW:
+            problem = "is less than the steps that a measurement takes"
+            fix = f"use 0, or {WINDOW} or more"
             findings.add(ConfigError(f"{key}.every", self.every, problem, fix))
         if self.balance is not None:
             findings.step(check_choice, f"{key}.balance", self.balance, ("levels",))

@@ -130,10 +130,12 @@ class Comparison:
         path, *settings = method.split(":")
         if not _is_config(path):
             return with_method(self.cfg, method)
-        overrides, ours = self.overrides, self.cfg.model.get("teacher")
-        if target_of(load_file(path, "--methods").model.get("teacher")) is not target_of(ours):
-            # Without what is said of our teacher.
-            overrides = [x for x in overrides if not x.startswith("model.teacher.")]
+        overrides = self.overrides
+        own = target_of(load_file(path, "--methods").model.get("teacher"))
+        paired = any(x.startswith("distill.teacher=") for x in overrides)
+        if not paired and own is not target_of(self.cfg.model.get("teacher")):
+            # Keys of our teacher, which this config does not have.
+            overrides = [x for x in overrides if not x.lstrip("+~").startswith("model.teacher.")]
         return load_config(path, [*overrides, *settings], keep_teacher=True)
 
     def _check_names(self) -> None:
@@ -161,9 +163,9 @@ class Comparison:
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
             method = method.split(FOR_THE_TIME_OF)[0]
-            if "=" in method or method == OWN or _is_config(method.split(":")[0]):
+            if "=" in method or _is_config(method.split(":")[0]):
                 build(cfg)  # any part of the model may be another, or one more
-            elif "student" in cfg.model:
+            elif method != OWN and "student" in cfg.model:
                 stages = construct(cfg.model.stages, "model.stages")
                 student, form = model.student, model.input_format
                 SharedKD(student=student, teacher=teacher, stages=stages, input_format=form)

@@ -66,7 +66,7 @@ class StudentAverage(Teacher):
         input_format: str = "BGR",
         size_divisibility: int = 0,
     ) -> Maps:
-        self._update()
+        self.update()
         return self._inner.features(batched_inputs, taps, input_format, size_divisibility)
 
     def region_predictions(self, maps: Maps, boxes: List[Any]) -> Tuple[Tensor, Tensor]:
@@ -79,7 +79,8 @@ class StudentAverage(Teacher):
         return self._inner.finish_head(hidden, left)
 
     @torch.no_grad()
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Take in the last step, once in each iteration."""
         if self._inner is None:
             self.prepare()
         first, iteration = self._last is None, -1 if self._last is None else self._last
@@ -101,7 +102,7 @@ class StudentAverage(Teacher):
     def state_dict(self) -> Dict[str, Any]:
         """The averaged detector, with plain Detectron2's names, and how many steps it is the average of."""
         if self._last is None:
-            self._update()
+            self.update()
         return {
             "model": self._inner.model.state_dict(),
             "steps": self.steps,
@@ -113,4 +114,4 @@ class StudentAverage(Teacher):
         if self._inner is None:
             self.prepare()
         self._inner.model.load_state_dict(state["model"])
-        self.steps, self._last = state["steps"], state["iteration"]
+        self.steps, self._last = state["steps"], state.get("iteration", -1)  # of older runs
