@@ -166,6 +166,21 @@ def test_what_a_yaml_cannot_mean(override, words):
         load_config(NAME, [override])
 
 
+def test_a_pair_for_a_train_net_of_its_own_is_refused(tmp_path):
+    (tmp_path / "pair.yaml").write_text("MODEL: {SHAREDKD: {METHOD: fgd}}\n")
+    with pytest.raises(ConfigError, match="has MODEL.SHAREDKD.*--teacher and --method"):
+        load_config(str(tmp_path / "pair.yaml"))
+
+
+def test_own_data_keep_images_without_objects_unless_told_otherwise():
+    key = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
+    kept, dropped = (
+        load_config(NAME, [*OWN, *more], without_data=True) for more in ([], [f"{key}=True"])
+    )
+    assert not kept.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    assert dropped.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+
+
 def test_own_data_set_data_sets_and_number_of_classes():
     cfg = load_config(NAME, OWN, without_data=True)
     cfg.data.num_classes = 5
