@@ -177,6 +177,20 @@ def test_schemes_are_compared_in_one_command(workspace, overrides, tmp_path):
     assert [*saved["peers"].peers] == ["large"] and saved["peers"].teacher is None
 
 
+def test_keys_of_the_flags_teacher_reach_a_config_that_is_a_method(workspace, tmp_path):
+    plain = f"{ROOT}/configs/custom_coco_plain.py"
+    pair = dict(text.split("=", 1) for text in workspace.pair if "model.teacher." in text)
+    teacher = [f"distill.teacher={pair['model.teacher.config']}"]
+    teacher += [f"distill.weights={pair['model.teacher.weights']}"]
+    keys = [*workspace.data, *teacher, "model.teacher.precision=bfloat16", "train.inherit=[]"]
+    keys += [
+        x.replace("model.student.", "model.") for x in workspace.pair if "model.teacher." not in x
+    ]
+    Comparison(ROOT, plain, ["none", "config", plain], [0], tmp_path, keys).prepare()
+    saved = [LazyConfig.load(str(x)).model for x in sorted(tmp_path.glob("configs/*.yaml"))]
+    assert [x.teacher.precision for x in saved if "teacher" in x] == ["bfloat16"] * 2
+
+
 def test_a_comparison_of_a_schemes_own_config(overrides, tmp_path):
     config = f"{ROOT}/configs/schemes/peers.py"
     own = [x for x in overrides if not x.startswith("model.teacher.")]
