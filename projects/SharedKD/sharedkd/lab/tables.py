@@ -6,7 +6,7 @@ from tabulate import tabulate
 
 from .scores import MORE_METRICS, TASKS, Difference, is_known
 
-__all__ = ["markdown", "number", "results_table", "with_bounds", "with_half_width"]
+__all__ = ["bounded", "markdown", "number", "results_table", "with_bounds", "with_half_width"]
 
 
 def markdown(
@@ -30,8 +30,13 @@ def with_half_width(mean: float, half_width: float, unknown: str = "-") -> str:
 
 def with_bounds(gain: Difference, unknown: str = "-", layout: str = "+.2f") -> str:
     """A mean difference with the bounds of its interval, if it has one."""
-    bounds = f" [{gain.low:{layout}}, {gain.high:{layout}}]" if is_known(gain.low) else ""
-    return number(gain.mean, layout, unknown) + bounds
+    return bounded(gain.mean, gain.low, gain.high, layout, unknown)
+
+
+def bounded(mean: float, low: float, high: float, layout: str, unknown: str = "-") -> str:
+    """A mean with the bounds of its interval, if they are known."""
+    bounds = f" [{low:{layout}}, {high:{layout}}]" if is_known(low) else ""
+    return number(mean, layout, unknown) + bounds
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:

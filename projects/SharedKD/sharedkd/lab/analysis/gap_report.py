@@ -10,8 +10,7 @@ All functions read that record, a plain dict:
 
 from typing import Any, List, Mapping
 
-from sharedkd.lab.scores import is_known
-from sharedkd.lab.tables import markdown, number
+from sharedkd.lab.tables import bounded, markdown, number
 
 from .gaps import QUANTITIES
 from .similarity import MEASURES
@@ -81,14 +80,18 @@ def _table(record: Mapping[str, Any]) -> str:
             for step in record["checkpoints"]:
                 found = step["taps"][tap]
                 apart = found["inner_minus_cross"][measure]
-                mean, low, high = (number(apart[x], "+.3f") for x in ("mean", "low", "high"))
-                bounds = f" [{low}, {high}]" if is_known(apart["low"]) else ""
                 means = [
                     f"{number(x['mean'], '.3f')} ± {number(x['half_width'], '.3f')}"
                     for x in found["quantities"][measure].values()
                 ]
                 row = [TAPS[tap], GAPS[measure], step["name"], *means]
-                rows.append([*row, mean + bounds, apart["verdict"]])
+                rows.append(
+                    [
+                        *row,
+                        bounded(apart["mean"], apart["low"], apart["high"], "+.3f"),
+                        apart["verdict"],
+                    ]
+                )
     head = ["maps", "gap", "student", *QUANTITIES, "inner - cross", "verdict"]
     return markdown(rows, head)
 

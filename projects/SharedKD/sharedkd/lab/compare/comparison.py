@@ -16,7 +16,6 @@ from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from sharedkd.engine.resume import differences
 from sharedkd.engine.run import evaluate_teacher
 from sharedkd.errors import ConfigError
 from sharedkd.lab.metrics import read_curves, seconds_per_step
-from sharedkd.lab.output import write_text
+from sharedkd.lab.output import WRITER, write_text
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.lab.scores import TASKS, costs_of, folder_name, is_known, mean_of
@@ -44,7 +43,6 @@ from .summary import write
 
 __all__ = ["Arm", "Comparison"]
 
-WRITER = f".{uuid4().hex[:8]}"  # several machines may write into the folder of a comparison
 FOR_THE_TIME_OF = "@"  # none@fgd: the plain student, trained for as long as fgd takes
 
 
@@ -96,7 +94,8 @@ class Comparison:
         root: the repository.
         config_file: of a pair.
         methods: names as :func:`~sharedkd.config.methods.with_method` takes them; paths of configs, which get
-            the same overrides, but for those of a teacher of another class; and ``a@b``: method a, trained for the time that b takes.
+            the same overrides, but for those of a teacher of another class; and ``a@b``: method a, trained
+            for the time that b takes.
         seeds: one arm each per method.
         output: folder of the arms and the report.
         overrides: ``key=value`` for all arms.
@@ -128,10 +127,10 @@ class Comparison:
 
     def _config_of(self, method: str) -> DictConfig:
         path, *settings = method.split(":")
-        if not _is_config(path):
+        found = _config_at(path)
+        if found is None:
             return with_method(self.cfg, method)
-        overrides = self.overrides
-        own = target_of(load_file(path, "--methods").model.get("teacher"))
+        overrides, own = self.overrides, target_of(found.model.get("teacher"))
         paired = any(x.startswith("distill.teacher=") for x in overrides)
         if not paired and own is not target_of(self.cfg.model.get("teacher")):
             # Keys of our teacher, which this config does not have.
@@ -163,8 +162,8 @@ class Comparison:
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
             method = method.split(FOR_THE_TIME_OF)[0]
-            if "=" in method or _is_config(method.split(":")[0]):
-                build(cfg)  # any part of the model may be another, or one more
+            if "=" in method or _config_at(method) is not None:
+                build(cfg)  # any part of the model may be another
             elif method != OWN and "student" in cfg.model:
                 stages = construct(cfg.model.stages, "model.stages")
                 student, form = model.student, model.input_format
@@ -174,7 +173,7 @@ class Comparison:
             print("the teacher's evaluation", flush=True)
             with redirect_stdout(StringIO()):  # pycocotools prints
                 results = evaluate_teacher(self.cfg, model)
-            write_text(path, json.dumps(results), WRITER)
+            write_text(path, json.dumps(results))
         del model, teacher
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the arms run in other processes
@@ -334,7 +333,7 @@ class Comparison:
             "arms": [arm.record() for arm in self.arms],
         }
         _count_collapsed(record)
-        write(record, str(self.output), WRITER)
+        write(record, str(self.output))
         return record
 
     def run(self, shard: Tuple[int, int] = (0, 1)) -> Dict[str, Any]:
@@ -365,9 +364,12 @@ class Comparison:
         ]
 
 
-def _is_config(path: str) -> bool:
-    """Whether a method is the path of a config, not of a recipe, which has no model."""
-    return path.endswith(".py") and os.path.isfile(path) and "model" in load_file(path, "--methods")
+def _config_at(path: str) -> Optional[DictConfig]:
+    """The config that a method is the path of; None if it is no path, or a recipe's, which has no model."""
+    if not (path.endswith(".py") and os.path.isfile(path)):
+        return None
+    found = load_file(path, "--methods")
+    return found if "model" in found else None
 
 
 def _count_collapsed(record: Dict[str, Any]) -> None:

@@ -15,19 +15,17 @@ __all__ = ["STUDENTS", "report_students", "write_students"]
 STUDENTS = "students.json"  #: the file of all records
 
 
-def write_students(
-    records: Records, folder: Path, command: str, budget: Optional[float], writer: str = ""
-) -> None:
+def write_students(records: Records, folder: Path, command: str, budget: Optional[float]) -> None:
     """Write ``students.json``, ``report.md`` and ``tradeoff.png``, each complete or not at all.
 
     ``command`` made the records; ``budget`` is in milliseconds per image, None: no limit.
     """
     found = {"command": command, "latency_ms": budget, "students": records}
-    write_json(folder / STUDENTS, found, writer)
+    write_json(folder / STUDENTS, found)
     drawn = {task: points(records, task) for task in _tasks(records)}
     teacher = {task: _teacher(records, task) for task in drawn}
-    write_png(folder / "tradeoff.png", plot_tradeoff(drawn, teacher, budget), writer)
-    write_text(folder / "report.md", report_students(records, command, budget), writer)
+    write_png(folder / "tradeoff.png", plot_tradeoff(drawn, teacher, budget))
+    write_text(folder / "report.md", report_students(records, command, budget))
 
 
 def report_students(records: Records, command: str, budget: Optional[float] = None) -> str:

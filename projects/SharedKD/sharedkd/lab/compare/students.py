@@ -31,7 +31,7 @@ from sharedkd.lab.timing import spread, take_turns
 from sharedkd.methods import PLAIN
 from sharedkd.modeling.detectors import config_path, load_file
 
-from .comparison import WRITER, Arm, Comparison
+from .comparison import Arm, Comparison
 from .student_summary import write_students
 from .tradeoff import EAGER
 
@@ -139,7 +139,7 @@ def run_students(
     for number, (name, comparison) in enumerate(comparisons.items(), start=1):
         print(f"student {number} of {len(comparisons)}: {name}", flush=True)
         records[name] = _record(comparison.run(shard), comparison, timed)
-        write_students(records, output, command, latency_ms, WRITER)
+        write_students(records, output, command, latency_ms)
     return records
 
 
@@ -194,7 +194,7 @@ def measure(arm: Arm, timed: bool = True) -> Optional[Dict[str, Any]]:
     cfg.train.init_checkpoint = str(arm.run.weights)
     found = _exported(cfg, arm.run.folder / "deployed")
     found = {"method": arm.method, "seed": arm.seed, "rounds": ROUNDS, **found}
-    write_json(path, found, WRITER)
+    write_json(path, found)
     return found
 
 

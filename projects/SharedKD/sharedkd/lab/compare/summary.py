@@ -66,24 +66,20 @@ PLOTS = {
 }
 
 
-def write(record: Record, folder: Union[str, Path], writer: str = "") -> None:
-    """Write ``results.json``, ``report.md`` and the plots, each complete or not at all.
-
-    ``writer`` is that of :func:`~sharedkd.files.replace`.
-    """
+def write(record: Record, folder: Union[str, Path]) -> None:
+    """Write ``results.json``, ``report.md`` and the plots, each complete or not at all."""
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     # The measurements first: all else can be made from them again.
-    write_json(target / "results.json", record, writer)
+    write_json(target / "results.json", record)
     for name, (_, plot) in PLOTS.items():
-        write_png(target / f"{name}.png", plot(record), writer)
+        write_png(target / f"{name}.png", plot(record))
     links = [f"![{title}]({name}.png)" for name, (title, _) in PLOTS.items()]
     hint = (
         "The plots show intervals of the means. What all methods of a seed share widens these, but "
         "not those of the paired differences in the tables, which the verdicts rest on."
     )
     parts = [f"{report(record)}\n## Plots", hint, *links]
-    write_text(target / "report.md", "\n\n".join(parts) + "\n", writer)
+    write_text(target / "report.md", "\n\n".join(parts) + "\n")
 
 
 def _ap_table(record: Record, task: str) -> str:

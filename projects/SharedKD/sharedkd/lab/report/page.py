@@ -7,7 +7,6 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
-from uuid import uuid4
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -44,8 +43,7 @@ def write_report(
     """
     text = as_html(folder, features, detections)
     output = output or folder / "report.html"
-    # Several shards of a comparison may end together.
-    write_text(output, text, f".{uuid4().hex[:8]}")
+    write_text(output, text)
     return output
 
 

@@ -83,7 +83,8 @@ class StudentAverage(Teacher):
         """Take in the last step, once in each iteration."""
         if self._inner is None:
             self.prepare()
-        first, iteration = self._last is None, -1 if self._last is None else self._last
+        first = self._last is None
+        iteration = -1 if first else self._last
         with suppress(AssertionError):  # outside of a training there is none
             iteration = get_event_storage().iter
         if iteration == self._last:
