@@ -1,4 +1,4 @@
-"""Own COCO-format data: the ResNet-18 Faster R-CNN, distilled from custom_coco_teacher.py's run."""
+"""Own COCO-format data: the ResNet-18 Faster R-CNN, distilled by Shared-KD from custom_coco_teacher.py's run."""
 
 from detectron2.config import LazyCall as L
 

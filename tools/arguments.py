@@ -30,7 +30,7 @@ def add_config_arguments(
         )
     if method:
         group.add_argument(
-            "--method", metavar="NAME", help="see compare_methods.py --list; default: shared_kd"
+            "--method", metavar="NAME", help="see compare_methods.py --list; default: inherit"
         )
 
 

@@ -224,7 +224,12 @@ def _drop_idle_teachers(cfg: DictConfig, findings: Findings) -> None:
     fix = "give a stage that needs a teacher a weight above 0"
     problem = "no stage learns from it, so it is neither loaded nor run"
     if model.get("teacher") is not None and None not in wanted:
-        findings.warn("model.teacher", _name(model.teacher), problem, fix)
+        if not model.stages.keys() - {"_target_"}:
+            problem = "there is no distillation loss, and the student starts with nothing of it"
+            fix = "add a loss with --method shared_kd, or use train.inherit=[neck,head]"
+            findings.add(ConfigError("model.teacher", _name(model.teacher), problem, fix))
+        else:
+            findings.warn("model.teacher", _name(model.teacher), problem, fix)
         model.teacher = None
     further = model.get("teachers")
     if isinstance(further, DictConfig):

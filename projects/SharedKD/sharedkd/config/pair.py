@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.stages import stage_dict
 from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import PARTS
 
@@ -30,7 +31,7 @@ class Pairing:
     Args:
         teacher: a model-zoo name, a config's path, or the folder of a run.
         weights: the teacher's weights; None: those of a model-zoo name, or the last of a run's folder.
-        method: as :func:`~sharedkd.config.methods.with_method` takes it.  None: ``shared_kd`` for a plain
+        method: as :func:`~sharedkd.config.methods.with_method` takes it.  None: ``inherit`` for a plain
             detector, and the stages of a pair's own config.
         depth: of the detector's ResNet, see :func:`~sharedkd.config.depth.set_depth`; None: the config's.
     """
@@ -89,10 +90,10 @@ class Pairing:
             fix = "name its config by --teacher"
             raise ConfigError("--teacher-weights", self.weights, "there is no teacher", fix)
         if "student" not in cfg.model:
-            cfg.model = distill(cfg.model, self.teacher, self.weights)
+            start = L(stage_dict)()  # without a loss: what helped most in docs/results.md
+            cfg.model = distill(cfg.model, self.teacher, self.weights, start)
             if OmegaConf.select(cfg, IMAGE_FORMAT) is None:  # a mapper that does not say it
                 cfg.model.input_format = cfg.model.student.get("input_format", "BGR")
-            method = method or "shared_kd"
         elif self.teacher is not None:
             cfg.model.teacher = _teacher_node(self.teacher, self.weights)
         return with_method(cfg, method or OWN)

@@ -223,6 +223,8 @@ def _detectors(found: Mapping[str, Any]) -> Iterator[str]:
     words = "{}: {family}, {backbone}, {:.1f} M parameters, {classes} classes; weights: {weights}"
     for who, x in detectors.items():
         yield words.format(who, x["parameters"] / 1e6, **x) if x else f"{who}: none"
+    if "teacher" in found and not found["stages"]:
+        yield "no distillation loss (--method shared_kd adds one)"
 
 
 def _level_row(found: Mapping[str, Any], x: Mapping[str, Any]) -> Dict[str, Any]:

@@ -20,7 +20,7 @@ from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import trains_channels_last
 from sharedkd.modeling.laterals import fit_laterals
 from sharedkd.modeling.layout import keep_keypoints_contiguous
-from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of
+from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of, of_students
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher, teacher_key
 from sharedkd.values import check_number
@@ -221,6 +221,7 @@ def _build(parts: Parts, eval_only: bool, classes_known: bool, findings: Finding
         if cfg.train.inherit:
             teacher, trained = parts.teachers.get(None), parts.loaded.names if parts.loaded else ()
             parts.inherited = step(_inherit, cfg, student, teacher, trained, findings) or []
+            _check_start(parts, findings)
         for name, x in parts.peers.items():
             key = f"model.peers.{name}.init_checkpoint"
             step(initialise, x.student, x.init_checkpoint, key, x.trust_checkpoint, x.sha256)
@@ -342,9 +343,20 @@ def _inherit(
         share = sum(size[x] for x in copied) / sum(size[x] for x in of_parts(size, parts))
         if share < LEAST_INHERITED:
             problem = f"the teacher's have other shapes: {share:.0%} of these weights are inherited"
-            fix = f"give the student an FPN and heads of the teacher's widths, or {fix}"
+            fix = (
+                f"give the student an FPN and heads of its widths, add --method shared_kd, or {fix}"
+            )
             findings.warn("train.inherit", parts, problem, fix)
     return copied
+
+
+def _check_start(parts: Parts, findings: Findings) -> None:
+    """Refuse a pair whose student neither starts with anything of its teacher nor learns from it."""
+    learns = any(stage.full for stage in of_students(parts.model, "stages").values())
+    if not (parts.model is FAILED or parts.inherited or learns or findings.errors):
+        problem = "gives the student nothing of the teacher, and there is no distillation loss"
+        fix = "add a loss with --method shared_kd, or train without the teacher"
+        findings.add(ConfigError("train.inherit", list(parts.cfg.train.inherit), problem, fix))
 
 
 def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:
