@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from tiny import arguments
 
-from sharedkd import FrozenTeacher
+from sharedkd import ConfigError, FrozenTeacher
 from sharedkd.config import add_sharedkd_config
 from sharedkd.engine.run import run
 from sharedkd.weights.loading import fingerprint
@@ -230,6 +230,18 @@ def test_the_head_of_other_classes_is_skipped_as_in_plain_detectron2(project, tm
     assert "roi_heads.box_predictor.cls_score.weight" in caplog.text
     loaded = torch.load(five, weights_only=False)["model"]["backbone.bottom_up.stem.conv1.weight"]
     assert torch.equal(loaded, model.backbone.bottom_up.stem.conv1.weight)
+
+
+def test_a_start_without_a_loss(project, tmp_path):
+    cfg = project(tmp_path / "run", METHOD="inherit")
+    kd = cfg.MODEL.SHAREDKD.TEACHER
+    model, teacher = build_model(cfg), FrozenTeacher(kd.CONFIG, kd.WEIGHTS)
+    assert model.teacher is None and not model.stages
+    head = teacher.model.roi_heads.box_predictor.cls_score.weight
+    assert torch.equal(model.roi_heads.box_predictor.cls_score.weight.cpu(), head)
+    cfg.MODEL.SHAREDKD.INHERIT = []
+    with pytest.raises(ConfigError, match="nothing of the teacher.*use MODEL.SHAREDKD.METHOD"):
+        build_model(cfg)
 
 
 def test_a_method_without_a_teacher_and_one_in_lower_precision(project, tmp_path):

@@ -3,7 +3,6 @@
 import inspect
 
 import torch
-from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.meta_arch.fcos import FCOS
@@ -12,8 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import family
-from sharedkd.modeling.recipes import stages_of
-from sharedkd.modeling.stages import stage_dict
+from sharedkd.modeling.recipes import START, stages_of
 from sharedkd.weights.loading import PARTS
 
 from .build import target_of
@@ -23,7 +21,6 @@ from .overrides import override
 __all__ = ["OWN", "PLAIN", "START", "family_of", "with_method"]
 
 PLAIN = "none"  #: the student without a teacher
-START = "inherit"  #: the student that starts from its teacher, and learns without it
 OWN = "config"  #: the stages that the config itself has
 
 _KNOWN = {GeneralizedRCNN: "faster_rcnn", RetinaNet: "retinanet", FCOS: "fcos"}
@@ -95,12 +92,11 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
     elif "student" not in cfg.model:
         fix = "add --teacher, or use a pair's config, see configs/"
         raise ConfigError("--config-file", "model", "is a plain detector", fix)
-    elif names == START:
-        cfg.model.stages = L(stage_dict)()
-        parts = OmegaConf.select(cfg, "train.inherit") or [*PARTS]
-        OmegaConf.update(cfg, "train.inherit", parts, force_add=True)
     elif names != OWN:
         cfg.model.stages = stages_of(names, family_of(cfg.model.student))
+    if names == START:
+        parts = OmegaConf.select(cfg, "train.inherit") or [*PARTS]
+        OmegaConf.update(cfg, "train.inherit", parts, force_add=True)
     if names != OWN:  # peers are a part of the config's own method
         cfg.model.pop("peers", None)
     for setting in settings:

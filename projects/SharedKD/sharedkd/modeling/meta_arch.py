@@ -30,7 +30,7 @@ from .heads import (
 )
 from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
-from .recipes import multiply, stages_of
+from .recipes import START, multiply, stages_of
 from .stages import DISTILL, PEER, TIMES, Stage
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
 from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher, teacher_key
@@ -269,9 +269,10 @@ class SharedKD(nn.Module):
         for name in stages.keys() - {"_target_"}:
             multiply(stages[name], keys.WEIGHT)
             stages[name].update(times)
+        teacher = _teacher_of(cfg, student) if keys.TEACHER.CONFIG else None
         return dict(
             student=student,
-            teacher=_teacher_of(cfg, student) if keys.TEACHER.CONFIG else None,
+            teacher=None if keys.METHOD == START else teacher,
             stages=instantiate(stages),
             input_format=cfg.INPUT.FORMAT,
             max_iter=cfg.SOLVER.MAX_ITER,
@@ -676,8 +677,11 @@ def _teacher_of(cfg: CfgNode, student: nn.Module) -> FrozenTeacher:
         sha256=keys.SHA256,
         trust_checkpoint=keys.TRUST_CHECKPOINT,
     ).to(cfg.MODEL.DEVICE)
-    if parts:
-        inherit(student, teacher.model, parts, teacher.scale, "MODEL.SHAREDKD.INHERIT")
+    key = "MODEL.SHAREDKD.INHERIT"
+    copied = inherit(student, teacher.model, parts, teacher.scale, key) if parts else ()
+    if cfg.MODEL.SHAREDKD.METHOD == START and not copied:
+        problem = "gives the student nothing of the teacher, and there is no distillation loss"
+        raise ConfigError(key, list(parts), problem, "use MODEL.SHAREDKD.METHOD: shared_kd")
     # Detectron2's AMPTrainer computes in float16.
     teacher.prepare(torch.float16 if cfg.SOLVER.AMP.ENABLED else None)
     return teacher

@@ -19,10 +19,11 @@ from sharedkd.errors import ConfigError
 from .detectors import count_parameters
 from .stages import Stage, stage_dict
 
-__all__ = ["FAMILIES", "FOLDER", "Method", "known_methods", "stages_of"]
+__all__ = ["FAMILIES", "FOLDER", "START", "Method", "known_methods", "stages_of"]
 
 FOLDER = Path(__file__).parents[4] / "configs/common/methods"  #: the recipes, in the repository
 
+START = "inherit"  #: the student that starts from its teacher, and learns without it
 FAMILIES = ("faster_rcnn", "mask_rcnn", "retinanet", "fcos")  #: what recipes have settings for
 
 _RESNET = {4: 256, 8: 512, 16: 1024, 32: 2048}
@@ -99,8 +100,8 @@ def stages_of(name: str, kind: str) -> DictConfig:
     """The config node of a method's stages.
 
     Args:
-        name: a recipe's name or path, or several joined by ``+``; ``fgd:4`` multiplies the weights of
-            its stages by 4, ``fgd:auto`` sets them by themselves (see
+        name: ``inherit``, which has no stages; or a recipe's name or path, or several joined by ``+``;
+            ``fgd:4`` multiplies the weights of its stages by 4, ``fgd:auto`` sets them by themselves (see
             :class:`~sharedkd.modeling.balance.AutoWeight`), ``fgd:auto:0.1`` with the share 0.1.
         kind: the student's family, see :func:`~sharedkd.modeling.detectors.family`.
 
@@ -109,6 +110,8 @@ def stages_of(name: str, kind: str) -> DictConfig:
             ``kind``.
     """
     stages = L(stage_dict)()
+    if name == START:
+        return stages
     for part, *factors in (part.split(":") for part in name.split("+")):
         recipe = _recipe(part)
         if kind not in recipe.stages:
