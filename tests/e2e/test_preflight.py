@@ -345,12 +345,14 @@ def test_a_teacher_below_a_finished_plain_run_is_named(good, workspace, tmp_path
         ("teacher", 1, [], 30.0),
         ("plain", ours, [], 31.5),
         ("distilled", ours, ["pkd"], 33.0),
+        ("started", ours, [], 34.0),
         ("other", 2, [], 90.0),
     ):
         (tmp_path / name).mkdir()
         record = {
             "parameters": {"student": parameters, "losses": 0},
             "stages": stages,
+            "inherited": 22 if name == "started" else 0,
             "results": {"bbox": {"AP": ap}},
             "validation": "val.json",
         }

@@ -262,6 +262,7 @@ def test_a_run_is_compared_with_nothing_but_its_teacher(tmp_path):
     single = Page(as_html(tmp_path / "a&b"))
     assert told(tmp_path / "a&b")["Trained"] == "200 of 200 iterations"
     assert told(tmp_path / "a&b")["Distilled in"] == "identical (weight 2, iterations 50 to 150)"
+    assert told(tmp_path / "a&b")["Started with"] == "3 tensors of its teacher"
     assert single.of("h1")[0]["text"] == "Run: a&b"
     assert "a&b: 3 differences from plain config" in single.text("settings")
     folders.run(tmp_path / "somewhere", False, {"bbox": {"AP": 20.0}})  # the name in its config

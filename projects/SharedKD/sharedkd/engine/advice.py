@@ -211,7 +211,8 @@ def _weaker(parts: Parts, key: str, weights: str) -> Iterator[ConfigError]:
     ap = _results(_record(theirs))
     for folder in sorted(Path(parts.cfg.train.output_dir).absolute().parent.glob("*/")):
         record = _record(folder)
-        plain = record.get("stages") == [] and record["parameters"]["student"] == size
+        alone = record.get("stages") == [] and not record.get("inherited")
+        plain = alone and record["parameters"]["student"] == size
         higher = _results(record) if plain and folder != theirs else {}
         worse = sorted(x for x in ap.keys() & higher.keys() if ap[x] < higher[x])
         if worse:

@@ -58,7 +58,7 @@ def _scores(results: Optional[Mapping[str, Any]]) -> str:
 
 
 def _of_run(run: RunData) -> Pairs:
-    end, stages = run.max_iter, []
+    end, stages, inherited = run.max_iter, [], run.record.get("inherited")
     for name, stage in run.stages.items():
         span = f", iterations {stage.span(end)[0]} to {stage.span(end)[1]}" if end else ""
         stages.append(f"{name} ({stage}{span})")
@@ -66,6 +66,7 @@ def _of_run(run: RunData) -> Pairs:
         ("Trained", f"{run.iterations_done}{f' of {end}' if end else ''} iterations"),
         ("Result", _scores(run.results) or "not evaluated yet"),
         ("Distilled in", ", ".join(stages) or "no stage in its config.yaml"),
+        *([("Started with", f"{inherited} tensors of its teacher")] if inherited else []),
         (
             "Baseline",
             "none here. tools/compare_methods.py trains the plain student with the same seeds and "
