@@ -27,7 +27,7 @@ lint: .venv/.ready
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-# A broken link or reference is an error. Always whole: tables are made from the code.
+# A broken link or reference is an error. Always whole: the API is read from the code.
 docs: .venv/.ready
 	.venv/bin/python -W ignore -m sphinx -b html -q -aE -W --keep-going -c docs . output/site
 	@echo output/site/index.html

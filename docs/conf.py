@@ -1,18 +1,13 @@
 """The documentation as a site: `make docs` builds it into output/site.
 
 Its source folder is the repository, so that every page is one Markdown file whose links work on the
-site and in the repository alike.  What can be read from the code is generated, see generate.py.
+site and in the repository alike.  generate.py fills their tables.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import latex2mathml.converter
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import generate  # noqa: E402
 
 project = "SharedKD"
 author = "the SharedKD contributors"
@@ -30,9 +25,8 @@ include_patterns = [
 exclude_patterns = [".*", "output", "build", "tests", "configs", "tools"]
 source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 
-myst_enable_extensions = ["dollarmath", "substitution"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
-myst_substitutions = generate.tables()
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature shows them

@@ -1,7 +1,7 @@
 """What the documentation says about keys, options and methods, read from the code that has them.
 
-Run as a program, it fills the tables of MODEL_ZOO.md and of docs/{results,schemes,performance}.md from docs/results,
-and draws docs/images/curves.svg.
+Run as a program, it fills the tables of MODEL_ZOO.md and of docs/*.md from the code and from docs/results, and draws
+docs/images/curves.svg.
 """
 
 import ast
@@ -73,9 +73,9 @@ __all__ = [
 ]
 
 
-def tables() -> Dict[str, str]:
-    """Name of a substitution in a page -> its Markdown."""
-    return {
+def tables() -> Dict[Tuple[str, str], str]:
+    """(page, name of its markers) -> the table between them, read from the code or the records."""
+    of_config = {
         "train_keys": _table("key | default | meaning", train_keys()),
         "data_keys": _table("key | default | meaning", data_keys()),
         "loader_keys": _table(
@@ -83,8 +83,15 @@ def tables() -> Dict[str, str]:
         ),
         "teacher_keys": _table("key | default | meaning", options(FrozenTeacher, "model.teacher")),
         "stage_keys": _table("key | default | meaning", options(Stage, "model.stages.NAME")),
+    }
+    of_methods = {
         "loss_options": "\n\n".join(_loss(name, cls) for name, cls in loss_classes().items()),
         "methods": _table("recipe | publication | families | parameters of the losses", methods()),
+    }
+    return {
+        **{("docs/config.md", name): table for name, table in of_config.items()},
+        **{("docs/methods.md", name): table for name, table in of_methods.items()},
+        **measured(),
     }
 
 
@@ -189,7 +196,8 @@ def methods() -> List[Tuple[str, str, str, str]]:
     for method in known_methods():
         counts: Dict[str, None] = {}
         for family in method.stages:
-            counts[f"{method.parameters(family) / 1e6:.2f} M"] = None
+            count = method.parameters(family)
+            counts[f"{count / 1e6:.2f} M" if count else "0"] = None
         families = ", ".join(method.stages)
         rows.append((method.name, method.paper, families, " / ".join(counts)))
     return rows
@@ -354,6 +362,6 @@ if __name__ == "__main__":
     # Equal records make equal files.
     rcParams.update({"svg.hashsalt": "sharedkd", "svg.fonttype": "none"})
     curves().savefig(ROOT / "docs/images/curves.svg", metadata={"Date": None})
-    for (page, name), table in measured().items():
+    for (page, name), table in tables().items():
         path = ROOT / page
         path.write_text(fill(path.read_text(), name, table))

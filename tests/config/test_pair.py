@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 from sharedkd import ConfigError
-from sharedkd.config import construct, load_config
+from sharedkd.config import construct, load_config, shared_kd_stages
 from sharedkd.config.pair import Pairing
 from sharedkd.methods import stages_of
 from sharedkd.weights.loading import initialise
@@ -40,8 +40,17 @@ def test_the_family_is_that_of_the_overridden_detector():
     keys = ["MODEL.META_ARCHITECTURE=RetinaNet", f"distill.teacher={ZOO}", "distill.method=fgd"]
     cfg = load("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", *keys)
     assert cfg.model.stages == stages_of("fgd", "retinanet")
-    cfg = load("COCO-Detection/rpn_R_50_FPN_1x.yaml", f"distill.teacher={ZOO}")  # of no family
+    keys = [f"distill.teacher={ZOO}", "distill.method=shared_kd"]
+    cfg = load("COCO-Detection/rpn_R_50_FPN_1x.yaml", *keys)  # of no family
+    assert cfg.model.stages == shared_kd_stages()
+
+
+@pytest.mark.parametrize("method", [[], ["distill.method=inherit"]])
+def test_a_teacher_alone_is_a_start_without_a_loss(method):
+    keys = [f"distill.teacher={ZOO}", "data.unlabelled_images=folder", *method]
+    cfg = load("retinanet_plain.py", *keys)
     assert cfg.train.inherit == ["neck", "head"] and [*cfg.model.stages] == ["_target_"]
+    assert cfg.data.unlabelled_images == "folder"  # and not left out: a run refuses it
 
 
 def test_overrides_name_the_plain_detector_or_the_student():

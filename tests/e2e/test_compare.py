@@ -418,6 +418,19 @@ def test_methods_that_cannot_be_compared_are_refused_before_training(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_start_that_gives_nothing_is_refused_before_training(workspace, tmp_path):
+    """The student is trained already, and keeps its FPN and heads; a loss may teach it."""
+    trained = tmp_path / "trained.pth"
+    torch.save({"model": tiny.detector("faster_rcnn").state_dict()}, trained)
+    teacher, weights = (x.split("=")[1] for x in workspace.pair)
+    keys = [f"distill.teacher={teacher}", f"distill.weights={weights}"]
+    keys += [*workspace.data, f"train.init_checkpoint={trained}"]
+    plain = str(ROOT / "configs/custom_coco_plain.py")
+    with pytest.raises(ConfigError, match="whose neck and head train.init_checkpoint has"):
+        Comparison(ROOT, plain, ["none", "inherit"], [0], tmp_path / "out", keys).prepare()
+    Comparison(ROOT, plain, ["none", "pkd"], [0], tmp_path / "out", keys).prepare()
+
+
 def test_negative_seeds_are_refused(overrides, tmp_path):
     with pytest.raises(ConfigError, match="negative"):
         Comparison(ROOT, CONFIG, ["none"], [-1], tmp_path, overrides)

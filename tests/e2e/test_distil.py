@@ -10,7 +10,7 @@ from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.modeling import build_model
 from PIL import Image
 from tiny import arguments
@@ -59,6 +59,14 @@ def test_the_commands_of_the_page(workspace, tmp_path, monkeypatch):
     ]
     assert keys[0] == keys[1]
     assert (tmp_path / "output/report.html").stat().st_size > 10_000
+
+    # Plain Detectron2 builds the student by the yaml of the run.
+    cfg = get_cfg()
+    cfg.merge_from_file(str(tmp_path / "output/distilled/student.yaml"))
+    student = DefaultPredictor(cfg).model
+    saved = torch.load(cfg.MODEL.WEIGHTS, weights_only=False)["model"]
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 6 and cfg.MODEL.RESNETS.DEPTH == 18
+    assert all(torch.equal(x, saved[name]) for name, x in student.state_dict().items())
 
     # The saved config repeats the run, and the folder is a teacher for the next one.
     again, config = tmp_path / "again", tmp_path / "output/distilled/config.yaml"
@@ -239,7 +247,10 @@ def test_a_start_without_a_loss(project, tmp_path):
     assert model.teacher is None and not model.stages
     head = teacher.model.roi_heads.box_predictor.cls_score.weight
     assert torch.equal(model.roi_heads.box_predictor.cls_score.weight.cpu(), head)
-    cfg.MODEL.SHAREDKD.INHERIT = []
+    kd.CONFIG = ""
+    with pytest.raises(ConfigError, match="there is no teacher"):
+        build_model(cfg)
+    cfg = project(tmp_path / "run", METHOD="inherit", INHERIT=[])
     with pytest.raises(ConfigError, match="nothing of the teacher.*use MODEL.SHAREDKD.METHOD"):
         build_model(cfg)
 

@@ -415,7 +415,8 @@ def test_a_start_that_gives_nothing_is_refused_without_a_loss(good, workspace, t
 
     assert not errors()
     kept, nothing = f"train.init_checkpoint={trained}", "train.inherit=[]"
-    assert errors(kept) == {"train.inherit"} and errors(nothing) == {"model.teacher"}
+    for start in ([kept], [nothing], [nothing, "train.eval_teacher=True"]):
+        assert errors(*start) == {"train.inherit"}
     assert not errors(kept, "distill.method=pkd") | errors(nothing, "distill.method=pkd")
 
 

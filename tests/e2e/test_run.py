@@ -259,7 +259,7 @@ def test_fast_dev_run(train, monkeypatch):
 
 
 def test_a_teacher_with_other_classes(train, tmp_path, sharedkd_log):
-    """It teaches by its maps; its head is unused, cannot be evaluated, and the log says both."""
+    """It teaches by its maps; its scores are not compared, cannot be evaluated, and the log says both."""
     config, weights = tmp_path / "teacher.py", tmp_path / "teacher.pth"
     config.write_text(
         f"import sys; sys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\n"
@@ -274,7 +274,7 @@ def test_a_teacher_with_other_classes(train, tmp_path, sharedkd_log):
         "train.eval_teacher=True",
     )
     text = sharedkd_log.text
-    assert "The teacher has 2 classes, the student 6: the teacher's head is unused" in text
+    assert "The teacher has 2 classes, the student 6: only what knows no classes is copied" in text
     assert "its head cannot be evaluated here" in text
     assert "The teacher's results" not in text
 

@@ -46,7 +46,7 @@ def test_a_run_with_images_without_labels(workspace, train, tmp_path):
         (
             "custom_coco_plain.py",
             "",
-            "nothing learns from them without distillation; add --teacher",
+            "nothing learns from them without distillation; add --teacher and --method",
         ),
         (
             "custom_coco.py",

@@ -40,7 +40,14 @@ from sharedkd.weights.loading import PARTS
 
 from .defaults import TRAIN_DEFAULTS
 
-__all__ = ["add_sharedkd_config", "check_classic", "expanded", "from_classic", "is_classic"]
+__all__ = [
+    "add_sharedkd_config",
+    "check_classic",
+    "expanded",
+    "from_classic",
+    "is_classic",
+    "student_yaml",
+]
 
 #: Keys of the yaml that are other names of keys of `train`, to which they refer.
 ALIASES = {
@@ -161,6 +168,18 @@ def expanded(override: str) -> List[str]:
     if key == "SOLVER.MAX_ITER":
         return [override, f"train.max_iter={value}"]
     return [f"{ALIASES.get(key, key)}{equals}{value}"]
+
+
+def student_yaml(cfg: DictConfig, weights: str) -> str:
+    """The classic config of the detector that a run trains, for plain Detectron2, as text.
+
+    Args:
+        cfg: the run's, made of a classic config.
+        weights: the detector's, for MODEL.WEIGHTS.
+    """
+    classic = _cfg_node(cfg.model.get("student", cfg.model).yaml)
+    classic.MODEL.WEIGHTS = weights
+    return str(classic.dump())
 
 
 def check_classic(cfg: DictConfig) -> None:

@@ -220,16 +220,12 @@ def _drop_idle_teachers(cfg: DictConfig, findings: Findings) -> None:
     model, wanted = cfg.model, _wanted_teachers(cfg.model)
     if wanted is None:
         return
-    wanted |= {None} if cfg.train.inherit else set()
+    without = not model.stages.keys() - {"_target_"}  # refused later if nothing is inherited either
+    wanted |= {None} if cfg.train.inherit or without else set()
     fix = "give a stage that needs a teacher a weight above 0"
     problem = "no stage learns from it, so it is neither loaded nor run"
     if model.get("teacher") is not None and None not in wanted:
-        if not model.stages.keys() - {"_target_"}:
-            problem = "there is no distillation loss, and the student starts with nothing of it"
-            fix = "add a loss with --method shared_kd, or use train.inherit=[neck,head]"
-            findings.add(ConfigError("model.teacher", _name(model.teacher), problem, fix))
-        else:
-            findings.warn("model.teacher", _name(model.teacher), problem, fix)
+        findings.warn("model.teacher", _name(model.teacher), problem, fix)
         model.teacher = None
     further = model.get("teachers")
     if isinstance(further, DictConfig):

@@ -12,7 +12,7 @@ from sharedkd.modeling.stages import stage_dict
 from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import PARTS
 
-from .methods import OWN, with_method
+from .methods import OWN, START, with_method
 from .shared_kd import shared_kd_stages
 
 __all__ = ["IMAGE_FORMAT", "Pairing", "distill"]
@@ -90,8 +90,9 @@ class Pairing:
             fix = "name its config by --teacher"
             raise ConfigError("--teacher-weights", self.weights, "there is no teacher", fix)
         if "student" not in cfg.model:
-            start = L(stage_dict)()  # without a loss: what helped most in docs/results.md
-            cfg.model = distill(cfg.model, self.teacher, self.weights, start)
+            # The start alone, without a loss, is what helped most in docs/results.md.
+            cfg.model = distill(cfg.model, self.teacher, self.weights, L(stage_dict)())
+            method = OWN if method == START else method
             if OmegaConf.select(cfg, IMAGE_FORMAT) is None:  # a mapper that does not say it
                 cfg.model.input_format = cfg.model.student.get("input_format", "BGR")
         elif self.teacher is not None:

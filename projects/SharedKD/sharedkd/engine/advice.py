@@ -189,9 +189,9 @@ def _teachers(parts: Parts) -> Iterator[ConfigError]:
         theirs = None if teacher.detector is None else num_classes(teacher.detector)
         if theirs not in (None, ours):
             problem = f"The teacher has {theirs} classes, the student {ours}: "
-            problem += "the teacher's head is unused"
+            problem += "only what knows no classes is copied and compared"
             value = getattr(teacher, "name", type(teacher).__name__)
-            fix = "change nothing if only its feature maps are meant"
+            fix = "change nothing if its classes are to be others"
             yield ConfigError(f"{key}.config", value, problem, fix)
         scale = getattr(teacher, "scale", 1)
         if scale != 1 and parts.sample and "larger_image" not in parts.sample:

@@ -215,7 +215,7 @@ def check_unlabelled(cfg: DictConfig, model: nn.Module) -> None:
         fix = "use a method that compares maps alone, such as shared_kd or pkd, or leave it out"
     else:
         problem = "nothing learns from them without distillation"
-        fix = "add --teacher, or leave it out"
+        fix = "add --teacher and --method shared_kd, or leave it out"
     found = OmegaConf.select(cfg, "data.unlabelled_images")
     key = "dataloader.train.unlabelled" if found is None else "data.unlabelled_images"
     raise ConfigError(key, found, problem, fix)

@@ -49,6 +49,7 @@ __all__ = [
     "assemble",
     "build",
     "build_parts",
+    "check_start",
     "memory_layout",
     "rewire",
 ]
@@ -158,6 +159,8 @@ def assemble(
     if eval_only:
         return parts
 
+    if parts.model is not FAILED:
+        step(check_start, parts)
     parts.scheduler = step(construct, cfg.lr_multiplier, "lr_multiplier")
     step(check_scheduler, parts.scheduler)
     trained = parts.student if parts.model is FAILED else parts.model
@@ -221,7 +224,6 @@ def _build(parts: Parts, eval_only: bool, classes_known: bool, findings: Finding
         if cfg.train.inherit:
             teacher, trained = parts.teachers.get(None), parts.loaded.names if parts.loaded else ()
             parts.inherited = step(_inherit, cfg, student, teacher, trained, findings) or []
-            _check_start(parts, findings)
         for name, x in parts.peers.items():
             key = f"model.peers.{name}.init_checkpoint"
             step(initialise, x.student, x.init_checkpoint, key, x.trust_checkpoint, x.sha256)
@@ -350,13 +352,21 @@ def _inherit(
     return copied
 
 
-def _check_start(parts: Parts, findings: Findings) -> None:
-    """Refuse a pair whose student neither starts with anything of its teacher nor learns from it."""
-    learns = any(stage.full for stage in of_students(parts.model, "stages").values())
-    if not (parts.model is FAILED or parts.inherited or learns or findings.errors):
-        problem = "gives the student nothing of the teacher, and there is no distillation loss"
-        fix = "add a loss with --method shared_kd, or train without the teacher"
-        findings.add(ConfigError("train.inherit", list(parts.cfg.train.inherit), problem, fix))
+def check_start(parts: Parts) -> None:
+    """Check that the student of a new run gets something of its teacher.
+
+    Raises:
+        ConfigError: there is a teacher, no distillation loss, and nothing is inherited.
+    """
+    learns = parts.inherited or of_students(parts.model, "stages")
+    if learns or parts.resuming or not parts.teachers:
+        return
+    wanted = list(parts.cfg.train.inherit)
+    kept = [x for x in parts_of(parts.loaded.names if parts.loaded else ()) if x in wanted]
+    why = f", whose {' and '.join(kept)} train.init_checkpoint has already" if kept else ""
+    problem = f"gives the student nothing of the teacher{why}, and there is no distillation loss"
+    fix = "add a loss with --method shared_kd, or train without the teacher"
+    raise ConfigError("train.inherit", wanted, problem, fix)
 
 
 def _place(cfg: DictConfig, model: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from sharedkd.config.classic import is_classic, student_yaml
 from sharedkd.config.load import load
 from sharedkd.config.own_data import class_names
 from sharedkd.errors import ConfigError, Findings
@@ -98,6 +99,9 @@ def run(args: Namespace) -> Mapping[str, Any]:
         with config_kept(folder) if owns else nullcontext(), log_opens():
             file = config_path(args.config_file)  # whose text Detectron2 logs
             default_setup(cfg, Namespace(**{**vars(args), "config_file": file}))
+        if owns and is_classic(cfg):
+            text = student_yaml(cfg, os.path.join(folder, "model_final.pth"))
+            replace(os.path.join(folder, "student.yaml"), lambda f: f.write(text.encode()))
         if args.eval_only:
             return evaluate(cfg, parts.model)
         if comm.is_main_process():

@@ -263,13 +263,16 @@ def measure(
         distillation step and the losses of another method or setting.
 
     Raises:
-        ConfigError: a pair without a frozen ``model.teacher``.
+        ConfigError: a pair without a frozen ``model.teacher``, or without a stage.
     """
     if target_of(bench.cfg.model.get("teacher")) is not FrozenTeacher:
         problem = "is no frozen teacher, whose forward is a part of the figures"
         raise ConfigError("--config-file", "model.teacher", problem, "use --schemes of its pair")
     plain = ("student", "teacher_eager", "student_sharedkd", "teacher")
     stages = construct(bench.cfg.model.stages, "model.stages").values()
+    if not stages:
+        problem, fix = "has no distillation loss", "add distill.method=shared_kd"
+        raise ConfigError("--config-file", "model.stages", problem, fix)
     measuring = ["measuring"] if any(stage.auto for stage in stages) else []
     arms = {name: getattr(bench, name)() for name in (*plain, *measuring)}
     others = {**methods, **variants}

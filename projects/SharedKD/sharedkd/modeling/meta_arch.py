@@ -188,7 +188,8 @@ class SharedKD(nn.Module):
         """Check a stage, and bind its loss to this pair."""
         key = f"{self.key}.stages.{name}"
         if not isinstance(stage, Stage):
-            raise ConfigError(key, stage, "is not a Stage", "use L(Stage)(loss=..., weight=...)")
+            fix = "add the --method that has it, such as shared_kd, or use L(Stage)(loss=...)"
+            raise ConfigError(key, stage, "is not a Stage", fix)
         stage.check(key)
         if stage.weight == 0:  # what is switched off need not fit
             return
@@ -270,6 +271,9 @@ class SharedKD(nn.Module):
             multiply(stages[name], keys.WEIGHT)
             stages[name].update(times)
         teacher = _teacher_of(cfg, student) if keys.TEACHER.CONFIG else None
+        if keys.METHOD == START and teacher is None:
+            fix = "set it, or use MODEL.META_ARCHITECTURE: " + keys.STUDENT
+            raise ConfigError("MODEL.SHAREDKD.TEACHER.CONFIG", "''", "there is no teacher", fix)
         return dict(
             student=student,
             teacher=None if keys.METHOD == START else teacher,

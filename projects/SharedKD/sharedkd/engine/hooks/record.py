@@ -41,7 +41,7 @@ class RunRecord(hooks.HookBase):
     learns from), ``inherited`` (how many tensors are the teacher's at the start), ``fitted`` (lateral of the FPN -> how
     much of its teacher's it explains), ``fast_dev_run``,
     ``initial_weights`` (fingerprint of the student before its first step),
-    ``stages`` (their names; none: a plain run), ``parameters`` (``student``, ``losses``), ``hardware``,
+    ``stages`` (their names), ``parameters`` (``student``, ``losses``), ``hardware``,
     ``processes``, ``versions``, and at the end ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on
     a CPU the resident memory of the training process), ``skipped`` (numbers of ``steps`` and ``images`` that
     were left out, see ``train.on_nonfinite`` and ``on_bad_image``; of images, the main process's),

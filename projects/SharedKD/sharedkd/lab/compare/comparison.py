@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from sharedkd.config import load_config
 from sharedkd.config.build import construct, target_of
 from sharedkd.engine.lock import BusyError
-from sharedkd.engine.parts import build
+from sharedkd.engine.parts import build, build_parts, check_start
 from sharedkd.engine.resume import differences
 from sharedkd.engine.run import evaluate_teacher
 from sharedkd.errors import ConfigError
@@ -34,7 +34,7 @@ from sharedkd.lab.output import WRITER, write_text
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.lab.scores import TASKS, costs_of, folder_name, is_known, mean_of
-from sharedkd.methods import OWN, PLAIN, with_method
+from sharedkd.methods import OWN, PLAIN, START, with_method
 from sharedkd.modeling.detectors import load_file
 from sharedkd.modeling.meta_arch import SharedKD
 
@@ -162,8 +162,8 @@ class Comparison:
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
             method = method.split(FOR_THE_TIME_OF)[0]
-            if "=" in method or _config_at(method) is not None:
-                build(cfg)  # any part of the model may be another
+            if method == START or "=" in method or _config_at(method) is not None:
+                check_start(build_parts(cfg))  # any part of the model may be another
             elif method != OWN and "student" in cfg.model:
                 stages = construct(cfg.model.stages, "model.stages")
                 student, form = model.student, model.input_format
