@@ -30,7 +30,9 @@ def add_config_arguments(
         )
     if method:
         group.add_argument(
-            "--method", metavar="NAME", help="see compare_methods.py --list; default: inherit"
+            "--method",
+            metavar="NAME",
+            help="see compare_methods.py --list; a plain detector: inherit",
         )
 
 

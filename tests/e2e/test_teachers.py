@@ -52,6 +52,24 @@ def test_one_that_no_stage_names_is_not_loaded(train, second):
     assert "model.teachers.large" in (output / "log.txt").read_text()
 
 
+def test_a_start_without_a_loss_needs_its_teacher_once(train, workspace, tmp_path):
+    """The run is resumed without the teacher's file, and ends in the same bytes."""
+    config, weights = workspace.root / "teacher.py", tmp_path / "teacher.pth"
+    shutil.copy(workspace.weights, weights)
+    options = [f"distill.teacher={config}", f"distill.weights={weights}"]
+    options += ["train.max_iter=3", "train.checkpointer.period=2", "train.eval_teacher=True"]
+    output, _ = train("custom_coco_mask_plain.py", *options)
+    whole = torch.load(output / "model_final.pth", weights_only=False)
+    assert "before the first iteration" in (output / "log.txt").read_text()
+    assert not whole["trainer"]["teachers"]
+    (output / "model_final.pth").unlink()
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    weights.unlink()
+    train("custom_coco_mask_plain.py", *options, flags=["--resume"])
+    again = torch.load(output / "model_final.pth", weights_only=False)["model"]
+    assert all(torch.equal(whole["model"][name], x) for name, x in again.items())
+
+
 def test_its_errors_name_it(train, second):
     half = [*second, "model.teachers.large.precision=float16"]
     with pytest.raises(ConfigError, match="^model.teachers.large.precision=float16: does not work"):

@@ -252,11 +252,14 @@ def _construct(parts: Parts, classes_known: bool, findings: Findings) -> None:
     first = node.get("teacher")
     nodes: Dict[Optional[str], Any] = {} if first is None else {None: first}
     nodes.update(_group(node, "teachers", "dict(NAME=L(FrozenTeacher)(...))", findings))
+    every = _group(node, "stages", "L(stage_dict)(NAME=...)", findings)
+    if parts.resuming and not (every or node.get("peers")):
+        nodes = {}  # they have given the start
     parts.teachers = {
         name: step(_of_teacher, name, construct, x, teacher_key(name)) for name, x in nodes.items()
     }
     stages = {}
-    for name, stage in _group(node, "stages", "L(stage_dict)(NAME=...)", findings).items():
+    for name, stage in every.items():
         if isinstance(stage, DictConfig) and "_target_" in stage:
             stage = step(construct, stage, f"model.stages.{name}")
         needs = getattr(stage.loss, "needs", ()) if isinstance(stage, Stage) else ()

@@ -212,6 +212,8 @@ def train(
     elif cfg.train.eval_teacher is not False:
         for name in getattr(module, "sources", {}):
             trainer.outgrown.know(name, evaluate_teacher(cfg, module, name))
+    if not trainer.stages and isinstance(module, SharedKD):
+        module.teacher, module.teachers = None, {}  # frees the memory of who gave the start
     if not cfg.train.fast_dev_run:
         _check_ends(trainer)
     if comm.is_main_process():

@@ -306,9 +306,9 @@ class SharedKDTrainer(SimpleTrainer):
         Raises:
             ConfigError: it did.
         """
-        # A run of another trainer stores none.
+        # A run of another trainer stores none; one without a loss needs none any more.
         then, now = state_dict.get("teachers", {}), self._teacher_fingerprints()
-        for name in dict.fromkeys([*then, *now]):
+        for name in dict.fromkeys([*then, *now]) if self.stages else ():
             before, after = then.get(name), now.get(name)
             if before != after:
                 problem = f"is not the teacher of the run to resume ({before})"
