@@ -52,12 +52,13 @@ PAIRS = (
     "animals_600",
     "animals_scratch",
     "cards",
+    "cards_80",
     "bccd_fifth",
     "quickstart",
 )
 
 #: Those of full length, whose seeds are counted together.
-TOGETHER = ("animals", "cards")
+TOGETHER = ("animals", "cards", "cards_80")
 
 #: Comparisons by an earlier version of the protocol.
 EARLIER = ("animals_1200", "cards_1200")

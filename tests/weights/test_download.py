@@ -112,6 +112,9 @@ def test_the_zoo_is_where_detectron2_looks_for_it(cache):
     path.parent.mkdir(parents=True)
     path.write_bytes(CONTENT)
     assert PathManager.get_local_path(ZOO) == fetch(ZOO) == str(path)  # nothing is downloaded
+    assert fetch("COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml") == str(path)
+    with pytest.raises(RuntimeError, match="own.yaml is not available"):
+        fetch("own.yaml")
 
 
 def test_hosts_and_queries_do_not_share_a_place(monkeypatch):

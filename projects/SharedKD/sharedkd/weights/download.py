@@ -6,6 +6,7 @@ import re
 from typing import Optional
 from urllib.parse import urlparse
 
+from detectron2.model_zoo import get_checkpoint_url
 from detectron2.utils.file_io import Detectron2Handler, PathManager
 from iopath.common.file_io import get_cache_dir
 from torchvision.models import get_weight
@@ -24,17 +25,20 @@ def fetch(path: str, sha256: Optional[str] = None, sha256_key: str = "sha256") -
     like ``NAME-1a2b3c4d.pth`` has the beginning of the file's SHA-256.
 
     Args:
-        path: a file, a URL, ``detectron2://...``, or a name of torchvision's, such as
-            ``MobileNet_V3_Large_Weights.IMAGENET1K_V2``.
+        path: a file, a URL, ``detectron2://...``, a name in Detectron2's model zoo, or one of torchvision's,
+            such as ``MobileNet_V3_Large_Weights.IMAGENET1K_V2``.
         sha256: the file's SHA-256 in hex, or at least its first 8 digits.
         sha256_key: the config key of it, for messages.
 
     Raises:
         ConfigError: ``sha256`` is no SHA-256.
-        ValueError, OSError: it cannot be downloaded, or has another SHA-256.
+        ValueError, OSError, RuntimeError: it cannot be downloaded, or has another SHA-256; or a config that
+            is not in the zoo.
     """
     if re.fullmatch(r"\w+_Weights\.[A-Z0-9_]+", path):
         path = get_weight(path).url
+    if path.endswith((".yaml", ".py")):
+        path = get_checkpoint_url(path)
     if sha256 and not (isinstance(sha256, str) and re.fullmatch("[0-9a-fA-F]{8,64}", sha256)):
         raise ConfigError(
             sha256_key,
