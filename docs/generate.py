@@ -349,13 +349,16 @@ def fill(page: str, name: str, table: str) -> str:
 
 
 def curves() -> Figure:
-    """AP over the iterations of every comparison of photographs, a panel for each."""
+    """AP over the iterations of every comparison of photographs, a panel for each, three in a row."""
     records = {name: _record(name) for name in PAIRS if name != "quickstart"}
-    figure = Figure(figsize=(6.5 * len(records), 5.2), layout="constrained")
-    panels = figure.subplots(1, len(records), squeeze=False)[0]
+    rows = -(-len(records) // 3)
+    figure = Figure(figsize=(19.5, 5.2 * rows), layout="constrained")
+    panels = [*figure.subplots(rows, 3, squeeze=False).flat]
     for axes, (name, record) in zip(panels, records.items()):
         draw_curves(axes, record, "bbox")
         axes.set_title(name)
+    for axes in panels[len(records) :]:
+        axes.set_axis_off()
     return figure
 
 
