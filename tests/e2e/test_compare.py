@@ -182,7 +182,7 @@ def test_keys_of_the_flags_teacher_reach_a_config_that_is_a_method(workspace, tm
     pair = dict(text.split("=", 1) for text in workspace.pair if "model.teacher." in text)
     teacher = [f"distill.teacher={pair['model.teacher.config']}"]
     teacher += [f"distill.weights={pair['model.teacher.weights']}"]
-    keys = [*workspace.data, *teacher, "model.teacher.precision=bfloat16", "train.inherit=[]"]
+    keys = [*workspace.data, *teacher, "model.teacher.precision=bfloat16", "distill.method=pkd"]
     keys += [
         x.replace("model.student.", "model.") for x in workspace.pair if "model.teacher." not in x
     ]

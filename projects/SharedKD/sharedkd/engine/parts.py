@@ -362,7 +362,8 @@ def check_start(parts: Parts) -> None:
         ConfigError: there is a teacher, no distillation loss, and nothing is inherited.
     """
     learns = parts.inherited or of_students(parts.model, "stages")
-    if learns or parts.resuming or not parts.teachers:
+    unknown = FAILED in parts.teachers.values()
+    if learns or unknown or parts.resuming or not parts.teachers:
         return
     wanted = list(parts.cfg.train.inherit)
     kept = [x for x in parts_of(parts.loaded.names if parts.loaded else ()) if x in wanted]

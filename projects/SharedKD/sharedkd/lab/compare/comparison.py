@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from sharedkd.config import load_config
 from sharedkd.config.build import construct, target_of
 from sharedkd.engine.lock import BusyError
-from sharedkd.engine.parts import build, build_parts, check_start
+from sharedkd.engine.parts import build_parts, check_start
 from sharedkd.engine.resume import differences
 from sharedkd.engine.run import evaluate_teacher
 from sharedkd.errors import ConfigError
@@ -158,7 +158,7 @@ class Comparison:
 
     def prepare(self) -> None:
         """Bind every method to the pair, evaluate the teacher once, and write the arms' configs."""
-        model = build(self.cfg)
+        model = build_parts(self.cfg).model
         teacher = getattr(model, "teacher", None)
         for method, cfg in self.configs.items():
             method = method.split(FOR_THE_TIME_OF)[0]
