@@ -64,15 +64,7 @@ TOGETHER = ("facade", "animals", "cards", "cards_80")
 #: Comparisons by an earlier version of the protocol.
 EARLIER = ("animals_1200", "cards_1200")
 
-__all__ = [
-    "arguments",
-    "data_keys",
-    "fill",
-    "measured",
-    "options",
-    "tables",
-    "train_keys",
-]
+__all__ = ["fill", "tables"]
 
 
 def tables() -> Dict[Tuple[str, str], str]:

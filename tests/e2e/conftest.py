@@ -42,7 +42,10 @@ def workspace(tmp_path_factory):
         f"import tiny\nmodel = tiny.node('mask_rcnn', 18, {len(CLASSES)})\n"
     )
     pair = [f"model.teacher.config={config}", f"model.teacher.weights={weights}"]
-    return SimpleNamespace(root=root, shapes=shapes, data=data, pair=pair, weights=weights)
+    flags = [f"distill.teacher={config}", f"distill.weights={weights}"]
+    return SimpleNamespace(
+        root=root, shapes=shapes, data=data, pair=pair, flags=flags, weights=weights
+    )
 
 
 @pytest.fixture

@@ -179,13 +179,8 @@ def test_schemes_are_compared_in_one_command(workspace, overrides, tmp_path):
 
 def test_keys_of_the_flags_teacher_reach_a_config_that_is_a_method(workspace, tmp_path):
     plain = f"{ROOT}/configs/custom_coco_plain.py"
-    pair = dict(text.split("=", 1) for text in workspace.pair if "model.teacher." in text)
-    teacher = [f"distill.teacher={pair['model.teacher.config']}"]
-    teacher += [f"distill.weights={pair['model.teacher.weights']}"]
-    keys = [*workspace.data, *teacher, "model.teacher.precision=bfloat16", "distill.method=pkd"]
-    keys += [
-        x.replace("model.student.", "model.") for x in workspace.pair if "model.teacher." not in x
-    ]
+    keys = [*workspace.data, *workspace.flags]
+    keys += ["model.teacher.precision=bfloat16", "distill.method=pkd"]
     Comparison(ROOT, plain, ["none", "config", plain], [0], tmp_path, keys).prepare()
     saved = [LazyConfig.load(str(x)).model for x in sorted(tmp_path.glob("configs/*.yaml"))]
     assert [x.teacher.precision for x in saved if "teacher" in x] == ["bfloat16"] * 2
@@ -422,9 +417,7 @@ def test_a_start_that_gives_nothing_is_refused_before_training(workspace, tmp_pa
     """The student is trained already, and keeps its FPN and heads; a loss may teach it."""
     trained = tmp_path / "trained.pth"
     torch.save({"model": tiny.detector("faster_rcnn").state_dict()}, trained)
-    teacher, weights = (x.split("=")[1] for x in workspace.pair)
-    keys = [f"distill.teacher={teacher}", f"distill.weights={weights}"]
-    keys += [*workspace.data, f"train.init_checkpoint={trained}"]
+    keys = [*workspace.flags, *workspace.data, f"train.init_checkpoint={trained}"]
     plain = str(ROOT / "configs/custom_coco_plain.py")
     with pytest.raises(ConfigError, match="whose neck and head train.init_checkpoint has"):
         Comparison(ROOT, plain, ["none", "inherit"], [0], tmp_path / "out", keys).prepare()

@@ -97,8 +97,7 @@ def test_a_lazy_config_of_the_model_zoo(workspace, tmp_path):
     results = run(
         arguments(
             name,
-            f"distill.teacher={workspace.pair[0].split('=')[1]}",
-            f"distill.weights={workspace.weights}",
+            *workspace.flags,
             "distill.method=shared_kd+pkd",
             *workspace.data[:4],
             *(

@@ -404,9 +404,7 @@ def test_a_student_of_other_widths_than_its_teacher_inherits_little_and_is_told(
 
 def test_a_start_that_gives_nothing_is_refused_without_a_loss(good, workspace, tmp_path):
     """A student that is trained already keeps its parts; train.inherit=[] is no start at all."""
-    teacher, weights = (x.split("=")[1] for x in workspace.pair)
-    keys = [f"distill.teacher={teacher}", f"distill.weights={weights}"]
-    keys += [f"train.output_dir={tmp_path}/run"]
+    keys = [*workspace.flags, f"train.output_dir={tmp_path}/run"]
     trained = tmp_path / "trained.pth"
     torch.save({"model": tiny.detector("faster_rcnn").state_dict()}, trained)
 

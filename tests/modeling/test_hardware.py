@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from sharedkd.config import load_config
-from sharedkd.engine.parts import build, memory_layout
+from sharedkd.engine.parts import build_parts, memory_layout
 from sharedkd.modeling import hardware as cpu
 
 QUICKSTART = str(tiny.ROOT / "configs/quickstart/plain.py")
@@ -29,7 +29,7 @@ def test_the_layout_is_the_faster_one_of_this_cpu(monkeypatch, capability, expec
 
 @pytest.mark.parametrize("said", [False, True])
 def test_a_model_has_the_layout(said):
-    model = build(config(f"train.channels_last={said}"))
+    model = build_parts(config(f"train.channels_last={said}")).model
     weights = [p for p in model.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
     assert len(weights) > 20
     assert all(p.is_contiguous(memory_format=torch.channels_last) == said for p in weights)

@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.meta_arch.fcos import FCOS
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import family
 from sharedkd.modeling.recipes import START, stages_of
+from sharedkd.modeling.stages import stage_dict
 from sharedkd.weights.loading import PARTS
 
 from .build import target_of
@@ -92,11 +94,12 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
     elif "student" not in cfg.model:
         fix = "add --teacher, or use a pair's config, see configs/"
         raise ConfigError("--config-file", "model", "is a plain detector", fix)
-    elif names != OWN:
-        cfg.model.stages = stages_of(names, family_of(cfg.model.student))
-    if names == START:
+    elif names == START:
+        cfg.model.stages = L(stage_dict)()
         parts = OmegaConf.select(cfg, "train.inherit") or [*PARTS]
         OmegaConf.update(cfg, "train.inherit", parts, force_add=True)
+    elif names != OWN:
+        cfg.model.stages = stages_of(names, family_of(cfg.model.student))
     if names != OWN:  # peers are a part of the config's own method
         cfg.model.pop("peers", None)
     for setting in settings:

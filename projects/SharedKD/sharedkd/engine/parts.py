@@ -47,7 +47,6 @@ __all__ = [
     "Parts",
     "amp_dtype",
     "assemble",
-    "build",
     "build_parts",
     "check_start",
     "memory_layout",
@@ -159,8 +158,7 @@ def assemble(
     if eval_only:
         return parts
 
-    if parts.model is not FAILED:
-        step(check_start, parts)
+    step(check_start, parts)
     parts.scheduler = step(construct, cfg.lr_multiplier, "lr_multiplier")
     step(check_scheduler, parts.scheduler)
     trained = parts.student if parts.model is FAILED else parts.model
@@ -201,11 +199,6 @@ def build_parts(cfg: DictConfig, *, findings: Findings) -> Parts:
     parts = Parts(cfg)
     _build(parts, eval_only=False, classes_known=True, findings=findings)
     return parts
-
-
-def build(cfg: DictConfig) -> nn.Module:
-    """The model of :func:`build_parts`."""
-    return build_parts(cfg).model
 
 
 def _build(parts: Parts, eval_only: bool, classes_known: bool, findings: Findings) -> None:
@@ -252,14 +245,14 @@ def _construct(parts: Parts, classes_known: bool, findings: Findings) -> None:
     first = node.get("teacher")
     nodes: Dict[Optional[str], Any] = {} if first is None else {None: first}
     nodes.update(_group(node, "teachers", "dict(NAME=L(FrozenTeacher)(...))", findings))
-    every = _group(node, "stages", "L(stage_dict)(NAME=...)", findings)
-    if parts.resuming and not (every or node.get("peers")):
+    losses = _group(node, "stages", "L(stage_dict)(NAME=...)", findings)
+    if parts.resuming and not (losses or node.get("peers")):
         nodes = {}  # they have given the start
     parts.teachers = {
         name: step(_of_teacher, name, construct, x, teacher_key(name)) for name, x in nodes.items()
     }
     stages = {}
-    for name, stage in every.items():
+    for name, stage in losses.items():
         if isinstance(stage, DictConfig) and "_target_" in stage:
             stage = step(construct, stage, f"model.stages.{name}")
         needs = getattr(stage.loss, "needs", ()) if isinstance(stage, Stage) else ()
@@ -362,7 +355,7 @@ def check_start(parts: Parts) -> None:
         ConfigError: there is a teacher, no distillation loss, and nothing is inherited.
     """
     learns = parts.inherited or of_students(parts.model, "stages")
-    unknown = FAILED in parts.teachers.values()
+    unknown = FAILED in (parts.model, *parts.teachers.values())
     if learns or unknown or parts.resuming or not parts.teachers:
         return
     wanted = list(parts.cfg.train.inherit)

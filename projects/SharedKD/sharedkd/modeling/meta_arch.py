@@ -270,13 +270,12 @@ class SharedKD(nn.Module):
         for name in stages.keys() - {"_target_"}:
             multiply(stages[name], keys.WEIGHT)
             stages[name].update(times)
-        teacher = _teacher_of(cfg, student) if keys.TEACHER.CONFIG else None
-        if keys.METHOD == START and teacher is None:
+        if keys.METHOD == START and not keys.TEACHER.CONFIG:
             fix = "set it, or use MODEL.META_ARCHITECTURE: " + keys.STUDENT
             raise ConfigError("MODEL.SHAREDKD.TEACHER.CONFIG", "''", "there is no teacher", fix)
         return dict(
             student=student,
-            teacher=None if keys.METHOD == START else teacher,
+            teacher=_teacher_of(cfg, student) if keys.TEACHER.CONFIG else None,
             stages=instantiate(stages),
             input_format=cfg.INPUT.FORMAT,
             max_iter=cfg.SOLVER.MAX_ITER,
@@ -671,8 +670,8 @@ def _maps_of(name: str, peer: Peer) -> StudentMaps:
     return StudentMaps(peer.student, tap, peer.pyramid)
 
 
-def _teacher_of(cfg: CfgNode, student: nn.Module) -> FrozenTeacher:
-    """The teacher that a classic config names, ready on its device; the student starts from it."""
+def _teacher_of(cfg: CfgNode, student: nn.Module) -> Optional[FrozenTeacher]:
+    """The teacher that a classic config names, ready on its device; None if it gives the start alone."""
     keys, parts = cfg.MODEL.SHAREDKD.TEACHER, cfg.MODEL.SHAREDKD.INHERIT
     teacher = FrozenTeacher(
         keys.CONFIG,
@@ -683,7 +682,9 @@ def _teacher_of(cfg: CfgNode, student: nn.Module) -> FrozenTeacher:
     ).to(cfg.MODEL.DEVICE)
     key = "MODEL.SHAREDKD.INHERIT"
     copied = inherit(student, teacher.model, parts, teacher.scale, key) if parts else ()
-    if cfg.MODEL.SHAREDKD.METHOD == START and not copied:
+    if cfg.MODEL.SHAREDKD.METHOD == START:
+        if copied:
+            return None
         problem = "gives the student nothing of the teacher, and there is no distillation loss"
         raise ConfigError(key, list(parts), problem, "use MODEL.SHAREDKD.METHOD: shared_kd")
     # Detectron2's AMPTrainer computes in float16.

@@ -85,13 +85,8 @@ def _table(record: Mapping[str, Any]) -> str:
                     for x in found["quantities"][measure].values()
                 ]
                 row = [TAPS[tap], GAPS[measure], step["name"], *means]
-                rows.append(
-                    [
-                        *row,
-                        bounded(apart["mean"], apart["low"], apart["high"], "+.3f"),
-                        apart["verdict"],
-                    ]
-                )
+                interval = bounded(apart["mean"], apart["low"], apart["high"], "+.3f")
+                rows.append([*row, interval, apart["verdict"]])
     head = ["maps", "gap", "student", *QUANTITIES, "inner - cross", "verdict"]
     return markdown(rows, head)
 
