@@ -370,6 +370,21 @@ PAIR = {
         ["COCO-Detection/nothing.yaml", "model zoo"],
     ),
     "unknown stage": (["model.stages.crosss.weight=1"], "model.stages.crosss", ["is not a Stage"]),
+    "ends with its teacher, whose AP is unknown": (
+        [f"{SAME}.end=teacher", "train.eval_teacher=False"],
+        f"{SAME}.end",
+        ["teacher", "train.eval_teacher=False"],
+    ),
+    "ends with its teacher, and is not evaluated": (
+        [f"{SAME}.end=teacher", "train.eval_period=0"],
+        f"{SAME}.end",
+        ["teacher", "train.eval_period=0"],
+    ),
+    "a share beside a fixed weight": (
+        [f"{SAME}.weight=2", f"{SAME}.share=0.1"],
+        f"{SAME}.share",
+        ["0.1", f"{SAME}.weight=auto"],
+    ),
     "stage without loss": ([f"{SAME}.loss=null"], f"{SAME}.loss", ["None", "L(LOSS)"]),
     "unknown loss": (
         [f"{CROSS}.loss._target_=sharedkd.losses.Nothing"],

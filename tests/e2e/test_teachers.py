@@ -39,6 +39,11 @@ def test_a_stage_learns_from_the_teacher_that_it_names(train, second, tmp_path):
     moved = [x.replace("2.pth", "moved.pth") for x in [*second, "train.eval_teacher=True"]]
     longer = [x.replace("max_iter=2", "max_iter=3") for x in moved]
     train("custom_coco_mask.py", *longer, output=output, flags=["--resume"])
+    loss = "{_target_:sharedkd.losses.FitNets,strides:[16]}"
+    fit = f"+model.stages.fit={{_target_:sharedkd.Stage,loss:{loss}}}"
+    with pytest.raises(ConfigError, match="^model.stages=.*fit: its losses have other parameters"):
+        forced = [*longer, fit, "train.force_resume=True"]
+        train("custom_coco_mask.py", *forced, output=output, flags=["--resume"])
     other = tiny.detector("mask_rcnn", 18, 6, seed=9)
     torch.save({"model": other.state_dict()}, tmp_path / "moved.pth")
     with pytest.raises(ConfigError, match="^model.teachers.large.weights=.*not the teacher of the"):

@@ -21,6 +21,7 @@ from sharedkd import (
 )
 from sharedkd.engine.hooks.shares import Watchdog, gradient_norms
 from sharedkd.engine.trainer import Step
+from sharedkd.errors import RunError
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.modeling.backbones import recompute_blocks
 
@@ -141,7 +142,6 @@ def mine():
     [
         ([0.95] * 6, r"has 95 % of the student's gradient.*lower model.stages.mine.weight, now 3$"),
         ([0.86, 0.95, 0.95] * 2, r"has 92 % of the student's gradient norm"),
-        ([0.0] * 6, r"has 0 % of the student's gradient norm.*model.stages.mine.weight=0$"),
     ],
 )
 def test_a_warning_comes_once_a_window(mine, shares, says, sharedkd_log, monkeypatch):
@@ -150,6 +150,18 @@ def test_a_warning_comes_once_a_window(mine, shares, says, sharedkd_log, monkeyp
     assert "iterations 9 to 29: stage mine, term s8 has" in first
     assert "iterations 39 to 59: stage mine, term s8 has" in second
     assert re.search(says, first) and re.search(says, second)
+
+
+def test_a_term_that_is_zero_is_reported(mine, sharedkd_log, monkeypatch):
+    watched(mine, [1e-9, 0.0, 0.0, 0.0], monkeypatch)
+    (bark,) = barks(sharedkd_log)
+    assert "iterations 19 to 39: stage mine, term s8 has 0 % of the student's" in bark
+    assert bark.endswith("model.stages.mine.weight=0")
+
+
+def test_a_stage_that_never_had_a_gradient_ends_the_run(mine, monkeypatch):
+    with pytest.raises(RunError, match="model.stages.mine.loss=Fixed: .* iterations 9 to 29;"):
+        watched(mine, [0.0] * 3, monkeypatch)
 
 
 @pytest.mark.parametrize(

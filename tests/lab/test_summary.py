@@ -7,7 +7,15 @@ from records import arm, failed, make, table
 
 from sharedkd.lab.compare.plots import plot_ap, plot_cost, plot_sizes
 from sharedkd.lab.compare.summary import report, write
-from sharedkd.lab.scores import Difference, curve_of, difference, gap_closed, interval, reached
+from sharedkd.lab.scores import (
+    Difference,
+    curve_of,
+    difference,
+    gap_closed,
+    interval,
+    level,
+    reached,
+)
 
 
 @pytest.fixture
@@ -51,6 +59,10 @@ def test_curves_say_how_far_and_how_fast():
     assert curve_of(record, "fgd", "bbox") == [(100, 24.5), (300, 32.25)]
     assert gap_closed(record, "fgd", "bbox") == pytest.approx(1.25 / 10)
     assert reached(record, "fgd", "bbox") == [200, None]
+    assert level(record, "fgd") == {}
+    weak = {**record, "teacher": {"bbox": {"AP": 32.0}}}
+    assert level(weak, "fgd") == {0: 300}
+    assert "`fgd` is level with the teacher after 300 iterations (1 of 2 seeds)" in report(weak)
     row = next(line for line in report(record).splitlines() if line.startswith("| fgd"))
     assert "12%" in row and "200 (1 of 2 never)" in row
     assert math.isnan(gap_closed({**record, "teacher": {"bbox": {"AP": 30.0}}}, "fgd", "bbox"))

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from sharedkd import ConfigError, IdenticalLayer, RunError, Stage
 from sharedkd.config.methods import with_method
 from sharedkd.modeling import balance
-from sharedkd.modeling.balance import AutoWeight
+from sharedkd.modeling.balance import AutoWeight, AutoWeights
 from sharedkd.modeling.recipes import stages_of
 
 
@@ -75,6 +75,33 @@ def test_it_continues_where_it_was_saved():
     assert other.factors == whole.factors and other.steps == 3
 
 
+def test_a_state_of_other_settings_is_left():
+    """As after ``--resume train.force_resume=True`` with another share."""
+    part, _ = gradients([1.0, 10.0])
+    other = AutoWeights({"pkd": AutoWeight("key", 0.1), "new": AutoWeight("key", 0.1)})
+    other.load_state_dict(AutoWeights({"pkd": part, "gone": part}).state_dict())
+    assert other["pkd"].steps == other["new"].steps == 0 and not other["pkd"].factors
+
+
+def test_terms_that_change_end_the_run():
+    weight, x = AutoWeight("key", 0.5, by_term=True), torch.zeros(2, requires_grad=True)
+    detector = (torch.tensor([3.0, 4.0]) * x).sum()
+    weight({"a": x[0]}, detector, [x])
+    with pytest.raises(
+        RunError, match="key=auto: its terms are a, b, and were a in the step before"
+    ):
+        weight({"a": x[0], "b": x[1]}, detector, [x])
+
+
+def test_a_stage_without_a_term_ends_the_run():
+    class Nothing(IdenticalLayer):
+        def forward(self, batch):
+            return {}
+
+    with pytest.raises(RunError, match="model.stages.mine.loss=Nothing: has returned no term"):
+        tiny.step(tiny.pair({"mine": Stage(Nothing(strides=[8]), weight=2.0)}))
+
+
 def pair(**options):
     stage = Stage(IdenticalLayer(strides=[8, 16]), weight="auto", share=0.25, **options)
     return tiny.pair({"identical": stage})
@@ -122,6 +149,9 @@ def test_options_that_do_not_fit():
     for options in (dict(balance="terms"), dict(every=-1), dict(every=49)):
         with pytest.raises(ConfigError):
             pair(**options)
+    for options in (dict(share=0.1), dict(balance="levels"), dict(every=50)):
+        with pytest.raises(ConfigError, match="has no effect beside weight=2.0; use x.weight=auto"):
+            Stage(IdenticalLayer(), weight=2.0, **options).check("x")
     with pytest.raises(ConfigError, match="use a number, or auto"):
         Stage(IdenticalLayer(), weight="much").check("x")
 

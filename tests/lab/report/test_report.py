@@ -204,8 +204,11 @@ def test_stages_are_told_with_their_schedule(compared):
     stage = read_source(compared).runs_of("wide")[0].stages["identical"]
     assert training.schedule(stage, 200)[1] == (50, 69, 150)
     (known,) = read_source(compared).runs_of("wide")[:1]
-    known.config["model"]["stages"]["identical"].update(weight="auto", end="teacher")
+    known.config["model"]["stages"]["identical"].update(weight="auto", end="teacher", share=0.07)
     assert training.schedule(known.stages["identical"], 200)[1] == (50, 69, 200)
+    known.record["outgrown"] = {"teacher": 99}
+    text, band = training.schedule(known.stages["identical"], 200)
+    assert text == "weight auto, share 0.07, iterations 50 to 100 of 200" and band == (50, 69, 100)
     for run in compared.glob("wide/seed*/config.yaml"):
         run.unlink()
     plots = training.terms(read_source(compared))["wide"]

@@ -1,6 +1,7 @@
 """Configs that use another distillation method, by its name."""
 
 import inspect
+import logging
 
 import torch
 from detectron2.config import LazyCall as L
@@ -21,6 +22,8 @@ from .classic import build_detector
 from .overrides import override
 
 __all__ = ["OWN", "PLAIN", "START", "family_of", "with_method"]
+
+logger = logging.getLogger("detectron2.sharedkd")
 
 PLAIN = "none"  #: the student without a teacher
 OWN = "config"  #: the stages that the config itself has
@@ -87,7 +90,8 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
         fix = "set train.epochs for all, or train.max_iter here"
         raise ConfigError("--methods", name, "has epochs of its own", fix)
     if names in (PLAIN, START) and OmegaConf.select(cfg, "data.unlabelled_images"):
-        cfg.data.update(unlabelled_images=None, unlabelled_json=None)  # nothing learns from them
+        logger.info(f"{names} leaves out data.unlabelled_images: nothing learns from them")
+        cfg.data.update(unlabelled_images=None, unlabelled_json=None)
     if names == PLAIN:
         cfg.model = _student_of(cfg.model)
         OmegaConf.update(cfg, "train.inherit", [], force_add=True)

@@ -27,6 +27,7 @@ __all__ = [
     "check_classes",
     "check_datasets",
     "check_device",
+    "check_ends",
     "check_evaluation",
     "check_sample",
     "check_scheduler",
@@ -212,10 +213,11 @@ def check_unlabelled(cfg: DictConfig, model: nn.Module) -> None:
             return
         names = ", ".join(of_students(model, "stages")) or "there is none"
         problem = f"no stage learns from them: {names}"
-        fix = "use a method that compares maps alone, such as shared_kd or pkd, or leave it out"
+        fix = "label them by tools/label_images.py, or use a method that compares maps alone, such as "
+        fix += "shared_kd or pkd"
     else:
         problem = "nothing learns from them without distillation"
-        fix = "add --teacher and --method shared_kd, or leave it out"
+        fix = "label them by tools/label_images.py, or add --teacher and --method shared_kd"
     found = OmegaConf.select(cfg, "data.unlabelled_images")
     key = "dataloader.train.unlabelled" if found is None else "data.unlabelled_images"
     raise ConfigError(key, found, problem, fix)
@@ -243,6 +245,24 @@ def check_evaluation(cfg: DictConfig, data: DataSets, findings: Findings) -> Non
                 fix = "use a subclass of detectron2.evaluation.DatasetEvaluator"
                 findings.add(ConfigError(key, type(evaluator).__name__, "is no evaluator", fix))
         # any other evaluator may write the annotations into a json file as soon as it is built
+
+
+def check_ends(cfg: DictConfig, model: nn.Module) -> None:
+    """Check that a stage that ends where its teacher is outgrown can.
+
+    Raises:
+        ConfigError: the teacher or the student is not evaluated on the way.
+    """
+    train = cfg.train
+    for name, stage in of_students(model, "stages").items():
+        if stage.end != "teacher" or train.fast_dev_run:
+            continue
+        key, fix = f"model.stages.{name}.end", "set it, or use a time"
+        if train.eval_teacher is False:
+            raise ConfigError(key, "teacher", "train.eval_teacher=False: its AP is not known", fix)
+        if train.eval_period == 0 or cfg.dataloader.get("evaluator") is None:
+            where = "train.eval_period=0" if train.eval_period == 0 else "dataloader.evaluator=None"
+            raise ConfigError(key, "teacher", f"{where}: the student's AP is not known", fix)
 
 
 def check_scheduler(scheduler: Any) -> None:

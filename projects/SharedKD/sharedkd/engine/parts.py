@@ -33,6 +33,7 @@ from .checks import (
     check_classes,
     check_datasets,
     check_device,
+    check_ends,
     check_evaluation,
     check_sample,
     check_scheduler,
@@ -159,6 +160,8 @@ def assemble(
         return parts
 
     step(check_start, parts)
+    if parts.model is not FAILED:
+        step(check_ends, cfg, parts.model)
     parts.scheduler = step(construct, cfg.lr_multiplier, "lr_multiplier")
     step(check_scheduler, parts.scheduler)
     trained = parts.student if parts.model is FAILED else parts.model

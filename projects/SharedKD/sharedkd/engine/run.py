@@ -28,7 +28,7 @@ from sharedkd.config.own_data import class_names
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.files import remove_unfinished, replace
 from sharedkd.modeling.detectors import config_path, num_classes
-from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.meta_arch import SharedKD, losses_of
 from sharedkd.modeling.teachers import FrozenTeacher, StudentAverage
 from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
@@ -91,6 +91,7 @@ def run(args: Namespace) -> Mapping[str, Any]:
                 trainer.detector, checkpoint, "train.output_dir", cfg.train.trust_checkpoint
             )
             trainer.check_resumable(entries["trainer"])
+            _check_owned(trainer.module, entries, checkpoint)
         folder = cfg.train.output_dir
         held.enter_context(disk_failure(folder))
         owns = comm.is_main_process() and not args.eval_only
@@ -114,9 +115,10 @@ def run(args: Namespace) -> Mapping[str, Any]:
 def _started(args: Namespace, parts: Parts) -> Dict[str, Any]:
     """How a training run was started: the first keys of run.json."""
     keys = ("data.val_json", "dataloader.test.dataset.names")
-    validation = (OmegaConf.select(parts.cfg, key) for key in keys)
+    found = next((x for key in keys if (x := OmegaConf.select(parts.cfg, key))), None)
+    there = isinstance(found, str) and os.path.exists(found)
     return {
-        "validation": str(next((x for x in validation if x), None)),
+        "validation": os.path.realpath(found) if there else str(found),
         "command": shlex.join(command_line()),
         "config_file": args.config_file,
         "overrides": list(args.opts),
@@ -254,6 +256,16 @@ def _beside(pair: SharedKD) -> Dict[str, Any]:
         found[f"peer_{name}"] = peer
         found.update({f"peer_{name}_{key}": x for key, x in _beside(peer).items()})
     return found
+
+
+def _check_owned(module: nn.Module, entries: Mapping[str, Any], checkpoint: str) -> None:
+    """Refuse a checkpoint whose losses own other parameters, as after ``train.force_resume``: the optimizer's state is of those."""
+    losses = losses_of(module).state_dict()
+    found = entries.get("distillation", {})
+    if {k: x.shape for k, x in losses.items()} != {k: x.shape for k, x in found.items()}:
+        problem = f"its losses have other parameters than those of {checkpoint}"
+        fix = "start anew in another train.output_dir, with train.init_checkpoint set to that file"
+        raise ConfigError("model.stages", ", ".join(module.stages), problem, fix)
 
 
 def _check_ends(trainer: SharedKDTrainer) -> None:

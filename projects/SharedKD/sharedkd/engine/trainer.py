@@ -19,7 +19,7 @@ from sharedkd.engine.hooks.outgrown import Outgrown
 from sharedkd.engine.hooks.step_log import StepLog
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.balance import held
-from sharedkd.modeling.meta_arch import of_students, pairs_of
+from sharedkd.modeling.meta_arch import factors_of, of_students, pairs_of
 from sharedkd.modeling.snapshot import NORMALIZER
 from sharedkd.modeling.stages import owner_of, terms_of, under
 from sharedkd.modeling.teachers import teacher_key
@@ -190,9 +190,7 @@ class SharedKDTrainer(SimpleTrainer):
         self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
         for name, value in {**values, **self._sums(values)}.items():
             step.metrics[name] = step.metrics.get(name, 0.0) + value / self.accumulate
-        for stage, auto in self.auto_weights.items():
-            for term, factor in auto.factors.items() if step.weights[stage] else ():
-                step.metrics["/".join(filter(None, (under("factor/", stage), term)))] = factor
+        step.metrics.update(factors_of(self.module, step.weights))
 
     def _losses(
         self, model: nn.Module, batch: List[Dict[str, Any]], part: int, step: Step

@@ -45,6 +45,7 @@ __all__ = [
     "gap_closed",
     "interval",
     "is_known",
+    "level",
     "mean_of",
     "measured",
     "reached",
@@ -288,6 +289,20 @@ def reached(record: Record, method: str, task: str) -> List[Optional[int]]:
         curve, goal = (arm.get("curve") or {}).get(task), goals.get(arm["seed"])
         if curve and goal is not None:
             found.append(next((i for i, ap in curve if ap >= goal), None))
+    return found
+
+
+def level(record: Record, method: str) -> Dict[int, int]:
+    """Seed -> the first evaluated iteration with at least the teacher's AP in every task; without those that never had it."""
+    theirs = {task: score_of(record.get("teacher"), task) for task in tasks_of(record)}
+    goals = {task: ap for task, ap in theirs.items() if is_known(ap)}
+    found = {}
+    for arm in _finished_of(record, method) if goals else ():
+        curves = [dict((arm.get("curve") or {}).get(task, ())) for task in goals]
+        for i in sorted(set.intersection(*map(set, curves))):
+            if all(curve[i] >= goal for curve, goal in zip(curves, goals.values())):
+                found[arm["seed"]] = i
+                break
     return found
 
 

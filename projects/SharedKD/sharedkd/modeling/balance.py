@@ -1,7 +1,7 @@
 """Weights that set themselves: a stage's gradient becomes a share of the detector's own."""
 
 from contextlib import contextmanager
-from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Sequence
+from typing import AbstractSet, Any, Dict, FrozenSet, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sharedkd.errors import RunError
 
-__all__ = ["AutoWeight", "held"]
+__all__ = ["AutoWeight", "AutoWeights", "held"]
 
 WINDOW = 50  #: steps that a measurement is the median of
 _SCALE = 1024.0  # of losses before their gradients are taken: those of float16 maps do not vanish
@@ -26,8 +26,9 @@ class AutoWeight(nn.Module):
 
     The median is that of the first :data:`WINDOW` steps with the stage on, of those so far while there
     are fewer.  Then the factor is constant, until ``every`` steps have passed and it is measured again.
-    A measured step takes one more backward to the maps, of the detector's losses and of the stage's.
-    All ranks have the same factor.
+    A measured step takes one more backward to the maps, of the detector's losses and of the stage's; with
+    ``by_term`` one of each term.  With ``train.accumulate`` each batch counts as a step.  All ranks have
+    the same factor.
 
     Args:
         key: the stage's place in the config, for messages.
@@ -45,6 +46,7 @@ class AutoWeight(nn.Module):
         self.factors: Dict[str, Tensor] = {}  # term -> factor; "" of all terms together
         self.apart: FrozenSet[str] = frozenset()  # terms that train only what the loss owns
         self._ratios: Dict[str, List[Tensor]] = {}
+        self._names: AbstractSet[str] = frozenset()  # of the terms
 
     def forward(
         self, terms: Mapping[str, Tensor], detector: Tensor, maps: Sequence[Tensor]
@@ -57,8 +59,13 @@ class AutoWeight(nn.Module):
             maps: the student's maps that the stage reads.
 
         Raises:
-            RunError: the stage had no gradient in any of the measured steps.
+            RunError: the stage had no gradient in any of the measured steps, or has other terms than in
+                the step before.
         """
+        if terms.keys() != self._names and self._names:
+            now, then = (", ".join(x) for x in (terms, self._names))
+            raise self._without(f"its terms are {now}, and were {then} in the step before")
+        self._names = terms.keys()
         if self.factors:
             self._move(detector.device)  # a resumed run's are on the CPU
         if not (self.held and self.factors) and torch.is_grad_enabled():
@@ -96,6 +103,8 @@ class AutoWeight(nn.Module):
     def _measure(
         self, parts: Mapping[str, Tensor], detector: Tensor, maps: Sequence[Tensor]
     ) -> None:
+        if not parts:
+            return
         norms = torch.stack([_squared_norm(x, maps) for x in (detector, *parts.values())])
         if comm.get_world_size() > 1:
             dist.all_reduce(norms)
@@ -110,6 +119,7 @@ class AutoWeight(nn.Module):
     def get_extra_state(self) -> Dict[str, Any]:
         """What a resumed run continues with."""
         return {
+            "settings": self._settings,
             "steps": self.steps,
             "apart": sorted(self.apart),
             "factors": {k: x.cpu() for k, x in self.factors.items()},
@@ -117,15 +127,31 @@ class AutoWeight(nn.Module):
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Continue with ``state``, of :meth:`get_extra_state`; its tensors move at the next step."""
+        """Continue with ``state``, of :meth:`get_extra_state`; its tensors move at the next step.
+
+        A state of other settings is left: the factors are measured anew.
+        """
+        if state.get("settings", self._settings) != self._settings:
+            return
         self.steps, self.apart = state["steps"], frozenset(state["apart"])
         self.factors = dict(state["factors"])
         self._ratios = {k: [*x.unbind()] for k, x in state["ratios"].items()}
+
+    @property
+    def _settings(self) -> Tuple[float, int, bool]:
+        return self.share, self.every, self.by_term
 
     def _move(self, device: torch.device) -> None:
         if any(x.device != device for x in self.factors.values()):
             self.factors = {k: x.to(device) for k, x in self.factors.items()}
             self._ratios = {k: [r.to(device) for r in x] for k, x in self._ratios.items()}
+
+
+class AutoWeights(nn.ModuleDict):
+    """The :class:`AutoWeight` of each stage that has one; those of stages that are new in a resumed run begin anew."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict(state_dict, strict=False)
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from sharedkd.errors import ConfigError, Findings
+from sharedkd.errors import ConfigError, Findings, RunError
 from sharedkd.losses.base import HEAD_TAPS, UNLABELLED, Batch, Maps, Regions
 from sharedkd.weights.loading import inherit
 
-from .balance import AutoWeight, held
+from .balance import AutoWeight, AutoWeights, held
 from .detectors import family
 from .heads import (
     HeadTap,
@@ -31,11 +31,18 @@ from .heads import (
 from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
 from .recipes import START, multiply, stages_of
-from .stages import DISTILL, PEER, TIMES, Stage
+from .stages import DISTILL, PEER, TIMES, Stage, under
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
 from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher, teacher_key
 
-__all__ = ["SharedKD", "check_image_format", "losses_of", "of_students", "pairs_of"]
+__all__ = [
+    "SharedKD",
+    "check_image_format",
+    "factors_of",
+    "losses_of",
+    "of_students",
+    "pairs_of",
+]
 
 #: What a loss needs -> the taps that this takes.
 NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
@@ -174,7 +181,7 @@ class SharedKD(nn.Module):
             )
         # Registered for DDP, the optimizer and device moves; most losses have no parameters.
         self.losses = nn.ModuleDict({name: stage.loss for name, stage in self.stages.items()})
-        self.auto_weights = nn.ModuleDict(
+        self.auto_weights = AutoWeights(
             {
                 name: AutoWeight(
                     f"{key}.stages.{name}.weight", x.share, x.every, x.balance is not None
@@ -316,6 +323,7 @@ class SharedKD(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         labelled = [x for x in batched_inputs if not x.get(UNLABELLED)]
+        alone = weights is None  # in a trainer that knows nothing of stages
         if weights is None:
             weights = self._weights_now()
         pairs = self.pairs
@@ -334,6 +342,8 @@ class SharedKD(nn.Module):
             own.update({k: (1 - share) * own[k] + share * x for k, x in theirs.items()})
             found = pair._with_idle_parameters({**seen[owner].losses, **own})
             losses.update({f"{owner}{name}": x for name, x in found.items()})
+        if alone:
+            get_event_storage().put_scalars(**factors_of(self, weights))
         return losses
 
     def _active(self, owner: str, weights: Mapping[str, float]) -> Dict[str, float]:
@@ -475,6 +485,11 @@ class SharedKD(nn.Module):
             detector = sum(seen.losses.values()) if self.auto_weights else None
             for name, weight in active.items():
                 terms = self.losses[name](batches[self.stages[name].teacher])
+                if not terms:
+                    loss = type(self.losses[name]).__name__
+                    fix = "let it return its terms in every step, zeros where there is nothing to compare"
+                    place = f"{self.key}.stages.{name}.loss"
+                    raise RunError(place, loss, "has returned no term", fix)
                 if name in self.auto_weights:
                     terms = self.auto_weights[name](terms, detector, self._read(name, seen.maps))
                 for term, value in terms.items():
@@ -624,6 +639,15 @@ def of_students(model: nn.Module, group: str) -> Dict[str, Any]:
     return {
         f"{o}{name}": x for o, pair in pairs.items() for name, x in getattr(pair, group).items()
     }
+
+
+def factors_of(model: nn.Module, weights: Mapping[str, float]) -> Dict[str, Tensor]:
+    """The factors of the stages of ``model`` that set themselves and are on, as they are logged."""
+    found = {}
+    for stage, auto in of_students(model, "auto_weights").items():
+        for term, factor in auto.factors.items() if weights[stage] else ():
+            found["/".join(filter(None, (under("factor/", stage), term)))] = factor
+    return found
 
 
 def _check_times(key: str, stage: Stage, max_iter: Optional[int]) -> None:

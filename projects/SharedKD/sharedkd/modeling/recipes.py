@@ -169,6 +169,6 @@ def _factor(text: str) -> float:
 def _recipe(name: str) -> Method:
     path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
     if not path.is_file():
-        names = ", ".join(("none", "config", *(p.stem for p in sorted(FOLDER.glob("*.py")))))
+        names = ", ".join(("none", START, "config", *(p.stem for p in sorted(FOLDER.glob("*.py")))))
         raise ConfigError("--methods", name, "no such method", f"use a recipe's path, or {names}")
     return Method.load(path)

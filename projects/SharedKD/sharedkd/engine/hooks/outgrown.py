@@ -46,11 +46,13 @@ class Outgrown(hooks.HookBase):
                 for x, s in self.trainer.stages.items()
                 if s.end == "teacher" and s.teacher == name
             ]
-            ending = f"{', '.join(ends)} end here" if ends else "end=teacher would end a stage here"
-            logger.warning(
-                f"The student is level with {'the teacher' if name is None else f'teacher {name}'} "
-                f"(AP of both: {figures}): it has little left to learn from it; {ending}"
-            )
+            who = "the teacher" if name is None else f"teacher {name}"
+            text = f"The student is level with {who} (AP of both: {figures})"
+            if self.trainer.stages:
+                ending = "end=teacher would end a stage here"
+                ending = f"{', '.join(ends)} end here" if ends else ending
+                text += f": it has little left to learn from it; {ending}"
+            logger.warning(text)
 
     def state_dict(self) -> Dict[str, Any]:
         return {"teachers": self.teachers, "iterations": self.iterations}

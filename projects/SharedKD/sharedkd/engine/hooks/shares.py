@@ -10,6 +10,7 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 
 from sharedkd.engine.trainer import SharedKDTrainer, Step
+from sharedkd.errors import RunError
 from sharedkd.modeling.snapshot import without_trace
 from sharedkd.modeling.stages import DISTILL, own_losses
 from sharedkd.values import check_number
@@ -34,7 +35,7 @@ class Watchdog(hooks.HookBase):
     the backbone, maps of the FPN and logits can be compared.  Shares are logged as
     ``watch/<stage>/<term>`` and ``watch/detector``.  A term whose share is above :data:`DOMINANT` on
     average, or zero throughout, over :data:`WINDOW` measurements in a row is reported; then its next
-    window begins.  A term, which is one level of most losses, with more than :data:`UNBALANCED` of the
+    window begins.  A stage that has given the student nothing from the first one on ends the run.  A term, which is one level of most losses, with more than :data:`UNBALANCED` of the
     sum of its stage's norms over such a window is reported once.
 
     A measurement runs one more forward, of one image a process, and a backward for each term.  It
@@ -44,6 +45,9 @@ class Watchdog(hooks.HookBase):
         period: iterations between two measurements.
         max_iter: length of the run; if it is too short for :data:`LEAST` measurements, the period is
             shorter, but at least :data:`SHORTEST`.
+
+    Raises:
+        RunError: in a step, no term of a stage has had a gradient since the run began.
     """
 
     def __init__(self, period: int, max_iter: float = math.inf):
@@ -51,6 +55,7 @@ class Watchdog(hooks.HookBase):
         self.period = min(period, max(SHORTEST, max_iter // LEAST))
         self._windows: Dict[str, Deque[Tuple[int, float]]] = {}  # (iteration, share)
         self._unbalanced: Set[str] = set()  # terms that were reported as such
+        self._alive: Set[str] = set()  # stages that have had a gradient
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0:
@@ -74,17 +79,32 @@ class Watchdog(hooks.HookBase):
         for name, window in self._windows.items():
             window.append((trainer.iter, shares[name]))
         full = {k: sum(x for _, x in w) for k, w in self._windows.items() if len(w) == WINDOW}
+        self._alive |= {name.split("/")[0] for name, share in shares.items() if share}
+        for name in full if trainer.start_iter == 0 else ():  # a resumed run's may be at its end
+            if name.split("/")[0] not in self._alive:
+                raise self._without_gradient(name)
         for name, share in full.items():
             stage = sum(full[k] for k in full if k.split("/")[0] == name.split("/")[0])
             if UNBALANCED * stage < share < stage and name not in self._unbalanced:
                 self._report_unbalanced(name, share / stage)
             self._report(name, self._windows[name])
 
+    def _without_gradient(self, name: str) -> RunError:
+        stage, window = name.split("/")[0], self._windows[name]
+        key, now = f"model.stages.{stage}", self.trainer.stages[stage]
+        problem = (
+            f"has given the student no gradient in iterations {window[0][0]} to {window[-1][0]}"
+        )
+        fix = "correct what this loss compares, or leave the stage out"
+        return RunError(f"{key}.loss", type(now.loss).__name__, problem, fix)
+
     def _report_unbalanced(self, name: str, share: float) -> None:
         self._unbalanced.add(name)
         stage, term = name.split("/", 1)
-        key = f"model.stages.{stage}"
-        auto = "" if self.trainer.stages[stage].auto else f"{key}.weight=auto "
+        key, now = f"model.stages.{stage}", self.trainer.stages[stage]
+        if now.balance is not None:
+            return  # equal at the maps
+        auto = "" if now.auto else f"{key}.weight=auto "
         logger.warning(
             f"Watchdog: term {term} has {100 * share:.0f} % of the gradient norms of stage {stage}; "
             f"{auto}{key}.balance=levels sets equal shares for all its terms"

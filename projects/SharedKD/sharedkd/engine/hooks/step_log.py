@@ -119,12 +119,19 @@ class StepLog(hooks.HookBase):
         for name, weight in step.weights.items():
             prefix = f"{under(DISTILL, name)}/"
             for key in [k for k in metrics if k.startswith(prefix)]:
-                metrics[key] /= weight
+                metrics[key] /= weight * self._factor(metrics, name, key[len(prefix) :])
             storage.put_scalar(f"{prefix}weight", weight, smoothing_hint=False)
         storage.put_scalars(data_time=step.data_time, **metrics)
         if self.skipping:
             storage.put_scalar("skipped_steps", self.total, smoothing_hint=False)
         storage.iter = now
+
+    def _factor(self, metrics: Mapping[str, float], stage: str, term: str) -> float:
+        """The factor of a term whose stage's weight sets itself, if it has one."""
+        auto, group = self.trainer.auto_weights.get(stage), under("factor/", stage)
+        if auto is None or term in auto.apart:
+            return 1.0
+        return metrics.get(f"{group}/{term}" if auto.by_term else group, 0.0) or 1.0
 
     def state_dict(self) -> Dict[str, int]:
         """The numbers of skipped steps.

@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, List, Mapping, Optional, Sequence, Union
+from typing import Any, Collection, List, Mapping, Optional, Sequence, Union
 
 from sharedkd.lab.output import write_json, write_png, write_text
 from sharedkd.lab.scores import (
@@ -20,10 +20,12 @@ from sharedkd.lab.scores import (
     finished_arms,
     gap_closed,
     is_known,
+    level,
     mean_of,
     reached,
     rows_of,
     score_of,
+    scores_of,
     tasks_of,
     text_of,
     texts_of,
@@ -39,6 +41,7 @@ __all__ = ["notes", "report", "write"]
 def notes(record: Record) -> List[str]:
     """How to read the numbers in ``record``, as Markdown paragraphs and lists."""
     found = [*_warnings(record), *_equal_time_notes(record), *_start_notes(record)]
+    found += _level_notes(record)
     gaps = _gaps(record)
     return [*found, *(["\n".join(gaps)] if gaps else []), _caveats(record)]
 
@@ -49,7 +52,7 @@ def report(record: Record) -> str:
     for task in tasks_of(record):
         parts += [f"## {TASKS[task].capitalize()} AP", _ap_table(record, task)]
     parts += ["## Cost", _cost_table(record), *_equal_time_notes(record)]
-    parts += _start_notes(record)
+    parts += [*_start_notes(record), *_level_notes(record)]
     gaps = _gaps(record)
     if gaps:
         parts += ["## Arms to check", "\n".join(gaps)]
@@ -176,6 +179,20 @@ def _start_notes(record: Record) -> List[str]:
     return ["\n".join(notes)]
 
 
+def _level_notes(record: Record) -> List[str]:
+    """Which students have become as good as the teacher, and when."""
+    notes = []
+    for method in record["methods"]:
+        found = level(record, method)
+        if found:
+            seeds = len(scores_of(record, method, tasks_of(record)[0]))
+            when = f"after {_range(found.values())} iterations ({len(found)} of {seeds} seeds)"
+            notes.append(f"- `{method}` is level with the teacher {when}.")
+    if notes:
+        notes.append("- Who is level with the teacher has little left to learn from it.")
+    return ["\n".join(notes)] if notes else []
+
+
 def _gaps(record: Record) -> List[str]:
     """A line per arm that failed, never ran, or finished without an AP."""
     lines = []
@@ -266,7 +283,7 @@ def _name(arm: Mapping[str, Any]) -> str:
     return f"`{arm['method']}` seed {arm['seed']}"
 
 
-def _range(values: Sequence[float]) -> str:
+def _range(values: Collection[float]) -> str:
     """A count that should be the same for all seeds: its value, or the least and the greatest."""
     if not values:
         return "-"

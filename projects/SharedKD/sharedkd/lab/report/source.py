@@ -67,10 +67,13 @@ class RunData:
         for name, node in nodes.items():
             if not isinstance(node, Mapping):  # the dict's own _target_
                 continue
-            keys = ("weight", *TIMES)
+            keys = ("weight", "share", *TIMES)
             times = {key: node[key] for key in keys if key in node}
             # Other text is a reference to another key.
             words = {("weight", "auto"), ("end", "teacher")}
+            level = (self.record.get("outgrown") or {}).get(node.get("teacher") or "teacher")
+            if times.get("end") == "teacher" and level is not None:
+                times["end"] = level + 1
             if all(not isinstance(x, str) or (k, x) in words for k, x in times.items()):
                 found[str(name)] = Stage(None, **times)  # type: ignore[arg-type]
         return found

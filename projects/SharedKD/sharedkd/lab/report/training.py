@@ -120,6 +120,12 @@ def _of_method(method: str, runs: Sequence[RunData]) -> List[Plot]:
         raw = {key.split("/", 2)[2]: mean_curve(runs, _metric(key)) for key in names}
         text, band = schedule(schedules.get(stage), end)
         plots.append(_plot(method, f"Stage {stage}: {text}", raw, "raw value", band=band, end=end))
+        factor = re.compile(rf"factor/{re.escape(stage)}(/|$)")
+        names = _sorted(key for run in runs for key in run.curves if factor.match(key))
+        factors = {key.partition("/")[2]: mean_curve(runs, _metric(key)) for key in names}
+        plots.append(
+            _plot(method, f"Stage {stage}: its automatic factor", factors, "factor", end=end)
+        )
     return [plot for plot in plots if plot]
 
 
