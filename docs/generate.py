@@ -24,12 +24,15 @@ from sharedkd.config.structure import defaults_of
 from sharedkd.data.loader import build_train_loader
 from sharedkd.lab import performance
 from sharedkd.lab.compare.plots import draw_curves
+from sharedkd.lab.compare.summary import iterations_text
 from sharedkd.lab.scores import (
     TASKS,
     Difference,
     curve_of,
     difference,
+    gap_closed,
     mean_of,
+    reached,
     rows_of,
     score_of,
     scores_of,
@@ -60,9 +63,6 @@ PAIRS = (
 
 #: Those of full length, whose seeds are counted together.
 TOGETHER = ("facade", "animals", "cards", "cards_80")
-
-#: Comparisons by an earlier version of the protocol.
-EARLIER = ("animals_1200", "cards_1200")
 
 __all__ = ["fill", "tables"]
 
@@ -224,15 +224,13 @@ def measured() -> Dict[Tuple[str, str], str]:
         record = _record(name)
         found["MODEL_ZOO.md", name] = _zoo(record)
         found["docs/results.md", name] = _over_training(record)
-    for name in EARLIER:
-        found["docs/results.md", name] = _over_training(_record(name))
-    photographs = [name for name in (*PAIRS, *EARLIER) if name != "quickstart"]
+    photographs = [name for name in PAIRS if name != "quickstart"]
     for marker, names in {"together": TOGETHER, "all lengths": photographs}.items():
         found["docs/results.md", marker] = _together([_record(name) for name in names])
     found["docs/schemes.md", "schemes"] = performance.schemes(_record("schemes"))
     speeds = {x.stem: json.loads(x.read_text()) for x in sorted(RESULTS.glob("performance/*.json"))}
     found["docs/performance.md", "benchmark tables"] = performance.page(speeds)
-    found["docs/results.md", "precision"] = _precision([_record(name) for name in PRECISION])
+    found["docs/performance.md", "precision"] = _precision([_record(name) for name in PRECISION])
     return found
 
 
@@ -308,7 +306,8 @@ def _zoo(record: Mapping[str, Any]) -> str:
     titles, teacher = ["recipe"], ["the teacher"]
     for task in tasks:
         titles += [f"{TASKS[task]} AP", *(f"against `{x}` [95 % interval]" for x in bases)]
-        teacher += [number(score_of(record["teacher"], task), ".1f"), *["-"] * len(bases)]
+        titles += ["gap closed", "iterations to the AP of `none`"]
+        teacher += [number(score_of(record["teacher"], task), ".1f"), *["-"] * (len(bases) + 2)]
     titles += ["training memory MB", "parameters of the losses", "seeds"]
     rows = []
     for of_method in zip(*(rows_of(record, task) for task in tasks)):
@@ -318,6 +317,9 @@ def _zoo(record: Mapping[str, Any]) -> str:
             for base in bases:
                 own = row.method in (PLAIN, base)
                 cells.append("-" if own else _gain(difference(record, row.method, base, task)))
+            closed, fast = gap_closed(record, row.method, task), reached(record, row.method, task)
+            plain = row.method == PLAIN
+            cells += ["-", "-"] if plain else [number(closed, ".0%"), iterations_text(fast)]
         costs = [number(first.cost(x), ",.0f") for x in ("peak_memory_mb", "loss_parameters")]
         rows.append((Path(first.method).name, *cells, *costs, str(len(first.scores["AP"]))))
     rows.append((*teacher, "-", "-", "1"))

@@ -376,7 +376,7 @@ PAIR = {
         ["teacher", "train.eval_teacher=False"],
     ),
     "ends with its teacher, and is not evaluated": (
-        [f"{SAME}.end=teacher", "train.eval_period=0"],
+        [f"{SAME}.end=teacher", "train.eval_teacher=null", "train.eval_period=0"],
         f"{SAME}.end",
         ["teacher", "train.eval_period=0"],
     ),

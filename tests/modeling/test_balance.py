@@ -149,9 +149,6 @@ def test_options_that_do_not_fit():
     for options in (dict(balance="terms"), dict(every=-1), dict(every=49)):
         with pytest.raises(ConfigError):
             pair(**options)
-    for options in (dict(share=0.1), dict(balance="levels"), dict(every=50)):
-        with pytest.raises(ConfigError, match="has no effect beside weight=2.0; use x.weight=auto"):
-            Stage(IdenticalLayer(), weight=2.0, **options).check("x")
     with pytest.raises(ConfigError, match="use a number, or auto"):
         Stage(IdenticalLayer(), weight="much").check("x")
 

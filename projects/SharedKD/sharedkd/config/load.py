@@ -19,7 +19,7 @@ from .classic import check_classic, expanded, from_classic, is_classic
 from .defaults import DATA_DEFAULTS, TRAIN_DEFAULTS, Data, Train
 from .depth import set_depth
 from .length import alone, settle_length
-from .methods import PLAIN
+from .methods import PLAIN, check_shares
 from .overrides import joined, override
 from .own_data import add_unlabelled, has_own_data, read_own_data
 from .pair import IMAGE_FORMAT, Pairing
@@ -110,6 +110,7 @@ def load(
     for text in late:
         findings.step(override, cfg, text, path)
     _check_groups(cfg, path)  # an override may have removed one
+    findings.step(check_shares, cfg, overrides)
     if is_classic(cfg):
         check_classic(cfg)
     _settle(cfg, findings)

@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+import re
+from typing import Sequence
 
 import torch
 from detectron2.config import LazyCall as L
@@ -21,13 +23,14 @@ from .build import target_of
 from .classic import build_detector
 from .overrides import override
 
-__all__ = ["OWN", "PLAIN", "START", "family_of", "with_method"]
+__all__ = ["OWN", "PLAIN", "START", "check_shares", "family_of", "with_method"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
 PLAIN = "none"  #: the student without a teacher
 OWN = "config"  #: the stages that the config itself has
 
+_OF_AUTO = re.compile(r"\+*(?P<stage>model(?:\.peers\.\w+)?\.stages\.\w+)\.(share|every|balance)=")
 _KNOWN = {GeneralizedRCNN: "faster_rcnn", RetinaNet: "retinanet", FCOS: "fcos"}
 
 
@@ -108,4 +111,23 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
         cfg.model.pop("peers", None)
     for setting in settings:
         override(cfg, setting, "the config")
+    check_shares(cfg, settings)
     return cfg
+
+
+def check_shares(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse an override of what only a weight that sets itself has, of a stage with a fixed one.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for text in overrides:
+        found = _OF_AUTO.match(text)
+        stage = OmegaConf.select(cfg, found["stage"]) if found else None
+        if not isinstance(stage, DictConfig) or "loss" not in stage:
+            continue
+        weight = stage.get("weight", 1.0)
+        if weight not in ("auto", 0):
+            key, _, value = text.lstrip("+").partition("=")
+            problem, fix = f"has no effect beside weight={weight}", "add {}.weight=auto"
+            raise ConfigError(key, value, problem, fix.format(found["stage"]))

@@ -247,15 +247,16 @@ def check_evaluation(cfg: DictConfig, data: DataSets, findings: Findings) -> Non
         # any other evaluator may write the annotations into a json file as soon as it is built
 
 
-def check_ends(cfg: DictConfig, model: nn.Module) -> None:
+def check_ends(cfg: DictConfig) -> None:
     """Check that a stage that ends where its teacher is outgrown can.
 
     Raises:
         ConfigError: the teacher or the student is not evaluated on the way.
     """
-    train = cfg.train
-    for name, stage in of_students(model, "stages").items():
-        if stage.end != "teacher" or train.fast_dev_run:
+    train, stages = cfg.train, cfg.model.get("stages")
+    for name, stage in stages.items() if isinstance(stages, DictConfig) else ():
+        ends = isinstance(stage, DictConfig) and stage.get("end") == "teacher"
+        if not ends or train.fast_dev_run:
             continue
         key, fix = f"model.stages.{name}.end", "set it, or use a time"
         if train.eval_teacher is False:

@@ -160,8 +160,7 @@ def assemble(
         return parts
 
     step(check_start, parts)
-    if parts.model is not FAILED:
-        step(check_ends, cfg, parts.model)
+    step(check_ends, cfg)
     parts.scheduler = step(construct, cfg.lr_multiplier, "lr_multiplier")
     step(check_scheduler, parts.scheduler)
     trained = parts.student if parts.model is FAILED else parts.model

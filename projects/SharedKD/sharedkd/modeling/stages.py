@@ -91,8 +91,8 @@ class Stage:
         """Check the arguments; ``key`` is this stage's place in the config, for messages.
 
         Raises:
-            ConfigError: the loss is no distillation loss, a weight or time is negative or infinite, the
-                end is not after the start, or a setting of ``auto`` stands beside a number.
+            ConfigError: the loss is no distillation loss, a weight or time is negative or infinite, or the
+                end is not after the start.
         """
         findings = Findings()
         if not isinstance(self.loss, DistillationLoss):
@@ -122,14 +122,6 @@ class Stage:
             problem = "is less than the steps that a measurement takes"
             fix = f"use 0, or {WINDOW} or more"
             findings.add(ConfigError(f"{key}.every", self.every, problem, fix))
-        if not self.auto and self.weight != 0:
-            for name in ("share", "every", "balance"):
-                if getattr(self, name) != getattr(Stage, name):
-                    problem, fix = (
-                        f"has no effect beside weight={self.weight}",
-                        f"use {key}.weight=auto",
-                    )
-                    findings.add(ConfigError(f"{key}.{name}", getattr(self, name), problem, fix))
         if self.balance is not None:
             findings.step(check_choice, f"{key}.balance", self.balance, ("levels",))
         if self.teacher is not None:

@@ -35,7 +35,7 @@ from sharedkd.methods import START
 
 from .plots import plot_ap, plot_cost, plot_curves, plot_sizes
 
-__all__ = ["notes", "report", "write"]
+__all__ = ["iterations_text", "notes", "report", "write"]
 
 
 def notes(record: Record) -> List[str]:
@@ -102,7 +102,7 @@ def _ap_table(record: Record, task: str) -> str:
                 with_half_width(*row.interval()),
                 *(number(row.mean(metric)) for metric in MORE_METRICS),
                 *cells,
-                _reached(reached(record, row.method, task)),
+                iterations_text(reached(record, row.method, task)),
                 f"{len(row.scores['AP'])} of {planned}",
                 str(gain.count) if gain else "-",
             ]
@@ -113,8 +113,8 @@ def _ap_table(record: Record, task: str) -> str:
     return markdown(rows, headers, left=("method", "verdict"))
 
 
-def _reached(iterations: Sequence[Optional[int]]) -> str:
-    """The mean, and how many seeds never got there."""
+def iterations_text(iterations: Sequence[Optional[int]]) -> str:
+    """The mean of what :func:`~sharedkd.lab.scores.reached` found, and how many seeds never got there."""
     there = [i for i in iterations if i is not None]
     never = len(iterations) - len(there)
     if not iterations:
