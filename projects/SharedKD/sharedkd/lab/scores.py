@@ -80,8 +80,12 @@ def read_comparison(folder: Path, key: str) -> Dict[str, Any]:
 
 
 def folder_name(method: str) -> str:
-    """``method`` without the directories of recipes, as the value of an override can hold it."""
-    name = re.sub(r"[^@+:]*/([^@+:/]+?)(\.py)?(?=[@+:]|$)", r"\1", method)
+    """``method`` without the directories of recipes and values, as the value of an override can hold it.
+
+    >>> folder_name("configs/schemes/average.py"), folder_name("inherit:data.train_json=[a/few.json,b/more.json]")
+    ('average', 'inherit:data.train_json-[few.json,more.json]')
+    """
+    name = re.sub(r"[^@+:=\[,]*/([^@+:/,\]]+?)(\.py)?(?=[@+:,\]]|$)", r"\1", method)
     return name.replace("=", "-")
 
 
