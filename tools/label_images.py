@@ -55,6 +55,8 @@ if __name__ == "__main__":
         )
     counts = ", ".join(f"{name} {count}" for name, count in found.objects.most_common())
     print(f"{args.output}: {found.images} images, {found.objects.total()} objects ({counts})")
+    if found.unreadable:
+        print(f"{found.unreadable} images that cannot be loaded are left out")
     if found.empty:
         print(f"{found.empty} images without a sure detection are left out")
     if args.data_json:

@@ -37,6 +37,10 @@ def test_each_link_teaches_the_next(workspace, tmp_path, monkeypatch, capsys):
     command += ["--teacher-weights", workspace.weights, "--students", students, "--method", "pkd"]
     command += ["--output", output, *workspace.data, "train.max_iter=1"]
 
+    # Both are checked before the first is trained.
+    broken = [*command, "--method", "dkd"]
+    assert "model.stages.dkd" in tiny.run_tool(*broken) and not trained and not output.exists()
+
     assert tiny.run_tool(*command) is None
     first, second = output / "1_retinanet", output / "2_faster_rcnn"
     assert trained == [first.name, second.name]

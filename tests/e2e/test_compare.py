@@ -20,6 +20,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 
 from sharedkd import ConfigError
+from sharedkd.config import load_config
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.run import run
 from sharedkd.lab.analysis.pair import Pair
@@ -28,6 +29,7 @@ from sharedkd.lab.compare.comparison import Arm, Comparison
 from sharedkd.lab.compare.students import Student, measure, run_students
 from sharedkd.lab.metrics import read_curves
 from sharedkd.lab.runs import Run
+from sharedkd.modeling.teachers import StudentAverage
 
 ROOT = tiny.ROOT
 CONFIG = str(ROOT / "configs/custom_coco.py")
@@ -175,6 +177,16 @@ def test_schemes_are_compared_in_one_command(workspace, overrides, tmp_path):
     }
     assert {*saved["average"].teacher} == {"_target_", "decay"} and "config" in saved["pkd"].teacher
     assert [*saved["peers"].peers] == ["large"] and saved["peers"].teacher is None
+
+
+def test_the_flag_teacher_does_not_replace_that_of_a_scheme(workspace, overrides, tmp_path):
+    average = f"{ROOT}/configs/schemes/average.py"
+    flags = [x for x in overrides if not x.startswith("model.teacher.")] + workspace.flags
+    Comparison(ROOT, CONFIG, ["none", average], [0], tmp_path, flags)
+    saved = Comparison(ROOT, CONFIG, ["none", average], [0], tmp_path, flags).configs[average]
+    assert saved.model.teacher._target_ is StudentAverage
+    with pytest.raises(ConfigError, match="^--teacher=.*own, a StudentAverage; leave it out"):
+        load_config(average, flags)
 
 
 def test_keys_of_the_flags_teacher_reach_a_config_that_is_a_method(workspace, tmp_path):

@@ -101,6 +101,27 @@ def test_the_average_of_the_student_is_saved_and_resumed(train, tmp_path):
     assert any(not torch.equal(student[k], x) for k, x in mean.items())
 
 
+def test_the_average_may_be_the_result(train):
+    average = "{_target_:sharedkd.modeling.teachers.StudentAverage,decay:0.5,final:true}"
+    options = [f"model.teachers.mean={average}", "model.stages.identical.teacher=mean"]
+    output, _ = train("custom_coco_mask.py", *options, "optimizer.lr=0.01")
+    final = torch.load(output / "model_final.pth", weights_only=False)
+    student = torch.load(output / "model_student.pth", weights_only=True)["model"]
+    mean = final["average_mean"]["model"]
+    assert all(torch.equal(final["model"][k], x) for k, x in mean.items())
+    assert any(not torch.equal(student[k], x) for k, x in mean.items())
+    assert not (output / "model_average_mean.pth").exists()
+    assert "teacher mean: the average of the student, decay 0.5" in (output / "log.txt").read_text()
+
+
+def test_a_mean_of_teachers(train, second):
+    other = next(x for x in second if x.startswith("model.teachers.large=")).partition("=")[2]
+    mean = f"{{_target_:sharedkd.modeling.teachers.TeacherMean,teachers:[{other}]}}"
+    options = [f"model.teachers.mean={mean}", "model.stages.identical.teacher=mean"]
+    output, _ = train("custom_coco_mask.py", *options)
+    assert "teacher mean: the mean of (FrozenTeacher)" in (output / "log.txt").read_text()
+
+
 FOUNDATION = """
 from detectron2.config import LazyCall as L, LazyConfig
 from torchvision.models import VisionTransformer

@@ -42,16 +42,29 @@ def test_a_run_with_images_without_labels(workspace, train, tmp_path):
     ends = [torch.load(x / "model_final.pth", weights_only=False)["model"] for x in (whole, half)]
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
+    (more / "train" / sorted(x.name for x in (more / "train").iterdir())[0]).unlink()
+    train("custom_coco.py", *keys, "train.max_iter=5", output=half, flags=["--resume"])
+    log = (half / "log.txt").read_text()
+    assert "resumes with 4 images without labels, which were 5" in log
+    # A ratio that is no whole number of images:
+    found = preflight(
+        str(tiny.ROOT / "configs/custom_coco.py"),
+        [*every, "data.unlabelled_ratio=0.7"],
+        measure=False,
+    )
+    (warning,) = (x for x in found["warnings"] if x["key"] == "data.unlabelled_ratio")
+    assert "is 1.4 images a batch: 1 are taken" in warning["problem"]
+
     for config, method, problem in (
         (
             "custom_coco_plain.py",
             "",
-            "nothing learns from them without distillation; add --teacher and --method",
+            "nothing learns from them without distillation; label them by",
         ),
         (
             "custom_coco.py",
             "distill.method=fgd",
-            "no stage learns from them: fgd; use a method that",
+            "no stage learns from them: fgd; label them by",
         ),
     ):
         with pytest.raises(ConfigError, match=f"^data.unlabelled_images=.*: {problem}"):

@@ -1,6 +1,7 @@
 """Pseudo-labels of a tiny teacher."""
 
 import json
+import shutil
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -18,11 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 THEIRS, OURS = ["ring", "cell", "star"], ["star", "moon", "cell"]
 KEYS = ["data.classes=[ring,cell,star]", "data.test_short_edge=64"]
-KEYS += [
-    "data.name=label_of_test",
-    "train.device=cpu",
-    "model.roi_heads.box_predictor.test_score_thresh=0.0",
-]
+KEYS += ["data.name=label_of_test", "train.device=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +122,21 @@ def test_a_labelled_image_is_left_out_under_any_name_of_its_file(place, tmp_path
     )
     written = json.loads((tmp_path / "out.json").read_text())
     assert "0.png" not in [x["file_name"] for x in written["images"]]
+
+
+def test_an_image_that_cannot_be_loaded_is_left_out(place, tmp_path):
+    root, _ = place
+    shutil.copytree(root / "more", tmp_path / "more")
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "more/cut.jpg")
+    whole = (tmp_path / "more/cut.jpg").read_bytes()
+    (tmp_path / "more/cut.jpg").write_bytes(whole[: len(whole) // 2])
+    said, config = [], str(tiny.ROOT / "configs/custom_coco_mask_plain.py")
+    place = (str(tmp_path / "more"), str(tmp_path / "out.json"))
+    weights = str(root / "teacher.pth")
+    found = label_images(config, *place, "0", weights, overrides=KEYS, say=said.append)
+    assert found.unreadable == 1 and found.images + found.empty == 4
+    assert any("cut.jpg: left out (OSError: image file is truncated" in x for x in said)
 
 
 def test_what_cannot_be_labelled_is_refused(place, tmp_path):

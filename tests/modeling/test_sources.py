@@ -41,8 +41,11 @@ def test_the_mean_of_two_is_that_of_their_standardised_maps():
 def test_what_has_no_mean_is_refused():
     with pytest.raises(ConfigError, match="teachers"):
         TeacherMean([])
-    with pytest.raises(ConfigError, match="weights"):
-        TeacherMean([tiny.frozen()], weights=[1, 2])
+    for weights in ([1, 2], [0], [float("nan")], ["a"]):
+        with pytest.raises(ConfigError, match="weights"):
+            TeacherMean([tiny.frozen()], weights=weights)
+    with pytest.raises(ConfigError, match="teachers=StudentAverage: has no maps of its own"):
+        TeacherMean([tiny.frozen(), StudentAverage()])
     one, other = tiny.frozen(), tiny.frozen()
     other.shapes = {"fpn": {s: 2 * c for s, c in one.shapes["fpn"].items()}, "backbone": {}}
     one.shapes = {**one.shapes, "backbone": {}}
@@ -50,8 +53,8 @@ def test_what_has_no_mean_is_refused():
         TeacherMean([one, other])
 
 
-def averaged(decay=0.5, optimizer=torch.optim.SGD, **options):
-    stages = {"identical": Stage(IdenticalLayer(strides=[8]))}
+def averaged(decay=0.5, optimizer=torch.optim.SGD, start=0, **options):
+    stages = {"identical": Stage(IdenticalLayer(strides=[8]), start=start)}
     model = tiny.pair(stages, teacher=StudentAverage(decay))
     model.teacher.prepare()
     return model, optimizer(model.parameters(), lr=0.01, **options)
@@ -65,13 +68,17 @@ def step(model, optimizer, iteration, batches=1):
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("options", [{}, dict(optimizer=torch.optim.AdamW, fused=True)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(optimizer=torch.optim.AdamW, fused=True), dict(start=2)]
+)
 def test_the_average_follows_the_student(options):
     """By hand: it begins as the student; d is (1 + step) / (10 + step), here 0.1, then 2 / 11."""
     model, optimizer = averaged(**options)
     name = "head.cls_score.weight"
     values = [model.student.state_dict()[name].clone()]
     for iteration, batches in enumerate((1, 2, 1)):
+        if iteration == 0:
+            model.teacher.state_dict()  # saving changes nothing
         step(model, optimizer, iteration, batches)
         values.append(model.student.state_dict()[name].clone())
     assert not any(torch.equal(x, y) for x, y in zip(values, values[1:]))
@@ -107,7 +114,7 @@ def test_a_resumed_average_continues():
     for iteration in (2, 3):  # what is asked for once more in an iteration is no step
         for model in (whole, other):
             with EventStorage(iteration):
-                model.teacher.features(tiny.batch(), TAPS, "RGB")
+                model.teacher.begin_step()
         one, two = whole.teacher.state_dict(), other.teacher.state_dict()
         assert one["steps"] == two["steps"] == iteration
         assert all(torch.equal(two["model"][k], x) for k, x in one["model"].items())

@@ -20,7 +20,8 @@ def alone(override: str) -> List[str]:
     >>> alone("train.epochs=50")
     ['train.max_iter=null', 'train.epochs=50']
     """
-    other = _OTHER.get(override.partition("=")[0])
+    key, _, value = override.partition("=")
+    other = _OTHER.get(key) if value not in ("null", "None") else None
     return [f"{other}=null", override] if other else [override]
 
 
@@ -39,6 +40,17 @@ def settle_length(cfg: DictConfig, images: Optional[int]) -> None:
     Raises:
         ConfigError: the length is not given, given twice, or cannot be counted.
     """
+    try:
+        _settle_iterations(cfg, images)
+    finally:  # so that other errors can be found, too
+        period = max(cfg.train.max_iter // _TIMES, _LEAST)
+        if cfg.train.eval_period is None:
+            cfg.train.eval_period = period
+        if cfg.train.checkpointer.period is None:
+            cfg.train.checkpointer.period = period
+
+
+def _settle_iterations(cfg: DictConfig, images: Optional[int]) -> None:
     train, epochs = cfg.train, cfg.train.epochs
     if epochs is not None:
         train.epochs, batch = None, images_per_step(cfg)
@@ -55,8 +67,3 @@ def settle_length(cfg: DictConfig, images: Optional[int]) -> None:
         train.max_iter = TRAIN_DEFAULTS["max_iter"]
         fix = "set it, or train.epochs of own data"
         raise ConfigError("train.max_iter", None, "the run has no length", fix)
-    period = max(train.max_iter // _TIMES, _LEAST)
-    if train.eval_period is None:
-        train.eval_period = period
-    if train.checkpointer.period is None:
-        train.checkpointer.period = period

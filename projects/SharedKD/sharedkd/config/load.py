@@ -219,7 +219,8 @@ def _shorten(cfg: DictConfig) -> None:
 def _drop_idle_teachers(cfg: DictConfig, findings: Findings) -> None:
     """Remove the teachers that nothing learns or inherits from, so that they are neither loaded nor run."""
     model, wanted = cfg.model, _wanted_teachers(cfg.model)
-    if wanted is None:
+    known = {None, *(model.get("teachers") or {}), *(model.get("peers") or {})}
+    if wanted is None or not wanted <= known:  # an unknown one is refused later
         return
     without = not model.stages.keys() - {"_target_"}  # refused later if nothing is inherited either
     wanted |= {None} if cfg.train.inherit or without else set()

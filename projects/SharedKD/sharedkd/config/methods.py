@@ -107,8 +107,8 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
         OmegaConf.update(cfg, "train.inherit", parts, force_add=True)
     elif names != OWN:
         cfg.model.stages = stages_of(names, family_of(cfg.model.student))
-    if names != OWN:  # peers are a part of the config's own method
-        cfg.model.pop("peers", None)
+    if names != OWN and cfg.model.pop("peers", None):  # they are a part of the config's own method
+        logger.warning(f"{names} leaves out the config's model.peers")
     for setting in settings:
         override(cfg, setting, "the config")
     check_shares(cfg, settings)

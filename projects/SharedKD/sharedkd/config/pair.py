@@ -12,6 +12,7 @@ from sharedkd.modeling.stages import stage_dict
 from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import PARTS
 
+from .build import makes, target_of
 from .methods import OWN, START, with_method
 from .shared_kd import shared_kd_stages
 
@@ -77,7 +78,7 @@ class Pairing:
             cfg: with the group ``model``; not changed.
 
         Raises:
-            ConfigError: weights without a teacher, or see :func:`~sharedkd.config.methods.with_method`.
+            ConfigError: weights without a teacher, a teacher in place of one of another kind, or see :func:`~sharedkd.config.methods.with_method`.
         """
         if not self:
             return cfg
@@ -96,6 +97,11 @@ class Pairing:
             if OmegaConf.select(cfg, IMAGE_FORMAT) is None:  # a mapper that does not say it
                 cfg.model.input_format = cfg.model.student.get("input_format", "BGR")
         elif self.teacher is not None:
+            if own is not None and not makes(own, FrozenTeacher):
+                kind = getattr(target_of(own), "__name__", "teacher of another kind")
+                problem = f"would take the place of this config's own, a {kind}"
+                fix = "leave it out, or set model.teachers.NAME for a stage that names it"
+                raise ConfigError("--teacher", self.teacher, problem, fix)
             cfg.model.teacher = _teacher_node(self.teacher, self.weights)
         return with_method(cfg, method or OWN)
 

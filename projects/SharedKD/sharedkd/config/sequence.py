@@ -15,7 +15,7 @@ def sequence(stages: DictConfig, teachers: Sequence[Optional[str]]) -> DictConfi
     """The same stages with one teacher after the other, from near to the student to far from it.
 
     Teachers take turns of equal length, each stage under the name ``<stage>_<teacher>``.  A loss with
-    parameters begins anew with each of them.
+    parameters begins anew with each of them, and a weight that sets itself is measured anew.
 
     Progressive distillation: Learning Lightweight Object Detectors via Multi-Teacher Progressive
     Distillation (ICML 2023).  Turns of equal length are our choice.

@@ -10,6 +10,7 @@ from torch import nn
 
 from sharedkd.config.classic import is_classic
 from sharedkd.config.length import images_per_step
+from sharedkd.data.loader import TrainLoader
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.hardware import has_bfloat16
@@ -40,7 +41,16 @@ CLASSIC_KEYS = {
 
 def advise(parts: Parts) -> List[ConfigError]:
     """Return the warnings for a run.  What could not be built is not checked."""
-    checks = (_weights, _evaluation, _checkpoints, _disk, _precision, _optimizer, _data)
+    checks = (
+        _weights,
+        _evaluation,
+        _checkpoints,
+        _disk,
+        _precision,
+        _optimizer,
+        _data,
+        _unlabelled,
+    )
     found = [warning for check in checks for warning in check(parts)]
     if isinstance(parts.model, SharedKD):
         found += [*_teachers(parts), *_stages(parts)]
@@ -180,6 +190,20 @@ def _data(parts: Parts) -> Iterator[ConfigError]:
             problem = "is also the training data: the results say nothing about other images"
             fix = "use images held out of training"
             yield ConfigError(summary.key, summary.json_file, problem, fix)
+
+
+def _unlabelled(parts: Parts) -> Iterator[ConfigError]:
+    loader = parts.loader
+    if isinstance(loader, TrainLoader) and loader.unlabelled:
+        count = loader.unlabelled_ratio * loader.total_batch_size
+        if count != loader.unlabelled_batch_size:
+            own = OmegaConf.select(parts.cfg, "data.unlabelled_images") is not None
+            problem = f"is {count:g} images a batch: {loader.unlabelled_batch_size} are taken"
+            fix = (
+                f"use {loader.unlabelled_batch_size / loader.total_batch_size:g}, or another batch"
+            )
+            key = "data.unlabelled_ratio" if own else "dataloader.train.unlabelled_ratio"
+            yield ConfigError(key, loader.unlabelled_ratio, problem, fix)
 
 
 def _teachers(parts: Parts) -> Iterator[ConfigError]:

@@ -10,14 +10,14 @@ from detectron2.evaluation import DatasetEvaluator
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from sharedkd.config.build import construct
+from sharedkd.config.build import construct, makes
 from sharedkd.config.own_data import check_class_names, class_names, reading_of
 from sharedkd.data.coco import CocoSummary, read_registered
 from sharedkd.errors import FAILED, ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.modeling.detectors import num_classes, read_config
 from sharedkd.modeling.meta_arch import SharedKD, of_students
-from sharedkd.modeling.teachers import teacher_key
+from sharedkd.modeling.teachers import FrozenTeacher, teacher_key
 from sharedkd.values import check_number
 from sharedkd.weights.loading import parts_of
 
@@ -259,6 +259,15 @@ def check_ends(cfg: DictConfig) -> None:
         if not ends or train.fast_dev_run:
             continue
         key, fix = f"model.stages.{name}.end", "set it, or use a time"
+        source, peers = stage.get("teacher"), cfg.model.get("peers") or {}
+        node = (
+            cfg.model.get("teacher")
+            if source is None
+            else cfg.model.get("teachers", {}).get(source)
+        )
+        if source in peers or node is not None and not makes(node, FrozenTeacher):
+            problem = f"{source or 'the teacher'} changes in the run, and is not evaluated"
+            raise ConfigError(key, "teacher", problem, "use a time")
         if train.eval_teacher is False:
             raise ConfigError(key, "teacher", "train.eval_teacher=False: its AP is not known", fix)
         if train.eval_period == 0 or cfg.dataloader.get("evaluator") is None:

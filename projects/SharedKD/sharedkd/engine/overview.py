@@ -38,7 +38,8 @@ def describe(parts: Parts) -> Dict[str, Any]:
 
         * ``student``, ``teacher`` and, by name, the further ``teachers``: architecture (``family``),
           ``backbone``, ``parameters``, ``classes``, ``masks`` (whether it predicts them), ``weights``
-          (where they come from) and ``name`` (a teacher's config);
+          (where they come from) and ``name`` (a teacher's config); of a teacher that is no detector
+          with weights, ``about`` and ``name``;
         * ``levels``, one for each tap and stride: channels of all these, ``map_size`` (of the first
           image), and ``aligned``: stage -> how it makes the maps comparable;
         * ``stages``, with their schedules in iterations; ``end`` is the first one that no longer uses
@@ -92,12 +93,13 @@ def _detector(model: nn.Module, weights: str, name: str = "") -> Dict[str, Any]:
 
 
 def _teacher(teacher: Teacher) -> Dict[str, Any]:
-    """Describe a teacher; only a :class:`FrozenTeacher` has all values."""
-    name = getattr(teacher, "name", type(teacher).__name__)
-    if teacher.detector is None:
-        unknown = {"backbone": "unknown", "parameters": 0, "classes": None, "masks": False}
-        return {"family": name, **unknown, "weights": "unknown", "name": name}
-    weights = getattr(teacher, "weights", "unknown")
+    """Describe a teacher; only a detector with weights has all values."""
+    name, weights = (
+        getattr(teacher, "name", type(teacher).__name__),
+        getattr(teacher, "weights", None),
+    )
+    if teacher.detector is None or weights is None:
+        return {"about": teacher.about, "name": name}
     if hasattr(teacher, "tensors"):
         weights += f", verified: all {teacher.tensors} tensors" if weights else ""
     return _detector(teacher.detector, weights or "none, it is not trained", name)
@@ -222,7 +224,10 @@ def _detectors(found: Mapping[str, Any]) -> Iterator[str]:
     detectors.update({f"teacher {name}": x for name, x in found["teachers"].items()})
     words = "{}: {family}, {backbone}, {:.1f} M parameters, {classes} classes; weights: {weights}"
     for who, x in detectors.items():
-        yield words.format(who, x["parameters"] / 1e6, **x) if x else f"{who}: none"
+        if not x or "about" in x:
+            yield f"{who}: {x['about'] if x else 'none'}"
+        else:
+            yield words.format(who, x["parameters"] / 1e6, **x)
     if "teacher" in found and not found["stages"]:
         yield "no distillation loss (--method shared_kd adds one)"
 

@@ -41,7 +41,7 @@ from .checks import (
 )
 from .folder import check_disk, check_output
 from .lock import check_free
-from .resume import check_settings, saved_seed
+from .resume import check_settings, check_unlabelled_count, saved_seed
 from .trainer import check_amp
 
 __all__ = [
@@ -177,6 +177,8 @@ def assemble(
         if isinstance(parts.model, SharedKD):
             for pair in parts.model.pairs.values():
                 step(pair.check_record, sample)
+        if resuming:
+            step(check_unlabelled_count, cfg.train.output_dir, parts.loader.unlabelled)
         if parts.loader.unlabelled and parts.model is not FAILED:
             step(check_unlabelled, cfg, parts.model)
         parts.sample = sample or None

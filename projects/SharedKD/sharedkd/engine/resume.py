@@ -15,10 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from sharedkd.errors import ConfigError
 from sharedkd.files import replace
 
+from .hooks.record import read_record
+
 __all__ = [
     "FinishStep",
     "changes",
     "check_settings",
+    "check_unlabelled_count",
     "config_kept",
     "differences",
     "saved_config",
@@ -179,6 +182,18 @@ def check_settings(cfg: DictConfig) -> None:
         raise ConfigError(key, _short(now), problem, f"{fix}train.force_resume=True")
     for key, then, now in found:
         logger.warning(f"resumes with {key}={_short(now)}, which was {_short(then)}")
+
+
+def check_unlabelled_count(folder: str, count: int) -> None:
+    """Log if there are other images without labels than when the run in ``folder`` began."""
+    try:
+        then = read_record(folder).get("unlabelled_images", count)
+    except ConfigError:  # a damaged file is no reason to end here
+        return
+    if then != count:
+        logger.warning(
+            f"resumes with {count} images without labels, which were {then}: they come in another order"
+        )
 
 
 def _short(value: Any) -> str:

@@ -183,6 +183,7 @@ def train(
     model, module, folder = trainer.model, trainer.module, cfg.train.output_dir
     extra = _beside(module) if isinstance(module, SharedKD) else {}
     checkpointer = StudentCheckpointer(model, folder, trainer=trainer, **extra)
+    averages = {k: x for k, x in extra.items() if isinstance(x, StudentAverage)}
     stop = StopRequest()
     checkpoints = Checkpoints(checkpointer, stop, **cfg.train.checkpointer)
 
@@ -200,6 +201,7 @@ def train(
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             Watchdog(cfg.train.watch_period, cfg.train.max_iter) if watches else None,
+            _EndAsAverage(averages, folder) if averages else None,
             checkpoints,
             evaluation,
             FinishStep([checkpoints, evaluation]) if checkpoint else None,
@@ -232,16 +234,38 @@ def train(
     with stop, torch.jit.optimized_execution(trainer.device.type == "cuda"):
         trainer.train(start, cfg.train.max_iter)
     if comm.is_main_process():
-        for name, source in extra.items():
-            if isinstance(source, StudentAverage):
-                with EventStorage(cfg.train.max_iter):
-                    source.update()  # by the last step
-                average = {"model": source.state_dict()["model"]}
-                path = os.path.join(folder, f"model_{name}.pth")
-                replace(path, partial(torch.save, average))
+        for name, source in averages.items():
+            if not source.final:
+                _take_last_step(source, cfg.train.max_iter)
+                _save_model(os.path.join(folder, f"model_{name}.pth"), source.state_dict()["model"])
         if cfg.train.safetensors:
             write_safetensors(module.state_dict(), os.path.join(folder, "model_final.safetensors"))
     return trainer.results
+
+
+def _take_last_step(source: StudentAverage, max_iter: int) -> None:
+    with EventStorage(max_iter):
+        source.update()
+
+
+class _EndAsAverage(hooks.HookBase):
+    """After the last step makes an average that is ``final`` the student; the trained one goes to ``model_student.pth``."""
+
+    def __init__(self, averages: Mapping[str, StudentAverage], folder: str):
+        self.averages = [x for x in averages.values() if x.final]
+        self.path = os.path.join(folder, "model_student.pth")
+
+    def after_step(self) -> None:
+        last = self.trainer.iter + 1 == self.trainer.max_iter
+        for source in self.averages if last else ():
+            _take_last_step(source, self.trainer.max_iter)
+            if comm.is_main_process():
+                _save_model(self.path, self.trainer.module.state_dict())
+            self.trainer.module.load_state_dict(source.state_dict()["model"])
+
+
+def _save_model(path: str, state: Mapping[str, Any]) -> None:
+    replace(path, partial(torch.save, {"model": dict(state)}))
 
 
 def _beside(pair: SharedKD) -> Dict[str, Any]:

@@ -3,6 +3,13 @@
 from pathlib import Path
 from typing import List, Optional, Sequence
 
+from omegaconf import DictConfig
+
+from sharedkd.config import load_config
+from sharedkd.config.build import construct
+from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.teachers import FrozenTeacher
+
 from .report import write_report
 from .runs import Run, short
 from .tables import results_table
@@ -29,7 +36,12 @@ def run_chain(
         students: their configs, from the largest to the smallest.
         output: the folder of the links' runs, the table and the report.
         overrides: ``key=value`` for the configs of all students.
+
+    Raises:
+        ConfigError: a link that cannot be trained, before the first one is.
     """
+    first = [f"distill.teacher={teacher}", *([f"distill.weights={weights}"] if weights else [])]
+    _check_links([load_config(config, [*first, *overrides]) for config in students])
     before: Optional[Run] = None
     rows: List[dict] = []
     for number, config in enumerate(students, start=1):
@@ -47,3 +59,15 @@ def run_chain(
     (output / "table.md").write_text(table + "\n")
     print(f"\n{table}\n\n{short(write_report(output))}")
     return table
+
+
+def _check_links(cfgs: Sequence[DictConfig]) -> None:
+    """Build each student as a pair with the one before it, whose weights do not matter here."""
+    for teacher, cfg in zip(cfgs, cfgs[1:]):
+        theirs = construct(teacher.model.student, "model.student")
+        SharedKD(
+            student=construct(cfg.model.student, "model.student"),
+            teacher=FrozenTeacher(theirs, "", teacher.model.input_format, fold=False),
+            stages=construct(cfg.model.stages, "model.stages"),
+            input_format=cfg.model.input_format,
+        )

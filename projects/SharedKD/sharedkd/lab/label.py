@@ -16,6 +16,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from sharedkd.config import load_config
 from sharedkd.config.own_data import class_names, reading_of, some_of
 from sharedkd.data.coco import PSEUDO, read_classes
+from sharedkd.data.faults import load
 from sharedkd.data.notes import Notes
 from sharedkd.data.unlabelled import images_of, read_unlabelled
 from sharedkd.errors import ConfigError, Findings
@@ -35,6 +36,7 @@ class Labels:
 
     images: int = 0  #: those with an object
     empty: int = 0  #: those without one are left out: whether they show one is not known
+    unreadable: int = 0  #: those that cannot be loaded are left out, too
     objects: Counter = field(default_factory=Counter)  #: class name -> how many
 
 
@@ -115,6 +117,9 @@ def label_images(
 
     model = trained_student(cfg, weights or weights_of(teacher) or "", "--teacher-weights")
     model.to(cfg.train.device)
+    for module in model.modules():  # which would leave out what is less sure
+        if hasattr(module, "test_score_thresh"):
+            module.test_score_thresh = min(module.test_score_thresh, *least.values())
     mapper = instantiate(cfg.dataloader.test.mapper)
 
     ids, found = {name: i + 1 for i, name in enumerate(ours)}, Labels()
@@ -122,7 +127,12 @@ def label_images(
     for i, record in enumerate(records):
         if i and i % _EVERY == 0:
             say(f"{i} of {len(records)} images")
-        instances = model([mapper(dict(record))])[0]["instances"].to("cpu")
+        sample, fault = load(mapper, dict(record))
+        if fault is not None:
+            found.unreadable += 1
+            say(f"{fault.file}: left out ({fault.problem})")
+            continue
+        instances = model([sample])[0]["instances"].to("cpu")
         objects = [
             x
             for x in map(partial(_object, theirs, ids), instances_to_coco_json(instances, i + 1))
@@ -138,6 +148,8 @@ def label_images(
         rows["images"].append({"id": i + 1, "file_name": name, **size})
         for x in objects:
             rows["annotations"].append({"id": len(rows["annotations"]) + 1, **x})
+    if not found.images and found.unreadable == len(records):
+        raise ConfigError("--images", images, "none of them can be loaded", "repair them")
     if not found.images:
         fix = "use a lower one, or a better teacher"
         raise ConfigError("--threshold", threshold, "no detection is as sure", fix)

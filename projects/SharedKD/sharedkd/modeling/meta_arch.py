@@ -327,6 +327,8 @@ class SharedKD(nn.Module):
         if weights is None:
             weights = self._weights_now()
         pairs = self.pairs
+        for source in self.sources.values():
+            source.begin_step()
         active = {owner: pair._active(owner, weights) for owner, pair in pairs.items()}
         for owner, pair in pairs.items():
             pair._check_inputs(active[owner], labelled)

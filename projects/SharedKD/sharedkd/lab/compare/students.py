@@ -30,6 +30,7 @@ from sharedkd.lab.runs import short
 from sharedkd.lab.timing import spread, take_turns
 from sharedkd.methods import PLAIN
 from sharedkd.modeling.detectors import config_path, load_file
+from sharedkd.values import check_number
 
 from .comparison import Arm, Comparison
 from .student_summary import write_students
@@ -93,10 +94,11 @@ class Student:
             raise ConfigError("--students", self.text, "width is for classic yamls", fix)
         try:
             channels = {name: reduce(getattr, name.split("."), yaml.MODEL) for name in WIDTHS}
+            check_number("width", float(value), above=0)
             return [f"MODEL.{name}={round(n * float(value))}" for name, n in channels.items()]
-        except ValueError as e:
-            fix = "write width=0.5"
-            raise ConfigError("--students", self.text, f"{setting} is no number", fix) from e
+        except (ValueError, ConfigError) as e:
+            problem, fix = f"{setting} is no number above 0", "write width=0.5"
+            raise ConfigError("--students", self.text, problem, fix) from e
 
 
 def run_students(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sharedkd.losses.base import Maps
 from sharedkd.modeling.heads import Hidden
 from sharedkd.modeling.taps import pyramid_shapes
-from sharedkd.values import check_number
+from sharedkd.values import check_number, check_switch
 
 from .base import Teacher
 from .frozen import FrozenTeacher
@@ -26,20 +26,23 @@ class StudentAverage(Teacher):
 
         average = d average + (1 - d) student,   d = min(decay, (1 + step) / (10 + step))
 
-    in each iteration, of the EventStorage, that asks it for maps, before it gives them: whatever trainer
-    and optimizer made the last step.  The growing d of the first steps is our choice.  Buffers, such as
-    the statistics of batch norms, are copied.  It begins as the student when it is first asked, or saved.
+    at the start of each iteration, of the EventStorage: whatever trainer and optimizer made the last step.
+    The growing d of the first steps is our choice.  Buffers, such as the statistics of batch norms, are
+    copied.  It begins as the student of the first iteration.
 
     Args:
         decay: between 0 and 1.
+        final: at the end of a run of :class:`~sharedkd.SharedKDTrainer` the average is the student: of the
+            last evaluation, and in ``model_final.pth``.
 
     Raises:
-        ConfigError: a decay out of bounds.
+        ConfigError: a decay out of bounds, or ``final`` is no switch.
     """
 
-    def __init__(self, decay: float = 0.999):
+    def __init__(self, decay: float = 0.999, final: bool = False):
         check_number("decay", decay, least=0, most=1)
-        self.decay, self.steps = decay, 0
+        check_switch("final", final)
+        self.decay, self.final, self.steps = decay, final, 0
         self._student: Optional[nn.Module] = None
         self._inner: Optional[FrozenTeacher] = None
         self._last: Optional[int] = None  # the iteration of its last update; None: not begun
@@ -66,7 +69,6 @@ class StudentAverage(Teacher):
         input_format: str = "BGR",
         size_divisibility: int = 0,
     ) -> Maps:
-        self.update()
         return self._inner.features(batched_inputs, taps, input_format, size_divisibility)
 
     def region_predictions(self, maps: Maps, boxes: List[Any]) -> Tuple[Tensor, Tensor]:
@@ -77,6 +79,13 @@ class StudentAverage(Teacher):
 
     def finish_head(self, hidden: Hidden, left: int) -> Maps:
         return self._inner.finish_head(hidden, left)
+
+    @property
+    def about(self) -> str:
+        return f"the average of the student, decay {self.decay:g}"
+
+    def begin_step(self) -> None:
+        self.update()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -102,10 +111,9 @@ class StudentAverage(Teacher):
 
     def state_dict(self) -> Dict[str, Any]:
         """The averaged detector, with plain Detectron2's names, and how many steps it is the average of."""
-        if self._last is None:
-            self.update()
+        averaged = self._student if self._last is None else self._inner.model
         return {
-            "model": self._inner.model.state_dict(),
+            "model": averaged.state_dict(),
             "steps": self.steps,
             "iteration": self._last,
         }

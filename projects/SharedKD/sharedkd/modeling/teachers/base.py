@@ -57,6 +57,9 @@ class Teacher(ABC):
             pyramid: the name of the module whose outputs are its pyramid; None: its ``backbone``.
         """
 
+    def begin_step(self) -> None:
+        """Called at the start of every training step, also of those in which no stage reads it."""
+
     def check_images(self, channels: int, input_format: str) -> None:
         """Check that it can be shown the images of the data loader.
 
@@ -102,6 +105,11 @@ class Teacher(ABC):
     def detector(self) -> Optional[nn.Module]:
         """The detector whose heads a loss may read; None if there is none."""
         return None
+
+    @property
+    def about(self) -> str:
+        """What it is, in words, if it is no trained detector."""
+        return type(self).__name__
 
     @property
     def fingerprint(self) -> Optional[str]:

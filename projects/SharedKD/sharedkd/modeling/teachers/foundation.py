@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError
 from sharedkd.losses.base import Maps, precise
-from sharedkd.modeling.detectors import KEY
+from sharedkd.modeling.detectors import KEY, count_parameters
 from sharedkd.modeling.preparation import converted, device_of, padded
 from sharedkd.modeling.taps import pyramid_shapes, run_until
 from sharedkd.values import check_number
@@ -147,6 +147,10 @@ class FoundationTeacher(Teacher):
     def fingerprint(self) -> str:
         """Identifies its weights, see :func:`~sharedkd.weights.loading.fingerprint`."""
         return fingerprint(self.model)
+
+    @property
+    def about(self) -> str:
+        return f"{self.name}, {count_parameters(self.model) / 1e6:.1f} M parameters; weights: {self.weights or 'its own'}"
 
     def apply_to_tensors(self, fn: Callable[[Tensor], Tensor]) -> None:
         self.model._apply(fn)

@@ -8,6 +8,7 @@ from torch import Tensor
 from sharedkd.errors import ConfigError
 from sharedkd.losses.base import Maps, precise
 from sharedkd.losses.distance import NORMALIZATIONS
+from sharedkd.values import check_number
 
 from .base import Teacher
 
@@ -26,18 +27,25 @@ class TeacherMean(Teacher):
         weights: one for each, relative to their sum; None: all alike.
 
     Raises:
-        ConfigError: no teachers, other than one positive weight for each, or no level in common.
+        ConfigError: no teachers, one that takes its maps from the student, other than one positive weight for
+            each, or no level in common.
     """
 
     def __init__(self, teachers: Sequence[Teacher], weights: Optional[Sequence[float]] = None):
         self.teachers = list(teachers)
         if not self.teachers:
             raise ConfigError("teachers", [], "is empty", "name at least one teacher")
+        for teacher in self.teachers:
+            if not hasattr(teacher, "shapes"):  # it takes them from the student
+                fix = "name frozen teachers, and learn from it in a stage of its own"
+                raise ConfigError("teachers", type(teacher).__name__, "has no maps of its own", fix)
         given = [1.0] * len(self.teachers) if weights is None else list(weights)
-        if len(given) != len(self.teachers) or min(given) <= 0:
-            fix = "give each teacher a positive one"
+        if len(given) != len(self.teachers):
+            fix = "give each teacher one"
             raise ConfigError("weights", given, f"is for {len(self.teachers)} teachers", fix)
-        self.weights = [x / sum(given) for x in given]
+        for x in given:
+            check_number("weights", x, above=0)
+        self.parts = [x / sum(given) for x in given]
         first, *others = (teacher.shapes for teacher in self.teachers)
         self.shapes = {
             tap: {
@@ -74,11 +82,15 @@ class TeacherMean(Teacher):
         height, width = (min(x.shape[i] for x in maps) for i in (2, 3))
         normalise = NORMALIZATIONS["instance"]
         common = (normalise(precise(x[..., :height, :width]), None) for x in maps)
-        return sum(weight * x for weight, x in zip(self.weights, common))
+        return sum(weight * x for weight, x in zip(self.parts, common))
 
     def check_images(self, channels: int, input_format: str) -> None:
         for teacher in self.teachers:
             teacher.check_images(channels, input_format)
+
+    @property
+    def about(self) -> str:
+        return "the mean of " + ", ".join(f"({x.about})" for x in self.teachers)
 
     @property
     def fingerprint(self) -> Optional[str]:
