@@ -96,6 +96,8 @@ if __name__ == "__main__":
         parser.error("--config-file is missing")
     if args.latency_ms is not None and not args.students:
         parser.error("--latency-ms needs --students")
+    if args.latency_ms is not None and not args.latency_ms > 0:
+        parser.error("--latency-ms is not above 0")
     common = (args.methods, args.seeds, args.output, overrides_of(args, args.overrides), args.jobs)
     with errors_in_words():
         with interruptible("the same command continues"):

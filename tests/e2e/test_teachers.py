@@ -27,6 +27,7 @@ def test_a_stage_learns_from_the_teacher_that_it_names(train, second, tmp_path):
     output, _ = train("custom_coco_mask.py", *second, "train.eval_teacher=True")
     log = (output / "log.txt").read_text()
     assert "teacher large: Mask R-CNN, ResNet-18" in log and f"{tmp_path}/2.pth, verified" in log
+    assert "model.teachers.large.weights=" in log and "The teacher large: " in log
     assert "The teacher large's results, before the first iteration" in log
     assert "large's" in log.partition("student's channels")[2].splitlines()[0]
 

@@ -290,17 +290,25 @@ def _group(node: DictConfig, key: str, example: str, findings: Findings) -> Dict
 
 
 def _of_teacher(name: Optional[str], function: Callable, *args: Any) -> Any:
-    """Call ``function``, with the key of this teacher in place of ``model.teacher`` in its errors."""
+    """Call ``function``, with the key of this teacher in place of ``model.teacher`` in its errors and log lines."""
 
     def here(text: str) -> str:
         return re.sub(r"\bmodel\.teacher(?=\.|$)", teacher_key(name), text)
 
+    def rename(record: logging.LogRecord) -> bool:
+        who = "The teacher" if name is None else f"The teacher {name}"
+        record.msg = here(str(record.msg)).replace("The teacher:", f"{who}:")
+        return True
+
+    logger.addFilter(rename)
     try:
         return function(*args)
     except SharedKDError as e:
         raise ConfigErrors(
             type(x)(here(x.key), x.value, here(x.problem), here(x.fix)) for x in e.errors
         ) from e
+    finally:
+        logger.removeFilter(rename)
 
 
 def _load_student(cfg: DictConfig, student: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Weights that set themselves: a stage's gradient becomes a share of the detector's own."""
 
 from contextlib import contextmanager
-from typing import AbstractSet, Any, Dict, FrozenSet, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ class AutoWeight(nn.Module):
         self.factors: Dict[str, Tensor] = {}  # term -> factor; "" of all terms together
         self.apart: FrozenSet[str] = frozenset()  # terms that train only what the loss owns
         self._ratios: Dict[str, List[Tensor]] = {}
-        self._names: AbstractSet[str] = frozenset()  # of the terms
+        self._names: FrozenSet[str] = frozenset()  # of the terms
 
     def forward(
         self, terms: Mapping[str, Tensor], detector: Tensor, maps: Sequence[Tensor]
@@ -63,9 +63,9 @@ class AutoWeight(nn.Module):
                 the step before.
         """
         if terms.keys() != self._names and self._names:
-            now, then = (", ".join(x) for x in (terms, self._names))
+            now, then = (", ".join(sorted(x)) for x in (terms, self._names))
             raise self._without(f"its terms are {now}, and were {then} in the step before")
-        self._names = terms.keys()
+        self._names = frozenset(terms)
         if self.factors:
             self._move(detector.device)  # a resumed run's are on the CPU
         if not (self.held and self.factors) and torch.is_grad_enabled():
