@@ -39,23 +39,6 @@ def bottom_up(detector, images, name):
         return detector.backbone.bottom_up(pixels)[name]
 
 
-def ridge(x, y):
-    """Weights and bias for (N, C, H, W) maps, and what they give."""
-    x, y = (z.permute(0, 2, 3, 1).flatten(0, 2).double().numpy() for z in (x, y))
-    # The ridge as more rows: of zeros for y, and without the bias.
-    weight = np.sqrt(RIDGE * np.square(x).sum(0).mean())
-    rows = np.hstack([x, np.ones((len(x), 1))])
-    more = np.hstack([weight * np.eye(x.shape[1]), np.zeros((x.shape[1], 1))])
-    zeros = np.zeros((len(more), y.shape[1]))
-    solution = np.linalg.lstsq(np.vstack([rows, more]), np.vstack([y, zeros]), rcond=None)[0]
-    return solution, rows @ solution
-
-
-def check(convolution, solution):
-    np.testing.assert_allclose(convolution.weight[:, :, 0, 0].T.detach(), solution[:-1], atol=1e-4)
-    np.testing.assert_allclose(convolution.bias.detach(), solution[-1], atol=1e-4)
-
-
 @pytest.mark.parametrize("depth, scale, norm", [(34, 1, "FrozenBN"), (50, 1, "BN"), (50, 2, "BN")])
 def test_each_is_the_ridge_solution_for_the_teachers_outputs(depth, scale, norm):
     """A batch norm normalises as in training, and its running statistics stay."""
@@ -68,28 +51,26 @@ def test_each_is_the_ridge_solution_for_the_teachers_outputs(depth, scale, norm)
     after = state(model.student)
     student, other = model.student, model.teacher.model
     for level in (2, 3, 4, 5)[: 4 - up]:
-        images = [r["image"] for r in records(scale)]
-        inputs = bottom_up(student, images, f"res{level}")
+        inputs = bottom_up(student, [r["image"] for r in records(scale)], f"res{level}")
         lateral = getattr(other.backbone, f"fpn_lateral{level + up}")
         larger = [r["larger_image"] for r in records(scale)]
         with torch.no_grad():
             outputs = lateral(bottom_up(other, larger, f"res{level + up}"))
         assert inputs.shape[2:] == outputs.shape[2:]
-        above = 0.0
-        if up and level == 4:  # the teacher has no level above its fifth: the student's own helps
-            coarse = bottom_up(student, images, "res5")
-            coarse = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
-            solution, above = ridge(coarse, outputs)
-            check(student.backbone.fpn_lateral5, solution)
-            shape = (outputs.shape[0], *outputs.shape[2:], outputs.shape[1])
-            given = torch.tensor(above).reshape(shape).permute(0, 3, 1, 2)
-            solution, ours = ridge(inputs, outputs.double() - given)
-        else:
-            solution, ours = ridge(inputs, outputs)
-        check(getattr(student.backbone, f"fpn_lateral{level}"), solution)
-        y = outputs.permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
-        share = 1 - np.square(above + ours - y).sum() / np.square(y - y.mean(0)).sum()
+        x, y = (z.permute(0, 2, 3, 1).flatten(0, 2).double().numpy() for z in (inputs, outputs))
+        # The ridge as more rows: of zeros for y, and without the bias.
+        weight = np.sqrt(RIDGE * np.square(x).sum(0).mean())
+        rows = np.hstack([x, np.ones((len(x), 1))])
+        more = np.hstack([weight * np.eye(x.shape[1]), np.zeros((x.shape[1], 1))])
+        zeros = np.zeros((len(more), y.shape[1]))
+        solution = np.linalg.lstsq(np.vstack([rows, more]), np.vstack([y, zeros]), rcond=None)[0]
+        found = getattr(student.backbone, f"fpn_lateral{level}")
+        np.testing.assert_allclose(found.weight[:, :, 0, 0].T.detach(), solution[:-1], atol=1e-4)
+        np.testing.assert_allclose(found.bias.detach(), solution[-1], atol=1e-4)
+        share = 1 - np.square(rows @ solution - y).sum() / np.square(y - y.mean(0)).sum()
         assert explained[f"backbone.fpn_lateral{level}"] == pytest.approx(share, abs=1e-4)
+    if up:  # the teacher has no level above its own fifth
+        assert not any(p.any() for p in student.backbone.fpn_lateral5.parameters())
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert {name.rpartition(".")[0] for name in changed} == {*LATERALS}
     assert all(

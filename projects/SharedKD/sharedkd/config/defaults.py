@@ -73,9 +73,9 @@ class Train:
     safetensors: bool = False  # write model_final.safetensors beside model_final.pth
     # what the student copies from the teacher at the start, unless init_checkpoint has it: neck, head
     inherit: List[str] = limited([])
-    # samples of the training images by which the laterals of the student's FPN are fitted to those of
-    # the teacher, if its FPN is inherited; 0: they are not
-    inherit_images: int = limited(512, least=0)
+    # images of the training data by which the laterals of the student's FPN are fitted to those of the
+    # teacher, if its FPN is inherited; 0: they are not
+    inherit_images: int = limited(128, least=0)
     # evaluate the teacher before the first iteration, and say when the student is level with it;
     # None: if its classes are as many as the data's
     eval_teacher: Optional[bool] = None

@@ -266,14 +266,14 @@ class TrainLoader:
         return self._first(range(labelled))
 
     def samples(self, most: int) -> Iterator[Dict[str, Any]]:
-        """Samples as training will get them, of images spread over those with labels, each as often as needed.
+        """Samples as training will get them, of images spread over those with labels.
 
         Args:
             most: how many; those that cannot be loaded are left out.
         """
         count = len(self._groups)
-        for i in range(most):
-            loaded = self._samples[i * count // most if most < count else i % count, i]
+        for i in range(min(most, count)):
+            loaded = self._samples[i * count // min(most, count), i]
             if loaded.sample is not None:
                 yield loaded.sample
 

@@ -4,10 +4,9 @@ import re
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -37,8 +36,8 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
 
     A level's W and b minimise ``sum |W x + b - y|^2 + RIDGE * s * |W|^2`` over all positions of all images;
     x: the student's bottom-up map, (C_in); y: what the teacher's lateral gives, (C); s: the sum of the
-    squares of x, the mean over its channels.  A level above the teacher's (see ``scale``) is fitted to the
-    teacher's coarsest lateral, and the level below it to what it leaves of that: the FPN adds the two.  Ours; the linear case of FitNets' hint training (ICLR 2015), in closed form.
+    squares of x, the mean over its channels.  A level that the teacher lacks (see ``scale``) adds nothing
+    to those below it until it has learnt something.  Ours; the linear case of FitNets' hint training (ICLR 2015), in closed form.
 
     Args:
         pair: its teacher is a FrozenTeacher.
@@ -51,15 +50,14 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
     student, teacher = pair.student, pair.teacher
     assert isinstance(teacher, FrozenTeacher)
     ours, theirs = _laterals(student), _laterals(teacher.model)
-    twins = {name: at_scale(name, teacher.scale) for name in ours}
-    fitted = [x for x in ours if twins[x] in theirs and _widths(ours[x], theirs[twins[x]])]
-    if not fitted:
+    names = {name: at_scale(name, teacher.scale) for name in ours}
+    moments = {
+        name: _Moments()
+        for name, other in names.items()
+        if other in theirs and theirs[other].out_channels == ours[name].out_channels
+    }
+    if not moments:
         return {}
-    # From the coarsest on: those without a twin, then the coarsest that has one, whose target they share.
-    above = sorted(ours.keys() - {*fitted}, key=_level, reverse=True)
-    base = max(fitted, key=_level)
-    inputs = {name: [*above, name] if name == base else [name] for name in fitted}
-    moments = {name: _Moments() for name in fitted}
     with _as_in_training(student), _seen(ours) as read, _seen(theirs) as given:
         for batch in _batches(records):
             run_pyramid(student, batch, key="model.student")
@@ -68,27 +66,20 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
             if not given:  # its pyramid ends before the FPN
                 return {}
             for name, sums in moments.items():
-                size = read[name][0].shape[-2:]
-                x = [F.interpolate(read[each][0], size) for each in inputs[name]]
-                sums.add(torch.cat(x, 1), given[twins[name]][1])
+                sums.add(read[name][0], given[names[name]][1])
     if not all(x.count for x in moments.values()):
         return {}
     explained = {}
-    for name, sums in moments.items():
-        convolutions = [ours[x] for x in inputs[name]]
-        solutions, explained[name] = sums.solve([x.in_channels for x in convolutions])
-        for conv, solution in zip(convolutions, solutions):
+    for name, conv in ours.items():
+        if name in moments:
+            solution = moments[name].solution()
             conv.weight.copy_(solution[:-1].T[:, :, None, None])
             conv.bias.copy_(solution[-1])
+            explained[name] = moments[name].explained(solution)
+        else:
+            conv.weight.zero_()
+            conv.bias.zero_()
     return explained
-
-
-def _widths(conv: nn.Conv2d, other: nn.Conv2d) -> bool:
-    return conv.out_channels == other.out_channels
-
-
-def _level(name: str) -> int:
-    return int(name.removeprefix("backbone.fpn_lateral"))
 
 
 def _batches(records: Iterable[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
@@ -154,23 +145,14 @@ class _Moments:
         self.yy, self.y = self.yy.to(y) + y.square().sum(1), self.y.to(y) + y.sum(1)
         self.count += y.shape[1]
 
-    def solve(self, widths: Sequence[int]) -> Tuple[List[Tensor], float]:
-        """Fit the channels of x in groups of ``widths``, each to what those before it have left of y.
+    def solution(self) -> Tensor:
+        """Weights and bias, (C_in + 1, C)."""
+        ridge = (RIDGE * self.xx.diag()[:-1].mean()).clamp(min=_LEAST).repeat(len(self.xx))
+        ridge[-1] = 0
+        return torch.linalg.solve(self.xx + ridge.diag(), self.xy)
 
-        Returns:
-            weights and bias of each group, (width + 1, C); and 1 - the mean square of what is left over the
-            variance of y.
-        """
-        whole, found, begin = torch.zeros_like(self.xy), [], 0
-        for width in widths:
-            rows = torch.tensor([*range(begin, begin + width), len(whole) - 1])
-            square = self.xx[rows][:, rows]
-            ridge = (RIDGE * square.diag()[:-1].mean()).clamp(min=_LEAST).repeat(len(rows))
-            ridge[-1] = 0
-            left = self.xy[rows] - self.xx[rows] @ whole
-            found.append(torch.linalg.solve(square + ridge.diag(), left))
-            whole[rows] += found[-1]
-            begin += width
-        residual = self.yy - 2 * (whole * self.xy).sum(0) + (whole * (self.xx @ whole)).sum(0)
+    def explained(self, w: Tensor) -> float:
+        """1 - the mean square of the residual of the solution ``w`` over the variance of y."""
+        residual = self.yy - 2 * (w * self.xy).sum(0) + (w * (self.xx @ w)).sum(0)
         variance = (self.yy - self.y.square() / self.count).sum().clamp(min=_LEAST)
-        return found, 1 - (residual.sum() / variance).item()
+        return 1 - (residual.sum() / variance).item()

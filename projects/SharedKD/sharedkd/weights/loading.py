@@ -314,7 +314,7 @@ def inherit(
         parts: any of ``neck`` (the FPN's own convolutions) and ``head``.
         scale: the teacher sees the images enlarged so many times; 2: an object that the student finds on
             its level 2 is one of the teacher's level 3, so that the student's ``fpn_output2`` is a copy
-            of ``fpn_output3``.  The output of a level above the teacher's is a copy of the teacher's top one.
+            of ``fpn_output3``.
         key: the config key that holds the parts, for messages.
 
     Returns:
@@ -327,8 +327,7 @@ def inherit(
     if unknown:
         raise ConfigError(key, unknown, "no such part", f"use any of {list(PARTS)}")
     source, target = teacher.state_dict(), student.state_dict()
-    top = max((int(x[2]) for name in source if (x := _LEVEL.match(name))), default=0)
-    names = {name: at_scale(name, scale, top) for name in of_parts(target, parts)}
+    names = {name: at_scale(name, scale) for name in of_parts(target, parts)}
     fits = {
         name: theirs in source and source[theirs].shape == target[name].shape
         for name, theirs in names.items()
@@ -353,18 +352,11 @@ def _is_of(part: str, name: str) -> bool:
     return name.startswith(PARTS[part]) and not name.startswith("backbone.bottom_up.")
 
 
-def at_scale(name: str, scale: float, top: Optional[int] = None) -> Optional[str]:
-    """The teacher's name of the student's tensor ``name``; None: it has no such tensor.
-
-    Args:
-        top: the teacher's coarsest level, whose output convolution serves coarser ones, too.
-    """
+def at_scale(name: str, scale: float) -> Optional[str]:
+    """The teacher's name of the student's tensor ``name``; None: it has no such tensor."""
     if scale == 1 or not name.startswith("backbone."):
         return name
     level = _LEVEL.match(name)
     if level is None:  # levels above the bottom-up network's are made of other levels
         return None
-    number = int(level[2]) + round(math.log2(scale))
-    if top is not None and level[1].endswith("output"):
-        number = min(number, top)
-    return f"{level[1]}{number}{name[level.end() :]}"
+    return f"{level[1]}{int(level[2]) + round(math.log2(scale))}{name[level.end() :]}"
