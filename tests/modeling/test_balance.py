@@ -43,6 +43,15 @@ def test_every_term_has_the_same_share():
     assert torch.allclose(found[0].abs(), torch.full((2,), 2.5 / 2**0.5))
 
 
+@pytest.mark.parametrize("slope, says", [(1.0, 0), (100.0, 1)])
+def test_a_term_that_sets_the_factor_alone_is_named(slope, says, sharedkd_log):
+    weight, x = AutoWeight("model.stages.a.weight", 0.5), torch.zeros(2, requires_grad=True)
+    for _ in range(4):
+        weight({"s8": x[0], "s32": slope * x[1]}, (torch.tensor([3.0, 4.0]) * x).sum(), [x])
+    found = [x.message for x in sharedkd_log.records if "is set by term s32" in x.message]
+    assert len(found) == says and all("model.stages.a.balance=levels" in x for x in found)
+
+
 def test_it_is_measured_again_after_some_steps():
     weight, _ = gradients([1.0] * 5 + [4.0] * 3, every=5)
     assert weight.factors[""] == pytest.approx(0.5 * 5 / 5**0.5 / 4)

@@ -33,13 +33,16 @@ def shared_kd_stages(weight: Union[float, str] = "auto", share: float = 0.3) -> 
         weight: of the identical-layer loss.
         share: what its gradient is of the detector's own, with the weight ``auto``.
     """
-    return L(stage_dict)(
+    return L(
+        stage_dict
+    )(
         identical=L(Stage)(
             loss=L(IdenticalLayer)(
                 tap="fpn", strides=None, share="dense", distance="mse", normalize="instance"
             ),
             weight=weight,
             share=share,
+            balance="levels",  # of a constant level the standardised map has a gradient without bound
             start=0,
             ramp=0,
             decay=0,

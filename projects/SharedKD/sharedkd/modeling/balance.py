@@ -1,5 +1,6 @@
 """Weights that set themselves: a stage's gradient becomes a share of the detector's own."""
 
+import logging
 from contextlib import contextmanager
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Sequence, Tuple
 
@@ -12,7 +13,10 @@ from sharedkd.errors import RunError
 
 __all__ = ["AutoWeight", "AutoWeights", "held"]
 
+logger = logging.getLogger("detectron2.sharedkd")
+
 WINDOW = 50  #: steps that a measurement is the median of
+DOMINANT = 0.99  #: of a stage's gradient, from which a term is reported
 _SCALE = 1024.0  # of losses before their gradients are taken: those of float16 maps do not vanish
 
 
@@ -90,12 +94,29 @@ class AutoWeight(nn.Module):
                 self.factors = {k: x.nan_to_num(nan=0.0) for k, x in medians.items()}
             if place == WINDOW - 1:
                 # The only time that the device is waited for.
+                self._report_dominant(counted, maps)
                 if not any(bool(x) for x in self.factors.values()):
                     raise self._without(
                         f"has had no finite gradient above zero at the student's maps for {WINDOW} steps, "
                         "or the detector's losses have had none there"
                     )
         self.steps += 1
+
+    def _report_dominant(self, terms: Mapping[str, Tensor], maps: Sequence[Tensor]) -> None:
+        """Log if one of several terms has nearly all of the gradient that the factor is measured by."""
+        if self.by_term or len(terms) < 2:
+            return
+        norms = torch.stack([_squared_norm(x, maps) for x in terms.values()])
+        if comm.get_world_size() > 1:
+            dist.all_reduce(norms)
+        largest = int(norms.argmax())
+        share = (norms[largest] / norms.sum()).sqrt().item()
+        if share > DOMINANT:
+            stage = self.key.removesuffix(".weight")
+            logger.warning(
+                f"{self.key}=auto is set by term {[*terms][largest]}, which has {share:.0%} of the stage's "
+                f"gradient at the student's maps; {stage}.balance=levels gives each term a share of its own"
+            )
 
     def _without(self, problem: str) -> RunError:
         return RunError(self.key, "auto", problem, "use a number, or leave this stage out")
