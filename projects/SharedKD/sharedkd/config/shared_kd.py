@@ -1,6 +1,6 @@
 """Shared-KD as stages of a config: with this project's defaults, and as published."""
 
-from typing import Union
+from typing import Optional, Union
 
 from detectron2.config import LazyCall as L
 from omegaconf import DictConfig
@@ -23,7 +23,9 @@ def published_stages(weight: float = 2.0) -> DictConfig:
     )
 
 
-def shared_kd_stages(weight: Union[float, str] = "auto", share: float = 0.3) -> DictConfig:
+def shared_kd_stages(
+    weight: Union[float, str] = "auto", share: float = 0.3, balance: Optional[str] = "levels"
+) -> DictConfig:
     """Shared-KD with this project's defaults; docs/results.md has the measurements behind them.
 
     The cross-layer loss is in the config, and off: no measurement has shown that it helps.
@@ -32,17 +34,18 @@ def shared_kd_stages(weight: Union[float, str] = "auto", share: float = 0.3) -> 
     Args:
         weight: of the identical-layer loss.
         share: what its gradient is of the detector's own, with the weight ``auto``.
+        balance: ``levels``: an equal share for each.  A level that is constant at the start, as one that the
+            teacher lacks, has a gradient without bound once it is standardised, and would set the weight
+            of all.
     """
-    return L(
-        stage_dict
-    )(
+    return L(stage_dict)(
         identical=L(Stage)(
             loss=L(IdenticalLayer)(
                 tap="fpn", strides=None, share="dense", distance="mse", normalize="instance"
             ),
             weight=weight,
             share=share,
-            balance="levels",  # of a constant level the standardised map has a gradient without bound
+            balance=balance,
             start=0,
             ramp=0,
             decay=0,
