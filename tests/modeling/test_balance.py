@@ -7,6 +7,7 @@ from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
 from sharedkd import ConfigError, IdenticalLayer, RunError, Stage
+from sharedkd.config import shared_kd_stages
 from sharedkd.config.methods import with_method
 from sharedkd.modeling import balance
 from sharedkd.modeling.balance import AutoWeight, AutoWeights
@@ -138,6 +139,20 @@ def test_in_a_pair_at_the_students_maps():
 
     losses = tiny.step(model)
     assert norm(losses, True) / norm(losses, False) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_a_constant_level_does_not_set_the_weight_of_the_others():
+    """As the coarsest level of a student that starts with a teacher's FPN at another scale."""
+    found = []
+    for constant in (False, True):
+        model = tiny.pair(instantiate(shared_kd_stages()), "faster_rcnn")
+        if constant:
+            model.student.backbone.fpn_output5.weight.data.zero_()
+        tiny.step(model, None, {"identical": 1.0})
+        found.append(model.auto_weights["identical"].factors)
+    assert found[1]["s32"] < 0.01 * found[0]["s32"]
+    for term in ("s4", "s8", "s16"):
+        assert found[1][term] == pytest.approx(found[0][term].item(), rel=0.5)
 
 
 def test_class_scores_of_regions_have_a_gradient_at_the_pyramid():
