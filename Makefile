@@ -49,12 +49,12 @@ TEACHER = model.teacher.config=COCO-
 
 benchmark: .venv/.ready
 	$(call MEASURE,faster_rcnn_r50_r18,custom_coco.py) $(TEACHER)Detection/faster_rcnn_R_50_FPN_3x.yaml \
-		--methods semckd,fgd,mgd,reviewkd
+		--methods semckd,fgd,mgd,reviewkd,dkd,dist,pgd,foundation
 	$(call MEASURE,mask_rcnn_r50_r18,custom_coco_mask.py) $(TEACHER)InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml
 	$(call MEASURE,retinanet_r50_r18,custom_coco_retinanet.py) $(TEACHER)Detection/retinanet_R_50_FPN_3x.yaml
 	$(call MEASURE,faster_rcnn_r101_r50,faster_rcnn_sharedkd.py)
 	$(call MEASURE,mask_rcnn_r101_r50,mask_rcnn_sharedkd.py) $(TEACHER)InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml
-	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py)
+	$(call MEASURE,retinanet_r101_r50,retinanet_sharedkd.py) --methods bckd,crosskd
 	.venv/bin/python docs/generate.py
 
 # Tests and the benchmark of two pairs on an NVIDIA GPU. Without a network: make wheels WHEELS=FOLDER on
