@@ -24,6 +24,7 @@ def three():
     plain = [30.0, 31.0, 35.0]
     arms = [arm("none", seed, ap) for seed, ap in enumerate(plain)]
     slow = {"seconds_per_step": 1.5, "peak_memory_mb": 1250.0, "parameters": {"losses": 65_000}}
+    slow["gradient_share"] = 0.125
     arms += [arm("fgd", seed, ap + seed + 1, **slow) for seed, ap in enumerate(plain)]
     arms += [arm("pkd", seed, ap + 0.9 + seed / 10) for seed, ap in enumerate(plain)]
     arms += [arm("cwd", seed, ap - 0.9 - seed / 10) for seed, ap in enumerate(plain)]
@@ -140,7 +141,9 @@ def test_report_of_costs(three):
         "peak memory MB": "1,250",
         "memory ratio": "1.25",
         "parameters of the losses": "65,000",
+        "gradient share": "12.5%",
     }
+    assert rows["none"]["gradient share"] == "-"
     assert rows["none"]["time ratio"] == "1.00"
     assert rows["none@fgd"]["iterations"] == "450 to 452"
     assert (

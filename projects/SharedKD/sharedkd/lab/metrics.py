@@ -6,7 +6,7 @@ from typing import Dict, Mapping, Optional, Tuple
 
 import numpy as np
 
-__all__ = ["detector_loss", "read_curves", "read_metrics", "seconds_per_step"]
+__all__ = ["detector_loss", "gradient_share", "read_curves", "read_metrics", "seconds_per_step"]
 
 
 def read_curves(path: str) -> Dict[str, np.ndarray]:
@@ -55,6 +55,13 @@ def seconds_per_step(curves: Mapping[str, np.ndarray]) -> float:
     times = curves.get("time", np.array([]))
     times = times[~np.isnan(times)]
     return float(np.median(times)) if len(times) else math.nan
+
+
+def gradient_share(curves: Mapping[str, np.ndarray]) -> float:
+    """The mean share of the student's gradient that its distillation losses have, see Watchdog; NaN if it was never measured."""
+    shares = 1 - curves.get("watch/detector", np.array([]))
+    shares = shares[~np.isnan(shares)]
+    return float(np.mean(shares)) if len(shares) else math.nan
 
 
 def detector_loss(curves: Mapping[str, np.ndarray]) -> np.ndarray:

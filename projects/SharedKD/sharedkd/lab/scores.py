@@ -7,6 +7,7 @@ All functions but :func:`read_comparison` take one record, a plain dict as ``res
 * "arms": one mapping per training run, with "method", "seed" and "status" ("finished", "failed" or
   "missing").  A finished one has "results" (task "bbox" or "segm" to metric name to percentage) and
   may have "curve" (task to [iteration, AP] of each evaluation), "iterations", "seconds_per_step",
+  "gradient_share" (of the distillation losses, at the student's parameters),
   "peak_memory_mb", "parameters" ("student", "losses"), "initial_weights" (a digest),
   "inherited" (how many tensors are the teacher's at the start), "hardware",
   "versions" and "collapsed" (tasks in which it finds nothing, so that its AP is zero); the others
@@ -246,7 +247,7 @@ def tasks_of(record: Record) -> List[str]:
 def costs_of(record: Record, method: str) -> Dict[str, List[float]]:
     """Each cost of ``method`` with its known values, one per finished arm.
 
-    They are "iterations", "seconds_per_step", "minutes" (of these two), "peak_memory_mb", and
+    They are "iterations", "seconds_per_step", "minutes" (of these two), "peak_memory_mb", "gradient_share", and
     "loss_parameters" and "student_parameters", their numbers.
     """
     costs: Dict[str, List[float]] = defaultdict(list)
@@ -259,6 +260,7 @@ def costs_of(record: Record, method: str) -> Dict[str, List[float]]:
             "seconds_per_step": seconds,
             "minutes": steps * seconds / 60 if is_known(steps) and is_known(seconds) else None,
             "peak_memory_mb": arm.get("peak_memory_mb"),
+            "gradient_share": arm.get("gradient_share"),
             "loss_parameters": (sizes or {}).get("losses"),
             "student_parameters": (sizes or {}).get("student"),
         }

@@ -54,7 +54,7 @@ class PKD(DistillationLoss):
         ConfigError: unknown name.
     """
 
-    adapts = True
+    adapts, standardises = True, True
 
     def __init__(
         self,

@@ -18,9 +18,9 @@ from .snapshot import Snapshot
 from .taps import run_pyramid
 from .teachers import FrozenTeacher
 
-__all__ = ["fit_laterals"]
+__all__ = ["LATERAL", "fit_laterals"]
 
-_LATERAL = re.compile(r"backbone\.fpn_lateral\d+")
+LATERAL = re.compile(r"backbone\.fpn_lateral\d+")
 BATCH = 4  #: images that a batch norm sees at once
 RIDGE = 1e-3  #: of the inputs' sum of squares
 _LEAST = 1e-12  # for maps of zeros
@@ -93,7 +93,7 @@ def _batches(records: Iterable[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]
 
 def _laterals(detector: nn.Module) -> Dict[str, nn.Conv2d]:
     """The laterals of a detector's FPN by name, if they are convolutions and nothing else."""
-    found = {name: x for name, x in detector.named_modules() if _LATERAL.fullmatch(name)}
+    found = {name: x for name, x in detector.named_modules() if LATERAL.fullmatch(name)}
     plain = all(x.bias is not None and getattr(x, "norm", None) is None for x in found.values())
     return found if plain else {}
 

@@ -29,7 +29,7 @@ from sharedkd.engine.parts import build_parts, check_start
 from sharedkd.engine.resume import differences
 from sharedkd.engine.run import evaluate_teacher
 from sharedkd.errors import ConfigError
-from sharedkd.lab.metrics import read_curves, seconds_per_step
+from sharedkd.lab.metrics import gradient_share, read_curves, seconds_per_step
 from sharedkd.lab.output import WRITER, write_text
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
@@ -82,6 +82,7 @@ class Arm:
             "status": status,
             "error": self.failure.read_text().strip() if status == "failed" else None,
             "seconds_per_step": seconds_per_step(curves),
+            "gradient_share": gradient_share(curves),
             "curve": aps,
             **record,
         }

@@ -125,7 +125,7 @@ def iterations_text(iterations: Sequence[Optional[int]]) -> str:
 
 def _cost_table(record: Record) -> str:
     headers = ["method", "iterations", "s / step", "its seeds", "time ratio", "training minutes"]
-    headers += ["peak memory MB", "memory ratio", "parameters of the losses"]
+    headers += ["peak memory MB", "memory ratio", "parameters of the losses", "gradient share"]
     plain = costs_of(record, record["baseline"])
     rows = []
     for method in record["methods"]:
@@ -142,9 +142,11 @@ def _cost_table(record: Record) -> str:
                 number(mean_of(costs["peak_memory_mb"]), ",.0f"),
                 number(_ratio(costs["peak_memory_mb"], plain["peak_memory_mb"])),
                 _range(costs["loss_parameters"]),
+                number(mean_of(costs["gradient_share"]), ".1%"),
             ]
         )
-    return markdown(rows, headers, left=("method",))
+    share = "`gradient share`: of the distillation losses, the mean over the measurements (`train.watch_period`)."
+    return markdown(rows, headers, left=("method",)) + f"\n\n{share}"
 
 
 def _equal_time_notes(record: Record) -> List[str]:
