@@ -9,6 +9,7 @@ from detectron2.utils.events import EventStorage
 
 from sharedkd import ConfigError, IdenticalLayer, Stage
 from sharedkd.modeling.backbones import compile_backbone
+from sharedkd.modeling.snapshot import without_trace
 from sharedkd.modeling.teachers import StudentAverage, TeacherMean
 
 TAPS = frozenset({"fpn"})
@@ -90,6 +91,18 @@ def test_the_average_follows_the_student(options):
     assert all(p.grad is None for p in model.teacher.detector.parameters())
     ids = {id(p) for p in model.parameters()}
     assert not ids & {id(p) for p in model.teacher.detector.parameters()}
+
+
+def test_a_forward_without_a_trace_is_no_step_of_the_average():
+    model, optimizer = averaged()
+    for iteration in range(2):
+        step(model, optimizer, iteration)
+    before = copy.deepcopy(model.teacher.state_dict())
+    with EventStorage(1), without_trace(model):
+        model(tiny.batch())
+    after = model.teacher.state_dict()
+    assert after["steps"] == before["steps"] and after["iteration"] == 1
+    assert all(torch.equal(after["model"][k], x) for k, x in before["model"].items())
 
 
 def test_the_average_runs_its_own_network():

@@ -35,7 +35,10 @@ def target_of(node: Any) -> Any:
 
 def makes(node: Any, kind: type) -> bool:
     """Whether a config node builds an object of a class, or of one derived from it."""
-    target = target_of(node)
+    try:
+        target = target_of(node)
+    except ImportError:  # reported where the node is built
+        return False
     return isinstance(target, type) and issubclass(target, kind)
 
 

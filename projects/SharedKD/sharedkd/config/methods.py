@@ -126,8 +126,8 @@ def check_shares(cfg: DictConfig, overrides: Sequence[str]) -> None:
         stage = OmegaConf.select(cfg, found["stage"]) if found else None
         if not isinstance(stage, DictConfig) or "loss" not in stage:
             continue
-        weight = stage.get("weight", 1.0)
-        if weight not in ("auto", 0):
-            key, _, value = text.lstrip("+").partition("=")
+        weight = None if OmegaConf.is_missing(stage, "weight") else stage.get("weight", 1.0)
+        key, _, value = text.lstrip("+").partition("=")
+        if weight not in ("auto", 0, None) and value not in ("null", "None"):
             problem, fix = f"has no effect beside weight={weight}", "add {}.weight=auto"
             raise ConfigError(key, value, problem, fix.format(found["stage"]))

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.meta_arch import SharedKD
 from sharedkd.modeling.stages import stage_dict
-from sharedkd.modeling.teachers import FrozenTeacher
+from sharedkd.modeling.teachers import FrozenTeacher, Teacher
 from sharedkd.weights.loading import PARTS
 
 from .build import makes, target_of
@@ -97,8 +97,8 @@ class Pairing:
             if OmegaConf.select(cfg, IMAGE_FORMAT) is None:  # a mapper that does not say it
                 cfg.model.input_format = cfg.model.student.get("input_format", "BGR")
         elif self.teacher is not None:
-            if own is not None and not makes(own, FrozenTeacher):
-                kind = getattr(target_of(own), "__name__", "teacher of another kind")
+            if makes(own, Teacher) and not makes(own, FrozenTeacher):
+                kind = target_of(own).__name__
                 problem = f"would take the place of this config's own, a {kind}"
                 fix = "leave it out, or set model.teachers.NAME for a stage that names it"
                 raise ConfigError("--teacher", self.teacher, problem, fix)

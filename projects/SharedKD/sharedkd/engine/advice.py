@@ -196,7 +196,7 @@ def _unlabelled(parts: Parts) -> Iterator[ConfigError]:
     loader = parts.loader
     if isinstance(loader, TrainLoader) and loader.unlabelled:
         count = loader.unlabelled_ratio * loader.total_batch_size
-        if count != loader.unlabelled_batch_size:
+        if abs(count - loader.unlabelled_batch_size) > 1e-3:
             own = OmegaConf.select(parts.cfg, "data.unlabelled_images") is not None
             problem = f"is {count:g} images a batch: {loader.unlabelled_batch_size} are taken"
             fix = (

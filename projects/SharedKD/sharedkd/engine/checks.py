@@ -17,7 +17,7 @@ from sharedkd.errors import FAILED, ConfigError, Findings
 from sharedkd.losses.base import DistillationLoss
 from sharedkd.modeling.detectors import num_classes, read_config
 from sharedkd.modeling.meta_arch import SharedKD, of_students
-from sharedkd.modeling.teachers import FrozenTeacher, teacher_key
+from sharedkd.modeling.teachers import FrozenTeacher, Teacher, teacher_key
 from sharedkd.values import check_number
 from sharedkd.weights.loading import parts_of
 
@@ -256,17 +256,14 @@ def check_ends(cfg: DictConfig) -> None:
     train, stages = cfg.train, cfg.model.get("stages")
     for name, stage in stages.items() if isinstance(stages, DictConfig) else ():
         ends = isinstance(stage, DictConfig) and stage.get("end") == "teacher"
-        if not ends or train.fast_dev_run:
+        if not ends or train.fast_dev_run or stage.get("weight") == 0:
             continue
         key, fix = f"model.stages.{name}.end", "set it, or use a time"
         source, peers = stage.get("teacher"), cfg.model.get("peers") or {}
-        node = (
-            cfg.model.get("teacher")
-            if source is None
-            else cfg.model.get("teachers", {}).get(source)
-        )
-        if source in peers or node is not None and not makes(node, FrozenTeacher):
-            problem = f"{source or 'the teacher'} changes in the run, and is not evaluated"
+        others = cfg.model.get("teachers") or {}
+        node = cfg.model.get("teacher") if source is None else others.get(source)
+        if source in peers or makes(node, Teacher) and not makes(node, FrozenTeacher):
+            problem = f"{source or 'the teacher'} is no trained detector, and is not evaluated"
             raise ConfigError(key, "teacher", problem, "use a time")
         if train.eval_teacher is False:
             raise ConfigError(key, "teacher", "train.eval_teacher=False: its AP is not known", fix)

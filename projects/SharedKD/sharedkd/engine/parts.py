@@ -18,7 +18,7 @@ from sharedkd.errors import FAILED, ConfigError, ConfigErrors, Findings, SharedK
 from sharedkd.modeling.backbones import compile_backbone, recompute_blocks
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import trains_channels_last
-from sharedkd.modeling.laterals import LATERAL, fit_laterals
+from sharedkd.modeling.laterals import LATERAL, LATERAL_NAME, fit_laterals
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of, of_students
 from sharedkd.modeling.stages import Stage
@@ -119,14 +119,20 @@ class Parts:
 
     def _warn_of_constant_levels(self) -> None:
         """Log a warning for stages that cannot bear a level that starts constant, as one without a twin in the teacher."""
-        laterals = (x for x in self.student.named_modules() if LATERAL.fullmatch(x[0]))
-        constant = [name for name, x in laterals if not any(p.any() for p in x.parameters())]
-        for name, stage in self.model.stages.items() if constant else ():
-            if stage.loss.standardises and stage.balance is None:
+        laterals = [x for x in self.student.named_modules() if LATERAL.fullmatch(x[0])]
+        if not laterals:
+            return
+        coarsest, lateral = max(laterals, key=lambda x: int(x[0].removeprefix(LATERAL_NAME)))
+        if any(p.any() for p in lateral.parameters()):
+            return
+        stride = 2 ** int(coarsest.removeprefix(LATERAL_NAME))
+        for name, stage in self.model.stages.items():
+            reads = "fpn" in stage.loss.taps and stride in (stage.loss.strides or (stride,))
+            if reads and stage.loss.standardises and not stage.balanced:
                 key = f"model.stages.{name}"
                 logger.warning(
-                    f"{key}: {', '.join(constant)} starts at zero, so that this level is constant, and "
-                    f"{type(stage.loss).__name__} standardises maps: the level has nearly all of the stage's "
+                    f"{key}: {coarsest} starts at zero, so that the level of stride {stride} is constant, and "
+                    f"{type(stage.loss).__name__} standardises maps: this level has nearly all of the stage's "
                     f"gradient; use {key}.weight=auto {key}.balance=levels, or train.inherit_images=0"
                 )
 
@@ -174,7 +180,8 @@ def assemble(
         return parts
 
     step(check_start, parts)
-    step(check_ends, cfg)
+    if not resuming:  # whose teachers' APs are in the checkpoint
+        step(check_ends, cfg)
     parts.scheduler = step(construct, cfg.lr_multiplier, "lr_multiplier")
     step(check_scheduler, parts.scheduler)
     trained = parts.student if parts.model is FAILED else parts.model

@@ -28,7 +28,7 @@ from sharedkd.config.own_data import class_names
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.files import remove_unfinished, replace
 from sharedkd.modeling.detectors import config_path, num_classes
-from sharedkd.modeling.meta_arch import SharedKD, losses_of
+from sharedkd.modeling.meta_arch import SharedKD, losses_of, pairs_of
 from sharedkd.modeling.teachers import FrozenTeacher, StudentAverage
 from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
@@ -184,6 +184,11 @@ def train(
     extra = _beside(module) if isinstance(module, SharedKD) else {}
     checkpointer = StudentCheckpointer(model, folder, trainer=trainer, **extra)
     averages = {k: x for k, x in extra.items() if isinstance(x, StudentAverage)}
+    final = [name for name, x in averages.items() if x.final]
+    if len(final) > 1:
+        raise ConfigError(
+            "final", ", ".join(final), "only one can be the result", "set one of them"
+        )
     stop = StopRequest()
     checkpoints = Checkpoints(checkpointer, stop, **cfg.train.checkpointer)
 
@@ -212,6 +217,11 @@ def train(
         checkpointer.trusted = cfg.train.trust_checkpoint
         checkpointer.load(checkpoint)
         start = trainer.iter + 1
+        ended = any(x.final and x.iteration == start for x in averages.values())
+        if ended and start < cfg.train.max_iter:
+            problem = f"is beyond iteration {start}, where the average of the student has become the student"
+            fix = "train longer in another train.output_dir, with train.init_checkpoint set to model_student.pth"
+            raise ConfigError("train.max_iter", cfg.train.max_iter, problem, fix)
         trainer.data_loader.first_batch = start * cfg.train.accumulate
     elif cfg.train.eval_teacher is not False:
         for name in getattr(module, "sources", {}):
@@ -284,12 +294,16 @@ def _beside(pair: SharedKD) -> Dict[str, Any]:
 
 def _check_owned(module: nn.Module, entries: Mapping[str, Any], checkpoint: str) -> None:
     """Refuse a checkpoint whose losses own other parameters, as after ``train.force_resume``: the optimizer's state is of those."""
-    losses = losses_of(module).state_dict()
-    found = entries.get("distillation", {})
-    if {k: x.shape for k, x in losses.items()} != {k: x.shape for k, x in found.items()}:
-        problem = f"its losses have other parameters than those of {checkpoint}"
-        fix = "start anew in another train.output_dir, with train.init_checkpoint set to that file"
-        raise ConfigError("model.stages", ", ".join(module.stages), problem, fix)
+    for owner, pair in pairs_of(module).items():
+        entry = "_".join(
+            ["peer", owner.split("/")[1], "distillation"] if owner else ["distillation"]
+        )
+        losses, found = losses_of(pair).state_dict(), entries.get(entry, {})
+        if {k: x.shape for k, x in losses.items()} != {k: x.shape for k, x in found.items()}:
+            stages = ", ".join(getattr(pair, "stages", ())) or "none"
+            problem = f"its losses have other parameters than those of {checkpoint}"
+            fix = "start anew in another train.output_dir, with train.init_checkpoint set to that file"
+            raise ConfigError(f"{getattr(pair, 'key', 'model')}.stages", stages, problem, fix)
 
 
 def _check_ends(trainer: SharedKDTrainer) -> None:

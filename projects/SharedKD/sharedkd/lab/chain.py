@@ -64,10 +64,19 @@ def run_chain(
 def _check_links(cfgs: Sequence[DictConfig]) -> None:
     """Build each student as a pair with the one before it, whose weights do not matter here."""
     for teacher, cfg in zip(cfgs, cfgs[1:]):
+        if cfg.model.get("teachers") or cfg.model.get("peers"):
+            continue  # which are a part of the pair
         theirs = construct(teacher.model.student, "model.student")
         SharedKD(
             student=construct(cfg.model.student, "model.student"),
-            teacher=FrozenTeacher(theirs, "", teacher.model.input_format, fold=False),
+            teacher=FrozenTeacher(
+                theirs,
+                "",
+                teacher.model.input_format,
+                fold=False,
+                **{k: cfg.model.teacher[k] for k in ("scale", "pyramid") if k in cfg.model.teacher},
+            ),
             stages=construct(cfg.model.stages, "model.stages"),
             input_format=cfg.model.input_format,
+            pyramid=cfg.model.get("pyramid"),
         )

@@ -128,6 +128,9 @@ def label_images(
         if i and i % _EVERY == 0:
             say(f"{i} of {len(records)} images")
         sample, fault = load(mapper, dict(record))
+        if fault is not None and not fault.in_image:
+            fix = "correct the teacher's mapper and its augmentations"
+            raise ConfigError("dataloader.test.mapper", fault.file, fault.problem, fix)
         if fault is not None:
             found.unreadable += 1
             say(f"{fault.file}: left out ({fault.problem})")

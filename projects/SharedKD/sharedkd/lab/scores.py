@@ -301,7 +301,7 @@ def reached(record: Record, method: str, task: str) -> List[Optional[int]]:
 def level(record: Record, method: str) -> Dict[int, int]:
     """Seed -> the first evaluated iteration with at least the teacher's AP in every task; without those that never had it."""
     theirs = {task: score_of(record.get("teacher"), task) for task in tasks_of(record)}
-    goals = {task: ap for task, ap in theirs.items() if is_known(ap)}
+    goals = {task: ap for task, ap in theirs.items() if is_known(ap) and ap > 0}
     found = {}
     for arm in _finished_of(record, method) if goals else ():
         curves = [dict((arm.get("curve") or {}).get(task, ())) for task in goals]

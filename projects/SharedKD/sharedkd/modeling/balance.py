@@ -63,12 +63,14 @@ class AutoWeight(nn.Module):
             maps: the student's maps that the stage reads.
 
         Raises:
-            RunError: the stage had no gradient in any of the measured steps, or has other terms than in
-                the step before.
+            RunError: the stage had no gradient in any of the measured steps, or, with ``by_term``, has other
+                terms than in the step before.
         """
-        if terms.keys() != self._names and self._names:
+        if self.by_term and self._names not in (frozenset(), terms.keys()):
             now, then = (", ".join(sorted(x)) for x in (terms, self._names))
-            raise self._without(f"its terms are {now}, and were {then} in the step before")
+            problem = f"its terms are {now}, and were {then} in the step before"
+            fix = "let the loss return the same terms in every step, or leave balance out"
+            raise RunError(self.key, "auto", problem, fix)
         self._names = frozenset(terms)
         if self.factors:
             self._move(detector.device)  # a resumed run's are on the CPU
@@ -94,7 +96,7 @@ class AutoWeight(nn.Module):
                 self.factors = {k: x.nan_to_num(nan=0.0) for k, x in medians.items()}
             if place == WINDOW - 1:
                 # The only time that the device is waited for.
-                self._report_dominant(counted, maps)
+                self._report_dominant(terms, maps)
                 if not any(bool(x) for x in self.factors.values()):
                     raise self._without(
                         f"has had no finite gradient above zero at the student's maps for {WINDOW} steps, "

@@ -18,9 +18,12 @@ from .snapshot import Snapshot
 from .taps import run_pyramid
 from .teachers import FrozenTeacher
 
-__all__ = ["LATERAL", "fit_laterals"]
+__all__ = ["LATERAL", "LATERAL_NAME", "fit_laterals"]
 
-LATERAL = re.compile(r"backbone\.fpn_lateral\d+")
+LATERAL_NAME = (
+    "backbone.fpn_lateral"  #: is followed by the level, the binary logarithm of its stride
+)
+LATERAL = re.compile(re.escape(LATERAL_NAME) + r"\d+")
 BATCH = 4  #: images that a batch norm sees at once
 RIDGE = 1e-3  #: of the inputs' sum of squares
 _LEAST = 1e-12  # for maps of zeros

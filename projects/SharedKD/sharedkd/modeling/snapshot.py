@@ -1,12 +1,12 @@
 """Saves and restores what a step changes besides the parameters."""
 
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Iterator
 
 import numpy as np
 import torch
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 __all__ = ["NORMALIZER", "Snapshot", "without_trace"]
@@ -36,11 +36,16 @@ class Snapshot:
 @contextmanager
 def without_trace(model: nn.Module) -> Iterator[None]:
     """A context for a forward in training mode that changes no statistics, random state or log."""
-    snapshot = Snapshot(model)
+    snapshot, now = Snapshot(model), 0
+    with suppress(AssertionError):  # outside of a training there is none
+        now = get_event_storage().iter  # by which an average of the student knows its steps
     states = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
-        with torch.random.fork_rng(devices), EventStorage():  # the detectors log from their forward
+        with (
+            torch.random.fork_rng(devices),
+            EventStorage(now),
+        ):  # the detectors log from their forward
             yield
     finally:
         random.setstate(states[0])

@@ -80,6 +80,11 @@ class Stage:
         return self.weight == "auto"
 
     @property
+    def balanced(self) -> bool:
+        """Whether each of its terms has a weight that sets itself."""
+        return self.auto and self.balance is not None
+
+    @property
     def full(self) -> float:
         """The weight when fully on; 1 if it sets itself."""
         return 1.0 if isinstance(self.weight, str) else self.weight

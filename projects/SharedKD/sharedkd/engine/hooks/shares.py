@@ -56,6 +56,7 @@ class Watchdog(hooks.HookBase):
         self._windows: Dict[str, Deque[Tuple[int, float]]] = {}  # (iteration, share)
         self._unbalanced: Set[str] = set()  # terms that were reported as such
         self._alive: Set[str] = set()  # stages that have had a gradient
+        self._shown: Deque[bool] = deque(maxlen=WINDOW)  # whether images with objects were measured
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0:
@@ -65,6 +66,7 @@ class Watchdog(hooks.HookBase):
         trainer = self.trainer
         # Most distillation losses have a gradient where there are objects.
         record = max(trainer.step.batches[-1], key=lambda x: len(x.get("instances", ())))
+        self._shown.append(all(comm.all_gather(len(record.get("instances", ())) > 0)))
         norms = _mean_over_ranks(gradient_norms(trainer, [record]))
         total = sum(x for x in norms.values() if x is not None)
         if not 0 < total < float("inf"):
@@ -80,7 +82,8 @@ class Watchdog(hooks.HookBase):
             window.append((trainer.iter, shares[name]))
         full = {k: sum(x for _, x in w) for k, w in self._windows.items() if len(w) == WINDOW}
         self._alive |= {name.split("/")[0] for name, share in shares.items() if share}
-        for name in full if trainer.start_iter == 0 else ():  # a resumed run's may be at its end
+        begun = trainer.start_iter == 0 and all(self._shown)  # a resumed run's may be at its end
+        for name in full if begun else ():
             if name.split("/")[0] not in self._alive:
                 raise self._without_gradient(name)
         for name, share in full.items():
@@ -99,11 +102,11 @@ class Watchdog(hooks.HookBase):
         return RunError(f"{key}.loss", type(now.loss).__name__, problem, fix)
 
     def _report_unbalanced(self, name: str, share: float) -> None:
-        self._unbalanced.add(name)
         stage, term = name.split("/", 1)
         key, now = f"model.stages.{stage}", self.trainer.stages[stage]
-        if now.balance is not None:
+        if now.balanced:
             return  # equal at the maps
+        self._unbalanced.add(name)
         auto = "" if now.auto else f"{key}.weight=auto "
         logger.warning(
             f"Watchdog: term {term} has {100 * share:.0f} % of the gradient norms of stage {stage}; "

@@ -81,6 +81,11 @@ class StudentAverage(Teacher):
         return self._inner.finish_head(hidden, left)
 
     @property
+    def iteration(self) -> Optional[int]:
+        """The iteration of its last update; None: it has not begun."""
+        return self._last
+
+    @property
     def about(self) -> str:
         return f"the average of the student, decay {self.decay:g}"
 

@@ -273,6 +273,10 @@ class FrozenTeacher(Teacher):
         self.model.to(device)
         return self
 
+    @property
+    def about(self) -> str:
+        return self.name
+
     def apply_to_tensors(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply ``fn`` to its tensors, when the model that holds it moves to a device or type.
 
