@@ -194,6 +194,9 @@ def test_a_schedule_holds_in_default_trainer_and_after_a_resume(project, tmp_pat
     trainer.train()
     on = ["identical"]
     assert trainer.active == {0: [], 1: on, 2: on, 3: []}
+    assert any(name.startswith("factor/identical/s") for name in trainer.storage.histories())
+    with pytest.raises(ConfigError, match="MODEL.SHAREDKD.END=teacher: is known to this package's"):
+        build_model(project(tmp_path / "end", END="teacher"))
     saved = torch.load(tmp_path / "run/model_final.pth", weights_only=False)["model"]
     assert saved.keys() == trainer.model.student.state_dict().keys()
     (tmp_path / "run/config.yaml").write_text(cfg.dump())  # as default_setup does

@@ -271,6 +271,9 @@ class SharedKD(nn.Module):
         Its keys are added by :func:`sharedkd.config.classic.add_sharedkd_config`.
         """
         keys = cfg.MODEL.SHAREDKD
+        if keys.END == "teacher":
+            problem, fix = "is known to this package's trainer only", "use a time or null"
+            raise ConfigError("MODEL.SHAREDKD.END", keys.END, problem, fix)
         student = META_ARCH_REGISTRY.get(keys.STUDENT)(cfg)
         stages = stages_of(keys.METHOD, family(student))
         times = {x: keys[x.upper()] for x in TIMES if keys[x.upper()] is not None}
