@@ -182,7 +182,6 @@ def test_schemes_are_compared_in_one_command(workspace, overrides, tmp_path):
 def test_the_flag_teacher_does_not_replace_that_of_a_scheme(workspace, overrides, tmp_path):
     average = f"{ROOT}/configs/schemes/average.py"
     flags = [x for x in overrides if not x.startswith("model.teacher.")] + workspace.flags
-    Comparison(ROOT, CONFIG, ["none", average], [0], tmp_path, flags)
     saved = Comparison(ROOT, CONFIG, ["none", average], [0], tmp_path, flags).configs[average]
     assert saved.model.teacher._target_ is StudentAverage
     with pytest.raises(ConfigError, match="^--teacher=.*own, a StudentAverage; leave it out"):

@@ -94,10 +94,8 @@ def _detector(model: nn.Module, weights: str, name: str = "") -> Dict[str, Any]:
 
 def _teacher(teacher: Teacher) -> Dict[str, Any]:
     """Describe a teacher; only a detector with weights has all values."""
-    name, weights = (
-        getattr(teacher, "name", type(teacher).__name__),
-        getattr(teacher, "weights", None),
-    )
+    name = getattr(teacher, "name", type(teacher).__name__)
+    weights = getattr(teacher, "weights", None)
     if teacher.detector is None or weights is None:
         return {"about": teacher.about, "name": name}
     if hasattr(teacher, "tensors"):

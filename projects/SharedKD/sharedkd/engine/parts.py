@@ -18,7 +18,7 @@ from sharedkd.errors import FAILED, ConfigError, ConfigErrors, Findings, SharedK
 from sharedkd.modeling.backbones import compile_backbone, recompute_blocks
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import trains_channels_last
-from sharedkd.modeling.laterals import LATERAL, LATERAL_NAME, fit_laterals
+from sharedkd.modeling.laterals import constant_level, fit_laterals
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of, of_students
 from sharedkd.modeling.stages import Stage
@@ -115,23 +115,20 @@ class Parts:
                 logger.info(f"{name} gives {share:.0%} of what varies in its teacher's output")
             if not self.fitted:
                 logger.info("No lateral is fitted: both need an FPN of one width, without norms")
-            self._warn_of_constant_levels()
+            self._warn_of_constant_level()
 
-    def _warn_of_constant_levels(self) -> None:
-        """Log a warning for stages that cannot bear a level that starts constant, as one without a twin in the teacher."""
-        laterals = [x for x in self.student.named_modules() if LATERAL.fullmatch(x[0])]
-        if not laterals:
+    def _warn_of_constant_level(self) -> None:
+        """Log a warning for stages that cannot bear a level that starts constant."""
+        found = constant_level(self.student)
+        if found is None:
             return
-        coarsest, lateral = max(laterals, key=lambda x: int(x[0].removeprefix(LATERAL_NAME)))
-        if any(p.any() for p in lateral.parameters()):
-            return
-        stride = 2 ** int(coarsest.removeprefix(LATERAL_NAME))
+        lateral, stride = found
         for name, stage in self.model.stages.items():
             reads = "fpn" in stage.loss.taps and stride in (stage.loss.strides or (stride,))
             if reads and stage.loss.standardises and not stage.balanced:
                 key = f"model.stages.{name}"
                 logger.warning(
-                    f"{key}: {coarsest} starts at zero, so that the level of stride {stride} is constant, and "
+                    f"{key}: {lateral} starts at zero, so that the level of stride {stride} is constant, and "
                     f"{type(stage.loss).__name__} standardises maps: this level has nearly all of the stage's "
                     f"gradient; use {key}.weight=auto {key}.balance=levels, or train.inherit_images=0"
                 )

@@ -28,7 +28,7 @@ from sharedkd.config.own_data import class_names
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.files import remove_unfinished, replace
 from sharedkd.modeling.detectors import config_path, num_classes
-from sharedkd.modeling.meta_arch import SharedKD, losses_of, pairs_of
+from sharedkd.modeling.meta_arch import SharedKD, of_students
 from sharedkd.modeling.teachers import FrozenTeacher, StudentAverage
 from sharedkd.weights.loading import load_trained
 from sharedkd.weights.reading import write_safetensors
@@ -184,7 +184,7 @@ def train(
     extra = _beside(module) if isinstance(module, SharedKD) else {}
     checkpointer = StudentCheckpointer(model, folder, trainer=trainer, **extra)
     averages = {k: x for k, x in extra.items() if isinstance(x, StudentAverage)}
-    final = [name for name, x in averages.items() if x.final]
+    final = {name: x for name, x in averages.items() if x.final}
     if len(final) > 1:
         raise ConfigError(
             "final", ", ".join(final), "only one can be the result", "set one of them"
@@ -206,7 +206,7 @@ def train(
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             Watchdog(cfg.train.watch_period, cfg.train.max_iter) if watches else None,
-            _EndAsAverage(averages, folder) if averages else None,
+            *(_EndAsAverage(x, folder) for x in final.values()),
             checkpoints,
             evaluation,
             FinishStep([checkpoints, evaluation]) if checkpoint else None,
@@ -217,7 +217,7 @@ def train(
         checkpointer.trusted = cfg.train.trust_checkpoint
         checkpointer.load(checkpoint)
         start = trainer.iter + 1
-        ended = any(x.final and x.iteration == start for x in averages.values())
+        ended = any(x.iteration == start for x in final.values())
         if ended and start < cfg.train.max_iter:
             problem = f"is beyond iteration {start}, where the average of the student has become the student"
             fix = "train longer in another train.output_dir, with train.init_checkpoint set to model_student.pth"
@@ -244,34 +244,33 @@ def train(
     with stop, torch.jit.optimized_execution(trainer.device.type == "cuda"):
         trainer.train(start, cfg.train.max_iter)
     if comm.is_main_process():
-        for name, source in averages.items():
-            if not source.final:
-                _take_last_step(source, cfg.train.max_iter)
-                _save_model(os.path.join(folder, f"model_{name}.pth"), source.state_dict()["model"])
+        for name in averages.keys() - final.keys():
+            average = _average_at_end(averages[name], cfg.train.max_iter)
+            _save_model(os.path.join(folder, f"model_{name}.pth"), average)
         if cfg.train.safetensors:
             write_safetensors(module.state_dict(), os.path.join(folder, "model_final.safetensors"))
     return trainer.results
 
 
-def _take_last_step(source: StudentAverage, max_iter: int) -> None:
+def _average_at_end(source: StudentAverage, max_iter: int) -> Dict[str, Any]:
+    """The state of an average that has taken in the last step, too."""
     with EventStorage(max_iter):
-        source.update()
+        source.begin_step()
+    return source.state_dict()["model"]
 
 
 class _EndAsAverage(hooks.HookBase):
-    """After the last step makes an average that is ``final`` the student; the trained one goes to ``model_student.pth``."""
+    """After the last step makes an average the student; the trained one goes to ``model_student.pth``."""
 
-    def __init__(self, averages: Mapping[str, StudentAverage], folder: str):
-        self.averages = [x for x in averages.values() if x.final]
-        self.path = os.path.join(folder, "model_student.pth")
+    def __init__(self, average: StudentAverage, folder: str):
+        self.average, self.path = average, os.path.join(folder, "model_student.pth")
 
     def after_step(self) -> None:
-        last = self.trainer.iter + 1 == self.trainer.max_iter
-        for source in self.averages if last else ():
-            _take_last_step(source, self.trainer.max_iter)
+        if self.trainer.iter + 1 == self.trainer.max_iter:
+            average = _average_at_end(self.average, self.trainer.max_iter)
             if comm.is_main_process():
                 _save_model(self.path, self.trainer.module.state_dict())
-            self.trainer.module.load_state_dict(source.state_dict()["model"])
+            self.trainer.module.load_state_dict(average)
 
 
 def _save_model(path: str, state: Mapping[str, Any]) -> None:
@@ -294,16 +293,20 @@ def _beside(pair: SharedKD) -> Dict[str, Any]:
 
 def _check_owned(module: nn.Module, entries: Mapping[str, Any], checkpoint: str) -> None:
     """Refuse a checkpoint whose losses own other parameters, as after ``train.force_resume``: the optimizer's state is of those."""
-    for owner, pair in pairs_of(module).items():
-        entry = "_".join(
-            ["peer", owner.split("/")[1], "distillation"] if owner else ["distillation"]
-        )
-        losses, found = losses_of(pair).state_dict(), entries.get(entry, {})
-        if {k: x.shape for k, x in losses.items()} != {k: x.shape for k, x in found.items()}:
-            stages = ", ".join(getattr(pair, "stages", ())) or "none"
-            problem = f"its losses have other parameters than those of {checkpoint}"
-            fix = "start anew in another train.output_dir, with train.init_checkpoint set to that file"
-            raise ConfigError(f"{getattr(pair, 'key', 'model')}.stages", stages, problem, fix)
+    beside = _beside(module) if isinstance(module, SharedKD) else {}
+
+    def shapes(key: str, state: Mapping[str, Any]) -> Dict[str, torch.Size]:
+        return {f"{key}/{name}": x.shape for name, x in state.items()}
+
+    now, then = {}, {}
+    for key in (x for x in (*beside, *entries) if x.endswith("distillation")):
+        now.update(shapes(key, beside[key].state_dict()) if key in beside else {})
+        then.update(shapes(key, entries.get(key, {})))
+    if now != then:
+        stages = ", ".join(of_students(module, "stages")) or "none"
+        problem = f"its losses have other parameters than those of {checkpoint}"
+        fix = "start anew in another train.output_dir, with train.init_checkpoint set to that file"
+        raise ConfigError("model.stages", stages, problem, fix)
 
 
 def _check_ends(trainer: SharedKDTrainer) -> None:

@@ -4,7 +4,7 @@ import re
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,9 @@ from .snapshot import Snapshot
 from .taps import run_pyramid
 from .teachers import FrozenTeacher
 
-__all__ = ["LATERAL", "LATERAL_NAME", "fit_laterals"]
+__all__ = ["constant_level", "fit_laterals"]
 
-LATERAL_NAME = (
-    "backbone.fpn_lateral"  #: is followed by the level, the binary logarithm of its stride
-)
-LATERAL = re.compile(re.escape(LATERAL_NAME) + r"\d+")
+_LATERAL = re.compile(r"backbone\.fpn_lateral(\d+)")  # the binary logarithm of its stride
 BATCH = 4  #: images that a batch norm sees at once
 RIDGE = 1e-3  #: of the inputs' sum of squares
 _LEAST = 1e-12  # for maps of zeros
@@ -85,6 +82,20 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
     return explained
 
 
+def constant_level(student: nn.Module) -> Optional[Tuple[str, int]]:
+    """The coarsest lateral of the student's FPN and its stride, if it is zero, as of a level that the teacher lacks."""
+    laterals = {
+        2 ** int(found[1]): name
+        for name, _ in student.named_modules()
+        if (found := _LATERAL.fullmatch(name))
+    }
+    if not laterals:
+        return None
+    stride, name = max(laterals.items())
+    zero = not any(p.any() for p in student.get_submodule(name).parameters())
+    return (name, stride) if zero else None
+
+
 def _batches(records: Iterable[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
     """Batches of ``BATCH`` records, or all of them if they are fewer."""
     rest, first = iter(records), True
@@ -96,7 +107,7 @@ def _batches(records: Iterable[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]
 
 def _laterals(detector: nn.Module) -> Dict[str, nn.Conv2d]:
     """The laterals of a detector's FPN by name, if they are convolutions and nothing else."""
-    found = {name: x for name, x in detector.named_modules() if LATERAL.fullmatch(name)}
+    found = {name: x for name, x in detector.named_modules() if _LATERAL.fullmatch(name)}
     plain = all(x.bias is not None and getattr(x, "norm", None) is None for x in found.values())
     return found if plain else {}
 

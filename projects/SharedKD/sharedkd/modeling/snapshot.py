@@ -42,10 +42,8 @@ def without_trace(model: nn.Module) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
-        with (
-            torch.random.fork_rng(devices),
-            EventStorage(now),
-        ):  # the detectors log from their forward
+        # The detectors log from their forward.
+        with torch.random.fork_rng(devices), EventStorage(now):
             yield
     finally:
         random.setstate(states[0])

@@ -132,11 +132,11 @@ class Comparison:
         if found is None:
             return with_method(self.cfg, method)
         overrides, own = self.overrides, target_of(found.model.get("teacher"))
-        pair = "student" in found.model
-        paired = not pair and any(x.startswith("distill.teacher=") for x in overrides)
+        plain = "student" not in found.model
+        paired = plain and any(x.startswith("distill.teacher=") for x in overrides)
         if not paired and own is not target_of(self.cfg.model.get("teacher")):
             # This config has another kind of teacher, or none.
-            groups = ("model.teacher.", *(("distill.teacher=", "distill.weights=") if pair else ()))
+            groups = ("model.teacher.", "distill.teacher=", "distill.weights=")
             overrides = [x for x in overrides if not x.lstrip("+~").startswith(groups)]
         return load_config(path, [*overrides, *settings], keep_teacher=True)
 

@@ -45,7 +45,7 @@ class StudentAverage(Teacher):
         self.decay, self.final, self.steps = decay, final, 0
         self._student: Optional[nn.Module] = None
         self._inner: Optional[FrozenTeacher] = None
-        self._last: Optional[int] = None  # the iteration of its last update; None: not begun
+        self.iteration: Optional[int] = None  #: of its last update; None: not begun
 
     def attach(self, student: nn.Module, input_format: str, pyramid: Optional[str] = None) -> None:
         """Take the student, and the channel order of its images."""
@@ -81,29 +81,21 @@ class StudentAverage(Teacher):
         return self._inner.finish_head(hidden, left)
 
     @property
-    def iteration(self) -> Optional[int]:
-        """The iteration of its last update; None: it has not begun."""
-        return self._last
-
-    @property
     def about(self) -> str:
         return f"the average of the student, decay {self.decay:g}"
 
-    def begin_step(self) -> None:
-        self.update()
-
     @torch.no_grad()
-    def update(self) -> None:
+    def begin_step(self) -> None:
         """Take in the last step, once in each iteration."""
         if self._inner is None:
             self.prepare()
-        first = self._last is None
-        iteration = -1 if first else self._last
+        first = self.iteration is None
+        iteration = -1 if first else self.iteration
         with suppress(AssertionError):  # outside of a training there is none
             iteration = get_event_storage().iter
-        if iteration == self._last:
+        if iteration == self.iteration:
             return
-        self._last = iteration
+        self.iteration = iteration
         decay = 0.0 if first else min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 0 if first else 1
         theirs = self._student.state_dict()
@@ -116,11 +108,11 @@ class StudentAverage(Teacher):
 
     def state_dict(self) -> Dict[str, Any]:
         """The averaged detector, with plain Detectron2's names, and how many steps it is the average of."""
-        averaged = self._student if self._last is None else self._inner.model
+        averaged = self._student if self.iteration is None else self._inner.model
         return {
             "model": averaged.state_dict(),
             "steps": self.steps,
-            "iteration": self._last,
+            "iteration": self.iteration,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -128,4 +120,4 @@ class StudentAverage(Teacher):
         if self._inner is None:
             self.prepare()
         self._inner.model.load_state_dict(state["model"])
-        self.steps, self._last = state["steps"], state.get("iteration", -1)  # of older runs
+        self.steps, self.iteration = state["steps"], state.get("iteration", -1)  # of older runs
