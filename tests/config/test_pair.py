@@ -66,6 +66,14 @@ def test_other_overrides_come_after_the_pairing():
     assert cfg.model.teacher.weights == "my weights.pth"
 
 
+@pytest.mark.parametrize("config", ["custom_coco.py", "custom_coco_plain.py"])
+def test_what_the_command_says_about_the_start_holds_beside_inherit(config):
+    keys = [f"distill.teacher={ZOO}", "distill.method=inherit"]
+    for parts, found in ((["train.inherit=[]"], []), (["train.inherit=[neck]"], ["neck"])):
+        assert load(config, *keys, *parts).train.inherit == found  # an empty one is refused later
+    assert load(config, *keys).train.inherit == ["neck", "head"]
+
+
 def test_a_pair_gets_another_teacher_and_its_stages_stay():
     before = load("retinanet_sharedkd.py")
     cfg = load("retinanet_sharedkd.py", f"distill.teacher={ZOO}", "distill.weights=x.pth")

@@ -197,6 +197,13 @@ def test_keys_of_the_flags_teacher_reach_a_config_that_is_a_method(workspace, tm
     assert [x.teacher.precision for x in saved if "teacher" in x] == ["bfloat16"] * 2
 
 
+def test_without_methods_a_plain_detector_is_compared_with_its_start(workspace, tmp_path):
+    keys = [*workspace.data, *workspace.flags]
+    for config, method in (("custom_coco_plain", "inherit"), ("custom_coco", "config")):
+        path = f"{ROOT}/configs/{config}.py"
+        assert Comparison(ROOT, path, [], [0], tmp_path, keys).methods == ["none", method]
+
+
 def test_a_comparison_of_a_schemes_own_config(overrides, tmp_path):
     config = f"{ROOT}/configs/schemes/peers.py"
     own = [x for x in overrides if not x.startswith("model.teacher.")]

@@ -28,7 +28,9 @@ from .structure import settle
 __all__ = ["Loaded", "load", "load_config", "student_only"]
 
 #: Overrides of what a pairing makes.
-PAIRS = re.compile(r"[+~]*model\.(student|teachers?|stages|peers|input_format|pyramid|max_iter)\b")
+PAIRS = re.compile(
+    r"[+~]*(train\.inherit|model\.(student|teachers?|stages|peers|input_format|pyramid|max_iter))\b"
+)
 
 PATHS = (
     "train.output_dir",

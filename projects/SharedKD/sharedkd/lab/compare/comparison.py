@@ -96,7 +96,8 @@ class Comparison:
         config_file: of a pair.
         methods: names as :func:`~sharedkd.config.methods.with_method` takes them; paths of configs, which get
             the same overrides, but for those of a teacher of another class; and ``a@b``: method a, trained
-            for the time that b takes.
+            for the time that b takes.  None of them: ``none``, and ``config`` or, if that has no stages,
+            ``inherit``.
         seeds: one arm each per method.
         output: folder of the arms and the report.
         overrides: ``key=value`` for all arms.
@@ -119,9 +120,11 @@ class Comparison:
         self.jobs = jobs
         self.root, self.output = root, output
         self.config_file, self.overrides = config_file, list(overrides)
+        self.cfg = load_config(config_file, overrides, keep_teacher=True)
+        stages = {*(self.cfg.model.get("stages") or ())} - {"_target_"}
+        methods = methods or (PLAIN, OWN if stages else START)
         self.methods, self.seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
         self._check_names()
-        self.cfg = load_config(config_file, overrides, keep_teacher=True)
         self.configs = {
             method: self._config_of(method.split(FOR_THE_TIME_OF)[0]) for method in self.methods
         }
