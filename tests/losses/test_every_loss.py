@@ -8,10 +8,12 @@ import hypothesis
 import pytest
 import torch
 from detectron2.structures import Instances, RotatedBoxes
+from elsewhere import Elsewhere, elsewhere, move
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from losses import harness
 from losses.harness import ignores_padding
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sharedkd import losses
 from sharedkd.errors import ConfigError
@@ -167,6 +169,28 @@ def test_a_bound_loss_takes_batches_of_any_size(kind):
     for images, padded in ((1, (32, 32)), (3, (80, 48)), (2, (8, 8))):
         student, teacher = pair(images=images, padded=padded)
         harness.check_who_learns(loss, student, teacher, **given(student, images, padded=padded))
+
+
+@every_loss
+def test_all_is_computed_on_the_device_of_the_maps(kind):
+    """The ground truth lies on the CPU, as loaders deliver it."""
+    student, teacher = pair(dtype=torch.float32)
+    loss = move(harness.awake(harness.bound(build(kind), student, teacher)))
+    more = given(student)
+    student, teacher = (tree_map(Elsewhere, m) for m in (student, teacher))
+    for x in tree_leaves(student):
+        x.requires_grad_()
+    more["labels"] = tree_map(Elsewhere, more["labels"])
+    regions = more["regions"]
+    for name in ("labels", "student", "teacher", "deltas"):
+        setattr(regions, name, Elsewhere(getattr(regions, name)))
+    regions.student.requires_grad_()
+    with elsewhere():
+        terms = loss(harness.batch(student, teacher, **more))
+        harness.total(terms).backward()
+    assert all(isinstance(x, Elsewhere) for x in terms.values())
+    learners = [*tree_leaves(student), *loss.parameters(), regions.student]
+    assert all(x.grad is None or isinstance(x.grad, Elsewhere) for x in learners)
 
 
 @pytest.mark.parametrize("kind", [ImprovedKD, MGD])

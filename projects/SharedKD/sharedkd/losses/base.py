@@ -101,7 +101,7 @@ class Batch:
         Of rotated boxes, those that enclose them.
         """
         device = next(x for levels in self.student.values() for x in levels.values()).device
-        return [_boxes(x).to(device) for x in self.inputs]
+        return [_boxes(x).to(device, non_blocking=True) for x in self.inputs]
 
     @property
     def classes(self) -> List[Tensor]:
@@ -109,7 +109,8 @@ class Batch:
         device = next(x for levels in self.student.values() for x in levels.values()).device
         none = torch.zeros(0, dtype=torch.int64)
         there = (x.get("instances") for x in self.inputs)
-        return [(none if x is None else x.gt_classes).to(device) for x in there]
+        classes = (none if x is None else x.gt_classes for x in there)
+        return [x.to(device, non_blocking=True) for x in classes]
 
     def inside(self, x: Tensor, stride: int) -> Optional[Tensor]:
         """Find the positions of a map that lie on their image and not on its padding.

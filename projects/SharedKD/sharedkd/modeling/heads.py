@@ -374,15 +374,17 @@ class RegionTap:
 
         Args:
             boxes: the regions of each image, see :meth:`capture`.
-            truth: the ground truth of each image, on the same device.
+            truth: the ground truth of each image, on any device.
         """
         background = self._heads.num_classes
         labels = []
         for found, instances in zip(boxes, truth):
-            match, kind = self._heads.proposal_matcher(pairwise_iou(instances.gt_boxes, found))
+            objects = instances.gt_boxes.to(found.device)  # and not their masks
+            match, kind = self._heads.proposal_matcher(pairwise_iou(objects, found))
             label = torch.full_like(match, background)
             if len(instances):
-                label = torch.where(kind == 1, instances.gt_classes[match], label)
+                classes = instances.gt_classes.to(found.device)
+                label = torch.where(kind == 1, classes[match], label)
             labels.append(label)
         return torch.cat(labels)
 

@@ -412,7 +412,7 @@ class SharedKD(nn.Module):
         if "labels" in needs:
             seen.labels = anchor_labels(self.student, batched_inputs, maps["logits"])
         if regions:
-            truth = [x["instances"].to(self.device) for x in batched_inputs]
+            truth = [x["instances"] for x in batched_inputs]
             seen.boxes = sampled["boxes"]
             seen.regions = Regions(regions.labels(seen.boxes, truth), sampled["logits"])
         return seen
