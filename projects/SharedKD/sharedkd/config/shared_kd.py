@@ -24,7 +24,7 @@ def published_stages(weight: float = 2.0) -> DictConfig:
 
 
 def shared_kd_stages(
-    weight: Union[float, str] = "auto", share: float = 0.3, balance: Optional[str] = "levels"
+    weight: Union[float, str] = "auto", share: float = 1.0, balance: Optional[str] = "levels"
 ) -> DictConfig:
     """Shared-KD with this project's defaults; docs/results.md has the measurements behind them.
 
