@@ -30,6 +30,7 @@ from sharedkd.lab.scores import (
     Difference,
     curve_of,
     difference,
+    gains,
     gap_closed,
     mean_of,
     reached,
@@ -56,6 +57,7 @@ PAIRS = (
     "animals_600",
     "animals_scratch",
     "cards",
+    "cards_600",
     "cards_80",
     "bccd_fifth",
     "quickstart",
@@ -63,6 +65,7 @@ PAIRS = (
 
 #: Those of full length, whose seeds are counted together.
 TOGETHER = ("facade", "animals", "cards", "cards_80")
+LOSSES = "a loss: the mean of all that were run"  #: a row of the tables of several comparisons
 
 __all__ = ["fill", "tables"]
 
@@ -261,17 +264,25 @@ def _precision(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _together(records: Sequence[Mapping[str, Any]]) -> str:
-    """What each method gains over the runs of several comparisons, paired by comparison and seed."""
+    """What each method gains over the runs of several comparisons, paired by comparison and seed.
+
+    The last row is of the losses on top of the start: in each pair of runs, their mean.
+    """
     merged, rows = _merged(records), []
-    for method in dict.fromkeys(x for record in records for x in record["methods"]):
-        of_bases = [difference(merged, method, base, "bbox") for base in (PLAIN, START)]
-        sets = sum(bool(scores_of(record, method, "bbox")) for record in records)
-        cells = [
-            "-" if method in (PLAIN, base) or not gain.count else f"{_gain(gain)} ({gain.count})"
-            for base, gain in zip((PLAIN, START), of_bases)
-        ]
-        if method != PLAIN:
-            rows.append((method, str(sets), *cells))
+    methods = list(dict.fromkeys(x for record in records for x in record["methods"]))
+    losses = [x for x in methods if not x.startswith((PLAIN, START)) and "inherit_images" not in x]
+    for name, those in [*((x, [x]) for x in methods if x != PLAIN), (LOSSES, losses)]:
+        sets = sum(any(scores_of(record, x, "bbox") for x in those) for record in records)
+        cells = []
+        for base in (PLAIN, START):
+            each: Dict[Any, List[float]] = {}
+            for method in those if name != base else ():
+                for seed, gain in gains(merged, method, base, "bbox").items():
+                    each.setdefault(seed, []).append(gain)
+            gain = Difference.of(mean_of(x) for x in each.values())
+            cells.append(f"{_gain(gain)} ({gain.count})" if each else "-")
+        if sets > 1 or name == LOSSES:
+            rows.append((name, str(sets), *cells))
     bases = [f"against `{x}` [95 % interval] (runs)" for x in (PLAIN, START)]
     return _table(" | ".join(["box AP", "comparisons", *bases]), rows)
 
