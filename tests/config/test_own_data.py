@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sharedkd.config import load_config
-from sharedkd.config.own_data import check_class_names, class_names, reading_of
-from sharedkd.errors import ConfigError, Findings
+from sharedkd.config.own_data import class_names, reading_of
+from sharedkd.errors import Findings
 
 
 def test_class_names_of_a_config(tmp_path):
@@ -33,16 +33,6 @@ def test_class_names_of_a_config(tmp_path):
     assert class_names(classic) is None
     classic.DATASETS.TRAIN = ("coco_2017_train",)
     assert len(class_names(classic)) == 80
-
-
-def test_other_orders_are_refused():
-    check_class_names("k", "v", ["red", "green"], ("red", "green"))
-    with pytest.raises(
-        ConfigError, match="k=v: .* red, green, the data have green, red: in another order"
-    ):
-        check_class_names("k", "v", ["red", "green"], ["green", "red"])
-    with pytest.raises(ConfigError, match="with other names"):
-        check_class_names("k", "v", ["red", "green"], ["green", "blue"])
 
 
 def test_how_a_run_reads_its_images_is_what_its_mapper_does():

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import tiny
@@ -188,7 +189,7 @@ def test_a_schedule_holds_in_default_trainer_and_after_a_resume(project, tmp_pat
     cfg = project(tmp_path / "run", START=1, END=0.75, WEIGHT=2.0)
     trainer = Watched(cfg)
     assert {k: stage.share for k, stage in trainer.model.stages.items() if stage.full} == {
-        "identical": 0.6
+        "identical": 2.0
     }
     trainer.resume_or_load(resume=False)
     trainer.train()
@@ -255,6 +256,26 @@ def test_a_start_without_a_loss(project, tmp_path):
     cfg = project(tmp_path / "run", METHOD="inherit", INHERIT=[])
     with pytest.raises(ConfigError, match="nothing of the teacher.*use MODEL.SHAREDKD.METHOD"):
         build_model(cfg)
+
+
+def test_a_teacher_of_other_classes_is_refused_where_its_scores_are_used(project, tmp_path):
+    cfg = project(tmp_path / "run", METHOD="shared_kd")
+    path = tmp_path / "teacher.yaml"
+    teacher = Path(cfg.MODEL.SHAREDKD.TEACHER.CONFIG).read_text()
+    path.write_text(teacher.replace("project_train", "other_train"))
+    cfg.MODEL.SHAREDKD.TEACHER.CONFIG = str(path)
+    build_model(cfg)  # nothing is known of its data
+    MetadataCatalog.get("other_train").thing_classes = ["b", "a", "c"]
+    for method, parts, order in (
+        ("shared_kd", ["neck", "head"], "b, a, c, the data have a, b, c: in another order"),
+        ("dkd", ["neck"], "in another order; .* or use MODEL.SHAREDKD.INHERIT"),
+    ):
+        cfg.MODEL.SHAREDKD.METHOD, cfg.MODEL.SHAREDKD.INHERIT = method, parts
+        with pytest.raises(ConfigError, match=f"^MODEL.SHAREDKD.TEACHER.CONFIG=.*{order}"):
+            build_model(cfg)
+    cfg.MODEL.SHAREDKD.METHOD = "shared_kd"
+    build_model(cfg)
+    MetadataCatalog.remove("other_train")
 
 
 def test_a_method_without_a_teacher_and_one_in_lower_precision(project, tmp_path):

@@ -2,14 +2,13 @@
 
 import os
 from contextlib import suppress
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Union
+from typing import Any, Dict, List, Mapping, Optional, Set, Union
 
 from detectron2.config import CfgNode
 from detectron2.config import LazyCall as L
 from detectron2.data import (
     DatasetCatalog,
     DatasetMapper,
-    MetadataCatalog,
     get_detection_dataset_dicts,
 )
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -20,16 +19,15 @@ from sharedkd.data.loader import build_train_loader
 from sharedkd.data.notes import Reading
 from sharedkd.data.unlabelled import read_unlabelled, register_unlabelled
 from sharedkd.errors import FAILED, ConfigError, Findings
+from sharedkd.modeling.classes import registered_classes, saved_classes
 
 from .build import makes, target_of
 from .classic import build_loader
 
 __all__ = [
     "add_unlabelled",
-    "check_class_names",
     "class_names",
     "has_own_data",
-    "some_of",
     "read_own_data",
     "reading_of",
 ]
@@ -238,63 +236,17 @@ def _warn_of_overlap(train: CocoData, val: CocoData, findings: Findings) -> None
         )
 
 
-# --- classes of models that were trained elsewhere ------------------------------------------------
-
-
 def class_names(cfg: Union[DictConfig, CfgNode]) -> Optional[List[str]]:
     """The class names, in order, of the data that a config trains on; None if they are unknown.
 
     A run's saved config says them; else they are those of ``data.train_json``, if it is there, or of the
     registered data set.
     """
-    if isinstance(cfg, CfgNode):
-        return _registered(cfg.DATASETS.TRAIN)
-    names = OmegaConf.select(cfg, "data.classes")
-    if names:
-        return list(names)
+    known = saved_classes(cfg)
+    if known or isinstance(cfg, CfgNode):
+        return known
     files = OmegaConf.select(cfg, "data.train_json")
     files = [files] if isinstance(files, str) else files or []
     if files and all(os.path.isfile(os.path.expanduser(x)) for x in files):
         return read_classes([os.path.expanduser(x) for x in files]) or None
-    return _registered(OmegaConf.select(cfg, "dataloader.train.dataset.names"))
-
-
-def _registered(names: Any) -> Optional[List[str]]:
-    """The classes of one or several registered data sets; None if they are not known."""
-    for name in [names] if isinstance(names, str) else names or ():
-        if name in MetadataCatalog:
-            return MetadataCatalog.get(name).get("thing_classes")
-    return None
-
-
-def check_class_names(
-    key: str,
-    value: str,
-    theirs: Sequence[str],
-    ours: Sequence[str],
-    otherwise: str = "use another model",
-) -> None:
-    """Compare the classes of a model that was trained elsewhere with those of the data.
-
-    Args:
-        key, value: the config key that names the model, and what it holds.
-        theirs, ours: class names of the model and of the data, in order.
-        otherwise: the second remedy.
-
-    Raises:
-        ConfigError: they differ, or have another order.
-    """
-    if list(theirs) == list(ours):
-        return
-    how = "in another order" if sorted(theirs) == sorted(ours) else "with other names"
-    raise ConfigError(
-        key,
-        value,
-        f"was trained for the classes {some_of(theirs)}, the data have {some_of(ours)}: {how}",
-        f"give the categories of the json the ids that they had there, or {otherwise}",
-    )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """Names for a message, the first ten of them."""
-    return ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+    return registered_classes(OmegaConf.select(cfg, "dataloader.train.dataset.names"))

@@ -11,10 +11,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from sharedkd.config.build import construct, makes
-from sharedkd.config.own_data import check_class_names, class_names, reading_of
+from sharedkd.config.own_data import class_names, reading_of
 from sharedkd.data.coco import CocoSummary, read_registered
 from sharedkd.errors import FAILED, ConfigError, Findings
-from sharedkd.losses.base import DistillationLoss
+from sharedkd.modeling.classes import check_class_names
 from sharedkd.modeling.detectors import num_classes, read_config
 from sharedkd.modeling.meta_arch import SharedKD, of_students
 from sharedkd.modeling.teachers import FrozenTeacher, Teacher, teacher_key
@@ -151,7 +151,7 @@ def check_class_order(
     dense = not hasattr(getattr(model, "student", model), "roi_heads")
     # Source -> the remedies of its own.
     readers: Dict[Optional[str], Tuple[str, ...]] = {
-        stage.teacher: () for stage in stages if _reads_scores(stage.loss, dense)
+        stage.teacher: () for stage in stages if stage.loss.reads_scores(dense)
     }
     if "head" in parts_of(inherited):
         readers.setdefault(None, ("set train.inherit=[neck]",))
@@ -161,12 +161,6 @@ def check_class_order(
             key = f"{teacher_key(name)}.config"
             names = names_of(path)
             findings.step(check_class_names, key, path, names or classes, classes, *readers[name])
-
-
-def _reads_scores(loss: DistillationLoss, dense: bool) -> bool:
-    """The logits of a two-stage student are its RPN's, which knows no classes."""
-    scores = {"regions", "labels"} & loss.needs or (dense and "logits" in loss.taps)
-    return "teacher" in loss.needs and bool(scores)
 
 
 def names_of(config: str) -> Optional[List[str]]:

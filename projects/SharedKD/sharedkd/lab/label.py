@@ -14,7 +14,7 @@ from detectron2.config import instantiate
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
 from sharedkd.config import load_config
-from sharedkd.config.own_data import class_names, reading_of, some_of
+from sharedkd.config.own_data import class_names, reading_of
 from sharedkd.data.coco import PSEUDO, read_classes
 from sharedkd.data.faults import load
 from sharedkd.data.notes import Notes
@@ -22,6 +22,7 @@ from sharedkd.data.unlabelled import images_of, read_unlabelled
 from sharedkd.errors import ConfigError, Findings
 from sharedkd.lab.analysis.models import trained_student
 from sharedkd.lab.output import write_text
+from sharedkd.modeling.classes import some_of
 from sharedkd.modeling.detectors import weights_of
 from sharedkd.values import check_number
 

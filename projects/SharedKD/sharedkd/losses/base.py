@@ -335,6 +335,16 @@ class DistillationLoss(nn.Module):
                 "use a loss that compares maps alone, such as those of shared_kd, cwd, mgd or pkd",
             )
 
+    def reads_scores(self, dense: bool) -> bool:
+        """Whether it compares class scores with a teacher's.
+
+        Args:
+            dense: the student's ``logits`` are class scores; a two-stage student's are its RPN's, which knows
+                no classes.
+        """
+        scores = {"regions", "labels"} & self.needs or (dense and "logits" in self.taps)
+        return "teacher" in self.needs and bool(scores)
+
     def aligned(self, stride: int, student: Optional[int], teacher: Optional[int]) -> str:
         """Describe in words how the maps of a level are made comparable.
 

@@ -3,7 +3,19 @@
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 from detectron2.config import CfgNode, configurable, instantiate
@@ -14,11 +26,12 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError, Findings, RunError
-from sharedkd.losses.base import HEAD_TAPS, UNLABELLED, Batch, Maps, Regions
-from sharedkd.weights.loading import inherit
+from sharedkd.losses.base import HEAD_TAPS, UNLABELLED, Batch, DistillationLoss, Maps, Regions
+from sharedkd.weights.loading import inherit, parts_of
 
 from .balance import AutoWeight, AutoWeights, held
-from .detectors import family
+from .classes import check_class_names, registered_classes, saved_classes
+from .detectors import family, num_classes, read_config
 from .heads import (
     HeadTap,
     Hidden,
@@ -283,10 +296,12 @@ class SharedKD(nn.Module):
         if keys.METHOD == START and not keys.TEACHER.CONFIG:
             fix = "set it, or use MODEL.META_ARCHITECTURE: " + keys.STUDENT
             raise ConfigError("MODEL.SHAREDKD.TEACHER.CONFIG", "''", "there is no teacher", fix)
+        stages = instantiate(stages)
+        losses = [stage.loss for stage in stages.values()]
         return dict(
             student=student,
-            teacher=_teacher_of(cfg, student) if keys.TEACHER.CONFIG else None,
-            stages=instantiate(stages),
+            teacher=_teacher_of(cfg, student, losses) if keys.TEACHER.CONFIG else None,
+            stages=stages,
             input_format=cfg.INPUT.FORMAT,
             max_iter=cfg.SOLVER.MAX_ITER,
         )
@@ -699,7 +714,9 @@ def _maps_of(name: str, peer: Peer) -> StudentMaps:
     return StudentMaps(peer.student, tap, peer.pyramid)
 
 
-def _teacher_of(cfg: CfgNode, student: nn.Module) -> Optional[FrozenTeacher]:
+def _teacher_of(
+    cfg: CfgNode, student: nn.Module, losses: Sequence[DistillationLoss]
+) -> Optional[FrozenTeacher]:
     """The teacher that a classic config names, ready on its device; None if it gives the start alone."""
     keys, parts = cfg.MODEL.SHAREDKD.TEACHER, cfg.MODEL.SHAREDKD.INHERIT
     teacher = FrozenTeacher(
@@ -711,6 +728,9 @@ def _teacher_of(cfg: CfgNode, student: nn.Module) -> Optional[FrozenTeacher]:
     ).to(cfg.MODEL.DEVICE)
     key = "MODEL.SHAREDKD.INHERIT"
     copied = inherit(student, teacher.model, parts, teacher.scale, key) if parts else ()
+    dense = not hasattr(student, "roi_heads")
+    if "head" in parts_of(copied) or any(loss.reads_scores(dense) for loss in losses):
+        _check_classes(cfg, student, teacher)
     if cfg.MODEL.SHAREDKD.METHOD == START:
         if copied:
             return None
@@ -719,3 +739,12 @@ def _teacher_of(cfg: CfgNode, student: nn.Module) -> Optional[FrozenTeacher]:
     # Detectron2's AMPTrainer computes in float16.
     teacher.prepare(torch.float16 if cfg.SOLVER.AMP.ENABLED else None)
     return teacher
+
+
+def _check_classes(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher) -> None:
+    """Refuse a teacher whose class scores mean other classes than the data's, where both are known."""
+    ours, theirs = registered_classes(cfg.DATASETS.TRAIN), saved_classes(read_config(teacher.name))
+    if ours and theirs and num_classes(student) == num_classes(teacher.model):
+        key = "MODEL.SHAREDKD.TEACHER.CONFIG"
+        otherwise = "use MODEL.SHAREDKD.INHERIT: [neck] and a method that compares maps alone"
+        check_class_names(key, teacher.name, theirs, ours, otherwise)
