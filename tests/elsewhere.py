@@ -53,10 +53,10 @@ def _run(function, args, kwargs, waits=lambda name: None):
         raise RuntimeError(f"{name}: tensors {here} on the CPU, others on the device")
     device = kwargs.get("device")
     place = bool(there) if device is None else torch.device(device) == DEVICE
-    crosses = place != bool(there) if flat and device is not None else name == "copy_" and here
-    masks = name == "index" and any(x is not None and x.dtype is torch.bool for x in args[1])
+    moves = place != bool(there) if name == "_to_copy" else name == "copy_" and there and here
     blocking = not (kwargs.get("non_blocking") or name == "copy_" and args[2:] == (True,))
-    if there and (name in WAITS or masks) or crosses and there + here and blocking:
+    masks = name == "index" and any(x is not None and x.dtype is torch.bool for x in args[1])
+    if moves and blocking or there and (name in WAITS or masks):
         waits(name)
     if device is not None:
         kwargs = {**kwargs, "device": "cpu"}
