@@ -3,22 +3,10 @@
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    FrozenSet,
-    Iterable,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-)
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Tuple, Union
 
 import torch
-from detectron2.config import CfgNode, configurable, instantiate
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes
@@ -26,12 +14,10 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from sharedkd.errors import ConfigError, Findings, RunError
-from sharedkd.losses.base import HEAD_TAPS, UNLABELLED, Batch, DistillationLoss, Maps, Regions
-from sharedkd.weights.loading import inherit, parts_of
+from sharedkd.losses.base import HEAD_TAPS, UNLABELLED, Batch, Maps, Regions
 
 from .balance import AutoWeight, AutoWeights, held
-from .classes import check_class_names, registered_classes, saved_classes
-from .detectors import family, num_classes, read_config
+from .classic import arguments_of
 from .heads import (
     HeadTap,
     Hidden,
@@ -43,10 +29,9 @@ from .heads import (
 )
 from .layout import keep_keypoints_contiguous
 from .preparation import COLOURS, device_of, image_channels, size_divisibility
-from .recipes import START, multiply, stages_of
 from .stages import DISTILL, PEER, TIMES, Stage, under
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
-from .teachers import FrozenTeacher, Peer, StudentMaps, Teacher, teacher_key
+from .teachers import Peer, StudentMaps, Teacher, teacher_key
 
 __all__ = [
     "SharedKD",
@@ -283,28 +268,7 @@ class SharedKD(nn.Module):
 
         Its keys are added by :func:`sharedkd.config.classic.add_sharedkd_config`.
         """
-        keys = cfg.MODEL.SHAREDKD
-        if keys.END == "teacher":
-            problem, fix = "is known to this package's trainer only", "use a time or null"
-            raise ConfigError("MODEL.SHAREDKD.END", keys.END, problem, fix)
-        student = META_ARCH_REGISTRY.get(keys.STUDENT)(cfg)
-        stages = stages_of(keys.METHOD, family(student))
-        times = {x: keys[x.upper()] for x in TIMES if keys[x.upper()] is not None}
-        for name in stages.keys() - {"_target_"}:
-            multiply(stages[name], keys.WEIGHT)
-            stages[name].update(times)
-        if keys.METHOD == START and not keys.TEACHER.CONFIG:
-            fix = "set it, or use MODEL.META_ARCHITECTURE: " + keys.STUDENT
-            raise ConfigError("MODEL.SHAREDKD.TEACHER.CONFIG", "''", "there is no teacher", fix)
-        stages = instantiate(stages)
-        losses = [stage.loss for stage in stages.values()]
-        return dict(
-            student=student,
-            teacher=_teacher_of(cfg, student, losses) if keys.TEACHER.CONFIG else None,
-            stages=stages,
-            input_format=cfg.INPUT.FORMAT,
-            max_iter=cfg.SOLVER.MAX_ITER,
-        )
+        return arguments_of(cfg)
 
     @property
     def device(self) -> torch.device:
@@ -712,39 +676,3 @@ def _check_peers(peers: Mapping[str, Any], teachers: Mapping[str, Any]) -> None:
 def _maps_of(name: str, peer: Peer) -> StudentMaps:
     tap = FeatureTap(peer.student, peer.pyramid, f"model.peers.{name}.pyramid")
     return StudentMaps(peer.student, tap, peer.pyramid)
-
-
-def _teacher_of(
-    cfg: CfgNode, student: nn.Module, losses: Sequence[DistillationLoss]
-) -> Optional[FrozenTeacher]:
-    """The teacher that a classic config names, ready on its device; None if it gives the start alone."""
-    keys, parts = cfg.MODEL.SHAREDKD.TEACHER, cfg.MODEL.SHAREDKD.INHERIT
-    teacher = FrozenTeacher(
-        keys.CONFIG,
-        keys.WEIGHTS,
-        precision=keys.PRECISION,
-        sha256=keys.SHA256,
-        trust_checkpoint=keys.TRUST_CHECKPOINT,
-    ).to(cfg.MODEL.DEVICE)
-    key = "MODEL.SHAREDKD.INHERIT"
-    copied = inherit(student, teacher.model, parts, teacher.scale, key) if parts else ()
-    dense = not hasattr(student, "roi_heads")
-    if "head" in parts_of(copied) or any(loss.reads_scores(dense) for loss in losses):
-        _check_classes(cfg, student, teacher)
-    if cfg.MODEL.SHAREDKD.METHOD == START:
-        if copied:
-            return None
-        problem = "gives the student nothing of the teacher, and there is no distillation loss"
-        raise ConfigError(key, list(parts), problem, "use MODEL.SHAREDKD.METHOD: shared_kd")
-    # Detectron2's AMPTrainer computes in float16.
-    teacher.prepare(torch.float16 if cfg.SOLVER.AMP.ENABLED else None)
-    return teacher
-
-
-def _check_classes(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher) -> None:
-    """Refuse a teacher whose class scores mean other classes than the data's, where both are known."""
-    ours, theirs = registered_classes(cfg.DATASETS.TRAIN), saved_classes(read_config(teacher.name))
-    if ours and theirs and num_classes(student) == num_classes(teacher.model):
-        key = "MODEL.SHAREDKD.TEACHER.CONFIG"
-        otherwise = "use MODEL.SHAREDKD.INHERIT: [neck] and a method that compares maps alone"
-        check_class_names(key, teacher.name, theirs, ours, otherwise)
