@@ -79,7 +79,13 @@ if __name__ == "__main__":
     parser.add_argument("--config-file", metavar="FILE", help="of a pair, or of any detector")
     parser.add_argument("--students", type=names, default=[], metavar="A,B,...")
     parser.add_argument("--latency-ms", type=float, metavar="MS", help="an image may take so long")
-    parser.add_argument("--methods", type=names, default=[], metavar="A,B,...")
+    parser.add_argument(
+        "--methods",
+        type=names,
+        default=[],
+        metavar="A,B,...",
+        help="default: none, and config or, if that has no loss, inherit",
+    )
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], metavar="0,1,...")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N")
