@@ -121,8 +121,9 @@ class Comparison:
         self.root, self.output = root, output
         self.config_file, self.overrides = config_file, list(overrides)
         self.cfg = load_config(config_file, overrides, keep_teacher=True)
-        stages = {*(self.cfg.model.get("stages") or ())} - {"_target_"}
-        methods = methods or (PLAIN, OWN if stages else START)
+        model = self.cfg.model
+        learns = {*(model.get("stages") or ())} - {"_target_"} or model.get("peers")
+        methods = methods or (PLAIN, OWN if learns else START)
         self.methods, self.seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
         self._check_names()
         self.configs = {
