@@ -74,6 +74,12 @@ def test_what_the_command_says_about_the_start_holds_beside_inherit(config):
     assert load(config, *keys).train.inherit == ["neck", "head"]
 
 
+def test_what_a_method_says_about_the_start_holds():
+    keys = [f"distill.teacher={ZOO}", "distill.method=dkd:train.inherit=[neck]"]
+    assert load("custom_coco_plain.py", *keys).train.inherit == ["neck"]
+    assert load("custom_coco_plain.py", *keys, "train.inherit=[]").train.inherit == []
+
+
 def test_a_pair_gets_another_teacher_and_its_stages_stay():
     before = load("retinanet_sharedkd.py")
     cfg = load("retinanet_sharedkd.py", f"distill.teacher={ZOO}", "distill.weights=x.pth")

@@ -258,7 +258,10 @@ def test_a_start_without_a_loss(project, tmp_path):
         build_model(cfg)
 
 
-def test_a_teacher_of_other_classes_is_refused_where_its_scores_are_used(project, tmp_path):
+def test_a_teacher_of_other_classes_is_refused_where_its_scores_are_used(
+    project, tmp_path, request
+):
+    request.addfinalizer(lambda: MetadataCatalog.remove("other_train"))
     cfg = project(tmp_path / "run", METHOD="shared_kd")
     path = tmp_path / "teacher.yaml"
     teacher = Path(cfg.MODEL.SHAREDKD.TEACHER.CONFIG).read_text()
@@ -275,7 +278,6 @@ def test_a_teacher_of_other_classes_is_refused_where_its_scores_are_used(project
             build_model(cfg)
     cfg.MODEL.SHAREDKD.METHOD = "shared_kd"
     build_model(cfg)
-    MetadataCatalog.remove("other_train")
 
 
 def test_a_method_without_a_teacher_and_one_in_lower_precision(project, tmp_path):

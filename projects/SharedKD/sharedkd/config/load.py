@@ -99,7 +99,8 @@ def load(
     use_own_data(cfg, overrides)
     if pairing.depth is not None:
         set_depth(cfg, pairing.depth)
-    overrides = [*pairing.start(cfg), *overrides]
+    for text in pairing.start(cfg):
+        override(cfg, text, path)
     overrides = [x for text in overrides for x in (expanded(text) if is_classic(cfg) else [text])]
     overrides = [x for text in overrides for x in alone(text)]
     # What the pairing makes may depend on the detector, and be overridden itself.

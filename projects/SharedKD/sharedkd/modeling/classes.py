@@ -1,9 +1,11 @@
 """The names of the classes that detectors were trained for, in their order."""
 
+import json
 from typing import Any, List, Optional, Sequence, Union
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.errors import ConfigError
@@ -22,8 +24,19 @@ def registered_classes(names: Any) -> Optional[List[str]]:
     """The classes of one or several registered data sets; None if they are not known."""
     for name in [names] if isinstance(names, str) else names or ():
         if name in MetadataCatalog:
-            return MetadataCatalog.get(name).get("thing_classes")
+            metadata = MetadataCatalog.get(name)
+            return metadata.get("thing_classes") or _of_json(metadata)
     return None
+
+
+def _of_json(metadata: Metadata) -> Optional[List[str]]:
+    """The classes of a COCO json that is registered and not loaded yet, as Detectron2 will order them."""
+    path = metadata.get("json_file")
+    if metadata.get("evaluator_type") != "coco" or not path or not PathManager.isfile(path):
+        return None
+    with PathManager.open(path) as f:
+        categories = json.load(f)["categories"]
+    return [x["name"] for x in sorted(categories, key=lambda x: x["id"])]
 
 
 def check_class_names(
