@@ -160,8 +160,11 @@ def test_a_json_says_which(folder, tmp_path):
     path.write_text(json.dumps({"images": [{"id": 1, "file_name": "gone.png"}]}))
     with pytest.raises(ConfigError, match="no image file 'gone.png'"):
         read(folder, path)
+    path.write_text(json.dumps({"images": rows}), encoding="utf-16")
+    records, warnings = read(folder, path)
+    assert len(records) == 2 and any("not in plain UTF-8" in str(x) for x in warnings)
     path.write_text("[]")
-    with pytest.raises(ConfigError, match="json=.*is no list of images"):
+    with pytest.raises(ConfigError, match="json=.*holds a list"):
         read(folder, path)
 
 

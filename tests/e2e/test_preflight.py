@@ -160,22 +160,6 @@ def test_a_failed_part_blocks_only_what_needs_it(good, tmp_path):
     ]
 
 
-def test_broken_annotations_are_counted_beside_what_is_wrong_with_them(good, workspace, tmp_path):
-    data = json.loads((workspace.shapes / "train.json").read_text())
-    for annotation, bbox in zip(data["annotations"], ([1, 2], [1, 1, -5, 9], [1, 1, -5, 9])):
-        annotation["bbox"] = bbox
-    (tmp_path / "train.json").write_text(json.dumps(data))
-    wrong = [f"train.output_dir={tmp_path}/run", f"data.train_json={tmp_path}/train.json"]
-    found = preflight(good["plain"], wrong, measure=False)
-    assert [e["key"] for e in found["errors"]] == ["data.train_json"] * 2
-    assert (found["data"]["train"]["images"], found["data"]["train"]["broken_annotations"]) == (
-        12,
-        3,
-    )
-    text = found["text"]
-    assert "broken annotations" in text and "(and 1 more)" in text
-
-
 def test_what_a_run_will_be(good, tmp_path):
     overrides = [
         f"train.output_dir={tmp_path}/run",
@@ -205,7 +189,6 @@ def test_what_a_run_will_be(good, tmp_path):
     assert any(w["key"] == "model.stages.cross.start" for w in found["warnings"])
 
     assert (found["data"]["train"]["images"], found["data"]["test"]["images"]) == (12, 4)
-    assert found["data"]["train"]["broken_annotations"] == 0
     assert found["data"]["train"]["classes"] == 6 and found["data"]["train"]["objects"] > 0
 
     measured = found["measured"]

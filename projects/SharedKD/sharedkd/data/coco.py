@@ -18,7 +18,7 @@ from detectron2.data.datasets.coco import load_coco_json
 from sharedkd.errors import ConfigError
 
 from .images import check_headers, is_thin, match_files
-from .notes import NO_CLASS, SAME_CLASSES, SAME_FILE, Notes, Reading
+from .notes import COPIES, NO_CLASS, SAME_CLASSES, SAME_FILE, Notes, Reading
 from .repair import is_root, read_json, settle_annotations, settle_categories, settle_images
 
 __all__ = [
@@ -44,7 +44,6 @@ class CocoSummary:
         images, objects: their numbers; crowd regions are no objects.
         crowds: number of crowd regions (``iscrowd`` 1).
         empty_images: number of images without an object.
-        broken_annotations: number of those for which the file is refused.
         repaired: number of repairs.
         unmasked: number of objects without a segmentation; for evaluation also of crowd regions.
         categories: category id -> class name, ids ascending.
@@ -58,7 +57,6 @@ class CocoSummary:
     objects: int
     crowds: int
     empty_images: int
-    broken_annotations: int
     repaired: int
     unmasked: int
     categories: Dict[int, str]
@@ -88,7 +86,7 @@ class CocoData:
         json_file, image_root: the file, and the folder that its file names are relative to.
         document: what Detectron2 is to read in place of the file; None: the file is clean.
         image_files: absolute names of the images.
-        pseudo_files: those of them whose labels are a teacher's.
+        pseudo_files: those of them whose labels are all a teacher's.
     """
 
     files: List[CocoSummary] = field(default_factory=list)
@@ -190,8 +188,10 @@ def read_coco(
         f.settle(data.categories, by_file)
     _drop_copies(readable)
     data.image_files = list(by_file)
-    pseudo = {id(image) for f in readable if f.is_pseudo for image in f.images}
-    data.pseudo_files = {path for path, image in by_file.items() if id(image) in pseudo}
+    pseudo, own = (
+        set().union(*(f.paths for f in readable if f.is_pseudo is x)) for x in (True, False)
+    )
+    data.pseudo_files = pseudo - own
     data.files = [f.summary(train, data.categories) for f in readable]
     data.refuse([error for f in files for error in f.notes.errors])
     data.warnings = [warning for f in readable for warning in f.notes.warnings]
@@ -217,7 +217,7 @@ class _File:
         self.objects: Counter = Counter()  # by category id
         self.crowds: Counter = Counter()
         self.united: Set[int] = set()  # ids of images that were listed twice
-        self.broken = 0  # annotations for which it is refused
+        self.paths: Set[str] = set()  # absolute names of its images
         if self.document is not None:
             self._images = settle_images(self.document, self.notes)
             self.categories = settle_categories(self.document, self.notes)
@@ -245,7 +245,7 @@ class _File:
         self._unite(by_file)
         ids = {name: i for i, name in classes.items()}
         known = {k: ids.get(row["name"], row["id"]) for k, row in self.categories.items()}
-        self.broken = settle_annotations(self.document, self._images, known, self.notes)
+        settle_annotations(self.document, self._images, known, self.notes)
 
     def _check_thin(self, image: Dict[str, Any]) -> None:
         most = self.notes.reading.max_size
@@ -261,6 +261,7 @@ class _File:
         for key, image in self._images.items():
             if image["sound"]:
                 path = os.path.abspath(os.path.join(self.root, image["file_name"]))
+                self.paths.add(path)
                 first = by_file.setdefault(path, image)
                 if first is not image:
                     self.notes.repair(SAME_FILE, repr(image["file_name"]))
@@ -281,7 +282,6 @@ class _File:
             objects=len(objects),
             crowds=len(annotations) - len(objects),
             empty_images=len(self.images) - len(occupied),
-            broken_annotations=self.broken,
             repaired=self.notes.repaired,
             # Mask evaluation reads those of crowd regions, too; training leaves the regions out.
             unmasked=sum(not a.get("segmentation") for a in (objects if train else annotations)),
@@ -304,7 +304,9 @@ def _drop_copies(files: Sequence[_File]) -> None:
         kept = []
         for a in f.document["annotations"]:
             copy = (a["image_id"], a["category_id"], a["iscrowd"] == 1, *a["bbox"])
-            if a["image_id"] not in united or copy not in seen:
+            if a["image_id"] in united and copy in seen:
+                f.notes.repair(COPIES, f"annotation id {a['id']}")
+            else:
                 kept.append(a)
             seen.add(copy)
         f.document["annotations"] = kept

@@ -303,7 +303,7 @@ def match_files(
 
     there = [i for i in images if is_inside(i["file_name"]) and folder.has(i["file_name"])]
     meant = {os.path.normpath(image["file_name"]): image["file_name"] for image in there}
-    exact = {*meant.values()}
+    exact = {image["file_name"] for image in there}
     for image in images:
         name = image["file_name"]
         if name in exact:

@@ -1,4 +1,4 @@
-"""How a run reads a COCO json: what is repaired, kind by kind, and what it is refused for; not raised."""
+"""How a run reads a COCO json, the repairs of it by kind, and the reasons to refuse it.  Nothing is raised."""
 
 import math
 from collections import Counter
@@ -34,6 +34,7 @@ TEXT_NUMBERS = Kind("", "numbers are text or have a decimal point", "read as num
 REPEATED = Kind("", "images or categories are listed again", "listed once")
 IMAGE_IDS = Kind(IM, "images have ids that are no number of 63 bits", "numbered anew")
 SAME_FILE = Kind(IM, "images are listed twice, under two ids", "taken as one, with all objects")
+COPIES = Kind(ANN, "objects are listed again, of an image that is listed twice", "listed once")
 SIZES = Kind(IM, "images have no width and height", "read from the image")
 FILE_NAMES = Kind(IM, "images are named in another way than their files", "matched")
 CATEGORY_IDS = Kind(CAT, "categories have ids that are no number of 63 bits", "numbered anew")
@@ -66,7 +67,7 @@ class Reading:
         repair: what has one meaning is repaired; False: it is refused.
         max_size: of an image's longer edge after resizing, in pixels; None: not known.
         image_range: see :func:`~sharedkd.data.images.read_image`.
-        scales: images are read by that function, so that they may have more than 8 bits; None: nobody knows.
+        scales: whether images of more than 8 bits are read by that function; None: the mapper is not known.
     """
 
     masks: bool = True

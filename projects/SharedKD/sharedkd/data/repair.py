@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Optional, Sequence, Set
 
 from . import notes as kinds
 from .boxes import Placed, settle_boxes
@@ -36,9 +36,12 @@ _LARGEST_ID = 2**63 - 1  # COCO evaluation sorts ids as 64-bit integers
 # --- the file ---------------------------------------------------------------------------------------
 
 
-def read_json(notes: Notes) -> Optional[Dict[str, Any]]:
-    """The parsed file, whose lists hold objects alone; None if it is refused."""
-    path, parts = notes.json_file, ("images", "annotations", "categories")
+PARTS = ("images", "annotations", "categories")
+
+
+def read_json(notes: Notes, parts: Sequence[str] = PARTS) -> Optional[Dict[str, Any]]:
+    """The parsed file, whose lists ``parts`` hold objects alone; None if it is refused."""
+    path = notes.json_file
     try:
         named = foreign_file(path) if os.path.isdir(path) else None
         if named is None:
@@ -64,7 +67,7 @@ def read_json(notes: Notes) -> Optional[Dict[str, Any]]:
         notes.refuse(f"is {named[0]}, not COCO json", named[1])
         return None
 
-    fix = f"a COCO json is an object with the lists {', '.join(parts)}"
+    fix = f"a COCO json is an object with the lists {', '.join(PARTS)}"
     if not isinstance(data, dict):
         notes.refuse(f"holds a {type(data).__name__}", fix)
         return None
@@ -104,7 +107,7 @@ def _rows_by_id(rows: List[Dict[str, Any]], part: str, notes: Notes) -> Dict[Any
     for i, row in enumerate(rows):
         key = _id(row.get("id"))
         if key is None:
-            fix = "give each a whole-number id (3, not 3.5) of at most 18 digits"
+            fix = "give each an id: a whole number (3, not 3.5) or text"
             notes.refuse(f"{part}[{i}] has id {shown(row.get('id'))}", fix)
         elif key not in found:
             found[key] = row
@@ -220,22 +223,19 @@ def settle_annotations(
     images: Dict[Any, Dict[str, Any]],
     classes: Dict[Any, int],
     notes: Notes,
-) -> int:
+) -> None:
     """Repair the annotations of a document, and leave out those that stand for nothing.
 
     Args:
         images: of :func:`settle_images`; those that are ``sound`` have their size.
         classes: what annotations call a category -> its id.
-
-    Returns:
-        the number of those for which the file is refused.
     """
     rows = document["annotations"]
     times = Counter(repr(a.get("id")) for a in rows)
     bad = [a for a in rows if not _is_good_id(a.get("id")) or times[repr(a["id"])] > 1]
     for a in bad:
         notes.repair(kinds.ANNOTATION_IDS, f"id {shown(a.get('id'))}")
-    kept, broken = [], 0
+    kept = []
     for i, a in enumerate(rows):
         where = f"annotation id {a['id']}" if _is_good_id(a.get("id")) else f"annotations[{i}]"
         image, category = images.get(_id(a.get("image_id"))), classes.get(_id(a.get("category_id")))
@@ -251,10 +251,9 @@ def settle_annotations(
                     notes.repair(kinds.TEXT_NUMBERS, f"{field} {shown(a[field])} of {where}")
                 a[field] = value
             where += f" of image {image['file_name']!r}" if image["sound"] else ""
-            x, before = Placed(i, a, image, where), notes.refused
+            x = Placed(i, a, image, where)
             if _settle_alone(x, notes):
                 kept.append(x)
-            broken += notes.refused > before
     kept = settle_boxes(kept, notes)
     for x in kept:
         given, mask = x.row.get("area"), x.row.get("segmentation")
@@ -265,7 +264,6 @@ def settle_annotations(
     if bad:
         for i, a in enumerate(document["annotations"]):
             a["id"] = i + 1
-    return broken
 
 
 def _is_good_id(value: Any) -> bool:

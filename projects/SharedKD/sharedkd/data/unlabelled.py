@@ -1,6 +1,5 @@
 """Images without labels: those below a folder, or those of them that a json lists."""
 
-import json
 import os
 from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -11,7 +10,7 @@ from sharedkd.errors import ConfigError
 
 from .images import check_depth, is_deep, is_thin, match_files, unreadable, upright_size
 from .notes import Notes, Reading
-from .repair import settle_images
+from .repair import read_json, settle_images
 
 __all__ = ["images_of", "read_unlabelled", "register_unlabelled"]
 
@@ -45,8 +44,9 @@ def read_unlabelled(
         ConfigError: no such folder or file, no image is left, or one whose values cannot be scaled to 8 bits.
     """
     notes = Notes(key, ", ".join(folders), reading)
+    listed = Notes(json_key, json_file or "", reading)
     if json_file is not None:
-        found = images_of(json_file, folders[0], Notes(json_key, json_file, reading), key)
+        found = images_of(json_file, folders[0], listed, key)
     else:
         found = sorted({path for folder in folders for path in _below(folder, key)})
     labelled, held_out = ({os.path.realpath(x) for x in some} for some in (labelled, held_out))
@@ -79,7 +79,9 @@ def read_unlabelled(
     for reason, paths in left_out.items():
         problem = f"{len(paths)} of {len(found)} images {reason} (the first is {paths[0]})"
         notes.warn(problem, "they are left out")
-    return records, notes.warnings
+    for repair in listed.repairs:
+        listed.warn(repair, "the file on the disk stays as it is")
+    return records, [*notes.warnings, *listed.warnings]
 
 
 def register_unlabelled(name: str, records: List[Record]) -> None:
@@ -114,22 +116,10 @@ def images_of(json_file: str, folder: str, notes: Notes, key: str) -> List[str]:
     Raises:
         ConfigError: no such file, no images in it, or one that is not in the folder.
     """
-    try:
-        with open(json_file, encoding="utf-8") as f:
-            document = json.load(f)
-        images = document["images"]
-        if not (images and isinstance(images, list) and all(isinstance(x, dict) for x in images)):
-            raise ValueError("its images are no list of objects")
-    except OSError as e:
-        fix = "name an existing json file, or leave it out"
-        raise ConfigError(notes.key, json_file, f"cannot be read ({e.strerror})", fix) from e
-    except (ValueError, KeyError, TypeError) as e:
-        fix = (
-            "write the images as a COCO json does, or leave it out: then all of the folder are used"
-        )
-        raise ConfigError(notes.key, json_file, f"is no list of images ({e})", fix) from e
-    settle_images(document, notes)
-    there = match_files([x for x in document["images"] if x["sound"]], folder, key, notes)
+    document, there = read_json(notes, ["images"]), []
+    if document is not None:
+        settle_images(document, notes)
+        there = match_files([x for x in document["images"] if x["sound"]], folder, key, notes)
     if notes.errors:
         raise notes.errors[0]
     return sorted({os.path.abspath(os.path.join(folder, x["file_name"])) for x in there})
