@@ -62,6 +62,11 @@ def test_a_backbone_without_blocks_is_refused():
         recompute_blocks(model)
 
 
+def test_compiling_a_detector_without_a_backbone_is_refused():
+    with pytest.raises(ConfigError, match="model.teacher.compile=True: Linear has no backbone"):
+        compile_backbone(torch.nn.Linear(1, 1), key="model.teacher.compile")
+
+
 @pytest.mark.nightly
 def test_a_compiled_backbone_takes_images_of_all_sizes():
     plain = tiny.detector("retinanet").eval()

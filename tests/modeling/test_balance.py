@@ -66,11 +66,13 @@ def test_a_stage_without_a_gradient_ends_the_run():
 
 
 def test_terms_that_train_what_the_loss_owns_keep_their_weight():
-    weight, x = AutoWeight("key", 0.5, by_term=True), torch.zeros(2, requires_grad=True)
+    """Also where they are measured again, and have a gradient at the maps by then."""
+    weight, x = AutoWeight("key", 0.5, every=5, by_term=True), torch.zeros(2, requires_grad=True)
     own = torch.ones((), requires_grad=True)
-    for _ in range(3):
+    for step in range(7):
         detector = (torch.tensor([3.0, 4.0]) * x).sum()
-        found = weight({"a": 2 * x[0], "discriminator": 7 * own}, detector, [x])
+        terms = {"a": 2 * x[0], "discriminator": 7 * own + (x[1] if step >= 5 else 0)}
+        found = weight(terms, detector, [x])
     assert found["discriminator"] == 7
     assert torch.autograd.grad(found["a"], x)[0].norm() == pytest.approx(2.5)
 

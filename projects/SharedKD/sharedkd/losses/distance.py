@@ -8,7 +8,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Un
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from sharedkd.values import check_choice
 
@@ -103,6 +103,7 @@ class _StandardisedMSE(torch.autograd.Function):
         return (each * count).sum() * (ctx.scale / 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, y, mask, means, inverse, both, r = ctx.saved_tensors
         scale = gradient * ctx.scale

@@ -17,14 +17,23 @@ __all__ = ["compile_backbone", "recompute_blocks"]
 KEY = "train.activation_checkpointing"
 
 
-def compile_backbone(detector: nn.Module, backend: str = "inductor") -> None:
+def compile_backbone(
+    detector: nn.Module, backend: str = "inductor", key: str = "train.compile"
+) -> None:
     """Compile a detector's bottom-up network, for images of changing sizes.
 
     Args:
         detector: the ``forward`` of its bottom-up network (or whole backbone) is replaced.
         backend: of ``torch.compile``.
+        key: the config key that asks for it, for messages.
+
+    Raises:
+        ConfigError: a detector without a ``backbone``.
     """
-    part = getattr(detector.backbone, "bottom_up", detector.backbone)
+    backbone = getattr(detector, "backbone", None)
+    if backbone is None:
+        raise ConfigError(key, True, f"{type(detector).__name__} has no backbone", f"use {key}=False")
+    part = getattr(backbone, "bottom_up", backbone)
     # Only the forward: hooks on its maps stay outside, and the names of parameters do not change.
     part.forward = torch.compile(part.forward, backend=backend, dynamic=True)
 
@@ -45,16 +54,17 @@ def recompute_blocks(detector: nn.Module) -> int:
         ConfigError: a backbone without such blocks, or a norm whose statistics a second forward
             would change.
     """
+    backbone = getattr(detector, "backbone", detector)
     blocks = [
         block
-        for block in detector.backbone.modules()
+        for block in backbone.modules()
         if isinstance(block, CNNBlockBase) and any(p.requires_grad for p in block.parameters())
     ]
     if not blocks:
         raise ConfigError(
             KEY,
             True,
-            f"{type(detector.backbone).__name__} has no residual blocks that are trained",
+            f"{type(backbone).__name__} has no residual blocks that are trained",
             f"use {KEY}=False, and the backbone's own option if it has one",
         )
     for block in blocks:

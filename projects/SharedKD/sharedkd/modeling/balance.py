@@ -86,7 +86,7 @@ class AutoWeight(nn.Module):
         if place < WINDOW or not self.factors:
             if place == 0:
                 self._ratios = {}
-            suspects = self.apart if place else terms
+            suspects = self.apart if self.steps else terms
             self.apart = frozenset(k for k in suspects if not _depends(terms[k], maps))
             counted = {k: x for k, x in terms.items() if k not in self.apart}
             together = sum(counted.values()) if counted else torch.zeros_like(detector)

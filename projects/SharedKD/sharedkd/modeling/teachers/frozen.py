@@ -216,7 +216,7 @@ class FrozenTeacher(Teacher):
             self.model.to(memory_format=torch.channels_last)
             keep_keypoints_contiguous(self.model)
         if self.compile:
-            compile_backbone(self.model)
+            compile_backbone(self.model, key=f"{KEY}.compile")
         try:
             after = self._pyramid(image)
         except Exception as e:
