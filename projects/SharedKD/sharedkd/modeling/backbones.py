@@ -32,7 +32,9 @@ def compile_backbone(
     """
     backbone = getattr(detector, "backbone", None)
     if backbone is None:
-        raise ConfigError(key, True, f"{type(detector).__name__} has no backbone", f"use {key}=False")
+        raise ConfigError(
+            key, True, f"{type(detector).__name__} has no backbone", f"use {key}=False"
+        )
     part = getattr(backbone, "bottom_up", backbone)
     # Only the forward: hooks on its maps stay outside, and the names of parameters do not change.
     part.forward = torch.compile(part.forward, backend=backend, dynamic=True)
