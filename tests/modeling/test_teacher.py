@@ -441,7 +441,7 @@ def test_a_compiler_that_fails_is_named(raw, monkeypatch):
     monkeypatch.setattr(
         teacher_module,
         "compile_backbone",
-        lambda model: setattr(model.backbone, "forward", broken),
+        lambda model, key: setattr(model.backbone, "forward", broken),
     )
     teacher = raw(compile=True)
     with pytest.raises(ConfigError, match="model.teacher.compile=True: fails: no compiler found; "):

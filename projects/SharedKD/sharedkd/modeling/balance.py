@@ -86,8 +86,9 @@ class AutoWeight(nn.Module):
         if place < WINDOW or not self.factors:
             if place == 0:
                 self._ratios = {}
-            suspects = self.apart if self.steps else terms
-            self.apart = frozenset(k for k in suspects if not _depends(terms[k], maps))
+            if self.steps < WINDOW:
+                suspects = self.apart if self.steps else terms
+                self.apart = frozenset(k for k in suspects if not _depends(terms[k], maps))
             counted = {k: x for k, x in terms.items() if k not in self.apart}
             together = sum(counted.values()) if counted else torch.zeros_like(detector)
             self._measure(counted if self.by_term else {"": together}, detector, maps)
