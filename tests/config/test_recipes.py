@@ -11,6 +11,7 @@ from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
 from sharedkd import ConfigError, SharedKDTrainer
+from sharedkd.config import load_config
 from sharedkd.config.methods import family_of, with_method
 from sharedkd.methods import FAMILIES, Method, known_methods
 from sharedkd.modeling import detectors
@@ -224,6 +225,14 @@ def test_a_method_sets_keys_of_its_own():
     assert "precision" not in cfg.model.teacher and cfg.optimizer.lr != 7
     with pytest.raises(ConfigError, match="pkd:train.epochs=3: has epochs of its own"):
         with_method(cfg, "pkd:train.epochs=3")
+
+
+def test_a_method_sets_keys_of_a_classic_yaml():
+    cfg = load_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml", without_data=True)
+    changed = with_method(cfg, "none:SOLVER.AMP.ENABLED=True:SOLVER.MAX_ITER=7")
+    assert changed.train.amp.enabled and changed.SOLVER.AMP.ENABLED
+    assert changed.train.max_iter == changed.SOLVER.MAX_ITER == 7
+    assert not cfg.train.amp.enabled
 
 
 def test_the_plain_student_has_no_teacher_and_another_only_starts_from_it():

@@ -16,7 +16,7 @@ from sharedkd import ConfigError
 from sharedkd.engine.run import run
 from sharedkd.lab.analysis.detections import Truth, average_precision, detect, mistakes
 from sharedkd.lab.analysis.features import named_checkpoints
-from sharedkd.lab.analysis.models import Detector, Source, sources
+from sharedkd.lab.analysis.models import Detector, Source, _has_teacher, sources
 from sharedkd.lab.analysis.pair import Pair, saved_checkpoints
 
 
@@ -80,7 +80,7 @@ def test_features_of_named_states(runs, tmp_path):
     assert a["taps"] == b["taps"] != plain["taps"]
 
 
-def test_features_refuse_what_they_cannot_measure(runs, tmp_path):
+def test_features_refuse_what_they_cannot_measure(runs, workspace, tmp_path):
     config = runs / "sharedkd/config.yaml"
 
     def refused(config, *options):
@@ -89,6 +89,9 @@ def test_features_refuse_what_they_cannot_measure(runs, tmp_path):
         )
 
     assert "model.teacher=None" in refused(runs / "plain/config.yaml")
+    average = tiny.ROOT / "configs/schemes/average.py"
+    assert "model.teacher=StudentAverage" in refused(average, *workspace.data)
+    assert not _has_teacher(average) and _has_teacher(config)
     assert "no such file" in refused(config, "--checkpoint", "nothing.pth")
     twice = f"a={runs}/plain/model_final.pth,a={runs}/sharedkd/model_final.pth"
     assert "the name of two states" in refused(config, "--checkpoint", twice)

@@ -159,11 +159,13 @@ def from_classic(classic: CfgNode) -> DictConfig:
     )
 
 
-def expanded(override: str) -> List[str]:
-    """The overrides that one ``key=value`` of the yaml's keys stands for: of the key of `train`, or of both.
+def expanded(cfg: DictConfig, override: str) -> List[str]:
+    """The overrides that one ``key=value`` stands for: a yaml's key may mean one of `train`, or both.
 
     ``SOLVER.MAX_ITER`` is the length of the run and of the yaml's schedule.
     """
+    if not is_classic(cfg):
+        return [override]
     key, equals, value = override.partition("=")
     if key == "SOLVER.MAX_ITER":
         return [override, f"train.max_iter={value}"]

@@ -101,7 +101,7 @@ def load(
         set_depth(cfg, pairing.depth)
     for text in pairing.start(cfg):
         override(cfg, text, path)
-    overrides = [x for text in overrides for x in (expanded(text) if is_classic(cfg) else [text])]
+    overrides = [x for text in overrides for x in expanded(cfg, text)]
     overrides = [x for text in overrides for x in alone(text)]
     # What the pairing makes may depend on the detector, and be overridden itself.
     makes = pairing and pairing.method != PLAIN

@@ -20,7 +20,7 @@ from sharedkd.modeling.stages import stage_dict
 from sharedkd.weights.loading import PARTS
 
 from .build import target_of
-from .classic import build_detector
+from .classic import build_detector, expanded
 from .overrides import override
 
 __all__ = ["OWN", "PLAIN", "START", "check_shares", "family_of", "with_method"]
@@ -109,6 +109,7 @@ def with_method(cfg: DictConfig, name: str) -> DictConfig:
         cfg.model.stages = stages_of(names, family_of(cfg.model.student))
     if names != OWN and cfg.model.pop("peers", None):  # they are a part of the config's own method
         logger.warning(f"{names} leaves out the config's model.peers")
+    settings = [x for setting in settings for x in expanded(cfg, setting)]
     for setting in settings:
         override(cfg, setting, "the config")
     check_shares(cfg, settings)

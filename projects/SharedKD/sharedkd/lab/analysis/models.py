@@ -11,10 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from sharedkd.config import load_config, student_only
-from sharedkd.config.build import construct
+from sharedkd.config.build import construct, makes
 from sharedkd.errors import ConfigError
 from sharedkd.lab.scores import folder_name, mean_of, read_comparison, scores_of
 from sharedkd.modeling.detectors import count_parameters, num_classes
+from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import load_trained
 
 __all__ = [
@@ -104,8 +105,9 @@ def _of_run(run: Path, name: str = "") -> Source:
 
 
 def _has_teacher(config: Path) -> bool:
+    """Whether there is a trained detector as a teacher, and not an average, say."""
     cfg = load_config(str(config), keep_teacher=True, without_data=True)
-    return OmegaConf.select(cfg, "model.teacher") is not None
+    return makes(cfg.model.get("teacher"), FrozenTeacher)
 
 
 def _of_comparison(folder: Path, methods: Sequence[str], seed: Optional[int]) -> List[Source]:

@@ -10,6 +10,7 @@ import torch
 from detectron2.utils.env import seed_all_rng
 
 from sharedkd.config import construct, load_config
+from sharedkd.config.build import makes, target_of
 from sharedkd.engine.checkpoint import has_run
 from sharedkd.engine.hooks.record import read_record
 from sharedkd.engine.parts import build_parts
@@ -18,6 +19,7 @@ from sharedkd.losses.base import Maps
 from sharedkd.losses.distance import Distance
 from sharedkd.modeling.preparation import size_divisibility
 from sharedkd.modeling.taps import FeatureTap, common_pixels, run_pyramid
+from sharedkd.modeling.teachers import FrozenTeacher
 from sharedkd.weights.loading import fingerprint, load_trained
 
 __all__ = ["TAPS", "Checkpoint", "Pair", "saved_checkpoints"]
@@ -42,9 +44,11 @@ class Pair:
 
     def __init__(self, config_file: str, overrides: Sequence[str] = ()):
         self.cfg = cfg = load_config(config_file, overrides, keep_teacher=True)
-        if cfg.model.get("teacher") is None:
-            problem = "there is no teacher to compare with"
-            raise ConfigError("model.teacher", None, problem, "use a pair's config")
+        teacher = cfg.model.get("teacher")
+        if not makes(teacher, FrozenTeacher):
+            kind = None if teacher is None else target_of(teacher).__name__
+            problem = "there is no frozen teacher to compare with"
+            raise ConfigError("model.teacher", kind, problem, "use a pair's config")
         # As Detectron2 computes: speed does not matter here.
         cfg.train.amp.enabled = cfg.train.compile = cfg.train.activation_checkpointing = False
         cfg.model.teacher.precision = "float32"
