@@ -5,12 +5,12 @@ The config is a path, or a name in Detectron2's model zoo.  With --teacher, a pl
 is distilled; without, the same command trains the plain detector.  The other flags are those of
 Detectron2's own script; `torchrun` may start it too.  Examples:
 
-    tools/lazyconfig_train_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \
+    tools/lazyconfig_train_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
         --teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml SOLVER.IMS_PER_BATCH=8
 
     tools/lazyconfig_train_net.py --config-file configs/mask_rcnn_sharedkd.py --num-gpus 8
     tools/lazyconfig_train_net.py --config-file configs/mask_rcnn_sharedkd.py --resume
-    tools/lazyconfig_train_net.py --config-file configs/mask_rcnn_sharedkd.py --eval-only \
+    tools/lazyconfig_train_net.py --config-file configs/mask_rcnn_sharedkd.py --eval-only \\
         train.init_checkpoint=output/model_final.pth
 """
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sharedkd import ConfigError
 from sharedkd.config import construct, load_config
-from sharedkd.config.adopt import show_larger_images
+from sharedkd.config.adopt import show_larger_images, use_own_data
 from sharedkd.config.classic import build_evaluator, from_classic
 from sharedkd.data.loader import TrainLoader
 
@@ -179,6 +179,15 @@ def test_own_data_keep_images_without_objects_unless_told_otherwise():
     )
     assert not kept.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     assert dropped.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+
+
+def test_own_data_set_the_classes_in_lists():
+    """A cascade has several heads, which a project may write without a reference."""
+    zoo = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
+    zoo.model.roi_heads.box_predictor = [{"num_classes": 80}] * 3
+    use_own_data(zoo, OWN)
+    zoo.data.num_classes = 5
+    assert [head.num_classes for head in zoo.model.roi_heads.box_predictor] == [5, 5, 5]
 
 
 def test_own_data_set_data_sets_and_number_of_classes():

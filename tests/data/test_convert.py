@@ -56,7 +56,14 @@ def test_yolo(tmp_path, capsys):
         convert_yolo(tmp_path, tmp_path / "out")
 
 
-def test_voc(tmp_path):
+def test_two_sets_of_one_name_are_refused(tmp_path):
+    (tmp_path / "data.yaml").write_text("val: images\nvalid: images\nnames: [cat]\n")
+    picture(tmp_path / "images/a.jpg")
+    with pytest.raises(ConfigError, match="data.yaml: names two sets to be val.json"):
+        convert_yolo(tmp_path, tmp_path / "out")
+
+
+def test_voc(tmp_path, capsys):
     """Pixels count from 1, the last one included; the size may be missing."""
     for name, width in (("a", 60), ("b", 0)):
         picture(tmp_path / "JPEGImages" / f"{name}.jpg")
@@ -69,9 +76,11 @@ def test_voc(tmp_path):
     objects = [("cat", [10, 5, 20, 15], False, False), ("dog", [0, 0, 60, 40], True, False)]
     assert seen() == {"a.jpg": objects, "b.jpg": objects}
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
-    (tmp_path / "ImageSets/Main/train.txt").write_text("b\n")
+    (tmp_path / "ImageSets/Main/train.txt").write_text("b\nlost\n")
     (tmp_path / "ImageSets/Main/valid.txt").write_text("a\n")
+    capsys.readouterr()
     assert list(convert_voc(tmp_path, tmp_path / "out")) == ["train", "val"]
+    assert "train.txt: 1 of 2 have no xml and are left out (lost)" in capsys.readouterr().out
     assert [
         i["file_name"] for i in json.loads((tmp_path / "out/train.json").read_text())["images"]
     ] == ["b.jpg"]

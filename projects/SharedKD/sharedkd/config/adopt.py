@@ -1,6 +1,6 @@
 """Configs written for plain Detectron2: reproducible loaders for them, and own data by ``data.*``."""
 
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Sequence, Union
 
 from detectron2.data import (
     DatasetMapper,
@@ -175,13 +175,13 @@ def _read_as(cfg: DictConfig) -> None:
     cfg.data.max_size = max(sizes, default=1333)
 
 
-def _with_classes(node: DictConfig) -> Iterator[DictConfig]:
+def _with_classes(node: Union[DictConfig, ListConfig]) -> Iterator[DictConfig]:
     """The nodes of a model that say how many things it tells apart, and do not refer to another one."""
-    for key in [*node]:
+    for key in range(len(node)) if isinstance(node, ListConfig) else [*node]:  # of a cascade
         child = node._get_node(key)
-        if isinstance(child, DictConfig) and key not in _OF_OTHERS:
+        if isinstance(child, (DictConfig, ListConfig)) and key not in _OF_OTHERS:
             # A mask head of one class has the same for all, such as tiny_mask_rcnn's.
-            if not (key == "mask_head" and child.get("num_classes") == 1):
+            if key != "mask_head" or child.get("num_classes") != 1:
                 yield from _with_classes(child)
         elif key == "num_classes" and not OmegaConf.is_interpolation(node, key):
             yield node

@@ -91,6 +91,8 @@ def convert_yolo(source: Path, out: Path) -> _Written:
         named = data.get(key) or []
         folders = [named] if isinstance(named, str) else named
         images = [x for folder in folders for x in _images(source, data.get("path"), folder)]
+        if images and split in written:
+            _refuse(source, f"names two sets to be {split}.json", "leave one out")
         if images:
             root = Path(os.path.commonpath([x.parent for x in images]))
             poses = bool(data.get("kpt_shape"))
@@ -204,6 +206,11 @@ def _voc_splits(source: Path, files: Dict[str, Path]) -> Dict[str, List[str]]:
         if path.is_file():
             stems = [x.split()[0] for x in path.read_text().splitlines() if x.strip()]
             splits.setdefault(SPLITS[path.stem], []).extend(x for x in stems if x in files)
+            lost = [x for x in stems if x not in files]
+            if lost:
+                print(
+                    f"{path}: {len(lost)} of {len(stems)} have no xml and are left out ({lost[0]})"
+                )
     if not splits:
         for stem, path in files.items():
             split = SPLITS.get(path.relative_to(source).parts[0], "all")
