@@ -56,6 +56,7 @@ PAIRS = (
     "animals",
     "animals_600",
     "animals_scratch",
+    "animals_scratch_600",
     "cards",
     "cards_600",
     "cards_80",
