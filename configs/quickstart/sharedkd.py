@@ -18,7 +18,7 @@ model = L(SharedKD)(
         config=str(Path(__file__).with_name("teacher.py")),
         weights=str(_runs / "teacher/model_final.pth"),
     ),
-    # Ten times the default: this run stops early, when a strong teacher is ahead.
+    # Three times the default: this run stops early, when a strong teacher is ahead.
     stages=shared_kd_stages(share=3.0, balance=None),  # no level is constant here
     input_format="${dataloader.train.mapper.image_format}",
 )

@@ -91,7 +91,7 @@ class Pairing:
             fix = "name its config by --teacher"
             raise ConfigError("--teacher-weights", self.weights, "there is no teacher", fix)
         if "student" not in cfg.model:
-            # The start alone, without a loss, is what helped most in docs/results.md.
+            # The start alone, without a loss: docs/results.md says why.
             cfg.model = distill(cfg.model, self.teacher, self.weights, L(stage_dict)())
             method = OWN if method == START else method
             if OmegaConf.select(cfg, IMAGE_FORMAT) is None:  # a mapper that does not say it
