@@ -194,3 +194,10 @@ def test_students_that_cannot_be_compared_are_refused(students, teacher, words, 
         found = [Student.of(text.format(root=tiny.ROOT)) for text in students]
         run_students(tiny.ROOT, found, ["none"], [0], tmp_path / "out", teacher)
     assert not (tmp_path / "out").exists()
+
+
+def test_students_whose_own_methods_differ_are_refused_without_a_list(tmp_path):
+    pair = f"{tiny.ROOT}/configs/retinanet_sharedkd.py"
+    found, teacher = [Student.of(text) for text in (YAML, pair)], [f"distill.teacher={YAML}"]
+    with pytest.raises(ConfigError, match="methods=none,config; none,inherit: differ by student"):
+        run_students(tiny.ROOT, found, [], [0], tmp_path / "out", teacher)
