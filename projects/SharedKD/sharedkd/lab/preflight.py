@@ -1,6 +1,5 @@
 """Checks a run before it starts: all errors and warnings, a description, time and memory."""
 
-import copy
 import logging
 import time
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Sequence
 import torch
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig
-from torch import nn
 
 from sharedkd.config.load import load
 from sharedkd.engine import overview
@@ -20,8 +18,6 @@ from sharedkd.engine.parts import Parts, assemble
 from sharedkd.engine.run import build_trainer
 from sharedkd.errors import FAILED, Findings, NonFiniteLossError, RunError, SharedKDError
 from sharedkd.modeling.balance import held
-from sharedkd.modeling.meta_arch import losses_of, pairs_of
-from sharedkd.modeling.snapshot import Snapshot
 
 __all__ = ["as_text", "preflight"]
 
@@ -83,23 +79,20 @@ def _as_dict(error: SharedKDError) -> Dict[str, str]:
 
 
 def _measure(parts: Parts) -> Dict[str, float]:
-    """Time training steps on the first batches, with all stages on; weights are restored."""
-    model, cfg = parts.model, parts.cfg
-    with _unchanged(model):
-        trainer = build_trainer(cfg, parts)
-        weights = {name: stage.full for name, stage in trainer.stages.items()}
-        trainer.stage_weights = lambda: weights
-        trainer.start_iter, trainer.max_iter = 0, STEPS
-        model.train()
-        seconds = []
-        for trainer.iter in range(STEPS):
-            known = trainer.auto_weights if trainer.iter else {}  # as in all but the first steps
-            with EventStorage(trainer.iter) as trainer.storage, held(known):
-                seconds.append(_time(cfg, trainer.run_step))
-        parts.optimizer.state.clear()
+    """Time training steps on the first batches, with all stages on.  The model is of no use afterwards."""
+    trainer = build_trainer(parts.cfg, parts)
+    weights = {name: stage.full for name, stage in trainer.stages.items()}
+    trainer.stage_weights = lambda: weights
+    trainer.start_iter, trainer.max_iter = 0, STEPS
+    parts.model.train()
+    seconds = []
+    for trainer.iter in range(STEPS):
+        known = trainer.auto_weights if trainer.iter else {}  # as in all but the first steps
+        with EventStorage(trainer.iter) as trainer.storage, held(known):
+            seconds.append(_time(parts.cfg, trainer.run_step))
     return {
         "seconds_per_step": seconds[-1],
-        "total_seconds": seconds[-1] * cfg.train.max_iter,
+        "total_seconds": seconds[-1] * parts.cfg.train.max_iter,
         "peak_memory_mb": peak_memory_mb(),
     }
 
@@ -129,24 +122,6 @@ def _time(cfg: DictConfig, step: Callable[[], None]) -> float:
             "correct the model or the data loader",
         ) from e
     return time.perf_counter() - start
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """A context for training steps; after it, the model's state and all random states are restored."""
-    pairs = pairs_of(model).values()
-    modules = [*pairs, *(losses_of(pair) for pair in pairs)]
-    states = [copy.deepcopy(m.state_dict()) for m in modules]
-    snapshot = Snapshot(model)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            for module, state in zip(modules, states):
-                module.load_state_dict(state)
-            snapshot.restore()
-            model.zero_grad()
 
 
 @contextmanager
