@@ -16,11 +16,12 @@ from sharedkd.config.load import Loaded, student_only
 from sharedkd.data.loader import TrainLoader
 from sharedkd.errors import FAILED, ConfigError, ConfigErrors, Findings, SharedKDError, collecting
 from sharedkd.modeling.backbones import compile_backbone, recompute_blocks
+from sharedkd.modeling.checks import check_image_format
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import trains_channels_last
 from sharedkd.modeling.laterals import constant_level, fit_laterals
 from sharedkd.modeling.layout import keep_keypoints_contiguous
-from sharedkd.modeling.meta_arch import SharedKD, check_image_format, losses_of, of_students
+from sharedkd.modeling.meta_arch import SharedKD, losses_of, of_students
 from sharedkd.modeling.stages import Stage
 from sharedkd.modeling.teachers import FrozenTeacher, Peer, Teacher, teacher_key
 from sharedkd.values import check_number

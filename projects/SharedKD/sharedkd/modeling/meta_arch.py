@@ -17,25 +17,25 @@ from sharedkd.errors import ConfigError, Findings, RunError
 from sharedkd.losses.base import HEAD_TAPS, UNLABELLED, Batch, Maps, Regions
 
 from .balance import AutoWeight, AutoWeights, held
-from .classic import arguments_of
-from .heads import (
-    HeadTap,
-    Hidden,
-    RegionTap,
-    anchor_labels,
-    check_crossed,
-    check_labels,
-    check_regions,
+from .checks import (
+    check_channels,
+    check_image_format,
+    check_needs,
+    check_peers,
+    check_stage,
+    check_teachers,
+    check_times,
 )
+from .classic import arguments_of
+from .heads import HeadTap, Hidden, RegionTap, anchor_labels
 from .layout import keep_keypoints_contiguous
-from .preparation import COLOURS, device_of, image_channels, size_divisibility
-from .stages import DISTILL, PEER, TIMES, Stage, under
+from .preparation import device_of, size_divisibility
+from .stages import DISTILL, PEER, Stage, under
 from .taps import FeatureTap, common_pixels, run_pyramid, top_left
 from .teachers import Peer, StudentMaps, Teacher, teacher_key
 
 __all__ = [
     "SharedKD",
-    "check_image_format",
     "factors_of",
     "losses_of",
     "of_students",
@@ -44,28 +44,6 @@ __all__ = [
 
 #: What a loss needs -> the taps that this takes.
 NEEDED_TAPS = {"regions": {"fpn"}, "labels": {"logits"}}
-
-
-def check_image_format(student: nn.Module, image_format: str) -> None:
-    """Compare the channel order of the data loader with that of the student.
-
-    Args:
-        student: the plain detector.
-        image_format: the order that the data loader delivers, ``BGR`` or ``RGB``.
-
-    Raises:
-        ConfigError: the student expects another order.
-    """
-    expected = getattr(student, "input_format", None) or image_format
-    # The orders of colours mean nothing for other than three channels.
-    colours = {expected, image_format} == COLOURS
-    if expected != image_format and not (colours and image_channels(student) != 3):
-        raise ConfigError(
-            "dataloader.train.mapper.image_format",
-            image_format,
-            f"contradicts the student's input_format={expected}",
-            "set both to the same order",
-        )
 
 
 @dataclass
@@ -122,8 +100,8 @@ class SharedKD(nn.Module):
         key: its place in the config, for messages.
 
     Raises:
-        ConfigError: no pyramid, see :class:`~sharedkd.modeling.taps.FeatureTap`; a stage that is no Stage, needs a teacher that is not there, finds no common
-            stride; an image format that contradicts the student's.
+        ConfigError: the student has no pyramid, see :class:`~sharedkd.modeling.taps.FeatureTap`; no stage has
+            anything to compare; or see :mod:`~sharedkd.modeling.checks`.
     """
 
     @configurable
@@ -142,8 +120,11 @@ class SharedKD(nn.Module):
     ):
         super().__init__()
         self.key = key
-        _check_parts(key, student, teacher, teachers or {})
-        _check_peers(peers or {}, teachers or {})
+        if isinstance(student, SharedKD):
+            fix = "give the plain student, and further teachers by model.teachers"
+            raise ConfigError(f"{key}.student", "SharedKD", "is a pair itself", fix)
+        check_teachers(teacher, teachers or {})
+        check_peers(peers or {}, teachers or {})
         check_image_format(student, input_format)
         self._tap = FeatureTap(student, pyramid, f"{key}.pyramid")
         self.student = student
@@ -161,7 +142,7 @@ class SharedKD(nn.Module):
         findings = Findings()
         for source in self.sources.values():
             source.attach(student, input_format, pyramid)
-            findings.step(self._check_channels, source)
+            findings.step(check_channels, source, student, input_format)
         for name, stage in (stages or {}).items():
             findings.step(self._add, name, stage)
         self.lends = StudentMaps(student, self._tap, pyramid)  # to its peers
@@ -192,34 +173,13 @@ class SharedKD(nn.Module):
     def _add(self, name: str, stage: Stage) -> None:
         """Check a stage, and bind its loss to this pair."""
         key = f"{self.key}.stages.{name}"
-        if not isinstance(stage, Stage):
-            fix = "add the --method that has it, such as shared_kd, or use L(Stage)(loss=...)"
-            raise ConfigError(key, stage, "is not a Stage", fix)
-        stage.check(key)
+        check_stage(key, stage, self.teachers)
         if stage.weight == 0:  # what is switched off need not fit
             return
-        if stage.teacher is not None and stage.teacher not in self.teachers:
-            raise ConfigError(
-                f"{key}.teacher",
-                stage.teacher,
-                "is no source of maps of this model",
-                f"use null, or one of model.teachers: {', '.join(self.teachers) or 'there is none'}",
-            )
         teacher = self.sources.get(stage.teacher)
         shapes = teacher.shapes if teacher else None
         stage.loss.bind(self._tap.shapes, shapes, f"{key}.loss")
-        if "regions" in stage.loss.needs:
-            source = type(teacher).__name__
-            check_regions(self.student, teacher and teacher.detector, source, f"{key}.loss")
-        if "labels" in stage.loss.needs:
-            check_labels(self.student, f"{key}.loss")
-        if "crossed" in stage.loss.needs:
-            if isinstance(teacher, StudentMaps):
-                problem = "is a student that trains too: its head would learn from this loss"
-                fix = "use a frozen teacher, or another loss"
-                raise ConfigError(f"{key}.teacher", stage.teacher, problem, fix)
-            detector = teacher and teacher.detector
-            check_crossed(self.student, detector, stage.loss.left, f"{key}.loss")
+        check_needs(key, stage, self.student, teacher)
         if not stage.loss.idle:
             self.stages[name] = stage
 
@@ -245,13 +205,6 @@ class SharedKD(nn.Module):
     def pairs(self) -> Dict[str, "SharedKD"]:
         """All students with their stages, by what the names of their losses begin with; the first is ``""``."""
         return {"": self, **{f"{PEER}{name}/": pair for name, pair in self.peers.items()}}
-
-    def _check_channels(self, teacher: Teacher) -> None:
-        """Check that a teacher can be shown the student's images."""
-        if self.input_format == "L":
-            teacher.check_images(1, self.input_format)
-        elif hasattr(self.student, "pixel_mean"):
-            teacher.check_images(image_channels(self.student), self.input_format)
 
     def check_record(self, record: Dict[str, Any]) -> None:
         """Check that a training record has what the stages read.
@@ -521,7 +474,7 @@ class SharedKD(nn.Module):
         iteration = get_event_storage().iter
         for pair in self.pairs.values():
             for name, stage in pair.stages.items():
-                _check_times(f"{pair.key}.stages.{name}", stage, self.max_iter)
+                check_times(f"{pair.key}.stages.{name}", stage, self.max_iter)
         stages = of_students(self, "stages")
         return {name: x.weight_at(iteration, self.max_iter) for name, x in stages.items()}
 
@@ -632,45 +585,6 @@ def factors_of(model: nn.Module, weights: Mapping[str, float]) -> Dict[str, Tens
         for term, factor in auto.factors.items() if weights[stage] else ():
             found["/".join(filter(None, (under("factor/", stage), term)))] = factor
     return found
-
-
-def _check_times(key: str, stage: Stage, max_iter: Optional[int]) -> None:
-    """Refuse a time that only this package's trainer knows."""
-    if stage.end == "teacher":
-        problem, fix = "is known to this package's trainer only", "use a time or null"
-        raise ConfigError(f"{key}.end", "teacher", problem, fix)
-    for time in TIMES if max_iter is None else ():
-        value = getattr(stage, time)
-        if isinstance(value, float) or time == "decay" and value and stage.end is None:
-            problem = "is a part of the run, whose length is unknown"
-            fix = "set model.max_iter to its iterations"
-            raise ConfigError(f"{key}.{time}", value, problem, fix)
-
-
-def _check_parts(key: str, student: nn.Module, teacher: Any, teachers: Mapping[str, Any]) -> None:
-    """Refuse a pair as a student, and what is no source of maps as a teacher."""
-    if isinstance(student, SharedKD):
-        fix = "give the plain student, and further teachers by model.teachers"
-        raise ConfigError(f"{key}.student", "SharedKD", "is a pair itself", fix)
-    for name, source in {None: teacher, **teachers}.items():
-        if source is not None and not isinstance(source, Teacher):
-            fix = "use a FrozenTeacher; several are model.teachers={NAME: ...} and a stage's teacher=NAME"
-            fix += ", or a TeacherMean"
-            raise ConfigError(teacher_key(name), type(source).__name__, "is no source of maps", fix)
-
-
-def _check_peers(peers: Mapping[str, Any], teachers: Mapping[str, Any]) -> None:
-    """Refuse what is no peer, and a name that is no word or means two sources."""
-    for name, peer in peers.items():
-        key = f"model.peers.{name}"
-        if not isinstance(peer, Peer):
-            fix = "use L(Peer)(student=..., stages=...)"
-            raise ConfigError(key, type(peer).__name__, "is no Peer", fix)
-        if name in teachers:
-            raise ConfigError(key, name, "is the name of a teacher, too", "give it another name")
-        if not str(name).isidentifier():
-            fix = "use letters, digits and underscores"
-            raise ConfigError(key, name, "is no name of a peer", fix)
 
 
 def _maps_of(name: str, peer: Peer) -> StudentMaps:
