@@ -63,6 +63,11 @@ class Batches:
 
 class Trainer(SharedKDTrainer):
     killed = False
+    period = 1  # of reading the losses
+
+    def before_train(self):
+        self.log.period = self.period
+        super().before_train()
 
     def after_train(self):
         if not self.killed:
@@ -220,10 +225,12 @@ def test_killed_again_and_again(toy, whole, tmp_path):
 
 
 @pytest.mark.parametrize("where, iteration", [("step", 4), ("evaluation", 3), ("evaluation", 9)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number, period", [(signal.SIGTERM, 1), (signal.SIGINT, 20)])
 def test_a_signal_saves_and_says_how_to_go_on(
-    toy, whole, tmp_path, sharedkd_log, where, iteration, number
+    toy, whole, tmp_path, monkeypatch, sharedkd_log, where, iteration, number, period
 ):
+    """After this step also where losses are read every 20 steps, as on a GPU."""
+    monkeypatch.setattr(Trainer, "period", period)
     folder = tmp_path / "run"
 
     def at(here, now):

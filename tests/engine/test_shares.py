@@ -38,9 +38,9 @@ def shared_kd(**options):
     }
 
 
-def trainer_of(model, count=1, period=0, **options):
+def trainer_of(model, count=1, period=0, batches=None, **options):
     sgd = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    batches = [records(2 * i) for i in range(count * options.get("accumulate", 1))]
+    batches = batches or [records(2 * i) for i in range(count * options.get("accumulate", 1))]
     trainer = SharedKDTrainer(model, batches, sgd, max_iter=count, seed=0, **options)
     trainer.register_hooks([Watchdog(period) if period else None])
     return trainer
@@ -268,10 +268,8 @@ def in_group():
     for period in (0, 1):
         model = tiny.pair({"identical": Stage(IdenticalLayer(strides=[8]))})
         model = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
-        trainer = trainer_of(model, 2, period)  # measures before the second step
-        trainer._data_loader_iter_obj = iter(
-            [records(9 * dist.get_rank() + i)[1:] for i in range(2)]
-        )
+        own = [records(9 * dist.get_rank() + i)[1:] for i in range(2)]
+        trainer = trainer_of(model, 2, period, own)  # measures before the second step
         outcomes.append(outcome(trainer, 2))
     shares = trainer.storage.history("watch/detector").values()
     return outcomes, shares

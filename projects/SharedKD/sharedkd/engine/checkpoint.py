@@ -214,7 +214,8 @@ class Checkpoints(hooks.HookBase):
         if ends:
             if not self.final:
                 self._save(FINAL)
-        elif now % self.trainer.log.period == 0:
+        # Several processes agree where losses are read: on a GPU they wait for each other there.
+        elif comm.get_world_size() == 1 or now % self.trainer.log.period == 0:
             number = self.stop.agreed(self.trainer.device)
             if number:
                 self.leave(number)

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
+import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -291,3 +293,10 @@ def check_device(name: str) -> None:
     if not there:
         fix = "use train.device=cpu"
         raise ConfigError("train.device", name, "there is no such device here", fix)
+    if (
+        torch.device(name).type == "cpu"
+        and comm.get_world_size() > 1
+        and dist.get_backend() == "nccl"
+    ):
+        problem = "is set in the config, and these processes talk over NCCL, which GPUs alone have"
+        raise ConfigError("train.device", name, problem, "add train.device=cpu to the command")

@@ -54,6 +54,16 @@ __all__ = ["run", "build_trainer", "ddp", "train", "evaluate"]
 logger = logging.getLogger("detectron2.sharedkd")
 
 DEV_RUN_IMAGES = 50  # evaluated under train.fast_dev_run
+#: What a run writes in its folder, and a killed one may leave half written.
+WRITTEN = (
+    "*.pth",
+    "peers/*.pth",
+    "*.safetensors",
+    "student.yaml",
+    "metrics.json",
+    POINTER,
+    RECORD,
+)
 
 
 def run(args: Namespace) -> Mapping[str, Any]:
@@ -134,7 +144,7 @@ def _own(folder: str, resume: bool) -> Iterator[None]:
     """Lock the output folder, and remove unfinished files of a killed run."""
     with locked(folder):
         check_output(folder, resume)  # another run may have used it since the first check
-        for pattern in ("*.pth", "peers/*.pth", POINTER, RECORD):
+        for pattern in WRITTEN:
             remove_unfinished(folder, pattern)
         yield
 
