@@ -6,10 +6,9 @@ import tiny
 import torch
 from omegaconf import OmegaConf
 
-from sharedkd import FrozenTeacher, Stage
+from sharedkd import FrozenTeacher
 from sharedkd.data.loader import TrainLoader
 from sharedkd.engine.parts import Parts
-from sharedkd.losses import PKD
 from sharedkd.modeling.laterals import RIDGE, fit_laterals
 from sharedkd.modeling.teachers import StudentAverage
 
@@ -90,21 +89,6 @@ def test_a_twin_of_the_teacher_has_its_pyramid():
     with torch.no_grad():
         ours, theirs = (x.backbone(images)["p3"] for x in (student, model.teacher.model))
     assert (ours - theirs).norm() < 0.1 * theirs.norm()
-
-
-@pytest.mark.parametrize("balance, says", [(None, 1), ("levels", 0)])
-def test_a_level_that_starts_constant_is_named(balance, says, sharedkd_log):
-    stage = Stage(PKD(strides=[8, 32]), weight="auto", balance=balance)
-    teacher = tiny.frozen("faster_rcnn", 34, scale=2)
-    model = tiny.pair({"pkd": stage}, "faster_rcnn", teacher)
-    cfg = OmegaConf.create({"train": {"inherit_images": 4}})
-    inherited = ["backbone.fpn_output2.weight"]
-    loader = Loader()
-    loader.samples = lambda most: records(2)[:most]
-    parts = Parts(cfg, model=model, student=model.student, inherited=inherited, loader=loader)
-    parts.fit()
-    found = [x.message for x in sharedkd_log.records if "fpn_lateral5 starts at zero" in x.message]
-    assert len(found) == says
 
 
 def test_a_pyramid_before_the_fpn_and_maps_beyond_float16_fit_nothing():

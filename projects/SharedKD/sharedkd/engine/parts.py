@@ -19,7 +19,7 @@ from sharedkd.modeling.backbones import compile_backbone, recompute_blocks
 from sharedkd.modeling.checks import check_image_format
 from sharedkd.modeling.detectors import count_parameters
 from sharedkd.modeling.hardware import trains_channels_last
-from sharedkd.modeling.laterals import constant_level, fit_laterals
+from sharedkd.modeling.laterals import fit_laterals
 from sharedkd.modeling.layout import keep_keypoints_contiguous
 from sharedkd.modeling.meta_arch import SharedKD, losses_of, of_students
 from sharedkd.modeling.stages import Stage
@@ -116,23 +116,6 @@ class Parts:
                 logger.info(f"{name} gives {share:.0%} of what varies in its teacher's output")
             if not self.fitted:
                 logger.info("No lateral is fitted: both need an FPN of one width, without norms")
-            self._warn_of_constant_level()
-
-    def _warn_of_constant_level(self) -> None:
-        """Log a warning for stages that cannot bear a level that starts constant."""
-        found = constant_level(self.student)
-        if found is None:
-            return
-        lateral, stride = found
-        for name, stage in self.model.stages.items():
-            reads = "fpn" in stage.loss.taps and stride in (stage.loss.strides or (stride,))
-            if reads and stage.loss.standardises and not stage.balanced:
-                key = f"model.stages.{name}"
-                logger.warning(
-                    f"{key}: {lateral} starts at zero, so that the level of stride {stride} is constant, and "
-                    f"{type(stage.loss).__name__} standardises maps: this level has nearly all of the stage's "
-                    f"gradient; use {key}.weight=auto {key}.balance=levels, or train.inherit_images=0"
-                )
 
 
 @collecting
@@ -184,7 +167,7 @@ def assemble(
     step(check_scheduler, parts.scheduler)
     trained = parts.student if parts.model is FAILED else parts.model
     parts.optimizer = step(_optimizer, cfg, trained, parts.peers)
-    if FAILED not in (parts.model, folder):
+    if FAILED not in (parts.model, folder) and not resuming:  # whose files are there
         parts.disk = step(check_disk, cfg, parts.model, parts.optimizer) or None
     loader = cfg.dataloader.train if data.complete("train") else FAILED
     parts.loader = step(construct, loader, "dataloader.train")

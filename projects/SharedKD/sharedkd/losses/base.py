@@ -211,8 +211,6 @@ class DistillationLoss(nn.Module):
     same_head: Tuple[str, ...] = ()
     #: Whether :meth:`bind` makes ``adapters`` of the student's maps: by level, of the kernel ``adapter``.
     adapts = False
-    #: Whether it standardises maps: its gradient at one that is constant has no bound.
-    standardises = False
     idle = False  # whether it found nothing to compare when it was bound
     published = False  # whether strides that a pair does not have are left out; see Stage
 

@@ -63,7 +63,7 @@ class CrossLayer(DistillationLoss):
         check_choice("direction", direction, DIRECTIONS)
         self.pairs = pairs
         self.direction = direction
-        self.distance, self.standardises = Distance(distance, normalize), normalize != "none"
+        self.distance = Distance(distance, normalize)
         self.ignore_padding = ignore_padding
 
     def bind(self, student: Shapes, teacher: Optional[Shapes], key: str) -> None:

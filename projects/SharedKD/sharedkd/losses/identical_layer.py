@@ -52,7 +52,7 @@ class IdenticalLayer(DistillationLoss):
         super().__init__(tap, strides)
         check_choice("share", share, SHARES)
         self.share = share
-        self.distance, self.standardises = Distance(distance, normalize), normalize != "none"
+        self.distance = Distance(distance, normalize)
         self.ignore_padding = ignore_padding
 
     def aligned(self, stride: int, student: Optional[int], teacher: Optional[int]) -> str:

@@ -54,7 +54,7 @@ class PKD(DistillationLoss):
         ConfigError: unknown name.
     """
 
-    adapts, standardises = True, True
+    adapts = True
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ import re
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .snapshot import Snapshot
 from .taps import run_pyramid
 from .teachers import FrozenTeacher
 
-__all__ = ["constant_level", "fit_laterals"]
+__all__ = ["fit_laterals"]
 
 _LATERAL = re.compile(r"backbone\.fpn_lateral(\d+)")  # the binary logarithm of its stride
 BATCH = 4  #: images that a batch norm sees at once
@@ -80,20 +80,6 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
             conv.weight.zero_()
             conv.bias.zero_()
     return explained
-
-
-def constant_level(student: nn.Module) -> Optional[Tuple[str, int]]:
-    """The coarsest lateral of the student's FPN and its stride, if it is zero, as of a level that the teacher lacks."""
-    laterals = {
-        2 ** int(found[1]): name
-        for name, _ in student.named_modules()
-        if (found := _LATERAL.fullmatch(name))
-    }
-    if not laterals:
-        return None
-    stride, name = max(laterals.items())
-    zero = not any(p.any() for p in student.get_submodule(name).parameters())
-    return (name, stride) if zero else None
 
 
 def _batches(records: Iterable[Dict[str, Any]]) -> Iterator[List[Dict[str, Any]]]:
