@@ -32,7 +32,7 @@ def images_per_step(cfg: DictConfig) -> Optional[int]:
 
 
 def settle_length(cfg: DictConfig, images: Optional[int]) -> None:
-    """Replace ``train.epochs`` by the iterations that it takes, and open periods by a tenth of the run, but no less than 100.
+    """Replace ``train.epochs`` by its iterations, and periods that are open by a tenth of the run, at least 100.
 
     Args:
         images: of the training data; 0: they could not be read; None: they are not own data.

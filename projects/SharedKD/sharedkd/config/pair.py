@@ -78,7 +78,8 @@ class Pairing:
             cfg: with the group ``model``; not changed.
 
         Raises:
-            ConfigError: weights without a teacher, a teacher in place of one of another kind, or see :func:`~sharedkd.config.methods.with_method`.
+            ConfigError: weights without a teacher, a teacher in place of one of another kind, or see
+                :func:`~sharedkd.config.methods.with_method`.
         """
         if not self:
             return cfg

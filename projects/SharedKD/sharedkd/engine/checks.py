@@ -66,7 +66,9 @@ class DataSets:
 def check_datasets(
     cfg: DictConfig, own: Mapping[str, List[CocoSummary]], eval_only: bool, findings: Findings
 ) -> DataSets:
-    """Check every COCO-format data set that the config names, in every process: repaired data are registered anew.
+    """Check every COCO-format data set that the config names.
+
+    Every process does so, since repaired data are registered anew.
 
     Args:
         own: summaries of own data, see :class:`~sharedkd.config.load.Loaded`.

@@ -29,7 +29,7 @@ __all__ = [
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Ctrl-C reaches every process of a terminal, and a parent may pass it on: both are one request.
-ONE_WISH = 1.0  # seconds
+SAME_REQUEST = 1.0  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,7 +51,7 @@ class _Once:
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
             self._first(number)
-        elif time.monotonic() - self._since > ONE_WISH:
+        elif time.monotonic() - self._since > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -104,7 +104,7 @@ class Parts:
         return {"model": self.student, **peers}
 
     def fit(self) -> None:
-        """Fit the laterals of an FPN that is the teacher's, see :func:`~sharedkd.modeling.laterals.fit_laterals`.
+        """Fit the laterals of an inherited FPN, see :func:`~sharedkd.modeling.laterals.fit_laterals`.
 
         Before the model is wrapped for several processes, which then get the weights of the first.
         """
@@ -292,7 +292,7 @@ def _group(node: DictConfig, key: str, example: str, findings: Findings) -> Dict
 
 
 def _of_teacher(name: Optional[str], function: Callable, *args: Any) -> Any:
-    """Call ``function``, with the key of this teacher in place of ``model.teacher`` in its errors and log lines."""
+    """Call ``function``; its errors and log lines name the key of this teacher, not ``model.teacher``."""
 
     def here(text: str) -> str:
         return re.sub(r"\bmodel\.teacher(?=\.|$)", teacher_key(name), text)

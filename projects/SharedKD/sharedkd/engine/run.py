@@ -302,7 +302,10 @@ def _beside(pair: SharedKD) -> Dict[str, Any]:
 
 
 def _check_owned(module: nn.Module, entries: Mapping[str, Any], checkpoint: str) -> None:
-    """Refuse a checkpoint whose losses own other parameters, as after ``train.force_resume``: the optimizer's state is of those."""
+    """Refuse to resume if the losses own other parameters now, as after ``train.force_resume``.
+
+    The checkpoint's optimizer has a state for each parameter, in order.
+    """
     beside = _beside(module) if isinstance(module, SharedKD) else {}
 
     def shapes(key: str, state: Mapping[str, Any]) -> Dict[str, torch.Size]:

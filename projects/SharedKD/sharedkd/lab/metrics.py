@@ -58,7 +58,7 @@ def seconds_per_step(curves: Mapping[str, np.ndarray]) -> float:
 
 
 def gradient_share(curves: Mapping[str, np.ndarray]) -> float:
-    """The mean share of the student's gradient that its distillation losses have, see Watchdog; NaN if it was never measured."""
+    """The mean share of the student's gradient that distillation has, see Watchdog; NaN if it was not measured."""
     shares = 1 - curves.get("watch/detector", np.array([]))
     shares = shares[~np.isnan(shares)]
     return float(np.mean(shares)) if len(shares) else math.nan

@@ -299,7 +299,7 @@ def reached(record: Record, method: str, task: str) -> List[Optional[int]]:
 
 
 def level(record: Record, method: str) -> Dict[int, int]:
-    """Seed -> the first evaluated iteration with at least the teacher's AP in every task; without those that never had it."""
+    """Seed -> the first evaluated iteration with at least the teacher's AP in every task, if there is one."""
     theirs = {task: score_of(record.get("teacher"), task) for task in tasks_of(record)}
     goals = {task: ap for task, ap in theirs.items() if is_known(ap) and ap > 0}
     found = {}

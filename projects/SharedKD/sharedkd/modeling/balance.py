@@ -172,7 +172,7 @@ class AutoWeight(nn.Module):
 
 
 class AutoWeights(nn.ModuleDict):
-    """The :class:`AutoWeight` of each stage that has one; those of stages that are new in a resumed run begin anew."""
+    """The :class:`AutoWeight` of each stage that has one; a stage that is new in a resumed run begins anew."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().load_state_dict(state_dict, strict=False)

@@ -37,7 +37,8 @@ def fit_laterals(pair: SharedKD, records: Iterable[Dict[str, Any]]) -> Dict[str,
     A level's W and b minimise ``sum |W x + b - y|^2 + RIDGE * s * |W|^2`` over all positions of all images;
     x: the student's bottom-up map, (C_in); y: what the teacher's lateral gives, (C); s: the sum of the
     squares of x, the mean over its channels.  A level that the teacher lacks (see ``scale``) adds nothing
-    to those below it until it has learnt something.  Ours; the linear case of FitNets' hint training (ICLR 2015), in closed form.
+    to those below it until it has learnt something.  Ours; the linear
+    case of FitNets' hint training (ICLR 2015), in closed form.
 
     Args:
         pair: its teacher is a FrozenTeacher.

@@ -203,7 +203,7 @@ class SharedKD(nn.Module):
 
     @property
     def pairs(self) -> Dict[str, "SharedKD"]:
-        """All students with their stages, by what the names of their losses begin with; the first is ``""``."""
+        """All students with their stages, by the prefix of their losses' names; the first one's is ``""``."""
         return {"": self, **{f"{PEER}{name}/": pair for name, pair in self.peers.items()}}
 
     def check_record(self, record: Dict[str, Any]) -> None:

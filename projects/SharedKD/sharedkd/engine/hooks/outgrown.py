@@ -15,7 +15,7 @@ class Outgrown(hooks.HookBase):
     """Compares the student's AP with the teachers' after each evaluation.
 
     A student is level with a teacher when it has at least the teacher's AP in every task that both were
-    evaluated for.  It is said once, and the stages with ``end="teacher"`` that learn from this teacher
+    evaluated for.  This is logged once.  Stages with ``end="teacher"`` that learn from this teacher
     are off from the next iteration on (:meth:`SharedKDTrainer.stage_weights`).
 
     Attributes:

@@ -36,17 +36,28 @@ _PACKAGES = ("torchvision", "detectron2", "numpy")
 class RunRecord(hooks.HookBase):
     """Writes run.json at the start of a run and again at its end.
 
-    Keys: ``validation`` (the data that it is evaluated on), ``command``, ``config_file`` and ``overrides``
-    (with which it was started), ``repairs`` (of its data, a line each), ``unlabelled_images`` (how many it
-    learns from), ``inherited`` (how many tensors are the teacher's at the start), ``fitted`` (lateral of the FPN -> how
-    much of its teacher's it explains), ``fast_dev_run``,
-    ``initial_weights`` (fingerprint of the student before its first step),
-    ``stages`` (their names), ``parameters`` (``student``, ``losses``), ``hardware``,
-    ``processes``, ``versions``, and at the end ``iterations``, ``peak_memory_mb`` (allocated on the GPU; on
-    a CPU the resident memory of the training process), ``skipped`` (numbers of ``steps`` and ``images`` that
-    were left out, see ``train.on_nonfinite`` and ``on_bad_image``; of images, the main process's),
-    ``outgrown`` (teacher -> the iteration after which the student was level with it) and ``results`` (of the
-    last evaluation).
+    At the start:
+
+    - ``validation``: the data that it is evaluated on.
+    - ``command``, ``config_file``, ``overrides``: how it was started.
+    - ``repairs``: those of its data, a line each.
+    - ``unlabelled_images``: how many it learns from.
+    - ``inherited``: how many tensors are the teacher's.
+    - ``fitted``: lateral of the FPN -> how much of its teacher's it explains.
+    - ``fast_dev_run``
+    - ``initial_weights``: fingerprint of the student before its first step.
+    - ``stages``: their names.
+    - ``parameters``: of ``student`` and ``losses``.
+    - ``hardware``, ``processes``, ``versions``
+
+    At the end:
+
+    - ``iterations``
+    - ``peak_memory_mb``: allocated on the GPU; on a CPU the resident memory of the training process.
+    - ``skipped``: how many ``steps`` and ``images`` were left out, see ``train.on_nonfinite`` and
+      ``on_bad_image``; of images, those of the main process.
+    - ``outgrown``: teacher -> the iteration after which the student was level with it.
+    - ``results``: of the last evaluation.
 
     Args:
         folder: the run's output folder.

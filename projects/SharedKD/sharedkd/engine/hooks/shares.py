@@ -33,10 +33,12 @@ class Watchdog(hooks.HookBase):
     The share of a term is the norm of its gradient with respect to all of the student's parameters,
     over the sum of these norms; the detector's losses count together as one term.  So losses on maps of
     the backbone, maps of the FPN and logits can be compared.  Shares are logged as
-    ``watch/<stage>/<term>`` and ``watch/detector``.  A term whose share is above :data:`DOMINANT` on
-    average, or zero throughout, over :data:`WINDOW` measurements in a row is reported; then its next
-    window begins.  A stage that has given the student nothing from the first one on ends the run.  A term, which is one level of most losses, with more than :data:`UNBALANCED` of the
-    sum of its stage's norms over such a window is reported once.
+    ``watch/<stage>/<term>`` and ``watch/detector``.  After every :data:`WINDOW` measurements:
+
+    - A term is reported if its mean share is above :data:`DOMINANT`, or its share was always zero.
+    - A term with more than :data:`UNBALANCED` of its stage's norms is reported once.  A term is one level
+      of most losses.
+    - The run ends if a stage has given the student no gradient since the run began.
 
     A measurement runs one more forward, of one image a process, and a backward for each term.  It
     leaves no trace in the training: no parameter, gradient, statistic or random draw changes.
