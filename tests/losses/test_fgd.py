@@ -8,7 +8,7 @@ import torch
 from losses import harness
 from losses.harness import convolved, numbers, on_image, softmax
 
-from sharedkd.losses.fgd import FGD, GlobalContext, foreground
+from sharedkd.losses.fgd import FGD, GlobalContext, box_weights
 
 WEIGHTS = dict(foreground=0.7, background=1.1, attention=0.3, global_=0.9)
 BOXES = [
@@ -97,7 +97,7 @@ def test_value(options, given):
 
 
 def drawn(boxes, x, stride):
-    return foreground(torch.tensor(boxes, dtype=torch.float32).view(1, -1, 4), x, stride)[0, 0]
+    return box_weights(torch.tensor(boxes, dtype=torch.float32).view(1, -1, 4), x, stride)[0, 0]
 
 
 @pytest.mark.parametrize("count", [32, 33, 70])

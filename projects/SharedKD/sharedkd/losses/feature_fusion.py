@@ -96,7 +96,7 @@ class FeatureFusion(DistillationLoss):
             fixed = {name: p.detach() for name, p in classifier.named_parameters()}
             answer = functional_call(classifier, fixed, (adapted,))
 
-            fit = _cross_entropy(logits, foreground(boxes, s, stride).to(s.dtype))
+            fit = _cross_entropy(logits, in_boxes(boxes, s, stride).to(s.dtype))
             feature = (adapted - fused.detach()).square()
             response = _cross_entropy(answer, logits.detach().sigmoid())
             terms[f"s{stride}_fit"] = self.fit * masked_mean(fit, mask)
@@ -105,7 +105,7 @@ class FeatureFusion(DistillationLoss):
         return terms
 
 
-def foreground(boxes: Tensor, x: Tensor, stride: int) -> Tensor:
+def in_boxes(boxes: Tensor, x: Tensor, stride: int) -> Tensor:
     """Find the positions whose centre lies inside a box.
 
     Args:

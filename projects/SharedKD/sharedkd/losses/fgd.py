@@ -12,12 +12,12 @@ from sharedkd.values import check_number
 from .adapter import adapters
 from .base import Batch, DistillationLoss, Shapes, check_weights
 
-__all__ = ["FGD", "GlobalContext", "foreground"]
+__all__ = ["FGD", "GlobalContext", "box_weights"]
 
 CHUNK = 32  # boxes of an image that are drawn at a time: bounds the memory of a crowded batch
 
 
-def foreground(boxes: Tensor, x: Tensor, stride: int) -> Tensor:
+def box_weights(boxes: Tensor, x: Tensor, stride: int) -> Tensor:
     """Draw the boxes: at each position 1 / (cells of the smallest box there), 0 without a box.
 
     A box covers the cells floor(x0 / stride) to ceil(x1 / stride), both included, and likewise in
@@ -192,7 +192,7 @@ class FGD(DistillationLoss):
             s = self.adapt[name](s)
             inside = batch.inside(s, stride) if self.ignore_padding else None
 
-            fg = foreground(boxes, t, stride)
+            fg = box_weights(boxes, t, stride)
             bg = (fg == 0) if inside is None else (fg == 0) & inside
             bg = bg.to(t.dtype) / bg.sum((2, 3), keepdim=True).clamp(min=1)
 
