@@ -310,6 +310,14 @@ def test_frozen_norms_of_random_weights_are_warned_of(good, tmp_path, kind, stud
     assert key not in remedy("BN")
 
 
+@pytest.mark.parametrize("method, said", [("inherit", True), ("pkd", False)])
+def test_a_start_alone_is_too_little_for_random_weights(good, tmp_path, method, said):
+    keys = [f"train.output_dir={tmp_path}/run", f"distill.method={method}"]
+    found = preflight(good["pair"], keys, measure=False)
+    fixes = [x["fix"] for x in found["warnings"] if x["key"] == "model.stages"]
+    assert fixes == ["add --method shared_kd"] * said
+
+
 def test_validation_on_the_training_data_is_warned_of(good, workspace, tmp_path):
     same = [
         f"data.val_{x}={workspace.shapes}/train{end}"

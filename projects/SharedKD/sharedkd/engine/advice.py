@@ -14,7 +14,7 @@ from sharedkd.data.loader import TrainLoader
 from sharedkd.errors import ConfigError
 from sharedkd.modeling.detectors import count_parameters, num_classes
 from sharedkd.modeling.hardware import has_bfloat16
-from sharedkd.modeling.meta_arch import SharedKD
+from sharedkd.modeling.meta_arch import SharedKD, of_students
 from sharedkd.modeling.stages import iterations
 from sharedkd.modeling.teachers import FrozenTeacher, teacher_key
 from sharedkd.weights.conventions import convention_of_model
@@ -62,6 +62,9 @@ def _weights(parts: Parts) -> Iterator[ConfigError]:
     if not parts.resuming:
         given = parts.cfg.train.init_checkpoint
         yield from _random("train", given, parts.student, key_of(model, "stages"))
+        if parts.teachers and not given and not of_students(parts.model, "stages"):
+            problem = "a start without a loss gives little to a student from random weights"
+            yield ConfigError("model.stages", "", problem, "add --method shared_kd")
         for name, x in parts.peers.items():
             key = f"model.peers.{name}"
             stages = key_of(model.peers[name], "stages", key)
