@@ -32,7 +32,7 @@ def add_config_arguments(
         group.add_argument(
             "--method",
             metavar="NAME",
-            help="see compare_methods.py --list; default for a plain detector: inherit",
+            help="see compare_methods.py --list; default for a plain detector: shared_kd",
         )
 
 

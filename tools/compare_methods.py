@@ -84,7 +84,7 @@ if __name__ == "__main__":
         type=names,
         default=[],
         metavar="A,B,...",
-        help="default: none, and config or, if that has no loss, inherit",
+        help="default: none, and what the config itself trains",
     )
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], metavar="0,1,...")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")

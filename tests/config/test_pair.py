@@ -45,10 +45,14 @@ def test_the_family_is_that_of_the_overridden_detector():
     assert cfg.model.stages == shared_kd_stages()
 
 
-@pytest.mark.parametrize("method", [[], ["distill.method=inherit"]])
-def test_a_teacher_alone_is_a_start_without_a_loss(method):
-    keys = [f"distill.teacher={ZOO}", "data.unlabelled_images=folder", *method]
-    cfg = load("retinanet_plain.py", *keys)
+def test_a_teacher_alone_is_a_start_and_shared_kd():
+    cfg = load("retinanet_plain.py", f"distill.teacher={ZOO}")
+    assert cfg.train.inherit == ["neck", "head"] and cfg.model.stages == shared_kd_stages()
+
+
+def test_a_start_without_a_loss():
+    keys = ["distill.method=inherit", "data.unlabelled_images=folder"]
+    cfg = load("retinanet_plain.py", f"distill.teacher={ZOO}", *keys)
     assert cfg.train.inherit == ["neck", "head"] and [*cfg.model.stages] == ["_target_"]
     assert cfg.data.unlabelled_images == "folder"  # and not left out: a run refuses it
 

@@ -197,11 +197,17 @@ def test_keys_of_the_flags_teacher_reach_a_config_that_is_a_method(workspace, tm
     assert [x.teacher.precision for x in saved if "teacher" in x] == ["bfloat16"] * 2
 
 
-def test_without_methods_a_plain_detector_is_compared_with_its_start(workspace, tmp_path):
+def test_without_methods_what_the_config_trains_is_compared(workspace, tmp_path):
     keys = [*workspace.data, *workspace.flags]
-    for config, method in (("custom_coco_plain", "inherit"), ("custom_coco", "config")):
+    for config, more, method in (
+        ("custom_coco_plain", [], "shared_kd"),
+        ("custom_coco_plain", ["distill.method=inherit"], "inherit"),
+        ("custom_coco", [], "shared_kd"),
+        ("custom_coco", ["model.stages.identical.share=0.3"], "config"),
+    ):
         path = f"{ROOT}/configs/{config}.py"
-        assert Comparison(ROOT, path, [], [0], tmp_path, keys).methods == ["none", method]
+        found = Comparison(ROOT, path, [], [0], tmp_path, [*keys, *more])
+        assert found.methods == ["none", method]
 
 
 def test_a_comparison_of_a_schemes_own_config(overrides, tmp_path):

@@ -53,7 +53,7 @@ def test_the_commands_of_the_page(workspace, tmp_path, monkeypatch):
     for _, tool, *options in ([*plain, *small], [*distilled, *small], report):
         assert tiny.run_tool(tool.removeprefix("tools/"), *options) is None
     log = (tmp_path / "output/distilled/log.txt").read_text()
-    assert "The student inherits" in log and "no distillation loss" in log
+    assert "The student inherits" in log and "loss_distill_identical" in log
     keys = [
         torch.load(tmp_path / f"output/{x}/model_final.pth", weights_only=False)["model"].keys()
         for x in ("distilled", "plain")

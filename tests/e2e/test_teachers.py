@@ -62,7 +62,7 @@ def test_a_start_without_a_loss_needs_its_teacher_once(train, workspace, tmp_pat
     """The run is resumed without the teacher's file, and ends in the same bytes."""
     config, weights = workspace.root / "teacher.py", tmp_path / "teacher.pth"
     shutil.copy(workspace.weights, weights)
-    options = [f"distill.teacher={config}", f"distill.weights={weights}"]
+    options = [f"distill.teacher={config}", f"distill.weights={weights}", "distill.method=inherit"]
     options += ["train.max_iter=3", "train.checkpointer.period=2", "train.eval_teacher=True"]
     output, _ = train("custom_coco_mask_plain.py", *options)
     whole = torch.load(output / "model_final.pth", weights_only=False)

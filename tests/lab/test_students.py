@@ -197,7 +197,7 @@ def test_students_that_cannot_be_compared_are_refused(students, teacher, words, 
 
 
 def test_students_whose_own_methods_differ_are_refused_without_a_list(tmp_path):
-    pair = f"{tiny.ROOT}/configs/retinanet_sharedkd.py"
+    pair = f"{tiny.ROOT}/configs/retinanet_sharedkd.py:model.stages.identical.share=0.3"
     found, teacher = [Student.of(text) for text in (YAML, pair)], [f"distill.teacher={YAML}"]
-    with pytest.raises(ConfigError, match="methods=none,config; none,inherit: differ by student"):
+    with pytest.raises(ConfigError, match="methods=none,config; none,shared_kd: differ by student"):
         run_students(tiny.ROOT, found, [], [0], tmp_path / "out", teacher)

@@ -1,9 +1,10 @@
 """Distillation methods by name: what code outside of this package imports."""
 
-from sharedkd.config.methods import OWN, PLAIN, START, with_method
+from sharedkd.config.methods import DEFAULT, OWN, PLAIN, START, with_method
 from sharedkd.modeling.recipes import FAMILIES, Method, known_methods, stages_of
 
 __all__ = [
+    "DEFAULT",
     "FAMILIES",
     "OWN",
     "PLAIN",

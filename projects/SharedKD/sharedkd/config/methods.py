@@ -23,12 +23,13 @@ from .build import target_of
 from .classic import build_detector, expanded
 from .overrides import override
 
-__all__ = ["OWN", "PLAIN", "START", "check_shares", "family_of", "with_method"]
+__all__ = ["DEFAULT", "OWN", "PLAIN", "START", "check_shares", "family_of", "with_method"]
 
 logger = logging.getLogger("detectron2.sharedkd")
 
 PLAIN = "none"  #: the student without a teacher
 OWN = "config"  #: the stages that the config itself has
+DEFAULT = "shared_kd"  #: of a plain detector that gets a teacher
 
 _OF_AUTO = re.compile(r"\+*(?P<stage>model(?:\.peers\.\w+)?\.stages\.\w+)\.(share|every|balance)=")
 _KNOWN = {GeneralizedRCNN: "faster_rcnn", RetinaNet: "retinanet", FCOS: "fcos"}

@@ -13,7 +13,7 @@ from sharedkd.modeling.teachers import FrozenTeacher, Teacher
 from sharedkd.weights.loading import PARTS
 
 from .build import makes, target_of
-from .methods import OWN, START, with_method
+from .methods import DEFAULT, OWN, START, with_method
 from .shared_kd import shared_kd_stages
 
 __all__ = ["IMAGE_FORMAT", "Pairing", "distill"]
@@ -32,7 +32,7 @@ class Pairing:
     Args:
         teacher: a model-zoo name, a config's path, or the folder of a run.
         weights: the teacher's weights; None: those of a model-zoo name, or the last of a run's folder.
-        method: as :func:`~sharedkd.config.methods.with_method` takes it.  None: ``inherit`` for a plain
+        method: as :func:`~sharedkd.config.methods.with_method` takes it.  None: :data:`DEFAULT` for a plain
             detector, and the stages of a pair's own config.
         depth: of the detector's ResNet, see :func:`~sharedkd.config.depth.set_depth`; None: the config's.
     """
@@ -92,9 +92,9 @@ class Pairing:
             fix = "name its config by --teacher"
             raise ConfigError("--teacher-weights", self.weights, "there is no teacher", fix)
         if "student" not in cfg.model:
-            # The start alone, without a loss: docs/results.md says why.
             cfg.model = distill(cfg.model, self.teacher, self.weights, L(stage_dict)())
-            method = OWN if method == START else method
+            # The node has no stages yet, as `inherit` has none.
+            method = OWN if method == START else method or DEFAULT
             if OmegaConf.select(cfg, IMAGE_FORMAT) is None:  # a mapper that does not say it
                 cfg.model.input_format = cfg.model.student.get("input_format", "BGR")
         elif self.teacher is not None:

@@ -355,9 +355,7 @@ def _inherit(
         share = sum(size[x] for x in copied) / sum(size[x] for x in of_parts(size, parts))
         if share < LEAST_INHERITED:
             problem = f"the teacher's have other shapes: {share:.0%} of these weights are inherited"
-            fix = (
-                f"give the student an FPN and heads of its widths, add --method shared_kd, or {fix}"
-            )
+            fix = f"give the student an FPN and heads of its widths, or {fix}"
             findings.warn("train.inherit", parts, problem, fix)
     return copied
 

@@ -34,7 +34,7 @@ from sharedkd.lab.output import WRITER, write_text
 from sharedkd.lab.progress import LiveLine, Progress, Remaining
 from sharedkd.lab.runs import Run, short, tool
 from sharedkd.lab.scores import TASKS, costs_of, folder_name, is_known, mean_of
-from sharedkd.methods import OWN, PLAIN, START, with_method
+from sharedkd.methods import DEFAULT, OWN, PLAIN, START, with_method
 from sharedkd.modeling.detectors import load_file
 from sharedkd.modeling.meta_arch import SharedKD
 
@@ -96,8 +96,8 @@ class Comparison:
         config_file: of a pair.
         methods: names as :func:`~sharedkd.config.methods.with_method` takes them; paths of configs, which get
             the same overrides, but for those of a teacher of another class; and ``a@b``: method a, trained
-            for the time that b takes.  None of them: ``none``, and ``config`` or, if that has no stages,
-            ``inherit``.
+            for the time that b takes.  None of them: ``none``, and what the config itself trains, as
+            ``shared_kd`` or ``inherit`` if it is that, else as ``config``.
         seeds: one arm each per method.
         output: folder of the arms and the report.
         overrides: ``key=value`` for all arms.
@@ -121,14 +121,21 @@ class Comparison:
         self.root, self.output = root, output
         self.config_file, self.overrides = config_file, list(overrides)
         self.cfg = load_config(config_file, overrides, keep_teacher=True)
-        model = self.cfg.model
-        learns = {*(model.get("stages") or ())} - {"_target_"} or model.get("peers")
-        methods = methods or (PLAIN, OWN if learns else START)
+        methods = methods or (PLAIN, self._own_method())
         self.methods, self.seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
         self._check_names()
         self.configs = {
             method: self._config_of(method.split(FOR_THE_TIME_OF)[0]) for method in self.methods
         }
+
+    def _own_method(self) -> str:
+        """The name of what the config itself trains."""
+        model = self.cfg.model
+        if model.get("peers"):
+            return OWN
+        if not {*(model.get("stages") or ())} - {"_target_"}:
+            return START
+        return DEFAULT if with_method(self.cfg, DEFAULT).model.stages == model.stages else OWN
 
     def _config_of(self, method: str) -> DictConfig:
         path, *settings = method.split(":")
