@@ -2,11 +2,10 @@
 """Train ever smaller detectors, each with the one before it as its teacher (teacher assistants).
 
 When the command runs again, it skips finished runs and continues an interrupted one.
-Overrides go to the runs of all students, and so does the method; without one a student only starts from
-its teacher. R101 -> R50 -> R18:
+Overrides go to the runs of all students, and so does the method (default: shared_kd). R101 -> R50 -> R18:
 
     tools/distill_chain.py --teacher r101.yaml --teacher-weights r101.pth --students r50.yaml,r18.yaml \\
-        --method shared_kd --output output/chain train.max_iter=90000
+        --output output/chain train.max_iter=90000
 """
 
 import os

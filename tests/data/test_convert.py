@@ -59,7 +59,7 @@ def test_yolo(tmp_path, capsys):
 def test_two_sets_of_one_name_are_refused(tmp_path):
     (tmp_path / "data.yaml").write_text("val: images\nvalid: images\nnames: [cat]\n")
     picture(tmp_path / "images/a.jpg")
-    with pytest.raises(ConfigError, match="data.yaml: names two sets to be val.json"):
+    with pytest.raises(ConfigError, match="data.yaml: names both val and valid"):
         convert_yolo(tmp_path, tmp_path / "out")
 
 

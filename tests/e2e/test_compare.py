@@ -208,6 +208,11 @@ def test_without_methods_what_the_config_trains_is_compared(workspace, tmp_path)
         path = f"{ROOT}/configs/{config}.py"
         found = Comparison(ROOT, path, [], [0], tmp_path, [*keys, *more])
         assert found.methods == ["none", method]
+    saved = str(tmp_path / "saved.yaml")  # has classes as texts
+    LazyConfig.save(found.cfg, saved)
+    assert Comparison(ROOT, saved, [], [0], tmp_path, keys).methods == ["none", "config"]
+    keys.append("model.stages.identical.share=1.0")
+    assert Comparison(ROOT, saved, [], [0], tmp_path, keys).methods == ["none", "shared_kd"]
 
 
 def test_a_comparison_of_a_schemes_own_config(overrides, tmp_path):

@@ -315,7 +315,7 @@ def test_a_start_alone_is_too_little_for_random_weights(good, tmp_path, method, 
     keys = [f"train.output_dir={tmp_path}/run", f"distill.method={method}"]
     found = preflight(good["pair"], keys, measure=False)
     fixes = [x["fix"] for x in found["warnings"] if x["key"] == "model.stages"]
-    assert fixes == ["add --method shared_kd"] * said
+    assert fixes == ["use --method shared_kd"] * said
 
 
 def test_validation_on_the_training_data_is_warned_of(good, workspace, tmp_path):

@@ -103,10 +103,13 @@ def test_schemes():
     }
     for name, options in cases.items():
         model = move(tiny.pair(**options))
+        before = [p.inside.clone() for p in model.student.parameters() if p.requires_grad]
         trainer = trainer_of(model, [*tiny.batch(), unlabelled], clip_grad_norm=1.0, accumulate=2)
         with elsewhere():
             trainer.train(0, 2)
         assert any(k.startswith("distill/maps/") for k in trainer.step.metrics), name
+        after = [p.inside for p in model.student.parameters() if p.requires_grad]
+        assert not all(torch.equal(a, b) for a, b in zip(after, before)), name
 
 
 def test_the_start_and_the_teachers_evaluation():

@@ -112,7 +112,7 @@ def test_echoes_are_no_second_wish(monkeypatch):
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGINT and stop.agreed(None) == signal.SIGINT
         assert killed == []
-        monkeypatch.setattr(interrupt, "ONE_WISH", 0.0)
+        monkeypatch.setattr(interrupt, "SAME_REQUEST", 0.0)
         signal.raise_signal(signal.SIGTERM)
         assert killed == [(os.getpid(), signal.SIGTERM)]
     assert signal.getsignal(signal.SIGTERM) is handler

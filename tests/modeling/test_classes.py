@@ -27,10 +27,15 @@ def test_a_registered_json_tells_its_classes_before_it_is_loaded(tmp_path):
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
     register_coco_instances("classes_of_json", {}, str(path), str(tmp_path))
     try:
-        assert registered_classes(["classes_of_json"]) == ["green", "red"]
+        assert registered_classes(["classes_of_json"]) is None
+        assert registered_classes(["classes_of_json"], unloaded=True) == ["green", "red"]
         DatasetCatalog.get("classes_of_json")
         assert MetadataCatalog.get("classes_of_json").thing_classes == ["green", "red"]
-        assert registered_classes(["unknown"]) is None
+        assert registered_classes(["unknown"], unloaded=True) is None
+        MetadataCatalog.remove("classes_of_json")
+        MetadataCatalog.get("classes_of_json").set(json_file=str(path), evaluator_type="coco")
+        path.write_text("{")
+        assert registered_classes(["classes_of_json"], unloaded=True) is None
     finally:
         DatasetCatalog.remove("classes_of_json")
         MetadataCatalog.remove("classes_of_json")

@@ -10,7 +10,15 @@ from sharedkd.errors import ConfigError, Findings
 
 from .plain import leaves
 
-__all__ = ["construct", "makes", "missing_keys", "not_set", "target_of", "value_of"]
+__all__ = [
+    "builds_the_same",
+    "construct",
+    "makes",
+    "missing_keys",
+    "not_set",
+    "target_of",
+    "value_of",
+]
 
 
 def not_set(key: str) -> ConfigError:
@@ -40,6 +48,14 @@ def makes(node: Any, kind: type) -> bool:
     except ImportError:  # reported where the node is built
         return False
     return isinstance(target, type) and issubclass(target, kind)
+
+
+def builds_the_same(a: Any, b: Any) -> bool:
+    """Whether two config nodes build the same; one may be read from a file, where a class is a text."""
+    if not (isinstance(a, DictConfig) and isinstance(b, DictConfig)):
+        return a == b
+    same = a.keys() == b.keys() and target_of(a) == target_of(b)
+    return same and all(builds_the_same(a[k], b[k]) for k in a if k != "_target_")
 
 
 def construct(node: DictConfig, key: str) -> Any:

@@ -64,7 +64,7 @@ def _weights(parts: Parts) -> Iterator[ConfigError]:
         yield from _random("train", given, parts.student, key_of(model, "stages"))
         if parts.teachers and not given and not of_students(parts.model, "stages"):
             problem = "a start without a loss gives little to a student from random weights"
-            yield ConfigError("model.stages", "", problem, "add --method shared_kd")
+            yield ConfigError("model.stages", "", problem, "use --method shared_kd")
         for name, x in parts.peers.items():
             key = f"model.peers.{name}"
             stages = key_of(model.peers[name], "stages", key)

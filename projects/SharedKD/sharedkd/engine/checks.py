@@ -215,7 +215,7 @@ def check_unlabelled(cfg: DictConfig, model: nn.Module) -> None:
         fix += "shared_kd or pkd"
     else:
         problem = "nothing learns from them without distillation"
-        fix = "label them by tools/label_images.py, or add --teacher and --method shared_kd"
+        fix = "label them by tools/label_images.py, or add --teacher"
     found = OmegaConf.select(cfg, "data.unlabelled_images")
     key = "dataloader.train.unlabelled" if found is None else "data.unlabelled_images"
     raise ConfigError(key, found, problem, fix)

@@ -54,7 +54,7 @@ def check_disk(
 
     Returns:
         ``checkpoint_mb``, the size of one; ``kept``, how many the folder holds at most; ``needed_mb``, for
-        these and the one being written; ``free_mb``.
+        these and the one being written, beside those that a run to resume has; ``free_mb``.
 
     Raises:
         ConfigError: there is no room for one checkpoint beside the one before it.
@@ -64,13 +64,15 @@ def check_disk(
     if train.checkpointer.max_to_keep is not None:
         periodic = min(periodic, train.checkpointer.max_to_keep)
     size = _checkpoint_bytes(model, optimizer) / 2**20
+    files = glob.glob(os.path.join(glob.escape(train.output_dir), "*.pth"))
+    there = sum(map(os.path.getsize, files)) / 2**20
     found: Dict[str, float] = {
         "checkpoint_mb": size,
         "kept": periodic + 1,  # and the final one
-        "needed_mb": size * (periodic + 2),
+        "needed_mb": max(size * (periodic + 2) - there, size),
         "free_mb": shutil.disk_usage(_existing(train.output_dir)).free / 2**20,
     }
-    if found["free_mb"] < 2 * size:
+    if found["free_mb"] < max(2 * size - there, size):
         problem = (
             f"{found['free_mb']:.0f} MB are free on its disk, one checkpoint of {size:.0f} MB "
         )

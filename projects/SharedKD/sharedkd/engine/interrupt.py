@@ -100,7 +100,8 @@ class StopRequest(ExitStack):
 def _announce(number: int) -> None:
     if comm.is_main_process():  # not by print, which the signal may have interrupted
         name = signal.Signals(number).name
-        text = f"\n{name}: stops after this step; a second one stops at once\n"
+        when = "after this step" if comm.get_world_size() == 1 else "soon, all processes together"
+        text = f"\n{name}: stops {when}; a second one stops at once\n"
         os.write(sys.__stderr__.fileno(), text.encode())
 
 

@@ -227,7 +227,7 @@ def _detectors(found: Mapping[str, Any]) -> Iterator[str]:
         else:
             yield words.format(who, x["parameters"] / 1e6, **x)
     if "teacher" in found and not found["stages"]:
-        yield "no distillation loss (--method shared_kd adds one)"
+        yield "no distillation loss"
 
 
 def _level_row(found: Mapping[str, Any], x: Mapping[str, Any]) -> Dict[str, Any]:

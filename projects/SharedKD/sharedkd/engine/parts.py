@@ -167,7 +167,7 @@ def assemble(
     step(check_scheduler, parts.scheduler)
     trained = parts.student if parts.model is FAILED else parts.model
     parts.optimizer = step(_optimizer, cfg, trained, parts.peers)
-    if FAILED not in (parts.model, folder) and not resuming:  # whose files are there
+    if FAILED not in (parts.model, folder):
         parts.disk = step(check_disk, cfg, parts.model, parts.optimizer) or None
     loader = cfg.dataloader.train if data.complete("train") else FAILED
     parts.loader = step(construct, loader, "dataloader.train")
@@ -374,7 +374,7 @@ def check_start(parts: Parts) -> None:
     kept = [x for x in parts_of(parts.loaded.names if parts.loaded else ()) if x in wanted]
     why = f", whose {' and '.join(kept)} train.init_checkpoint has already" if kept else ""
     problem = f"gives the student nothing of the teacher{why}, and there is no distillation loss"
-    fix = "add a loss with --method shared_kd, or train without the teacher"
+    fix = "use a loss, as --method shared_kd has, or train without the teacher"
     raise ConfigError("train.inherit", wanted, problem, fix)
 
 

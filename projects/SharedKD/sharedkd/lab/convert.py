@@ -87,12 +87,13 @@ def convert_yolo(source: Path, out: Path) -> _Written:
     if len(set(names.values())) < len(names):
         _refuse(source, f"two classes have one name: {names}", "rename one")
     written = {}
+    given = [split for key, split in SPLITS.items() if data.get(key)]
+    if len(set(given)) < len(given):
+        _refuse(source, "names both val and valid", "leave one out")
     for key, split in SPLITS.items():
         named = data.get(key) or []
         folders = [named] if isinstance(named, str) else named
         images = [x for folder in folders for x in _images(source, data.get("path"), folder)]
-        if images and split in written:
-            _refuse(source, f"names two sets to be {split}.json", "leave one out")
         if images:
             root = Path(os.path.commonpath([x.parent for x in images]))
             poses = bool(data.get("kpt_shape"))

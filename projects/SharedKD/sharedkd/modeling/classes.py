@@ -13,30 +13,42 @@ from sharedkd.errors import ConfigError
 __all__ = ["check_class_names", "registered_classes", "saved_classes", "some_of"]
 
 
-def saved_classes(cfg: Union[DictConfig, CfgNode]) -> Optional[List[str]]:
-    """The class names in a run's saved config, or of a classic config's registered data; None if unknown."""
+def saved_classes(cfg: Union[DictConfig, CfgNode], unloaded: bool = False) -> Optional[List[str]]:
+    """The class names in a run's saved config, or of a classic config's registered data; None if unknown.
+
+    Args:
+        unloaded: see :func:`registered_classes`.
+    """
     if isinstance(cfg, CfgNode):
-        return registered_classes(cfg.DATASETS.TRAIN)
+        return registered_classes(cfg.DATASETS.TRAIN, unloaded)
     return list(OmegaConf.select(cfg, "data.classes") or ()) or None
 
 
-def registered_classes(names: Any) -> Optional[List[str]]:
-    """The classes of one or several registered data sets; None if they are not known."""
+def registered_classes(names: Any, unloaded: bool = False) -> Optional[List[str]]:
+    """The classes of one or several registered data sets; None if they are not known.
+
+    Args:
+        unloaded: read those of a COCO json that Detectron2 has not loaded yet: it sets them then.
+    """
     for name in [names] if isinstance(names, str) else names or ():
         if name in MetadataCatalog:
             metadata = MetadataCatalog.get(name)
-            return metadata.get("thing_classes") or _of_json(metadata)
+            known = metadata.get("thing_classes")
+            return _of_json(metadata) if unloaded and known is None else known
     return None
 
 
 def _of_json(metadata: Metadata) -> Optional[List[str]]:
-    """The classes of a COCO json that is registered and not loaded yet, as Detectron2 will order them."""
+    """The classes of a registered COCO json in Detectron2's order."""
     path = metadata.get("json_file")
     if metadata.get("evaluator_type") != "coco" or not path or not PathManager.isfile(path):
         return None
-    with PathManager.open(path) as f:
-        categories = json.load(f)["categories"]
-    return [x["name"] for x in sorted(categories, key=lambda x: x["id"])]
+    try:
+        with PathManager.open(path) as f:
+            categories = json.load(f)["categories"]
+        return [x["name"] for x in sorted(categories, key=lambda x: x["id"])]
+    except (ValueError, KeyError, TypeError):  # reported where the data are read
+        return None
 
 
 def check_class_names(

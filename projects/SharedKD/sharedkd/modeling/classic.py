@@ -80,8 +80,10 @@ def _teacher_of(
 
 def _check_classes(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher) -> None:
     """Refuse a teacher whose class scores mean other classes than the data's, where both are known."""
-    ours, theirs = registered_classes(cfg.DATASETS.TRAIN), saved_classes(read_config(teacher.name))
-    if ours and theirs and num_classes(student) == num_classes(teacher.model):
+    ours = registered_classes(cfg.DATASETS.TRAIN, unloaded=True)
+    theirs = saved_classes(read_config(teacher.name), unloaded=True)
+    counts = {num_classes(student), num_classes(teacher.model)}
+    if {len(ours or ()), len(theirs or ())} == counts and len(counts) == 1:
         key = "MODEL.SHAREDKD.TEACHER.CONFIG"
         otherwise = "use MODEL.SHAREDKD.INHERIT: [neck] and a method that compares maps alone"
         check_class_names(key, teacher.name, theirs, ours, otherwise)

@@ -23,7 +23,7 @@ from detectron2.config import LazyConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sharedkd.config import load_config
-from sharedkd.config.build import construct, target_of
+from sharedkd.config.build import builds_the_same, construct, target_of
 from sharedkd.engine.lock import BusyError
 from sharedkd.engine.parts import build_parts, check_start
 from sharedkd.engine.resume import differences
@@ -135,7 +135,11 @@ class Comparison:
             return OWN
         if not {*(model.get("stages") or ())} - {"_target_"}:
             return START
-        return DEFAULT if with_method(self.cfg, DEFAULT).model.stages == model.stages else OWN
+        try:
+            default = with_method(self.cfg, DEFAULT).model.stages
+        except ConfigError:  # of a detector that cannot be built yet
+            return OWN
+        return DEFAULT if builds_the_same(default, model.stages) else OWN
 
     def _config_of(self, method: str) -> DictConfig:
         path, *settings = method.split(":")

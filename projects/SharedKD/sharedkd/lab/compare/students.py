@@ -28,7 +28,7 @@ from sharedkd.lab.export.images import read_images
 from sharedkd.lab.output import write_json
 from sharedkd.lab.runs import short
 from sharedkd.lab.timing import spread, take_turns
-from sharedkd.methods import PLAIN, START
+from sharedkd.methods import DEFAULT, PLAIN
 from sharedkd.modeling.detectors import config_path, load_file
 from sharedkd.values import check_number
 
@@ -131,7 +131,7 @@ def run_students(
         comparisons[x.name] = Comparison(root, x.config, methods, seeds, folder, own, jobs)
     found = {",".join(x.methods) for x in comparisons.values()}
     if len(found) > 1:  # each config's own default
-        fix = f"name them, as --methods {PLAIN},{START}"
+        fix = f"name them, as --methods {PLAIN},{DEFAULT}"
         raise ConfigError("--methods", "; ".join(sorted(found)), "differ by student", fix)
     for name, comparison in comparisons.items():
         print(f"checks of {name}", flush=True)
