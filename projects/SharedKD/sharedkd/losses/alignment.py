@@ -5,6 +5,7 @@ from typing import Dict, Tuple, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from .base import precise, precision
 
@@ -23,8 +24,44 @@ def pool_to(x: Tensor, size: Tuple[int, ...]) -> Tensor:
     # Where a side divides, equal windows have the numbers of adaptive pooling, several times faster.
     kernel = tuple(large // s if large % s == 0 else 1 for large, s in zip(x.shape[-2:], size))
     if kernel != (1, 1):
-        x = F.avg_pool2d(x, kernel, kernel)
+        by_rows = x.device.type == "cpu" and x.stride(-1) == 1
+        x = _RowsPooled.apply(x, kernel) if by_rows else F.avg_pool2d(x, kernel, kernel)
     return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+
+
+class _RowsPooled(torch.autograd.Function):
+    """Means over windows of a map (N, C, H, W) whose rows are contiguous, as sums of whole rows.
+
+    PyTorch's own average pooling takes four times as long on a CPU with channels first.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, kernel: Tuple[int, int]) -> Tensor:
+        ctx.kernel = kernel
+        rows = _every(x, 2, kernel[0])
+        # In place: one side of a kernel is above 1, so that this is no longer the map itself.
+        return _every(rows, 3, kernel[1]).div_(kernel[0] * kernel[1])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tuple[Tensor, None]:
+        (n, c, h, w), (below, beside) = gradient.shape, ctx.kernel
+        row = (gradient / (below * beside))[..., None].expand(n, c, h, w, beside)
+        rows = row.reshape(n, c, h, 1, w * beside).expand(n, c, h, below, w * beside)
+        return rows.reshape(n, c, h * below, w * beside), None
+
+
+def _every(x: Tensor, dim: int, count: int) -> Tensor:
+    """Sums of ``count`` neighbours each along ``dim``; of one, the map itself."""
+    if count == 1:
+        return x
+    apart = x.unflatten(dim, (-1, count))
+    if count >= 8:  # from here on the faster one
+        return apart.sum(dim + 1)
+    steps = apart.unbind(dim + 1)
+    total = steps[0] + steps[1]
+    for step in steps[2:]:
+        total += step
+    return total
 
 
 class Pooled:
