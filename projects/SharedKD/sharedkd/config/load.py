@@ -99,8 +99,6 @@ def load(
     use_own_data(cfg, overrides)
     if pairing.depth is not None:
         set_depth(cfg, pairing.depth)
-    for text in pairing.start(cfg):
-        override(cfg, text, path)
     overrides = [x for text in overrides for x in expanded(cfg, text)]
     overrides = [x for text in overrides for x in alone(text)]
     # What the pairing makes may depend on the detector, and be overridden itself.

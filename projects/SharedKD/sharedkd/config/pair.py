@@ -65,12 +65,6 @@ class Pairing:
     def __bool__(self) -> bool:
         return any(x is not None for x in (self.teacher, self.weights, self.method))
 
-    def start(self, cfg: DictConfig) -> List[str]:
-        """The overrides before all others: a plain detector starts from the teacher that it is given."""
-        if self.teacher is None or "student" in cfg.model:
-            return []
-        return [f"train.inherit=[{','.join(PARTS)}]"]
-
     def apply(self, cfg: DictConfig) -> DictConfig:
         """Make a pair of a plain detector's config, or give a pair another teacher or method.
 
@@ -93,6 +87,8 @@ class Pairing:
             raise ConfigError("--teacher-weights", self.weights, "there is no teacher", fix)
         if "student" not in cfg.model:
             cfg.model = distill(cfg.model, self.teacher, self.weights, L(stage_dict)())
+            if self.teacher is not None:
+                OmegaConf.update(cfg, "train.inherit", [*PARTS], force_add=True)
             # The node has no stages yet, as `inherit` has none.
             method = OWN if method == START else method or DEFAULT
             if OmegaConf.select(cfg, IMAGE_FORMAT) is None:  # a mapper that does not say it

@@ -188,17 +188,15 @@ def read_coco(
         f.settle(data.categories, by_file)
     _drop_copies(readable)
     data.image_files = list(by_file)
-    pseudo, own = (
-        set().union(*(f.paths for f in readable if f.is_pseudo is x)) for x in (True, False)
-    )
-    data.pseudo_files = pseudo - own
+    for f in readable:
+        data.pseudo_files |= f.paths if f.is_pseudo else set()
+    for f in readable:
+        data.pseudo_files -= set() if f.is_pseudo else f.paths
     data.files = [f.summary(train, data.categories) for f in readable]
     data.refuse([error for f in files for error in f.notes.errors])
     data.warnings = [warning for f in readable for warning in f.notes.warnings]
     for f in files:
-        for repair in f.notes.repairs:
-            fix = "the file on the disk stays as it is"
-            data.warnings.append(ConfigError(key, f.notes.json_file, repair, fix))
+        data.warnings += f.notes.repair_warnings
     if not data.errors:
         _judge(data, readable, train)
         if len(files) > 1 or data.files[0].repairs:

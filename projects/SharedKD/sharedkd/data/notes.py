@@ -120,6 +120,12 @@ class Notes:
         return tuple(f"{self._found(kind)}: {kind.done}" for kind in self._made())
 
     @property
+    def repair_warnings(self) -> List[ConfigError]:
+        """The same as warnings of the file."""
+        fix = "the file on the disk stays as it is"
+        return [ConfigError(self.key, self.json_file, repair, fix) for repair in self.repairs]
+
+    @property
     def repaired(self) -> int:
         """How many they are."""
         return sum(self._count[kind] for kind in self._made())

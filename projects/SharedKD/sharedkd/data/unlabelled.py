@@ -79,9 +79,7 @@ def read_unlabelled(
     for reason, paths in left_out.items():
         problem = f"{len(paths)} of {len(found)} images {reason} (the first is {paths[0]})"
         notes.warn(problem, "they are left out")
-    for repair in listed.repairs:
-        listed.warn(repair, "the file on the disk stays as it is")
-    return records, [*notes.warnings, *listed.warnings]
+    return records, [*notes.warnings, *listed.repair_warnings]
 
 
 def register_unlabelled(name: str, records: List[Record]) -> None:

@@ -4,7 +4,7 @@ import glob
 import os
 import shutil
 import tempfile
-from typing import Dict, Iterable, Mapping
+from typing import Dict, Iterable, List, Mapping
 
 import torch
 from omegaconf import DictConfig
@@ -37,7 +37,7 @@ def check_output(output_dir: str, resume: bool) -> None:
     except OSError as e:
         problem = f"{there} cannot be written to ({e.strerror})"
         raise ConfigError(KEY, output_dir, problem, "choose another folder") from e
-    weights = glob.glob(os.path.join(glob.escape(output_dir), "*.pth"))
+    weights = _checkpoints(output_dir)
     if has_run(output_dir):
         if not resume:
             fix = "add --resume to continue that run, or choose another folder"
@@ -64,8 +64,7 @@ def check_disk(
     if train.checkpointer.max_to_keep is not None:
         periodic = min(periodic, train.checkpointer.max_to_keep)
     size = _checkpoint_bytes(model, optimizer) / 2**20
-    files = glob.glob(os.path.join(glob.escape(train.output_dir), "*.pth"))
-    there = sum(map(os.path.getsize, files)) / 2**20
+    there = sum(map(os.path.getsize, _checkpoints(train.output_dir))) / 2**20
     found: Dict[str, float] = {
         "checkpoint_mb": size,
         "kept": periodic + 1,  # and the final one
@@ -80,6 +79,10 @@ def check_disk(
         fix = "make room, or choose a folder on another disk"
         raise ConfigError(KEY, train.output_dir, problem, fix)
     return found
+
+
+def _checkpoints(output_dir: str) -> List[str]:
+    return glob.glob(os.path.join(glob.escape(output_dir), "*.pth"))
 
 
 def _existing(path: str) -> str:

@@ -87,8 +87,7 @@ def convert_yolo(source: Path, out: Path) -> _Written:
     if len(set(names.values())) < len(names):
         _refuse(source, f"two classes have one name: {names}", "rename one")
     written = {}
-    given = [split for key, split in SPLITS.items() if data.get(key)]
-    if len(set(given)) < len(given):
+    if data.get("val") and data.get("valid"):
         _refuse(source, "names both val and valid", "leave one out")
     for key, split in SPLITS.items():
         named = data.get(key) or []

@@ -82,8 +82,9 @@ def _check_classes(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher) -> 
     """Refuse a teacher whose class scores mean other classes than the data's, where both are known."""
     ours = registered_classes(cfg.DATASETS.TRAIN, unloaded=True)
     theirs = saved_classes(read_config(teacher.name), unloaded=True)
-    counts = {num_classes(student), num_classes(teacher.model)}
-    if {len(ours or ()), len(theirs or ())} == counts and len(counts) == 1:
+    count = num_classes(student)
+    known = ours is not None and theirs is not None
+    if known and len(ours) == len(theirs) == count == num_classes(teacher.model):
         key = "MODEL.SHAREDKD.TEACHER.CONFIG"
         otherwise = "use MODEL.SHAREDKD.INHERIT: [neck] and a method that compares maps alone"
         check_class_names(key, teacher.name, theirs, ours, otherwise)
